@@ -1,0 +1,318 @@
+"""Conversion of a model in place, and what is done to all its quantizers at once."""
+
+import re
+from fnmatch import fnmatchcase
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+import torch
+from torch import nn
+
+from ..errors import DataError, SpecError
+from .layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
+from .quantizers import STATE_NAMES, AffineQuantizer
+from .spec import QuantSpec, nearest
+
+_QUANTIZER_KEY = re.compile(r'(^|\.)\w+_quantizer\.(' + '|'.join(STATE_NAMES) + r')$')
+
+FilterFn = Callable[[str, nn.Module], bool]
+
+
+class Adapter(NamedTuple):
+    """How one kind of composite module (attention) is converted."""
+    matcher: Callable[[nn.Module], bool]
+    convert: Callable[[nn.Module, str, QuantSpec], nn.Module]
+
+
+ADAPTERS: List[Adapter] = []
+
+
+def register_adapter(matcher: Callable[[nn.Module], bool], convert: Callable[[nn.Module, str, QuantSpec],
+                                                                             nn.Module]) -> None:
+    """Teach :func:`quantize_` a composite module.
+
+    Args:
+        matcher: Whether a module is of the kind; must be False for a converted one.
+        convert: Takes the module, its dotted name and the spec, returns the converted module. Linear and convolution
+            layers inside are converted afterwards, as anywhere; products of activations are the adapter's
+            (:class:`.layers.QuantMatMul`).
+    """
+    ADAPTERS.append(Adapter(matcher, convert))
+
+
+class QuantizedLayer(NamedTuple):
+    """Row of a report: a quantized layer."""
+    name: str
+    kind: str
+    w_bits: Optional[int]
+    a_bits: Optional[int]
+
+
+class FloatLayer(NamedTuple):
+    """Row of a report: a layer that could have been quantized and was not."""
+    name: str
+    kind: str
+    reason: str
+
+
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        layers: :class:`QuantizedLayer` rows; a product of activations has ``w_bits=None``.
+        floats: :class:`FloatLayer` rows.
+    """
+
+    def __init__(self):
+        self.layers: List[QuantizedLayer] = []
+        self.floats: List[FloatLayer] = []
+
+    def to_table(self) -> str:
+        """Text table of both lists."""
+        rows = [('layer', 'kind', 'weight bits', 'activation bits', 'note')]
+        rows += [(r.name, r.kind, '-' if r.w_bits is None else str(r.w_bits), '-' if r.a_bits is None else str(r.a_bits),
+                  '') for r in self.layers]
+        rows += [(r.name, r.kind, 'float', 'float', r.reason) for r in self.floats]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)] + [0]
+        return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+    def __repr__(self) -> str:
+        return f'ConversionReport({len(self.layers)} layers quantized, {len(self.floats)} left in float)'
+
+
+def _walk(module: nn.Module, name: str = '', seen: Optional[Set[int]] = None) -> Iterator[Tuple[str, nn.Module]]:
+    """As ``named_modules``, but allows children to be exchanged when their parent is reached."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield name, module
+    for key, child in list(module.named_children()):
+        yield from _walk(child, f'{name}.{key}' if name else key, seen)
+
+
+class _Conversion:
+    """State of one :func:`quantize_` call."""
+
+    def __init__(self, model: nn.Module, spec: QuantSpec, filter_fn: Optional[FilterFn], first_layer: Optional[str]):
+        self.model = model
+        self.spec = spec
+        self.accept = filter_fn or (lambda name, module: True)
+        self.first_layer = first_layer
+        self.report = ConversionReport()
+
+    def run(self) -> ConversionReport:
+        composites = self._find_composites()
+        self._check_names(composites)
+        self._convert_composites(composites)
+        self._convert_layers()
+        self._check_overrides(self._names_after())
+        for name, quantizer in quantizers(self.model):
+            quantizer.name = name
+        return self.report
+
+    def _find_composites(self) -> Dict[int, Tuple[str, nn.Module, Adapter]]:
+        found = {}
+        if self.spec.points == 'linear':
+            return found
+        for name, module in self.model.named_modules():
+            if self.accept(name, module):
+                adapter = next((a for a in ADAPTERS if a.matcher(module)), None)
+                if adapter is not None:
+                    found[id(module)] = name, module, adapter
+        return found
+
+    def _check_names(self, composites: Dict) -> None:
+        """Refuse wrong names before anything is changed, as far as they can be known."""
+        layers = [n for n, m in self.model.named_modules() if quant_class_of(m)[0] and self.accept(n, m)]
+        if self.first_layer is not None and self.first_layer not in layers:
+            raise SpecError(f'first_layer={self.first_layer!r} is no layer that gets quantized' +
+                            _hint(self.first_layer, layers))
+        if not composites:  # a composite's products of activations have no names yet
+            self._check_overrides(layers)
+
+    def _check_overrides(self, names: List[str]) -> None:
+        for override in self.spec.overrides:
+            if not any(fnmatchcase(name, override.pattern) for name in names):
+                raise SpecError(f'The override pattern {override.pattern!r} matches no layer' +
+                                _hint(override.pattern, names))
+
+    def _names_after(self) -> List[str]:
+        matmuls = [n for n, m in self.model.named_modules() if isinstance(m, QuantMatMul)]
+        return [row.name for row in self.report.layers + self.report.floats] + matmuls
+
+    def _convert_composites(self, composites: Dict) -> None:
+        new: Dict[int, nn.Module] = {}
+        for key, (name, module, adapter) in composites.items():
+            if self.spec.resolve(name) is None:
+                self.report.floats.append(FloatLayer(name, type(module).__name__, 'override'))
+                continue
+            new[key] = adapter.convert(module, name, self.spec)
+        if id(self.model) in new and new[id(self.model)] is not self.model:
+            raise SpecError(f'{type(self.model).__name__} is converted as a whole and cannot be exchanged in place: '
+                            'call quantize_ on a module that contains it.')
+        for _, parent in _walk(self.model):
+            # Not named_children: it leaves out the second name of a module that a parent holds twice.
+            for child_name, child in list(parent._modules.items()):
+                if id(child) in new and new[id(child)] is not child:
+                    parent._modules[child_name] = new[id(child)]
+
+    def _convert_layers(self) -> None:
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, QuantMatMul):
+                self._report_matmul(name, module)
+                continue
+            quant_class, reason = quant_class_of(module)
+            if quant_class is None and not reason or not self.accept(name, module):
+                continue
+            kind = type(module).__name__
+            layer_spec = self.spec.resolve(name, is_input=name == self.first_layer)
+            if layer_spec is None:
+                reason = 'override'
+            if reason:
+                self.report.floats.append(FloatLayer(name, kind, reason))
+                continue
+            adopt(module, quant_class).add_quantizers(layer_spec)
+            self.report.layers.append(QuantizedLayer(name, kind, layer_spec.w_bits, layer_spec.a_bits))
+
+    def _report_matmul(self, name: str, module: QuantMatMul) -> None:
+        bits = [q.bits for q in (module.lhs_quantizer, module.rhs_quantizer) if q is not None]
+        if bits:
+            self.report.layers.append(QuantizedLayer(name, type(module).__name__, None, min(bits)))
+            if module.lhs_quantizer is None:
+                self.report.floats.append(FloatLayer(name, type(module).__name__, 'left operand left in float'))
+        else:
+            self.report.floats.append(FloatLayer(name, type(module).__name__, 'override'))
+
+
+def _hint(name: str, known: List[str]) -> str:
+    if not known:
+        return ': no layer of the model can be quantized.'
+    near = nearest(name, known, count=3) or tuple(known[:3])
+    return f': layers are called, for example, {", ".join(map(repr, near))}.'
+
+
+def quantize_(model: nn.Module,
+              spec,
+              filter_fn: Optional[FilterFn] = None,
+              first_layer: Optional[str] = None) -> ConversionReport:
+    """Quantize a model in place; the quantizers still need a calibration or a checkpoint.
+
+    Linear layers, convolutions and transposed convolutions become quantized ones, and composite modules that an
+    adapter knows (:func:`register_adapter`) get quantized products. Parameter names stay. A module that several
+    parents share is converted once. With ``spec.points='linear'`` the adapters are left out.
+
+    Args:
+        model: Float model.
+        spec: :class:`.spec.QuantSpec` or what its ``parse`` reads.
+        filter_fn: Which modules may be converted, by name and module; all if None.
+        first_layer: Name of the layer that reads the image, which gets ``spec.input_bits``.
+
+    Returns:
+        What was converted and what was left.
+
+    Raises:
+        SpecError: The model is quantized already, or ``first_layer`` or an override's pattern matches nothing. In the
+            last case, where the model has composite modules, it is already changed and must be built anew.
+
+    Example:
+        >>> report = quantize_(model, 'w4a8', first_layer='patch_embed.projection')
+        >>> print(report.to_table())
+    """
+    spec = QuantSpec.parse(spec)
+    name = next((n for n, _ in quantizers(model)), None)
+    if name is not None:
+        raise SpecError(f'The model is quantized already ({name!r}): build a float model and quantize that once.')
+    return _Conversion(model, spec, filter_fn, first_layer).run()
+
+
+def quantizers(model: nn.Module) -> Iterator[Tuple[str, AffineQuantizer]]:
+    """Every quantizer of a model once, with its dotted name."""
+    for name, module in model.named_modules():
+        if isinstance(module, AffineQuantizer):
+            yield name, module
+
+
+def set_mode(model: nn.Module, mode: str, pattern: str = '*') -> List[str]:
+    """Switch quantizers on or off.
+
+    Args:
+        model: Quantized model.
+        mode: ``'on'`` or ``'off'``.
+        pattern: Shell-style pattern over the names of quantizers or of the layers they belong to.
+
+    Returns:
+        Names of the quantizers that matched.
+
+    Raises:
+        SpecError: The mode is not known, or the pattern matches nothing.
+    """
+    if mode not in ('on', 'off'):
+        raise SpecError(f"mode={mode!r} is not known: choose 'on' or 'off'.")
+    found = dict(quantizers(model))
+    matched = [n for n in found if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition('.')[0], pattern)]
+    if not matched:
+        raise SpecError(f'The pattern {pattern!r} matches no quantizer' + _hint(pattern, list(found)))
+    for name in matched:
+        found[name].mode = mode
+    return matched
+
+
+def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = False) -> None:
+    """Set all ranges: weights from the tensors, activations from one full-precision run.
+
+    While ``run`` is under way nothing is quantized, so the ranges do not depend on the order of the layers. Quantizers
+    that are switched off stay so. After an error the modes are as before and no activation range has changed.
+
+    Args:
+        model: Quantized model.
+        run: Puts the calibration samples through the model; called once, without gradients.
+        allow_unseen: Let quantizers that saw no data be; they raise NotCalibratedError when used, unless an earlier
+            calibration gave them a range.
+
+    Raises:
+        DataError: A weight or an activation holds NaN or infinity (names the layer), or a quantizer saw no data.
+    """
+    weights = {id(m.weight_quantizer): m for _, m in model.named_modules() if is_quantized_layer(m)}
+    active = [(n, q) for n, q in quantizers(model) if q.mode != 'off']
+    activations = [(n, q) for n, q in active if id(q) not in weights]
+    modes = [(q, q.mode) for _, q in active]
+    try:
+        with torch.no_grad():
+            for _, quantizer in active:
+                if id(quantizer) in weights:
+                    quantizer.calibrate_from(weights[id(quantizer)].weight)
+                    quantizer.mode = 'off'
+                else:
+                    quantizer.begin_observing()
+            run()
+        unseen = [n for n, q in activations if not q.saw_data]
+        if unseen and not allow_unseen:
+            names = ', '.join(unseen[:5]) + (f' and {len(unseen) - 5} more' if len(unseen) > 5 else '')
+            raise DataError(f'{len(unseen)} quantizers saw no data in calibration ({names}): put samples through these '
+                            'layers, switch them off, or pass allow_unseen=True.')
+        for _, quantizer in activations:
+            if quantizer.saw_data:
+                quantizer.finish_observing()
+    finally:
+        for quantizer, mode in modes:
+            quantizer.mode = 'on' if mode == 'observe' else mode
+            quantizer.observer = None
+
+
+def is_quantizer_key(key: str) -> bool:
+    """Whether a state-dict key belongs to a quantizer; quantizers are attributes called ``..._quantizer``.
+
+    Example:
+        >>> is_quantizer_key('head.fc.input_quantizer.scale'), is_quantizer_key('head.fc.weight')
+        (True, False)
+    """
+    return _QUANTIZER_KEY.search(key) is not None
+
+
+def quantizer_state_keys(model: nn.Module) -> Set[str]:
+    """State-dict keys of all quantizers of a model, also under the second name of a shared module."""
+    return {
+        f'{name}.{state}'
+        for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, AffineQuantizer)
+        for state in STATE_NAMES
+    }

@@ -1,0 +1,275 @@
+"""Quantized layers, and the adoption of float layers as quantized ones.
+
+A quantized layer is the float layer with two quantizers more: same class hierarchy, same parameters, same state-dict
+keys plus ``input_quantizer.*`` and ``weight_quantizer.*``. Biases stay in floating point.
+"""
+
+from typing import Dict, Optional, Set, Tuple, Type
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .quantizers import AffineQuantizer
+from .spec import LayerSpec
+
+# Subclasses that override forward without changing its outcome ("module.ClassName"); open to additions.
+SAME_AS_LINEAR: Set[str] = {'mmcv.cnn.bricks.wrappers.Linear'}
+SAME_AS_CONV2D: Set[str] = {'mmcv.cnn.bricks.wrappers.Conv2d'}
+SAME_AS_CONVTRANSPOSE2D: Set[str] = {'mmcv.cnn.bricks.wrappers.ConvTranspose2d'}
+
+
+class _QuantizedWeightLayer(nn.Module):
+    """What the quantized layers share: building the quantizers, and the cache of the quantized weight.
+
+    Attributes:
+        input_quantizer: Asymmetric, per tensor.
+        weight_quantizer: Per output channel.
+        valid_rows: None, or a bool mask over the rows of the input (``x.shape[:-1]``); rows where it is False take no
+            part in calibration. Whoever calls the layer sets it.
+    """
+
+    output_axis = 0  # of the weight
+    valid_rows: Optional[Tensor] = None
+    _weight_cache: Optional[Tuple] = None
+
+    def add_quantizers(self, spec: LayerSpec) -> None:
+        """Add uncalibrated quantizers on the device of the weight."""
+        self.input_quantizer = AffineQuantizer(spec.a_bits, observer=spec.a_observer).to(self.weight.device)
+        self.weight_quantizer = AffineQuantizer(
+            spec.w_bits,
+            spec.w_symmetric,
+            channel_axis=self.output_axis,
+            num_channels=self.weight.shape[self.output_axis],
+            observer=spec.w_observer).to(self.weight.device)
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, spec: LayerSpec) -> nn.Module:
+        """Quantized copy of a float layer; parameters are shared with it, the float layer stays as it is.
+
+        Args:
+            layer: Layer of the float class that ``cls`` extends.
+            spec: Bits and observers.
+
+        Returns:
+            An uncalibrated layer, instance of ``cls`` and of ``type(layer)``.
+        """
+        copy = type(layer).__new__(type(layer))
+        # One level deep: adding a quantizer to the copy must not add it to the original.
+        copy.__dict__ = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(layer).items()}
+        copy = adopt(copy, cls)
+        copy.add_quantizers(spec)
+        return copy
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the layer multiplies with it.
+
+        Kept between calls where no gradient is needed, until the weight or its scale changes. (A change through
+        ``weight.data`` leaves no trace on the weight: call ``train()`` or ``eval()`` after it, which drops the cache.)
+        """
+        weight, quantizer = self.weight, self.weight_quantizer
+        needs_grad = weight.requires_grad and torch.is_grad_enabled()
+        if quantizer.mode != 'on' or needs_grad or weight.is_inference() or quantizer.scale.is_inference():
+            return quantizer(weight)
+        quantizer.require_calibrated()
+        sources = (weight, quantizer.scale, quantizer.zero_point)
+        stamps = tuple((t._version, t.data_ptr()) for t in sources)
+        cache = self._weight_cache
+        if cache is None or cache[1] != stamps or any(a is not b for a, b in zip(cache[0], sources)):
+            # Not an inference tensor: a later forward with gradients towards the input must be able to save it.
+            with torch.inference_mode(False), torch.no_grad():
+                cache = self._weight_cache = (sources, stamps, quantizer(weight))
+        return cache[2]
+
+    def drop_weight_cache(self) -> None:
+        """Forget the quantized weight; the next forward computes it anew."""
+        self._weight_cache = None
+
+    def train(self, mode: bool = True):
+        self.drop_weight_cache()
+        return super().train(mode)
+
+    def _apply(self, fn, *args, **kwargs):
+        self.drop_weight_cache()
+        return super()._apply(fn, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.drop_weight_cache()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        # Copies and pickles hold no cache.
+        return {k: v for k, v in vars(self).items() if k != '_weight_cache'}
+
+
+class QuantLinearMixin(_QuantizedWeightLayer):
+    """Forward of a quantized linear layer: input ``(..., in_features)`` -> ``(..., out_features)``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias)
+
+
+class QuantConv2dMixin(_QuantizedWeightLayer):
+    """Forward of a quantized convolution: input ``(N, C, H, W)``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias)
+
+
+class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
+    """Forward of a quantized transposed convolution: input ``(N, C, H, W)``.
+
+    Its weight is ``(in_channels, out_channels / groups, kH, kW)``: one scale for each index of axis 1, which is what
+    ONNX can express. With groups, the channels at the same place of each group share a scale.
+    """
+
+    output_axis = 1
+
+    def forward(self, input: Tensor, output_size=None) -> Tensor:
+        output_padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2,
+                                              self.dilation)
+        return F.conv_transpose2d(
+            self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias, self.stride,
+            self.padding, output_padding, self.groups, self.dilation)
+
+
+class QuantLinear(QuantLinearMixin, nn.Linear):
+    """Linear layer with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+
+
+class QuantConv2d(QuantConv2dMixin, nn.Conv2d):
+    """Convolution with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+
+
+class QuantConvTranspose2d(QuantConvTranspose2dMixin, nn.ConvTranspose2d):
+    """Transposed convolution with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+
+
+class QuantMatMul(nn.Module):
+    """Product of two activations, both quantized per tensor (asymmetric).
+
+    Args:
+        lhs_bits: Bits of the left operand, None to leave it in floating point.
+        rhs_bits: Bits of the right operand, None to leave it in floating point.
+        observer: Name of the observer of both.
+
+    Example:
+        >>> matmul = QuantMatMul(8, 8)
+        >>> out = matmul(attention_weights, values)  # (B, h, N, M) @ (B, h, M, d), after calibration
+    """
+
+    def __init__(self, lhs_bits: Optional[int] = 8, rhs_bits: Optional[int] = 8, observer: str = 'minmax'):
+        super().__init__()
+        self.lhs_quantizer = None if lhs_bits is None else AffineQuantizer(lhs_bits, observer=observer)
+        self.rhs_quantizer = None if rhs_bits is None else AffineQuantizer(rhs_bits, observer=observer)
+
+    @classmethod
+    def from_spec(cls, spec: Optional[LayerSpec], quantize_lhs: bool = True) -> 'QuantMatMul':
+        """Product with the activation bits of a layer spec; all in floating point where the spec is None.
+
+        Args:
+            spec: As :meth:`.QuantSpec.resolve` returns it.
+            quantize_lhs: False leaves the left operand in floating point, such as the attention weights.
+        """
+        if spec is None:
+            return cls(None, None)
+        return cls(spec.a_bits if quantize_lhs else None, spec.a_bits, spec.a_observer)
+
+    def forward(self, a: Tensor, b: Tensor, valid_rows: Optional[Tensor] = None) -> Tensor:
+        """``a @ b``.
+
+        Args:
+            a: ``(..., N, K)``.
+            b: ``(..., K, M)``.
+            valid_rows: None, or a bool mask that broadcasts to ``a.shape[:-1]``; rows of ``a`` where it is False take
+                no part in calibration.
+
+        Returns:
+            ``(..., N, M)``.
+        """
+        if self.lhs_quantizer is not None:
+            a = self.lhs_quantizer(a, valid_rows)
+        if self.rhs_quantizer is not None:
+            b = self.rhs_quantizer(b)
+        return a @ b
+
+
+_ADOPTED: Dict[Tuple[type, type], type] = {}
+
+
+def _rebuild_adopted(quant_class: type, base: type) -> nn.Module:
+    cls = _adopted_class(quant_class, base)
+    return cls.__new__(cls)
+
+
+def _reduce_adopted(self, protocol):
+    # The class is made at run time and cannot be imported by name: name the two it is made of.
+    state = self.__getstate__() if hasattr(self, '__getstate__') else dict(vars(self))
+    return _rebuild_adopted, self._adopted_from, state
+
+
+def _adopted_class(quant_class: type, base: type) -> type:
+    if issubclass(quant_class, base):
+        return quant_class
+    key = quant_class, base
+    if key not in _ADOPTED:
+        namespace = dict(
+            __module__=quant_class.__module__,
+            __doc__=quant_class.__doc__,
+            __reduce_ex__=_reduce_adopted,
+            _adopted_from=key)
+        _ADOPTED[key] = type(quant_class.__name__, (quant_class, base), namespace)
+    return _ADOPTED[key]
+
+
+def adopt(module: nn.Module, quant_class: Type[nn.Module]) -> nn.Module:
+    """Make a module an instance of ``quant_class`` too, in place.
+
+    Parameters, buffers, hooks and every other attribute stay, and so do ``isinstance`` checks for the module's own
+    class: the new class derives from both. The object stays the same, so whoever holds it (several parents, a hook)
+    needs no change. Deep copies and pickles work.
+
+    Args:
+        module: Any module.
+        quant_class: Class whose ``forward`` takes over.
+
+    Returns:
+        ``module``.
+    """
+    module.__class__ = _adopted_class(quant_class, type(module))
+    return module
+
+
+def is_quantized_layer(module: nn.Module) -> bool:
+    """Whether a module is one of the quantized layers with a weight."""
+    return isinstance(module, _QuantizedWeightLayer)
+
+
+_FLOAT_LAYERS = (
+    (nn.Linear, QuantLinear, SAME_AS_LINEAR),
+    (nn.Conv2d, QuantConv2d, SAME_AS_CONV2D),
+    (nn.ConvTranspose2d, QuantConvTranspose2d, SAME_AS_CONVTRANSPOSE2D),
+)
+
+
+def quant_class_of(module: nn.Module) -> Tuple[Optional[type], str]:
+    """Quantized class for a float layer.
+
+    Returns:
+        ``(class, '')``, or ``(None, reason)`` for a Linear or convolution whose forward is not the known one, or
+        ``(None, '')`` for any other module.
+    """
+    for float_class, quant_class, same in _FLOAT_LAYERS:
+        if not isinstance(module, float_class):
+            continue
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return None, 'its weight is used by the attention function, its forward is never called'
+        if isinstance(getattr(module, 'weight', None), nn.parameter.UninitializedParameter):
+            return None, 'its shape is not known yet (lazy module)'
+        if 'forward' in vars(module):
+            return None, 'its forward was replaced on the instance'
+        definer = next(cls for cls in type(module).__mro__ if 'forward' in vars(cls))
+        if definer is not float_class and f'{definer.__module__}.{definer.__qualname__}' not in same:
+            return None, f'{definer.__name__} has a forward of its own'
+        return quant_class, ''
+    return None, ''

@@ -1,0 +1,341 @@
+"""Observers: what a tensor's range is, found from the data of any number of updates.
+
+Every observer has ``update(x, valid=None)`` and ``range(bits, symmetric) -> (min, max)``. With ``channel_axis=None`` a
+range has shape ``()``, else ``(C,)``. Empty input is skipped, NaN and infinity are refused.
+"""
+
+import math
+from typing import Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError, NotCalibratedError, SpecError
+from .primitives import choose_qparams, fake_quantize, qrange
+
+
+def valid_rows_of(x: Tensor, valid: Optional[Tensor]) -> Tensor:
+    """Rows (last dimension) of ``x`` that take part.
+
+    Args:
+        x: ``(..., D)``.
+        valid: None, or a bool mask that broadcasts to ``x.shape[:-1]``. A mask whose first dimension divides that of
+            ``x`` is repeated along it: ``(windows, tokens)`` serves ``(images * windows, tokens, D)``.
+
+    Returns:
+        ``x`` itself without a mask, else ``(rows, D)``.
+
+    Raises:
+        DataError: The mask is not bool or does not fit.
+    """
+    if valid is None:
+        return x
+    if valid.dtype != torch.bool:
+        raise DataError(f'The row mask has dtype {valid.dtype}: give a bool tensor, True for rows that take part.')
+    rows = x.shape[:-1]
+    valid = valid.to(x.device)
+    if valid.dim() == len(rows) > 0 and 1 < valid.shape[0] < rows[0] and rows[0] % valid.shape[0] == 0:
+        valid = valid.repeat(rows[0] // valid.shape[0], *[1] * (valid.dim() - 1))
+    try:
+        mask = valid.expand(rows)
+    except RuntimeError as error:
+        raise DataError(f'A row mask of shape {tuple(valid.shape)} does not fit the rows {tuple(rows)} of the '
+                        'tensor: it must broadcast to them.') from error
+    return x[mask]
+
+
+def _refuse_non_finite(low: Tensor, high: Tensor) -> None:
+    # Minimum and maximum propagate NaN, so they tell for the whole tensor.
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise DataError('The observed tensor holds NaN or infinity: look for the layer that produced it.')
+
+
+class Observer:
+    """Base: selects rows, skips empty input, brings the channel to the front.
+
+    Args:
+        channel_axis: Axis that keeps its own range, or None for one range over everything.
+    """
+
+    def __init__(self, channel_axis: Optional[int] = None):
+        self.channel_axis = channel_axis
+
+    def update(self, x: Tensor, valid: Optional[Tensor] = None) -> None:
+        """Take in one tensor.
+
+        Args:
+            x: Any shape and floating dtype; ``(..., D)`` where ``valid`` is given.
+            valid: Row mask, see :func:`valid_rows_of`; per tensor only.
+
+        Raises:
+            DataError: NaN or infinity among what takes part, or a mask that does not fit.
+        """
+        if self.channel_axis is None:
+            data = valid_rows_of(x.detach(), valid).reshape(-1)
+        elif valid is not None:
+            raise DataError('A row mask cannot be combined with ranges per channel: drop one of the two.')
+        else:
+            data = x.detach().transpose(0, self.channel_axis).flatten(1) if x.dim() > 1 else x.detach()[:, None]
+        if data.numel() == 0:
+            return
+        self._update(data.float())
+
+    def range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
+        """Range to be covered by ``bits`` bits.
+
+        Returns:
+            ``(min, max)``, float32, shape ``()`` or ``(C,)``.
+
+        Raises:
+            NotCalibratedError: Nothing was observed.
+        """
+        if not self.saw_data:
+            raise NotCalibratedError('The observer saw no data: run at least one image through the layer.')
+        return self._range(bits, symmetric)
+
+    @property
+    def saw_data(self) -> bool:
+        """Whether any value took part."""
+        raise NotImplementedError
+
+    def _update(self, data: Tensor) -> None:
+        raise NotImplementedError
+
+    def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class MinMaxObserver(Observer):
+    """Least and greatest value of everything seen."""
+
+    def __init__(self, channel_axis: Optional[int] = None):
+        super().__init__(channel_axis)
+        self.min: Optional[Tensor] = None
+        self.max: Optional[Tensor] = None
+
+    @property
+    def saw_data(self) -> bool:
+        return self.min is not None
+
+    def _update(self, data: Tensor) -> None:
+        low, high = torch.aminmax(data) if self.channel_axis is None else torch.aminmax(data, dim=1)
+        _refuse_non_finite(low, high)
+        self.min = low if self.min is None else torch.minimum(self.min, low)
+        self.max = high if self.max is None else torch.maximum(self.max, high)
+
+    def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
+        return self.min, self.max
+
+
+class Histogram:
+    """Counts of all values seen, on a fixed number of bins around 0; memory does not grow with the data.
+
+    The bin width is a power of two and doubles when a value falls outside, merging bins in pairs. So no count is ever
+    split by a guess, and the outcome does not depend on the order of the data or on how it was cut into batches.
+    """
+
+    BINS = 1 << 16
+    _CHUNK = 1 << 22  # values binned at a time: bounds the memory of the bin numbers
+    _MIN_EXPONENT = -100  # values below 2**-100 share a bin with 0
+
+    def __init__(self):
+        self.counts: Optional[Tensor] = None  # int64: float32 stops counting at 2**24
+        self.exponent = self._MIN_EXPONENT  # the bins cover (-2**exponent, 2**exponent)
+        self.min: Optional[Tensor] = None
+        self.max: Optional[Tensor] = None
+
+    @property
+    def width(self) -> float:
+        """Width of a bin, in units of the data."""
+        return math.ldexp(2.0, self.exponent) / self.BINS
+
+    def update(self, data: Tensor) -> None:
+        """Count the values of a flat float32 tensor; DataError on NaN or infinity."""
+        low, high = torch.aminmax(data)
+        _refuse_non_finite(low, high)
+        self.min = low if self.min is None else torch.minimum(self.min, low)
+        self.max = high if self.max is None else torch.maximum(self.max, high)
+        if self.counts is None:
+            self.counts = torch.zeros(self.BINS, dtype=torch.int64, device=data.device)
+        self._widen(math.frexp(max(abs(float(low)), abs(float(high))))[1])
+        per_unit = 1.0 / self.width  # a power of two: the product below is exact
+        for chunk in data.split(self._CHUNK):
+            index = (chunk * per_unit).floor_().to(torch.int32).add_(self.BINS // 2)
+            self.counts += torch.bincount(index, minlength=self.BINS)
+
+    def _widen(self, exponent: int) -> None:
+        shift = exponent - self.exponent
+        if shift <= 0:
+            return
+        half = self.BINS // 2
+        index = torch.arange(-half, half, device=self.counts.device) // 2**min(shift, 40)
+        self.counts = torch.zeros_like(self.counts).index_add_(0, index + half, self.counts)
+        self.exponent = exponent
+
+    def quantiles(self, q: Sequence[float]) -> Tensor:
+        """Quantiles, linear inside a bin; 0 and 1 are the exact ends. float32, shape ``(len(q),)``."""
+        q = torch.tensor(q, dtype=torch.float64, device=self.counts.device)
+        below = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)]).double()
+        rank = q * (below[-1] - 1) + 0.5
+        index = (torch.searchsorted(below, rank, right=True) - 1).clamp(0, self.BINS - 1)
+        inside = (rank - below[index]) / self.counts[index].double().clamp(min=1)
+        value = (index - self.BINS // 2 + inside) * self.width
+        value = torch.where(q <= 0, self.min.double(), torch.where(q >= 1, self.max.double(), value))
+        return torch.minimum(torch.maximum(value, self.min.double()), self.max.double()).float()
+
+    def squared_error(self, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        """Sum of squared errors that fake quantization would make, values spread evenly over each bin.
+
+        With u = x / scale and k = clamp(round(u)), the integral of (u - k)^2 is k/12 + (u - k)^3/3, also where it clips:
+        exact however many steps a bin spans, where evaluating at bin centres would fail for steps finer than a bin.
+        """
+        scale = scale.double()
+        edges = torch.arange(self.BINS + 1, device=scale.device, dtype=torch.float64) - self.BINS // 2
+        ratio = edges * (self.width / scale)
+        code = ratio.round().clamp(qmin - int(zero_point), qmax - int(zero_point))
+        integral = code / 12 + (ratio - code)**3 / 3
+        mean = integral.diff() / (self.width / scale)
+        return (mean * self.counts).sum() * scale**2
+
+
+class _HistogramData:
+    """Per-tensor data of a search: a histogram."""
+
+    def __init__(self):
+        self.histogram = Histogram()
+
+    @property
+    def saw_data(self) -> bool:
+        return self.histogram.counts is not None
+
+    def add(self, data: Tensor) -> None:
+        self.histogram.update(data)
+
+    def quantiles(self, q: Sequence[float]) -> Tensor:
+        return self.histogram.quantiles(q)
+
+    def squared_error(self, scale, zero_point, qmin, qmax) -> Tensor:
+        return self.histogram.squared_error(scale, zero_point, qmin, qmax)
+
+
+class _ExactData:
+    """Per-channel data of a search: all values, ``(C, n)``. Meant for weights, which are seen once."""
+
+    def __init__(self):
+        self.values: Optional[Tensor] = None
+
+    @property
+    def saw_data(self) -> bool:
+        return self.values is not None
+
+    def add(self, data: Tensor) -> None:
+        _refuse_non_finite(*torch.aminmax(data))
+        values = data if self.values is None else torch.cat([self.values, data], dim=1)
+        self.values = values.sort(dim=1).values
+
+    def quantiles(self, q: Sequence[float]) -> Tensor:
+        rank = torch.tensor(q, dtype=torch.float64, device=self.values.device) * (self.values.shape[1] - 1)
+        floor, ceil = rank.floor().long(), rank.ceil().long()
+        low, high = self.values[:, floor].double(), self.values[:, ceil].double()
+        return (low + (high - low) * (rank - floor)).float().T
+
+    def squared_error(self, scale, zero_point, qmin, qmax) -> Tensor:
+        error = fake_quantize(self.values, scale, zero_point, qmin, qmax, axis=0).sub_(self.values)
+        return error.square_().sum(dim=1, dtype=torch.float64)
+
+
+class _SearchObserver(Observer):
+    """Takes the candidate range whose fake quantization has the least squared error; the widest among equals."""
+
+    def __init__(self, channel_axis: Optional[int] = None):
+        super().__init__(channel_axis)
+        self.data = _HistogramData() if channel_axis is None else _ExactData()
+
+    @property
+    def saw_data(self) -> bool:
+        return self.data.saw_data
+
+    def _update(self, data: Tensor) -> None:
+        self.data.add(data)
+
+    def _candidates(self) -> Tuple[Tensor, Tensor]:
+        """Ends of the candidate ranges, widest first, each ``(K,)`` or ``(K, C)``."""
+        raise NotImplementedError
+
+    def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
+        qmin, qmax = qrange(bits, symmetric)
+        best = None
+        for low, high in zip(*self._candidates()):
+            scale, zero_point = choose_qparams(low, high, bits, symmetric)
+            error = self.data.squared_error(scale, zero_point, qmin, qmax)
+            if best is None:
+                best = error, low, high
+            else:
+                better = error < best[0]
+                best = tuple(torch.where(better, new, old) for new, old in zip((error, low, high), best))
+        return best[1], best[2]
+
+
+class PercentileObserver(_SearchObserver):
+    """Range between the quantiles 1 - p and p, p chosen by squared error (RepQ-ViT, arXiv 2212.08254, released code).
+
+    Per tensor the values are kept as a :class:`Histogram` of fixed size, per channel exactly.
+
+    Args:
+        channel_axis: See :class:`Observer`.
+        candidates: The p to choose from, each above 0.5; 1.0 is minimum and maximum.
+
+    Raises:
+        SpecError: A candidate is out of range.
+    """
+
+    def __init__(self, channel_axis: Optional[int] = None, candidates: Sequence[float] = (.999, .9999, .99999, 1.0)):
+        super().__init__(channel_axis)
+        for p in candidates:
+            if not 0.5 < p <= 1:
+                raise SpecError(f'The percentile {p!r} is out of range: choose candidates above 0.5 and up to 1.')
+        self.candidates = tuple(sorted(candidates, reverse=True))
+
+    def _candidates(self) -> Tuple[Tensor, Tensor]:
+        high = self.data.quantiles(self.candidates)
+        return self.data.quantiles([1 - p for p in self.candidates]), high
+
+
+class MSEObserver(_SearchObserver):
+    """Range between minimum and maximum, both shrunk by the factor with the least squared error.
+
+    Args:
+        channel_axis: See :class:`Observer`.
+        factors: Shrink factors to choose from, in (0, 1].
+
+    Raises:
+        SpecError: A factor is out of range.
+    """
+
+    def __init__(self,
+                 channel_axis: Optional[int] = None,
+                 factors: Sequence[float] = tuple(1 - 0.02 * i for i in range(41))):
+        super().__init__(channel_axis)
+        for factor in factors:
+            if not 0 < factor <= 1:
+                raise SpecError(f'The shrink factor {factor!r} is out of range: choose factors above 0 and up to 1.')
+        self.factors = tuple(sorted(factors, reverse=True))
+
+    def _candidates(self) -> Tuple[Tensor, Tensor]:
+        low, high = self.data.quantiles([0.0, 1.0])
+        factors = torch.tensor(self.factors, device=low.device).reshape(-1, *[1] * low.dim())
+        return factors * low, factors * high
+
+
+OBSERVERS = dict(minmax=MinMaxObserver, percentile=PercentileObserver, mse=MSEObserver)
+
+
+def build_observer(name: str, channel_axis: Optional[int] = None) -> Observer:
+    """Observer by name: ``'minmax'``, ``'percentile'`` or ``'mse'``.
+
+    Raises:
+        SpecError: The name is not known.
+    """
+    if name not in OBSERVERS:
+        raise SpecError(f'The observer {name!r} is not known: choose one of {", ".join(map(repr, OBSERVERS))}.')
+    return OBSERVERS[name](channel_axis)

@@ -1,0 +1,201 @@
+"""The quantizer module: a range as buffers, and the three things it can do with a tensor."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, NotCalibratedError, SpecError
+from .observers import Observer, build_observer
+from .primitives import choose_qparams, fake_quantize, qrange
+
+MODES = ('on', 'observe', 'off')
+
+# Buffers of a quantizer, the last component of its state-dict keys.
+STATE_NAMES = ('scale', 'zero_point', 'calibrated', 'code_range')
+
+
+class AffineQuantizer(nn.Module):
+    """Fake quantization of one tensor, with its range as buffers.
+
+    The buffers ``scale`` (float32), ``zero_point`` (int32), both ``()`` or ``(C,)``, ``calibrated`` (bool) and
+    ``code_range`` (int32, ``(qmin, qmax)``) are in the state dict. ``code_range`` is only compared on loading: a
+    checkpoint of other bits is refused and leaves the quantizer uncalibrated, instead of giving wrong values silently.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        symmetric: Signed codes and zero point 0, else unsigned codes.
+        channel_axis: Axis with one scale per channel, None for one scale.
+        num_channels: Number of channels, needed with ``channel_axis``.
+        observer: Name of the observer that finds the range, see :func:`.observers.build_observer`.
+
+    Attributes:
+        name: What errors call this quantizer; set on conversion.
+        mode: ``'on'`` fake-quantizes, ``'observe'`` records and passes the input on, ``'off'`` passes it on.
+
+    Raises:
+        SpecError: A setting is out of range.
+
+    Example:
+        >>> quantizer = AffineQuantizer(bits=8)
+        >>> quantizer.calibrate_from(torch.tensor([-1., 2.]))
+        >>> quantizer(torch.tensor([0., 5.]))
+        tensor([0., 2.])
+    """
+
+    def __init__(self,
+                 bits: int,
+                 symmetric: bool = False,
+                 channel_axis: Optional[int] = None,
+                 num_channels: Optional[int] = None,
+                 observer: str = 'minmax'):
+        super().__init__()
+        if (channel_axis is None) != (num_channels is None):
+            raise SpecError(f'channel_axis={channel_axis} and num_channels={num_channels} belong together: give both '
+                            'or neither.')
+        self.bits = bits
+        self.symmetric = symmetric
+        self.qmin, self.qmax = qrange(bits, symmetric)
+        self.channel_axis = channel_axis
+        self.observer_name = observer
+        build_observer(observer)  # a wrong name shall fail here, not in calibration
+        self.name = ''
+        self.mode = 'on'
+        self.observer: Optional[Observer] = None
+        shape = () if num_channels is None else (num_channels, )
+        self.register_buffer('scale', torch.ones(shape))
+        self.register_buffer('zero_point', torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer('calibrated', torch.tensor(False))
+        self.register_buffer('code_range', torch.tensor([self.qmin, self.qmax], dtype=torch.int32))
+        # Reading the buffer in every forward would make the host wait for the device.
+        self._ready = False
+
+    def extra_repr(self) -> str:
+        channels = '' if self.channel_axis is None else f', channels={self.scale.numel()} on axis {self.channel_axis}'
+        return f'bits={self.bits}, symmetric={self.symmetric}{channels}, observer={self.observer_name}, mode={self.mode}'
+
+    def forward(self, x: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+        """Apply the current mode.
+
+        Args:
+            x: Any shape; channels on ``channel_axis`` if there is one.
+            valid: Row mask for observing, see :func:`.observers.valid_rows_of`; without effect in the other modes.
+
+        Returns:
+            ``x`` itself in the modes ``'off'`` and ``'observe'``, else a new tensor of its shape and dtype.
+
+        Raises:
+            NotCalibratedError: The mode is ``'on'`` and no range was set.
+            DataError: NaN or infinity was observed, or a shape does not fit.
+        """
+        if self.mode == 'on':
+            self.require_calibrated()
+            return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.channel_axis)
+        if self.mode == 'observe':
+            self._observe(x, valid)
+        elif self.mode != 'off':
+            raise SpecError(f'mode={self.mode!r} of quantizer {self.name!r} is not known: choose one of '
+                            f'{", ".join(map(repr, MODES))}.')
+        return x
+
+    def require_calibrated(self) -> None:
+        """Raise NotCalibratedError, naming the quantizer, if it has no range."""
+        # The buffer itself is asked only on the way to an error: it may have been copied into, as weight averaging does.
+        if not self._ready and not self._refresh():
+            raise NotCalibratedError(
+                f'Quantizer {self.name!r} was never calibrated: calibrate the model, load a quantized checkpoint, or '
+                f"switch it off with set_mode(model, 'off', {self.name!r}).")
+
+    def _refresh(self) -> bool:
+        self._ready = not self.calibrated.is_meta and bool(self.calibrated)
+        return self._ready
+
+    def begin_observing(self) -> None:
+        """Start over with a new observer; from now on inputs are recorded and passed on."""
+        self.observer = build_observer(self.observer_name, self.channel_axis)
+        self.mode = 'observe'
+
+    def _observe(self, x: Tensor, valid: Optional[Tensor] = None) -> None:
+        if self.observer is None:
+            self.observer = build_observer(self.observer_name, self.channel_axis)
+        try:
+            self.observer.update(x.detach(), valid)
+        except DataError as error:
+            raise DataError(f'Quantizer {self.name!r}: {error}') from error
+
+    @property
+    def saw_data(self) -> bool:
+        """Whether the current observer saw any value."""
+        return self.observer is not None and self.observer.saw_data
+
+    def finish_observing(self) -> None:
+        """Set the range from what was observed, drop the observer and switch on.
+
+        Raises:
+            NotCalibratedError: Nothing was observed.
+        """
+        if not self.saw_data:
+            raise NotCalibratedError(f'Quantizer {self.name!r} saw no data in calibration: run at least one image '
+                                     f"through it, or switch it off with set_mode(model, 'off', {self.name!r}).")
+        self.set_qparams(*choose_qparams(*self.observer.range(self.bits, self.symmetric), self.bits, self.symmetric))
+        self.observer = None
+        self.mode = 'on'
+
+    def calibrate_from(self, x: Tensor) -> None:
+        """Set the range from one tensor (a weight), whatever was observed before; the mode stays.
+
+        Raises:
+            DataError: The tensor is empty or not finite.
+        """
+        mode, self.observer = self.mode, None
+        self._observe(x)
+        if not self.saw_data:
+            raise DataError(f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a '
+                            'range from.')
+        self.finish_observing()
+        self.mode = mode
+
+    @torch.no_grad()
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Set scale and zero point, in place, and mark the quantizer as calibrated.
+
+        Args:
+            scale: Positive, finite, of the shape of the buffer.
+            zero_point: Integers in ``[qmin, qmax]``, same shape.
+
+        Raises:
+            DataError: Shape or value does not fit.
+        """
+        if scale.shape != self.scale.shape or zero_point.shape != self.scale.shape:
+            raise DataError(f'Quantizer {self.name!r} needs a scale of shape {tuple(self.scale.shape)}, not '
+                            f'{tuple(scale.shape)} (zero point {tuple(zero_point.shape)}).')
+        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise DataError(f'Quantizer {self.name!r} needs a positive, finite scale, not {scale.min().item()}.')
+        if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
+            raise DataError(f'Quantizer {self.name!r} needs zero points from {self.qmin} to {self.qmax}.')
+        # In place: whoever holds the buffers (a DDP wrapper, an average of weights) keeps seeing the right ones.
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated.fill_(True)
+        self._ready = True
+
+    def _apply(self, fn, *args, **kwargs):
+        scale = self.scale
+        super()._apply(fn, *args, **kwargs)
+        # model.half() would round the scale; ranges stay float32 whatever the dtype of the model.
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                              error_msgs):
+        # Not load_state_dict: mmengine's loader calls this method of every module itself.
+        saved = state_dict.get(prefix + 'code_range')
+        if saved is not None and saved.tolist() != [self.qmin, self.qmax]:
+            error_msgs.append(f'{prefix[:-1]} was saved with codes {saved.tolist()} but has {[self.qmin, self.qmax]} '
+                              'here: build the model with the bits of the checkpoint.')
+            self.calibrated.fill_(False)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                          error_msgs)
+        self._refresh()

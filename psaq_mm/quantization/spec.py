@@ -1,0 +1,249 @@
+"""What to quantize and to how many bits: frozen dataclasses, checked when built, with a JSON round trip."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, Dict, Iterable, Optional, Tuple, Union
+
+from ..errors import SpecError
+from .observers import OBSERVERS
+from .primitives import MAX_BITS, MIN_BITS
+
+SCOPES = ('backbone', 'full')
+POINTS = ('gemm', 'linear')
+
+_PRESET = re.compile(r'w(\d+)a(\d+)', re.IGNORECASE)
+
+
+def nearest(name: Any, known: Iterable[str], count: int = 1) -> Tuple[str, ...]:
+    """Names that look most like ``name``, best first; empty where none is near."""
+    return tuple(difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.4))
+
+
+def _check_bits(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
+        raise SpecError(f'{key}={value!r} is not supported: choose an integer from {MIN_BITS} to {MAX_BITS}.')
+
+
+def _check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        near = nearest(value, allowed)
+        hint = f'did you mean {near[0]!r}? Allowed are' if near else 'choose one of'
+        raise SpecError(f'{key}={value!r} is not known: {hint} {", ".join(map(repr, allowed))}.')
+
+
+def _check_bool(key: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise SpecError(f'{key}={value!r} is not a truth value: write True or False.')
+
+
+def _check_keys(what: str, given: Mapping, known: Iterable[str]) -> None:
+    known = tuple(known)
+    for key in given:
+        if key not in known:
+            near = nearest(key, known)
+            hint = f'did you mean {near[0]!r}? Known are' if near else 'known are'
+            raise SpecError(f'{key!r} is no setting of {what}: {hint} {", ".join(map(repr, known))}.')
+
+
+@dataclass(frozen=True)
+class Override:
+    """Other bits, or none, for the layers whose name matches a pattern.
+
+    Args:
+        pattern: Shell-style pattern over dotted module names (``*`` also matches dots), case-sensitive.
+        w_bits: Weight bits, None to leave them as they are.
+        a_bits: Activation bits, None to leave them as they are.
+        float_: Keep the layers in floating point. The key is ``float`` in dicts and JSON.
+
+    Raises:
+        SpecError: A value is out of range, or the override would change nothing or contradicts itself.
+
+    Example:
+        >>> QuantSpec(w_bits=4, overrides=(Override('*.downsample.reduction', w_bits=8), ))
+    """
+    pattern: str
+    w_bits: Optional[int] = None
+    a_bits: Optional[int] = None
+    float_: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise SpecError(f'pattern={self.pattern!r} is no pattern: give a module name such as "layers.0.*".')
+        for key in ('w_bits', 'a_bits'):
+            if getattr(self, key) is not None:
+                _check_bits(key, getattr(self, key))
+        _check_bool('float', self.float_)
+        has_bits = self.w_bits is not None or self.a_bits is not None
+        if self.float_ == has_bits:
+            problem = 'asks for float and for bits' if has_bits else 'changes nothing'
+            raise SpecError(f'The override of {self.pattern!r} {problem}: give w_bits or a_bits, or float=True alone.')
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain dict with the keys that are set."""
+        out: Dict[str, Any] = dict(pattern=self.pattern)
+        if self.w_bits is not None:
+            out['w_bits'] = self.w_bits
+        if self.a_bits is not None:
+            out['a_bits'] = self.a_bits
+        if self.float_:
+            out['float'] = True
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> 'Override':
+        """Inverse of :meth:`to_dict`; SpecError on an unknown key."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f'{data!r} is no override: give a dict such as dict(pattern="head.*", w_bits=8).')
+        _check_keys('an override', data, ('pattern', 'w_bits', 'a_bits', 'float'))
+        if 'pattern' not in data:
+            raise SpecError(f'The override {dict(data)!r} lacks its pattern: add pattern="<module name>".')
+        return cls(data['pattern'], data.get('w_bits'), data.get('a_bits'), data.get('float', False))
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer gets: bits, weight scheme and observers (see :class:`QuantSpec`)."""
+    w_bits: int = 8
+    a_bits: int = 8
+    w_symmetric: bool = True
+    w_observer: str = 'minmax'
+    a_observer: str = 'minmax'
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What to quantize and how.
+
+    Weights have one scale per output channel, activations one scale per tensor and an integer zero point.
+
+    Args:
+        w_bits: Weight bits, 2 to 8.
+        a_bits: Activation bits, 2 to 8.
+        scope: ``'backbone'`` or ``'full'`` (neck and heads too).
+        points: ``'gemm'`` quantizes both operands of every Linear, convolution and attention product; ``'linear'``
+            leaves the attention products in floating point.
+        quantize_softmax: Quantize the attention weights (post-softmax), the left operand of the second product.
+        input_bits: Activation bits of the first layer (patch embedding), which reads the image.
+        w_symmetric: Signed weight codes with zero point 0, else asymmetric ones.
+        w_observer: ``'minmax'``, ``'percentile'`` or ``'mse'``.
+        a_observer: Same choice, for activations.
+        overrides: Exceptions by layer name, applied in order; a later one wins. Dicts are accepted.
+
+    Raises:
+        SpecError: A value is not allowed; the sentence names it and the allowed ones.
+
+    Example:
+        >>> QuantSpec.parse('w4a8').label
+        'W4A8'
+        >>> QuantSpec.parse(dict(preset='w4a4', overrides=[dict(pattern='head*', float=True)]))
+    """
+    w_bits: int = 8
+    a_bits: int = 8
+    scope: str = 'backbone'
+    points: str = 'gemm'
+    quantize_softmax: bool = True
+    input_bits: int = 8
+    w_symmetric: bool = True
+    w_observer: str = 'minmax'
+    a_observer: str = 'minmax'
+    overrides: Tuple[Override, ...] = ()
+
+    def __post_init__(self):
+        for key in ('w_bits', 'a_bits', 'input_bits'):
+            _check_bits(key, getattr(self, key))
+        for key in ('quantize_softmax', 'w_symmetric'):
+            _check_bool(key, getattr(self, key))
+        _check_choice('scope', self.scope, SCOPES)
+        _check_choice('points', self.points, POINTS)
+        _check_choice('w_observer', self.w_observer, OBSERVERS)
+        _check_choice('a_observer', self.a_observer, OBSERVERS)
+        if isinstance(self.overrides, (str, Mapping)) or not isinstance(self.overrides, Iterable):
+            raise SpecError(f'overrides={self.overrides!r} is no list: give a list of dict(pattern=..., w_bits=...).')
+        overrides = tuple(o if isinstance(o, Override) else Override.from_dict(o) for o in self.overrides)
+        object.__setattr__(self, 'overrides', overrides)
+
+    @property
+    def label(self) -> str:
+        """Name of the precision, e.g. ``'W4A8'``."""
+        return f'W{self.w_bits}A{self.a_bits}'
+
+    def resolve(self, name: str, is_input: bool = False) -> Optional[LayerSpec]:
+        """What the layer ``name`` gets.
+
+        Args:
+            name: Dotted module name.
+            is_input: The layer reads the image, so its activations have ``input_bits`` unless overridden by name.
+
+        Returns:
+            The layer's spec, or None where an override keeps it in floating point.
+        """
+        w_bits, a_bits, float_ = self.w_bits, self.input_bits if is_input else self.a_bits, False
+        for override in self.overrides:
+            if fnmatchcase(name, override.pattern):
+                float_ = override.float_
+                w_bits = override.w_bits or w_bits
+                a_bits = override.a_bits or a_bits
+        if float_:
+            return None
+        return LayerSpec(w_bits, a_bits, self.w_symmetric, self.w_observer, self.a_observer)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain dict of every setting, fit for JSON."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out['overrides'] = [o.to_dict() for o in self.overrides]
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> 'QuantSpec':
+        """Inverse of :meth:`to_dict`; missing keys have their defaults, SpecError on an unknown key."""
+        _check_keys('the quantization', data, (f.name for f in fields(cls)))
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """JSON text of :meth:`to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> 'QuantSpec':
+        """Inverse of :meth:`to_json`; SpecError where the text is no JSON object."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f'The quantization is no valid JSON ({error}): write it with QuantSpec.to_json.') from error
+        if not isinstance(data, dict):
+            raise SpecError(f'The quantization must be a JSON object, not {data!r}: write it with QuantSpec.to_json.')
+        return cls.from_dict(data)
+
+    @classmethod
+    def parse(cls, x: Union['QuantSpec', Mapping, str]) -> 'QuantSpec':
+        """Read what a config says.
+
+        Args:
+            x: A spec, a preset such as ``'w4a8'`` (any bits from 2 to 8, any case), or a dict of settings that may
+                start from a preset: ``dict(preset='w4a8', scope='full')``.
+
+        Raises:
+            SpecError: ``x`` is none of these, or a setting is unknown or out of range.
+        """
+        if isinstance(x, cls):
+            return x
+        if isinstance(x, str):
+            return cls(**cls._preset(x))
+        if isinstance(x, Mapping):
+            settings = dict(x)
+            base = cls._preset(settings.pop('preset')) if 'preset' in settings else {}
+            _check_keys('the quantization', settings, [f.name for f in fields(cls)] + ['preset'])
+            return cls(**{**base, **settings})
+        raise SpecError(f'quant={x!r} is no quantization: give a preset such as "w8a8", or a dict of settings.')
+
+    @staticmethod
+    def _preset(name: Any) -> Dict[str, int]:
+        match = _PRESET.fullmatch(name) if isinstance(name, str) else None
+        if match is None:
+            raise SpecError(f'{name!r} is no preset: write w<bits>a<bits>, for example "w8a8", "w4a8", "w6a6" or "w4a4".')
+        return dict(w_bits=int(match[1]), a_bits=int(match[2]))
