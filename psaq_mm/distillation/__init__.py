@@ -1,0 +1,7 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Teacher and student: their discrepancy, and the samples that evolve against it."""
+from psaq_mm.distillation.discrepancy import normalized_l1
+from psaq_mm.distillation.pool import SamplePool
+from psaq_mm.distillation.weighting import AdaptiveWeight
+
+__all__ = ['AdaptiveWeight', 'SamplePool', 'normalized_l1']

@@ -1,0 +1,214 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Samples and student evolving in turn under a frozen teacher (PSAQ-ViT V2, arXiv 2209.05687, section III).
+
+The paper gives the principle (no class label, samples that compete with the student, a student that learns the teacher);
+its code was never released. Every figure below is this project's decision, see docs/method.md.
+"""
+import dataclasses
+from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.distillation.discrepancy import normalized_l1
+from psaq_mm.distillation.pool import SamplePool
+from psaq_mm.distillation.weighting import AdaptiveWeight
+from psaq_mm.errors import ConfigError, DataError
+from psaq_mm.quantization import calibrate
+from psaq_mm.synthesis import ImageSpec, SampleGenerator, gaussian_noise, pink_noise
+
+__all__ = ['CoEvolutionSettings', 'CoEvolution', 'Network', 'SOURCES']
+
+SOURCES = ('generated', 'gaussian', 'pink', 'real')
+"""Where samples come from. All but ``generated`` are controls that go through the same quantizer."""
+
+
+class Network(Protocol):
+    """What teacher and student offer: :class:`psaq_mm.models.TaskModel` is one."""
+
+    model: nn.Module
+    image_spec: ImageSpec
+    min_size: int
+
+    def outputs(self, images: Tensor) -> List[Tensor]:
+        """Tensors to distil for normalized ``images`` (B, C, H, W)."""
+
+    def calibration_forward(self, images: Tensor, scope: str = 'backbone') -> None:
+        """Run every layer that ``scope`` quantizes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CoEvolutionSettings:
+    """Settings of a run.
+
+    Args:
+        size: Height and width of the samples, in pixels.
+        batch_size: Samples in a student step.
+        calibration_samples: Samples that set the ranges.
+        pool_size: Samples kept; a bounded pool that older ones leave at random, so that the student does not forget.
+        evolve_every: Student steps between two rounds of synthesis; 0: the first samples are the only ones.
+        evolve_samples: New samples a round.
+        source: One of :data:`SOURCES`.
+        reobserve: Whether ranges are calibrated anew after each round, on samples drawn from the pool.
+        scope: The quantizer's scope: which layers calibration has to reach.
+        augment: Whether the student sees pool samples flipped and rolled at random.
+    """
+    size: Tuple[int, int] = (224, 224)
+    batch_size: int = 8
+    calibration_samples: int = 32
+    pool_size: int = 128
+    evolve_every: int = 50
+    evolve_samples: int = 16
+    source: str = 'generated'
+    reobserve: bool = True
+    scope: str = 'backbone'
+    augment: bool = True
+
+    def __post_init__(self):
+        if self.source not in SOURCES:
+            raise ConfigError(f'dfq.source={self.source!r} is no source of samples: use one of {", ".join(SOURCES)}')
+        for name in ('batch_size', 'calibration_samples', 'pool_size', 'evolve_samples'):
+            if getattr(self, name) < 1:
+                raise ConfigError(f'dfq.{name}={getattr(self, name)} must be at least 1')
+        if self.evolve_every < 0:
+            raise ConfigError(f'dfq.evolve_every={self.evolve_every} must be 0 (never) or more')
+        if self.pool_size < self.calibration_samples:
+            raise ConfigError(f'dfq.pool_size={self.pool_size} is smaller than '
+                              f'dfq.calibration_samples={self.calibration_samples}: make it at least as large')
+
+
+class CoEvolution:
+    """The pool of samples, the student's ranges, and the loss of a student step.
+
+    Args:
+        teacher: Full precision, frozen.
+        student: The same network with quantizers.
+        generator: How samples are synthesized.
+        settings: See :class:`CoEvolutionSettings`.
+        seed: Seed of every random choice made here; the global random state is neither read nor set.
+        real_source: Count to images (count, C, H, W), normalized; only for ``source='real'``.
+        progress: Called with a dict after each synthesis step.
+
+    Raises:
+        ConfigError: The sample size is smaller than one attention window, or ``real`` is asked for without images.
+    """
+
+    def __init__(self, teacher: Network, student: Network, generator: SampleGenerator, settings: CoEvolutionSettings, *,
+                 seed: int = 0, real_source: Optional[Callable[[int], Tensor]] = None,
+                 progress: Optional[Callable[[Dict[str, Any]], None]] = None):
+        if min(settings.size) < teacher.min_size:
+            raise ConfigError(f'dfq.size={tuple(settings.size)} is smaller than one attention window of '
+                              f'{teacher.min_size} pixels: give a larger size')
+        if settings.source == 'real' and real_source is None:
+            raise ConfigError('dfq.source=\'real\' needs a training dataset in the config; a data-free run has none')
+        self.teacher, self.student, self.generator, self.settings = teacher, student, generator, settings
+        self.real_source, self.progress = real_source, progress
+        self.pool = SamplePool(settings.pool_size)
+        self.weight = AdaptiveWeight(generator.discrepancy_weight)
+        self.random = torch.Generator().manual_seed(seed)
+        self.rounds = 0
+        self.history: List[Dict[str, float]] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks live."""
+        return next(self.student.model.parameters()).device
+
+    # ------------------------------------------------------------------ samples
+    def make_samples(self, count: int, compete: bool) -> Tensor:
+        """``count`` new samples, (count, C, H, W) on the CPU; ``compete``: hard for the student as well."""
+        spec, size = self.teacher.image_spec, self.settings.size
+        source = self.settings.source
+        if source == 'gaussian':
+            return gaussian_noise(count, size, spec, generator=self.random)
+        if source == 'pink':
+            return pink_noise(count, size, spec, generator=self.random)
+        if source == 'real':
+            return self.real_source(count)
+        made = []
+        while sum(len(m) for m in made) < count:
+            made.append(self._synthesize(min(self.generator.batch_size, count - sum(len(m) for m in made)), compete))
+        return torch.cat(made)
+
+    def _synthesize(self, count: int, compete: bool) -> Tensor:
+        taught: List[Tensor] = []
+
+        def forward(images: Tensor):
+            taught[:] = self.teacher.outputs(images)
+            return taught
+
+        def discrepancy(images: Tensor) -> Tensor:
+            return normalized_l1(self.student.outputs(images), taught)
+
+        rival = discrepancy if compete and self.generator.discrepancy_weight > 0 else None
+        made = self.generator.generate(self.teacher.model, self.teacher.image_spec, forward=forward, discrepancy=rival,
+                                       weight=self.weight, size=self.settings.size, batch_size=count,
+                                       generator=self.random, progress=self.progress)
+        self.history.extend(dict(step, round=self.rounds) for step in made.history)
+        return made.samples.cpu()
+
+    # ------------------------------------------------------------------ rounds
+    def prepare(self) -> None:
+        """First samples, without competition (there is no student yet), then the student's ranges on them."""
+        self.pool.add(self.make_samples(self.settings.calibration_samples, compete=False), generator=self.random)
+        self.rounds = 1
+        self.observe(self.pool.samples[:self.settings.calibration_samples])
+
+    def observe(self, samples: Tensor) -> None:
+        """Calibrate all ranges of the student on ``samples`` (n, C, H, W), batch by batch."""
+
+        def run() -> None:
+            for batch in samples.split(self.settings.batch_size):
+                self.student.calibration_forward(batch.to(self.device), self.settings.scope)
+
+        calibrate(self.student.model, run)
+
+    def due(self, step: int) -> bool:
+        """Whether a round of synthesis comes before student step ``step``."""
+        every = self.settings.evolve_every
+        return bool(every) and step > 0 and step % every == 0
+
+    def evolve(self) -> None:
+        """One round: samples that the student still gets wrong join the pool, and ranges follow the moved weights."""
+        self.pool.add(self.make_samples(self.settings.evolve_samples, compete=True), generator=self.random)
+        self.rounds += 1
+        if self.settings.reobserve:
+            self.observe(self.pool.draw(self.settings.calibration_samples, generator=self.random))
+
+    # ------------------------------------------------------------------ student
+    def draw(self) -> Tensor:
+        """A batch for the student, (batch_size, C, H, W), flipped and rolled at random where ``augment`` is set."""
+        batch = self.pool.draw(self.settings.batch_size, generator=self.random)
+        if self.settings.augment:
+            height, width = batch.shape[-2:]
+            flip = torch.rand(len(batch), generator=self.random) < 0.5
+            batch = torch.where(flip.view(-1, 1, 1, 1), batch.flip(-1), batch)
+            shift = [int(torch.randint(0, n, (1, ), generator=self.random)) for n in (height, width)]
+            batch = batch.roll(shifts=shift, dims=(-2, -1))
+        return batch.to(self.device)
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Discrepancy of the student to the teacher on normalized ``images``; a scalar with the student's gradient.
+
+        Raises:
+            DataError: It is NaN or infinite.
+        """
+        with torch.no_grad():
+            taught = self.teacher.outputs(images)
+        value = normalized_l1(self.student.outputs(images), taught)
+        if not torch.isfinite(value):
+            raise DataError(f'the discrepancy of the student became {float(value)}: lower dfq.lr')
+        return value
+
+    # ------------------------------------------------------------------ state
+    def state_dict(self) -> Dict[str, Any]:
+        """What a resumed run needs beside weights and optimizer."""
+        return dict(pool=self.pool.state_dict(), weight=self.weight.state_dict(), random=self.random.get_state(),
+                    rounds=self.rounds, history=list(self.history))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self.pool.load_state_dict(state['pool'])
+        self.weight.load_state_dict(state['weight'])
+        self.random.set_state(state['random'].cpu())
+        self.rounds, self.history = state['rounds'], list(state['history'])

@@ -1,0 +1,296 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Samples out of a trained model: noise is changed until the model sees diverse patches in it."""
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.errors import DataError
+from psaq_mm.synthesis.normalization import ImageSpec
+from psaq_mm.synthesis.priors import VARIATION_RANGE, variation_prior
+from psaq_mm.synthesis.similarity import RangeReducer, patch_similarity_entropy
+from psaq_mm.synthesis.sources import SOURCES
+from psaq_mm.synthesis.taps import AttentionTaps
+
+__all__ = ['GeneratedSamples', 'SampleGenerator']
+
+Weight = Union[float, Callable[[float], float]]
+
+
+@dataclass
+class GeneratedSamples:
+    """Result of :meth:`SampleGenerator.generate`.
+
+    Attributes:
+        samples: Shape (B, C, H, W), float32, detached, in the model's units and within its valid range.
+        history: One dict per step: ``step``, ``lr``, the terms of the loss that took part (``entropy`` in nats,
+            ``prior``, ``discrepancy``, ``class``), ``weight`` of the discrepancy, ``total``, and ``grad_norm``.
+    """
+    samples: Tensor
+    history: List[Dict[str, float]] = field(default_factory=list)
+
+
+class SampleGenerator:
+    """Turns noise into samples by gradient descent on the pixels.
+
+    The loss of a step, on the batch moved by a random roll and flip::
+
+        -entropy_weight * sum over blocks of the patch similarity entropy
+        + prior_weight * |TV - target| / scale
+        - discrepancy_weight * discrepancy(images)
+        + class_weight * class_loss(output)
+
+    Source: entropy, one-hot term, total variation, schedule and moves are those of PSAQ-ViT (arXiv 2203.02250,
+    Sec. 3.3 and released code), which ``SampleGenerator(batch_size=32, steps=500, rounds=2, jitter=(15, 30))`` with
+    a class loss runs. The discrepancy term is this project's reading of PSAQ-ViT V2 (arXiv 2209.05687).
+
+    Args:
+        size: (height, width) of the samples in pixels.
+        batch_size: Number of samples made together.
+        steps: Optimizer steps of one round.
+        rounds: How often the learning rate schedule runs; the optimizer keeps its state in between.
+        lr: Greatest learning rate of Adam, in standard units a step; PSAQ-ViT takes 0.20 for ViT and DeiT.
+        betas: Of Adam.
+        warmup: Share of a round in which the learning rate rises linearly; it falls as a cosine afterwards.
+        entropy_weight: Weight of the patch similarity entropy. 0 switches it off, also for models without attention.
+        prior_weight: Weight of the total variation prior.
+        discrepancy_weight: Weight of the discrepancy where the caller gives one.
+        class_weight: Weight of the class loss where the caller gives one.
+        variation: Range the target of the total variation is drawn from, once a call of ``generate``.
+        jitter: Greatest roll in pixels, by one offset in both axes; one value, or one a round.
+        flip: Probability of a horizontal flip of the batch.
+        init: Name of the source of the first images, 'gaussian' or 'pink'.
+        drop_tokens: Leading tokens to leave out of the patch similarity: 1 for a class token.
+        points: Grid points of the similarity density.
+        bandwidth: Bandwidth of the similarity density.
+        min_size: Least (height, width) the model takes: one patch, or one window.
+        seed: Seed of a run that is given no random generator.
+
+    Raises:
+        DataError: On a setting out of range, naming it.
+
+    Example:
+        >>> made = SampleGenerator(size=(224, 224), batch_size=8, steps=100, drop_tokens=1).generate(vit, ImageSpec())
+        >>> made.samples.shape
+        torch.Size([8, 3, 224, 224])
+    """
+
+    def __init__(self,
+                 size: Tuple[int, int] = (224, 224),
+                 batch_size: int = 8,
+                 steps: int = 100,
+                 rounds: int = 1,
+                 lr: float = 0.25,
+                 betas: Tuple[float, float] = (0.5, 0.9),
+                 warmup: float = 0.2,
+                 entropy_weight: float = 1.0,
+                 prior_weight: float = 0.05,
+                 discrepancy_weight: float = 1.0,
+                 class_weight: float = 1.0,
+                 variation: Tuple[float, float] = VARIATION_RANGE,
+                 jitter: Union[int, Sequence[int]] = 30,
+                 flip: float = 0.5,
+                 init: str = 'gaussian',
+                 drop_tokens: int = 0,
+                 points: int = 10,
+                 bandwidth: float = 0.01,
+                 min_size: Union[int, Tuple[int, int]] = 1,
+                 seed: int = 0) -> None:
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.min_size = (min_size, min_size) if isinstance(min_size, int) else tuple(min_size)
+        self.batch_size, self.steps, self.rounds = batch_size, steps, rounds
+        self.lr, self.betas, self.warmup = lr, tuple(betas), warmup
+        self.entropy_weight, self.prior_weight = entropy_weight, prior_weight
+        self.discrepancy_weight, self.class_weight = discrepancy_weight, class_weight
+        self.variation, self.flip, self.init, self.drop_tokens = tuple(variation), flip, init, drop_tokens
+        self.jitter = (jitter,) * rounds if isinstance(jitter, int) else tuple(jitter)
+        self.points, self.bandwidth, self.seed = points, bandwidth, seed
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.size) != 2 or len(self.min_size) != 2:
+            raise DataError(f'size={self.size} and min_size={self.min_size} must be (height, width)')
+        for name in ('batch_size', 'steps', 'rounds'):
+            if getattr(self, name) < 1:
+                raise DataError(f'{name}={getattr(self, name)} must be at least 1')
+        if not self.lr > 0:
+            raise DataError(f'lr={self.lr} must be positive')
+        for name in ('warmup', 'flip'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DataError(f'{name}={getattr(self, name)} must be within 0 .. 1')
+        if len(self.jitter) != self.rounds or min(self.jitter) < 0:
+            raise DataError(f'jitter={self.jitter} must be one nonnegative number of pixels for each of the '
+                            f'{self.rounds} rounds')
+        if len(self.variation) != 2 or not 0 <= self.variation[0] <= self.variation[1]:
+            raise DataError(f'variation={self.variation} must be a nonnegative (least, greatest)')
+        if self.init not in SOURCES:
+            raise DataError(f'init={self.init!r} must be one of {sorted(SOURCES)}; pass a tensor to generate() instead')
+        self._check_size(*self.size)
+
+    def _check_size(self, height: int, width: int) -> None:
+        if height < self.min_size[0] or width < self.min_size[1]:
+            raise DataError(f'samples of {height} x {width} pixels are smaller than the {self.min_size[0]} x '
+                            f'{self.min_size[1]} of one patch or window; choose a larger size')
+
+    def generate(self,
+                 model: nn.Module,
+                 image_spec: ImageSpec,
+                 forward: Optional[Callable[[Tensor], Any]] = None,
+                 discrepancy: Optional[Callable[[Tensor], Tensor]] = None,
+                 class_loss: Optional[Callable[[Any], Tensor]] = None,
+                 weight: Optional[Weight] = None,
+                 init: Optional[Tensor] = None,
+                 generator: Optional[torch.Generator] = None,
+                 progress: Optional[Callable[[Dict[str, float]], None]] = None,
+                 reduce_range: Optional[RangeReducer] = None) -> GeneratedSamples:
+        """Makes one batch of samples.
+
+        Only the images are changed: no parameter of the model, or of what ``discrepancy`` calls, gets a gradient, and
+        the global random state is not touched. The model runs in the mode (train or eval) it is in.
+
+        Args:
+            model: Teacher that the attention taps are put on.
+            image_spec: Channels and range of the model's input.
+            forward: Runs the teacher on images (B, C, H, W) in its units, in each step and before ``discrepancy``, which
+                can thus use features kept by it. Defaults to ``model`` itself.
+            discrepancy: What the student still gets wrong on images, a scalar that the samples raise. Defaults to
+                None, without a student.
+            class_loss: Scalar loss of the output of ``forward``, for example the cross entropy to a random class.
+            weight: Weight of the discrepancy instead of ``discrepancy_weight``: a number, or a callable that gets the
+                value of the discrepancy in each step and returns the weight.
+            init: First images (B, C, H, W) in the model's units, which also give batch and size. Defaults to None, the
+                source named by ``init`` of the class.
+            generator: Source of randomness, on the CPU. Defaults to None, a new one seeded with ``seed``. Pass one to
+                get other samples in each call.
+            progress: Called after each step with its entry of the history.
+            reduce_range: As for :func:`~psaq_mm.synthesis.patch_similarity_entropy`, in distributed runs.
+
+        Returns:
+            GeneratedSamples: Samples, on the model's device, and history.
+
+        Raises:
+            DataError: If a term of the loss or the gradient is not finite (naming the term), or ``init`` does not fit.
+            UnsupportedModelError: If the model has no attention to tap, or its taps carry no gradient.
+        """
+        generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
+        device = next((p.device for p in model.parameters()), torch.device('cpu'))
+        images = self._first_images(image_spec, init, generator, device)
+        level = self.variation[0] + (self.variation[1] - self.variation[0]) * _uniform(generator)
+        taps = AttentionTaps(model, self.drop_tokens) if self.entropy_weight else None
+        weight = self.discrepancy_weight if weight is None else weight
+        history: List[Dict[str, float]] = []
+
+        values = image_spec.to_standard(images).requires_grad_()
+        optimizer = torch.optim.Adam([values], lr=self.lr, betas=self.betas)
+        with _frozen(model), torch.enable_grad():
+            for step in range(self.steps * self.rounds):
+                entry: Dict[str, float] = dict(step=step, lr=self._rate(step % self.steps))
+                moved = self._move(values, self.jitter[step // self.steps], generator)
+                terms = self._terms(model, image_spec, moved, level, forward, discrepancy, class_loss, taps, reduce_range)
+                total = self._total(terms, weight, entry)
+                values.grad, = torch.autograd.grad(total, values)
+                entry['grad_norm'] = _finite(values.grad.norm().item(), 'the gradient of the samples', step)
+                optimizer.param_groups[0]['lr'] = entry['lr']
+                optimizer.step()
+                with torch.no_grad():
+                    values.copy_(image_spec.to_standard(image_spec.clamp(image_spec.from_standard(values))))
+                history.append(entry)
+                if progress is not None:
+                    progress(entry)
+        samples = image_spec.clamp(image_spec.from_standard(values.detach()))
+        return GeneratedSamples(samples, history)
+
+    def _first_images(self, image_spec: ImageSpec, init: Optional[Tensor], generator: torch.Generator,
+                      device: torch.device) -> Tensor:
+        if init is None:
+            return SOURCES[self.init](self.batch_size, self.size, image_spec, generator, device=device)
+        if init.dim() != 4 or not len(init) or init.shape[1] != image_spec.channels:
+            raise DataError(f'init of shape {tuple(init.shape)} must be (batch, {image_spec.channels}, height, width)')
+        self._check_size(*init.shape[2:])
+        return image_spec.clamp(init.detach().to(device, torch.float32, copy=True))
+
+    def _move(self, values: Tensor, jitter: int, generator: torch.Generator) -> Tensor:
+        """Rolls by one offset in both axes and flips, the whole batch alike."""
+        offset = int(torch.randint(-jitter, jitter + 1, (), generator=generator))
+        flip = _uniform(generator) < self.flip
+        values = torch.roll(values, (offset, offset), (2, 3))
+        return values.flip(3) if flip else values
+
+    def _terms(self, model: nn.Module, image_spec: ImageSpec, moved: Tensor, level: float,
+               forward: Optional[Callable[[Tensor], Any]], discrepancy: Optional[Callable[[Tensor], Tensor]],
+               class_loss: Optional[Callable[[Any], Tensor]], taps: Optional[AttentionTaps],
+               reduce_range: Optional[RangeReducer]) -> Dict[str, Tensor]:
+        """Terms of the loss that take part, by name and without their weights."""
+        images = image_spec.from_standard(moved)
+        run = model if forward is None else forward
+        terms: Dict[str, Tensor] = {}
+        if taps is not None:
+            with taps.record(images) as record:
+                output = run(images)
+            terms['entropy'] = sum(
+                patch_similarity_entropy(
+                    tap.tokens,
+                    tap.valid,
+                    self.points,
+                    self.bandwidth,
+                    groups_per_image=tap.groups_per_image,
+                    reduce_range=reduce_range) for tap in record)
+        elif class_loss is not None or forward is not None:
+            output = run(images)
+        if self.prior_weight:
+            terms['prior'] = variation_prior(moved, level)
+        if discrepancy is not None:
+            terms['discrepancy'] = discrepancy(images)
+        if class_loss is not None:
+            terms['class'] = class_loss(output)
+        if not terms:
+            raise DataError('no term of the loss takes part; set entropy_weight or prior_weight above 0')
+        for name, term in terms.items():
+            if term.dim():
+                raise DataError(f'the {name} term has shape {tuple(term.shape)} but must be a scalar')
+        return terms
+
+    def _total(self, terms: Dict[str, Tensor], weight: Weight, entry: Dict[str, float]) -> Tensor:
+        """Weighted sum of the terms; writes their values into the entry."""
+        numbers = torch.stack([term.detach().double() for term in terms.values()]).tolist()
+        for name, value in zip(terms, numbers):
+            entry[name] = _finite(value, f'the {name} term', entry['step'])
+        weights = dict(entropy=-self.entropy_weight, prior=self.prior_weight, **{'class': self.class_weight})
+        if 'discrepancy' in terms:
+            entry['weight'] = float(weight(entry['discrepancy']) if callable(weight) else weight)
+            weights['discrepancy'] = -entry['weight']
+        entry['total'] = sum(weights[name] * entry[name] for name in terms)
+        return sum(weights[name] * term for name, term in terms.items())
+
+    def _rate(self, step: int) -> float:
+        """Learning rate of a step of a round: linear warm-up, then a cosine to zero."""
+        warm = int(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Switches the gradients of a model's parameters off: their graph would only cost memory."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def _finite(value: float, name: str, step: Union[int, float]) -> float:
+    if not math.isfinite(value):
+        raise DataError(f'{name} is {value} in step {step:g}; lower lr, or check the model for weights that are not finite')
+    return value

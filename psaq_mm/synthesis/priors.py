@@ -1,0 +1,65 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Priors on what a picture looks like, independent of task and model."""
+import math
+from typing import Sequence
+
+from torch import Tensor
+
+from psaq_mm.errors import DataError
+
+__all__ = ['REFERENCE_SHAPE', 'VARIATION_RANGE', 'total_variation', 'variation_target', 'variation_prior']
+
+VARIATION_RANGE = (2500.0, 3000.0)
+"""Total variation PSAQ-ViT aims at, drawn uniformly, for a batch of ``REFERENCE_SHAPE`` in standard units."""
+
+REFERENCE_SHAPE = (32, 3, 224, 224)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Sum of the L2 norms of the differences to the four neighbours: right, below, and on both diagonals.
+
+    Each norm runs over the whole batch. Source: released code of PSAQ-ViT (arXiv 2203.02250, Sec. 3.3), after
+    DeepInversion (arXiv 1912.08795, Eq. 3).
+
+    Args:
+        images: Shape (B, C, H, W), in standard units.
+
+    Returns:
+        Shape (), nonnegative.
+    """
+    if images.dim() != 4:
+        raise DataError(f'images must be (batch, channels, height, width), not of shape {tuple(images.shape)}')
+    right = images[..., :, :-1] - images[..., :, 1:]
+    below = images[..., :-1, :] - images[..., 1:, :]
+    falling = images[..., :-1, :-1] - images[..., 1:, 1:]
+    rising = images[..., 1:, :-1] - images[..., :-1, 1:]
+    return right.norm() + below.norm() + falling.norm() + rising.norm()
+
+
+def variation_target(level: float, shape: Sequence[int]) -> float:
+    """Total variation that means for a batch of ``shape`` what ``level`` means for ``REFERENCE_SHAPE``.
+
+    The norms grow with the square root of the number of values, so the target does.
+
+    Args:
+        level: Target for ``REFERENCE_SHAPE``; PSAQ-ViT draws it from U(2500, 3000).
+        shape: (B, C, H, W).
+    """
+    return level * math.sqrt(math.prod(shape) / math.prod(REFERENCE_SHAPE))
+
+
+def variation_prior(images: Tensor, level: float) -> Tensor:
+    """Distance |TV - target| to the scaled target, divided by the same scale.
+
+    The result is then of one size for every batch and picture size, so that one weight serves all.
+    PSAQ-ViT weighs it 0.05 at ``REFERENCE_SHAPE``, where both scales are one.
+
+    Args:
+        images: Shape (B, C, H, W), in standard units.
+        level: Target for ``REFERENCE_SHAPE``.
+
+    Returns:
+        Shape (), nonnegative.
+    """
+    scale = variation_target(1.0, images.shape)
+    return (total_variation(images) - level * scale).abs() / scale

@@ -1,0 +1,365 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Patch similarity entropy: how diverse the patches of an image are in the eyes of one attention block.
+
+PSAQ-ViT (arXiv 2203.02250), Sec. 3.2: the all-pairs cosine similarity of the patches is treated as samples of a random
+variable, its density is estimated with a Gaussian kernel, and the differential entropy of that density is maximized.
+The density is evaluated on ``points`` positions between the least and the greatest similarity of the batch, which
+are constants of the step: no gradient flows through them, as in the released code.
+"""
+import math
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from psaq_mm.errors import DataError
+
+__all__ = ['patch_similarity_entropy', 'patch_similarity_density', 'SimilarityDensity']
+
+RangeReducer = Callable[[Tensor, Tensor], Tuple[Tensor, Tensor]]
+
+# A token shorter than this has no direction: its similarity to everything, and its gradient, are zero.
+_NORM_FLOOR = 1e-8
+# Similarity given to pairs that take no part. The kernel there is exactly zero in every floating point format.
+_NOWHERE = 1e3
+# Rows of the similarity matrix computed at a time: wider blocks compute more pairs twice, narrower ones run slower.
+_ROWS = 64
+
+
+class SimilarityDensity(NamedTuple):
+    """Density of the patch similarities of each image.
+
+    Attributes:
+        grid: Similarities at which the density was evaluated, shape (points,).
+        density: Estimated density, shape (images, points), without the floor ``eps``.
+    """
+    grid: Tensor
+    density: Tensor
+
+
+def patch_similarity_entropy(tokens: Tensor,
+                             valid: Optional[Tensor] = None,
+                             points: int = 10,
+                             bandwidth: float = 0.01,
+                             eps: float = 1e-4,
+                             value_range: Optional[Tuple[float, float]] = None,
+                             groups_per_image: int = 1,
+                             reduce_range: Optional[RangeReducer] = None,
+                             chunk: Optional[int] = None,
+                             keep_bytes: int = 16 << 20) -> Tensor:
+    """Mean over the images of the differential entropy of their patch similarities.
+
+    With s running over all ordered pairs of tokens of the groups of an image (a token with itself included, as in the
+    released code of PSAQ-ViT) and x_k over the grid::
+
+        p(x_k) = mean_s exp(-(s - x_k)^2 / (2 bandwidth^2)) / (bandwidth sqrt(2 pi))
+        entropy = -trapezoid((p + eps) log(p + eps), x)
+
+    Windows of one image share one density: similarities are taken inside each window and averaged over the image.
+    Similarities are computed in float32 (float64 for float64 tokens), also under autocast. The backward pass
+    recomputes the kernel by chunks, so nothing of size points x similarities is ever held.
+
+    Source: arXiv 2203.02250, Sec. 3.2 (cosine similarity, kernel density and differential entropy); 10 points, the
+    floor, and the grid without gradient are those of the released code.
+
+    Args:
+        tokens: Features, shape (B, N, D): one row of B per group (an image, or a window). Groups of one image are
+            consecutive.
+        valid: Boolean, shape (B, N), or (W, N) with W dividing B for a pattern that repeats every W groups. Tokens
+            that are not valid take no part. Defaults to None, all take part.
+        points: Number of grid points, at least 2.
+        bandwidth: Standard deviation of the kernel, in units of similarity.
+        eps: Added to the density before the logarithm.
+        value_range: (least, greatest) similarity that bound the grid. Defaults to None, those of the batch.
+        groups_per_image: Number of consecutive groups that belong to one image.
+        reduce_range: Called with the batch's least and greatest similarity (0-dim tensors), returns those to use.
+            Ranks of a distributed run pass a minimum and a maximum over the ranks, so that all share one grid.
+        chunk: Similarities processed at a time. Defaults to None, what fits the cache of the device.
+        keep_bytes: Similarities (not the kernel) are kept for the backward pass if they take no more than this,
+            and computed again otherwise.
+
+    Returns:
+        Entropy, shape (), in nats; differentiable with respect to ``tokens``.
+
+    Raises:
+        DataError: On shapes that do not fit, or an image without any valid token.
+
+    Example:
+        >>> tokens = torch.randn(2, 196, 64, requires_grad=True)
+        >>> patch_similarity_entropy(tokens).backward()
+    """
+    plan = _Plan.build(tokens, valid, groups_per_image, points, bandwidth, chunk)
+    itemsize = 8 if tokens.dtype == torch.float64 else 4
+    keep = plan.groups * plan.length * (plan.reach + 1) * itemsize <= keep_bytes
+    return _Entropy.apply(tokens, plan, eps, value_range, reduce_range, keep)
+
+
+@torch.no_grad()
+def patch_similarity_density(tokens: Tensor,
+                             valid: Optional[Tensor] = None,
+                             points: int = 10,
+                             bandwidth: float = 0.01,
+                             value_range: Optional[Tuple[float, float]] = None,
+                             groups_per_image: int = 1) -> SimilarityDensity:
+    """Density that :func:`patch_similarity_entropy` takes the entropy of, for plots and reports.
+
+    Args: As there.
+
+    Returns:
+        SimilarityDensity: Grid (points,) and density (images, points).
+
+    Raises:
+        DataError: As there.
+    """
+    plan = _Plan.build(tokens, valid, groups_per_image, points, bandwidth, None)
+    with _full_precision(tokens):
+        unit, _ = _normalize(tokens)
+        grid, density, _ = _densities(unit, plan, value_range, None, False)
+    return SimilarityDensity(grid, density)
+
+
+class _Plan:
+    """Shapes, settings and chunks of one call."""
+
+    def __init__(self, groups: int, length: int, valid: Optional[Tensor], per_image: int, points: int,
+                 bandwidth: float, chunk: int) -> None:
+        self.groups, self.length, self.valid, self.per_image = groups, length, valid, per_image
+        self.points, self.bandwidth, self.chunk = points, bandwidth, chunk
+        # Pairs (i, i + d mod N) with d = 0 .. N // 2 hold every unordered pair of tokens.
+        self.reach = length // 2
+
+    @classmethod
+    def build(cls, tokens: Tensor, valid: Optional[Tensor], per_image: int, points: int, bandwidth: float,
+              chunk: Optional[int]) -> '_Plan':
+        if tokens.dim() != 3 or 0 in tokens.shape:
+            raise DataError(f'tokens must be a non-empty (groups, tokens, channels) tensor, not {tuple(tokens.shape)}')
+        if not tokens.is_floating_point():
+            raise DataError(f'tokens must be floating point, not {tokens.dtype}; pass the attention output itself')
+        groups, length, _ = tokens.shape
+        if per_image < 1 or groups % per_image:
+            raise DataError(f'groups_per_image={per_image} must divide the {groups} groups of tokens')
+        if points < 2 or not bandwidth > 0:
+            raise DataError(f'points={points} must be at least 2 and bandwidth={bandwidth} positive')
+        if valid is not None:
+            if valid.dim() != 2 or valid.dtype != torch.bool or valid.shape[1] != length or groups % len(valid):
+                raise DataError(f'valid of shape {tuple(valid.shape)} and type {valid.dtype} must be boolean, '
+                                f'({groups}, {length}) or with fewer rows that divide {groups}')
+            if len(valid) != groups:
+                valid = valid.repeat(groups // len(valid), 1)
+            valid = None if bool(valid.all()) else valid.to(tokens.device)
+        if chunk is None:
+            chunk = 1 << 15 if tokens.device.type == 'cpu' else 1 << 23
+        return cls(groups, length, valid, per_image, points, bandwidth, chunk)
+
+    @property
+    def images(self) -> int:
+        return self.groups // self.per_image
+
+    def blocks(self) -> Iterator[Tuple[slice, slice]]:
+        """Group and row slices whose pairs make up about one chunk."""
+        rows = self.length if self.length <= _ROWS else max(1, min(_ROWS, self.chunk // (self.reach + 1)))
+        step = max(1, self.chunk // (rows * (self.reach + 1)))
+        for first in range(0, self.groups, step):
+            groups = slice(first, min(first + step, self.groups))
+            for row in range(0, self.length, rows):
+                yield groups, slice(row, min(row + rows, self.length))
+
+    def pairs_per_image(self) -> Union[Tensor, int]:
+        """Ordered pairs of valid tokens in each image."""
+        if self.valid is None:
+            return self.per_image * self.length**2
+        pairs = self.valid.sum(1).square().view(self.images, self.per_image).sum(1)
+        if bool((pairs == 0).any()):
+            raise DataError(f'image {int((pairs == 0).nonzero()[0])} has no valid token; '
+                            'leave it out or correct the valid mask')
+        return pairs
+
+    def absent(self, groups: slice, rows: slice) -> Optional[Tensor]:
+        """Pairs of a block that take no part, shape (groups, rows, reach + 1)."""
+        if self.valid is None:
+            return None
+        valid = self.valid[groups]
+        partner = torch.cat([valid, valid[:, :self.reach]], 1).unfold(1, self.reach + 1, 1)
+        return ~(valid[:, rows, None] & partner[:, rows])
+
+    def sum_pairs(self, values: Tensor) -> Tensor:
+        """Sum over the ordered pairs of a block (..., rows, reach + 1), shape (...)."""
+        total = 2 * values.flatten(-2).sum(-1) - values[..., 0].sum(-1)
+        if self.length % 2 == 0:
+            # Row i at distance N / 2 and row i + N / 2 are the same pair.
+            total -= values[..., self.reach].sum(-1)
+        return total
+
+    def weigh_(self, values: Tensor) -> Tensor:
+        """Multiplies values of a block (..., rows, reach + 1) by the ordered pairs each stands for, in place."""
+        values *= 2
+        values[..., 0] /= 2
+        if self.length % 2 == 0:
+            values[..., self.reach] /= 2
+        return values
+
+
+class _full_precision:
+    """Switches autocast off, which would run the matrix products in half precision."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._context = torch.autocast(tensor.device.type, enabled=False)
+
+    def __enter__(self) -> None:
+        self._context.__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._context.__exit__(*error)
+
+
+def _normalize(tokens: Tensor) -> Tuple[Tensor, Tensor]:
+    """Unit tokens and the reciprocals (B, N, 1) of their norms, both zero for tokens without direction."""
+    tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
+    norm = tokens.norm(dim=-1, keepdim=True)
+    inverse = torch.where(norm > _NORM_FLOOR, norm.reciprocal(), torch.zeros_like(norm))
+    return tokens * inverse, inverse
+
+
+def _denormalize(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """Gradient of the tokens from that of the unit tokens."""
+    return (grad - unit * (unit * grad).sum(-1, keepdim=True)) * inverse
+
+
+def _band(block: Tensor, reach: int) -> Tensor:
+    """View of a block (groups, rows, rows + reach) in which row i holds its columns i .. i + reach."""
+    groups, rows, columns = block.shape
+    return block.as_strided((groups, rows, reach + 1), (rows * columns, columns + 1, 1))
+
+
+def _wrap(unit: Tensor, plan: _Plan, groups: slice, rows: slice) -> Tensor:
+    """Tokens rows.start .. rows.stop + reach of the groups, counted around the end."""
+    stop = rows.stop + plan.reach
+    if stop <= plan.length:
+        return unit[groups, rows.start:stop]
+    return torch.cat([unit[groups, rows.start:], unit[groups, :stop - plan.length]], 1)
+
+
+def _similarities(unit: Tensor, plan: _Plan, groups: slice, rows: slice) -> Tensor:
+    """Cosine similarities of the pairs of a block, shape (groups, rows, reach + 1); ``_NOWHERE`` for absent pairs."""
+    block = unit[groups, rows] @ _wrap(unit, plan, groups, rows).transpose(1, 2)
+    similarity = _band(block, plan.reach).contiguous()
+    absent = plan.absent(groups, rows)
+    return similarity if absent is None else similarity.masked_fill_(absent, _NOWHERE)
+
+
+def _range(unit: Tensor, plan: _Plan, kept: Optional[List[Tensor]]) -> Tuple[Tensor, Tensor]:
+    """Least and greatest similarity of the batch; appends the blocks of similarities to ``kept``."""
+    # No similarity exceeds the greatest squared norm of a token that takes part, which is its similarity to itself.
+    own = unit.square().sum(-1)
+    greatest = (own if plan.valid is None else own.masked_fill(~plan.valid, -_NOWHERE)).amax()
+    lows = []
+    for groups, rows in plan.blocks():
+        similarity = _similarities(unit, plan, groups, rows)
+        lows.append(similarity.amin())
+        if kept is not None:
+            kept.append(similarity)
+    return torch.stack(lows).amin(), greatest
+
+
+def _scale(bandwidth: float) -> float:
+    """Factor c with exp(-s^2 / (2 bandwidth^2)) = 2^-(c s)^2."""
+    return math.sqrt(0.5 / math.log(2)) / bandwidth
+
+
+def _offsets(similarity: Tensor, grid: Tensor, scale: float) -> Tensor:
+    """Scaled distances of a block's similarities to the grid, shape (groups, points, rows * (reach + 1))."""
+    return (similarity * scale).flatten(1).unsqueeze(1) - (grid * scale).unsqueeze(1)
+
+
+def _kernel_(offsets: Tensor) -> Tensor:
+    """Kernel of scaled distances, in place and without its constant factor."""
+    # exp2 and not exp: exp goes through a vendor library that is several times slower on some processors.
+    return offsets.square_().neg_().exp2_()
+
+
+def _densities(unit: Tensor, plan: _Plan, value_range: Optional[Tuple[float, float]],
+               reduce_range: Optional[RangeReducer], keep: bool) -> Tuple[Tensor, Tensor, Optional[List[Tensor]]]:
+    """Grid (points,), densities (images, points), and the blocks of similarities if they are kept."""
+    blocks: Optional[List[Tensor]] = [] if keep else None
+    if value_range is None:
+        low, high = _range(unit, plan, blocks)
+    else:
+        low, high = (torch.as_tensor(v, dtype=unit.dtype, device=unit.device) for v in value_range)
+        if keep:
+            blocks = [_similarities(unit, plan, *where) for where in plan.blocks()]
+    if reduce_range is not None:
+        low, high = reduce_range(low, high)
+    steps = torch.arange(plan.points, dtype=unit.dtype, device=unit.device) / (plan.points - 1)
+    grid = low + (high - low) * steps
+
+    scale = _scale(plan.bandwidth)
+    sums = unit.new_zeros(plan.groups, plan.points)
+    for index, (groups, rows) in enumerate(plan.blocks()):
+        similarity = blocks[index] if keep else _similarities(unit, plan, groups, rows)
+        kernel = _kernel_(_offsets(similarity, grid, scale))
+        sums[groups] += plan.sum_pairs(kernel.unflatten(2, similarity.shape[1:]))
+    sums = sums.view(plan.images, plan.per_image, plan.points).sum(1)
+    return grid, (sums * _factor(plan)).to(sums.dtype), blocks
+
+
+def _factor(plan: _Plan) -> Union[Tensor, float]:
+    """What turns a sum of kernels over the pairs of an image into its density."""
+    pairs = plan.pairs_per_image()
+    constant = plan.bandwidth * math.sqrt(2 * math.pi)
+    return 1 / (pairs.unsqueeze(1).double() * constant) if isinstance(pairs, Tensor) else 1 / (pairs * constant)
+
+
+class _Entropy(torch.autograd.Function):
+    """Entropy of the similarities of ``tokens``; the kernel is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, plan: _Plan, eps: float, value_range: Optional[Tuple[float, float]],
+                reduce_range: Optional[RangeReducer], keep: bool) -> Tensor:
+        with _full_precision(tokens):
+            unit, _ = _normalize(tokens)
+            grid, density, blocks = _densities(unit, plan, value_range, reduce_range, keep)
+            p = density + eps
+            log_p = p.log()
+            weights = (grid[1] - grid[0]).expand_as(grid).clone()
+            weights[0] /= 2
+            weights[-1] /= 2
+            entropy = -(p * log_p * weights).sum(1).mean()
+            # Of the entropy with respect to the sum of kernels of each image at each grid point.
+            slope = (-(log_p + 1) * weights * (_factor(plan) / plan.images)).to(p.dtype)
+        ctx.plan, ctx.blocks = plan, blocks
+        ctx.save_for_backward(tokens, grid, slope)
+        return entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
+        tokens, grid, slope = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        scale = _scale(plan.bandwidth)
+        with _full_precision(tokens):
+            unit, inverse = _normalize(tokens)
+            # d kernel / d s = -2 log(2) scale offset kernel
+            slope = (slope * (grad_output * (-2 * math.log(2) * scale))).repeat_interleave(plan.per_image, 0)
+            grad = torch.zeros_like(unit)
+            for index, (groups, rows) in enumerate(plan.blocks()):
+                kept = ctx.blocks is not None
+                similarity = ctx.blocks[index] if kept else _similarities(unit, plan, groups, rows)
+                offsets = _offsets(similarity, grid, scale)
+                kernel = _kernel_(offsets.clone()).mul_(offsets)
+                pairs = torch.bmm(slope[groups].unsqueeze(1), kernel).view_as(similarity)
+                _add_products_(grad, plan.weigh_(pairs), unit, plan, groups, rows)
+            grad = _denormalize(grad, unit, inverse)
+        return (grad.to(tokens.dtype), None, None, None, None, None)
+
+
+def _add_products_(grad: Tensor, pairs: Tensor, unit: Tensor, plan: _Plan, groups: slice, rows: slice) -> None:
+    """Adds to ``grad`` what the gradients of a block's pairs (groups, rows, reach + 1) mean for both tokens."""
+    size, height, _ = pairs.shape
+    block = pairs.new_zeros(size, height, height + plan.reach)
+    _band(block, plan.reach).copy_(pairs)
+    grad[groups, rows] += block @ _wrap(unit, plan, groups, rows)
+    partner = block.transpose(1, 2) @ unit[groups, rows]
+    inside = min(plan.length - rows.start, partner.shape[1])
+    grad[groups, rows.start:rows.start + inside] += partner[:, :inside]
+    grad[groups, :partner.shape[1] - inside] += partner[:, inside:]

@@ -1,0 +1,121 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Taps on the attention of a model: what its blocks say about the patches of an image."""
+from contextlib import contextmanager
+from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.errors import DataError, UnsupportedModelError
+
+__all__ = ['AttentionTap', 'AttentionTaps', 'find_attention', 'is_attention']
+
+
+class AttentionTap(NamedTuple):
+    """Attention output of one block in one forward pass.
+
+    Attributes:
+        name: Dotted name of the attention module.
+        tokens: Attention output before ``proj``, averaged over the heads, shape (groups, N, D).
+        valid: Boolean (groups or fewer, N), False for padded queries; None if all are valid.
+        groups_per_image: Groups (windows) of one image; 1 for global attention.
+    """
+    name: str
+    tokens: Tensor
+    valid: Optional[Tensor]
+    groups_per_image: int
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is self-attention with ``num_heads``, one ``qkv`` projection and an output ``proj``."""
+    return (isinstance(getattr(module, 'num_heads', None), int)
+            and all(isinstance(getattr(module, name, None), nn.Linear) for name in ('qkv', 'proj')))
+
+
+def find_attention(model: nn.Module) -> List[Tuple[str, nn.Module]]:
+    """Names and modules of all attention of a model, in the order of definition."""
+    return [(name, module) for name, module in model.named_modules() if is_attention(module)]
+
+
+class AttentionTaps:
+    """Records the attention output of every block of a model.
+
+    The tap is the input of ``proj``: (groups, N, heads * D), averaged over the heads. A recomputation after the
+    recorded forward pass, as activation checkpointing does it, is not recorded.
+
+    Args:
+        model: Model with attention as :func:`is_attention` tells it. Its ``valid_rows`` attribute, where an attention
+            module has one, is a boolean tensor (windows, N), False for padded queries.
+        drop_tokens: Leading tokens of each group to leave out: 1 for a class token, 2 with a distillation token.
+
+    Raises:
+        UnsupportedModelError: If the model has no such attention.
+
+    Example:
+        >>> taps = AttentionTaps(model, drop_tokens=1)
+        >>> with taps.record(images) as record:
+        ...     model(images)
+        >>> loss = -sum(patch_similarity_entropy(t.tokens, t.valid, groups_per_image=t.groups_per_image)
+        ...             for t in record)
+    """
+
+    def __init__(self, model: nn.Module, drop_tokens: int = 0) -> None:
+        self.attention = find_attention(model)
+        self.drop_tokens = drop_tokens
+        if drop_tokens < 0:
+            raise DataError(f'drop_tokens={drop_tokens} must not be negative')
+        if not self.attention:
+            raise UnsupportedModelError(
+                f'{type(model).__name__} has no self-attention with num_heads, qkv and proj, so patch similarity cannot '
+                'be measured; use a Swin, DeiT or ViT backbone, or set the weight of the entropy to 0')
+
+    @contextmanager
+    def record(self, images: Union[Tensor, int]) -> Iterator[List[AttentionTap]]:
+        """Records one forward pass run inside the ``with`` block.
+
+        Args:
+            images: The batch the model is about to see, or its size. A batch that requires gradients must give taps
+                that do.
+
+        Yields:
+            List that holds one :class:`AttentionTap` for each attention call, in the order of the calls.
+
+        Raises:
+            UnsupportedModelError: On exit, if no attention was called, or if reentrant activation checkpointing has
+                cut the taps off the graph.
+            DataError: If the groups do not divide by the batch or no token is left.
+        """
+        tensor = isinstance(images, Tensor)
+        batch = len(images) if tensor else images
+        needs_grad = tensor and images.requires_grad and torch.is_grad_enabled()
+        record: List[AttentionTap] = []
+        handles = []
+        try:
+            for name, module in self.attention:
+                handles.append(module.proj.register_forward_pre_hook(
+                    lambda _, inputs, name=name, module=module: record.append(
+                        self._tap(name, module, inputs[0], batch))))
+            yield record
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not record:
+            raise UnsupportedModelError(f'none of the {len(self.attention)} attention modules was called, the first is '
+                                        f'{self.attention[0][0]!r}; run the whole backbone inside record()')
+        cut = [tap.name for tap in record if not tap.tokens.requires_grad]
+        if needs_grad and cut:
+            raise UnsupportedModelError(
+                f'attention {cut[0]!r} gives no gradient though its input requires one: reentrant activation '
+                'checkpointing cuts it off; use torch.utils.checkpoint with use_reentrant=False, or with_cp=False')
+
+    def _tap(self, name: str, module: nn.Module, output: Tensor, batch: int) -> AttentionTap:
+        groups, length, channels = output.shape
+        if groups % batch:
+            raise DataError(f'attention {name!r} saw {groups} groups, which do not divide by the batch of {batch}')
+        if length <= self.drop_tokens:
+            raise DataError(f'attention {name!r} has {length} tokens, none is left with drop_tokens={self.drop_tokens}')
+        # View and mean save nothing for the backward pass: checkpointing compares what is saved with its recomputation,
+        # which runs without this hook.
+        tokens = output.view(groups, length, module.num_heads, -1).mean(2)[:, self.drop_tokens:]
+        valid = getattr(module, 'valid_rows', None)
+        return AttentionTap(name, tokens, None if valid is None else valid[:, self.drop_tokens:], groups // batch)
