@@ -1,0 +1,70 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What every command line shares: reading a config, and turning a mistake into one sentence and an exit status."""
+import argparse
+import errno
+import os
+import sys
+from typing import Callable, Mapping, Optional, Sequence
+
+from psaq_mm.errors import ConfigError, PsaqError
+
+__all__ = ['add_config_arguments', 'load_config', 'run_command', 'set_work_dir']
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that all commands take: CONFIG and ``--cfg-options``."""
+    from mmengine.config import DictAction
+    parser.add_argument('config', help='an mmdet, mmseg or mmpretrain config file')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override settings of the config, e.g. model.quant.w_bits=4')
+
+
+def load_config(path: str, options: Optional[Mapping] = None):
+    """Read a config file and merge ``options`` into it.
+
+    Raises:
+        ConfigError: No such file, a base that does not exist, or an option that has no place.
+    """
+    from mmengine.config import Config
+    if not os.path.isfile(path):
+        raise ConfigError(f'there is no config file {path}: check the path')
+    try:
+        config = Config.fromfile(path)
+        if options:
+            config.merge_from_dict(dict(options))
+    except (OSError, KeyError, TypeError, AttributeError, SyntaxError, ImportError) as error:
+        raise ConfigError(f'the config {path} cannot be read: {error}') from error
+    return config
+
+
+def set_work_dir(config, path: str, work_dir: Optional[str]) -> None:
+    """Command line, then config, then ``work_dirs/<name of the config>``, as in the libraries' own tools."""
+    if work_dir:
+        config.work_dir = work_dir
+    elif not config.get('work_dir'):
+        config.work_dir = os.path.join('work_dirs', os.path.splitext(os.path.basename(path))[0])
+
+
+def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
+                argv: Optional[Sequence[str]] = None) -> int:
+    """Parse, run, and report a user's mistake in one sentence.
+
+    Returns:
+        0; 1 for a mistake that is named; 130 when interrupted. What is not a known mistake keeps its traceback.
+    """
+    args = parser.parse_args(argv)
+    try:
+        command(args)
+    except PsaqError as error:
+        print(f'{parser.prog}: {error}', file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some space or give '
+              'another --work-dir; what was saved before is whole', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f'{parser.prog}: interrupted; go on with --resume', file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,69 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Quantize a model without data: ``tools/dfq_train.py CONFIG --checkpoint FULL_PRECISION.pth``."""
+import argparse
+import os
+from typing import Optional, Sequence
+
+from psaq_mm.commands.common import add_config_arguments, load_config, run_command, set_work_dir
+from psaq_mm.errors import CheckpointError
+
+__all__ = ['main', 'data_free_runner', 'run_data_free']
+
+
+def data_free_runner(config, resume: bool = False):
+    """A runner for a config in data-free form (:func:`psaq_mm.engine.config.to_data_free`)."""
+    from mmengine.registry import RUNNERS, init_default_scope
+    from mmengine.runner import Runner
+
+    from psaq_mm.engine.checkpoint import read_checkpoint
+    from psaq_mm.engine.hooks.data_free_quant_hook import checkpoints_in
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    if resume:
+        found = checkpoints_in(config.work_dir)
+        whole = None
+        while found and whole is None:
+            candidate = found.pop()
+            try:
+                read_checkpoint(candidate)
+                whole = candidate
+            except CheckpointError as error:
+                print(f'{error}; the one before it is used', flush=True)
+        if whole is None:
+            raise CheckpointError(f'there is no checkpoint to resume from in {config.work_dir}: run without --resume, or '
+                                  'give the --work-dir of the run')
+        config.load_from, config.resume = str(whole), True
+    return RUNNERS.build(config) if config.get('runner_type') else Runner.from_cfg(config)
+
+
+def run_data_free(config, checkpoint: Optional[str] = None, val: bool = False, quant=None, resume: bool = False):
+    """Quantize a loaded config; returns the runner after training."""
+    from psaq_mm.engine.config import to_data_free
+    runner = data_free_runner(to_data_free(config, checkpoint=checkpoint, val=val, quant=quant), resume)
+    runner.train()
+    return runner
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog='psaq-dfq-train', description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument('--checkpoint', help='full-precision weights: a file or a URL; defaults to load_from of the config')
+    parser.add_argument('--work-dir', help='where checkpoints, logs and sample sheets go')
+    parser.add_argument('--resume', action='store_true', help='go on from the newest whole checkpoint in the work dir')
+    parser.add_argument('--val', action='store_true', help='validate on the config\'s validation set; without it no dataset is opened')
+    parser.add_argument('--quant', help='a preset such as w4a8, for a config that is full-precision')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+    def command(args) -> None:
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+        config = load_config(args.config, args.cfg_options)
+        config.launcher = args.launcher
+        set_work_dir(config, args.config, args.work_dir)
+        run_data_free(config, args.checkpoint, args.val, args.quant, args.resume)
+
+    return run_command(command, parser, argv)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

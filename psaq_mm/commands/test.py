@@ -1,0 +1,152 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Box and mask AP, mIoU or top-1 of a quantized model: ``tools/test.py CONFIG CKPT [--full-precision [FP]]``."""
+import argparse
+import json
+import os
+from typing import Dict, Mapping, Optional, Sequence
+
+from psaq_mm.commands.common import add_config_arguments, load_config, run_command, set_work_dir
+from psaq_mm.errors import CheckpointError, ConfigError, DataError
+
+__all__ = ['main', 'evaluate', 'before_after_table']
+
+
+def _missing_file(config) -> Optional[str]:
+    """The annotation file or image folder of the test set that is not there."""
+    dataset = config.test_dataloader.dataset
+    root = dataset.get('data_root') or ''
+    wanted = [dataset.get('ann_file')] + list((dataset.get('data_prefix') or {}).values())
+    for name in wanted:
+        path = os.path.join(root, name) if name and not os.path.isabs(name) else name
+        if path and isinstance(path, str) and '://' not in path and not os.path.exists(path):
+            return path
+    return None
+
+
+def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = False) -> Dict[str, float]:
+    """Metrics of a model on its config's test set.
+
+    Args:
+        config: A loaded config of a quantized model.
+        checkpoint: As read by :func:`psaq_mm.engine.checkpoint.read_checkpoint`.
+        source: The checkpoint's path, for messages.
+        full_precision: Evaluate the library's own model type instead, with no quantizer in it.
+
+    Returns:
+        The evaluator's metrics under its own keys, such as ``coco/bbox_mAP`` and ``mIoU``.
+
+    Raises:
+        ConfigError: The config has no test set.
+        DataError: Its images or annotations are not there.
+        CheckpointError: The checkpoint does not fit, or is quantized under another spec.
+    """
+    from mmengine.registry import init_default_scope
+    from mmengine.runner import Runner
+
+    from psaq_mm.engine.checkpoint import load_weights
+    from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
+    config = config.copy()
+    if not config.get('test_dataloader') or not config.get('test_evaluator'):
+        raise ConfigError(f'the config {config.filename} has no test set: set test_dataloader, test_cfg and test_evaluator')
+    absent = _missing_file(config)
+    if absent:
+        raise DataError(f'the test set is not there: {absent} does not exist; check data_root, or override '
+                        'test_dataloader.dataset.ann_file')
+    config.load_from, config.resume = None, False
+    for key in ('train_cfg', 'train_dataloader', 'optim_wrapper', 'val_cfg', 'val_dataloader', 'val_evaluator'):
+        config[key] = None
+    config.param_scheduler = None
+    config.pop('auto_scale_lr', None)
+    if full_precision:
+        config.model = full_precision_model_config(config.model)
+    drop_pretrained(config.model)
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    runner = Runner.from_cfg(config)
+    model = getattr(runner.model, 'module', runner.model)
+    if not full_precision:
+        _check_spec(model, checkpoint, source)
+    load_weights(model, checkpoint, source)
+    return {k: float(v) for k, v in runner.test().items()}
+
+
+def _check_spec(model, checkpoint: Mapping, source: str) -> None:
+    spec = getattr(model, 'quant_spec', None) or model.backbone.quant_spec
+    made = (checkpoint['meta'].get('psaq_mm') or {}).get('quant')
+    if made and made != spec.to_dict():
+        odd = [f'{k}={made.get(k)!r}, the config {spec.to_dict().get(k)!r}' for k in spec.to_dict()
+               if made.get(k) != spec.to_dict().get(k)]
+        raise CheckpointError(f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with')
+
+
+def before_after_table(before: Optional[Mapping], after: Optional[Mapping], label: str) -> str:
+    """A table of metrics, one row a metric, full precision beside quantized."""
+    keys = [k for k in (after or before)]
+    width = max(len(k) for k in keys)
+    head = f'{"metric":<{width}}' + ('  full precision' if before else '') + (f'  {label:>10}' if after else '')
+    head += '  difference' if before and after else ''
+    rows = [head, '-' * len(head)]
+    for key in keys:
+        row = f'{key:<{width}}'
+        row += f'  {before[key]:>14.3f}' if before else ''
+        row += f'  {after[key]:>10.3f}' if after else ''
+        row += f'  {after[key] - before[key]:>+10.3f}' if before and after else ''
+        rows.append(row)
+    return '\n'.join(rows)
+
+
+def _teacher_of(checkpoint: Mapping, given: Optional[str], path: str) -> str:
+    from psaq_mm.engine.checkpoint import file_sha256
+    if given:
+        return given
+    teacher = (checkpoint['meta'].get('psaq_mm') or {}).get('teacher') or {}
+    where = teacher.get('checkpoint')
+    if not where or not os.path.isfile(where):
+        raise CheckpointError(f'{path} was made from {where}, which is not there: give it as --full-precision PATH')
+    if teacher.get('sha256') and file_sha256(where) != teacher['sha256']:
+        raise CheckpointError(f'{where} has changed since {path} was made from it: give the right one as --full-precision PATH')
+    return where
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog='psaq-test', description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='student.pth, or a full-precision checkpoint with --full-precision')
+    parser.add_argument('--full-precision', nargs='?', const='', metavar='FP',
+                        help='evaluate the full-precision model too (before and after); FP defaults to the one the student '
+                        'was made from')
+    parser.add_argument('--work-dir', help='where logs and test_results.json go')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+    def command(args) -> None:
+        from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
+        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+        config = load_config(args.config, args.cfg_options)
+        config.launcher = args.launcher
+        set_work_dir(config, args.config, args.work_dir)
+        checkpoint = read_checkpoint(args.checkpoint)
+        before = after = None
+        if args.full_precision is not None:
+            path = args.checkpoint
+            if is_quantized(checkpoint):
+                path = _teacher_of(checkpoint, args.full_precision, path)
+            before = evaluate(config, read_checkpoint(path), path, full_precision=True)
+        elif not is_quantized(checkpoint):
+            raise CheckpointError(f'{args.checkpoint} is a full-precision checkpoint: quantize it with tools/dfq_train.py '
+                                  'first, or evaluate it as it is with --full-precision')
+        if is_quantized(checkpoint):
+            after = evaluate(config, checkpoint, args.checkpoint)
+        label = (checkpoint['meta'].get('psaq_mm') or {}).get('label', 'quantized')
+        print(before_after_table(before, after, label), flush=True)
+        out = os.path.join(config.work_dir, 'test_results.json')
+        os.makedirs(config.work_dir, exist_ok=True)
+        with open(out, 'w') as file:
+            json.dump(dict(checkpoint=args.checkpoint, full_precision=before, quantized=after), file, indent=2)
+        print(f'saved to {out}')
+
+    return run_command(command, parser, argv)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

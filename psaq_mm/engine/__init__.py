@@ -1,0 +1,2 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Running a data-free quantization under MMEngine: config form, loop, hook, checkpoints."""

@@ -1,0 +1,188 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Checkpoints: read without running code, written whole or not at all."""
+import hashlib
+import os
+import pickle
+import types
+from collections import OrderedDict
+from pathlib import Path
+from typing import Dict, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+import psaq_mm
+from psaq_mm.errors import CheckpointError
+from psaq_mm.models.loading import check_state_dict
+from psaq_mm.quantization import is_quantizer_key
+
+__all__ = ['file_sha256', 'read_checkpoint', 'is_quantized', 'load_weights', 'save_atomic', 'student_checkpoint']
+
+PathLike = Union[str, os.PathLike]
+
+_ALLOWED = {
+    ('collections', 'OrderedDict'), ('collections', 'defaultdict'), ('collections', 'deque'), ('builtins', 'set'),
+    ('builtins', 'frozenset'), ('builtins', 'slice'), ('builtins', 'range'), ('builtins', 'complex'), ('builtins', 'bytearray'),
+    ('builtins', 'dict'), ('builtins', 'list'), ('builtins', 'tuple'), ('builtins', 'int'), ('builtins', 'float'),
+    ('builtins', 'str'), ('builtins', 'bool'), ('_codecs', 'encode'), ('copyreg', '_reconstructor'), ('builtins', 'object'),
+    ('torch._utils', '_rebuild_tensor'), ('torch._utils', '_rebuild_tensor_v2'), ('torch._utils', '_rebuild_parameter'),
+    ('torch', 'Size'), ('torch', 'device'), ('torch.nn.parameter', 'Parameter'), ('torch.serialization', '_get_layout'),
+    ('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy.core.multiarray', '_reconstruct'), ('numpy.core.multiarray', 'scalar'),
+    ('numpy._core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'),
+    ('mmengine.logging.history_buffer', 'HistoryBuffer'), ('mmengine.config.config', 'ConfigDict'),
+    ('pathlib', 'PosixPath'), ('pathlib', 'PurePosixPath'), ('pathlib', 'WindowsPath'),
+}
+"""What checkpoints of OpenMMLab hold beside tensors: histories of the logger, numpy scalars, metainfo."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds the types of a checkpoint, and nothing that would run code."""
+
+    def find_class(self, module: str, name: str):
+        plain_torch = module in ('torch', 'torch.storage') and (name.endswith('Storage') or isinstance(
+            getattr(torch, name, None), torch.dtype))
+        history = module == 'mmengine.logging.history_buffer' and name in ('HistoryBuffer', 'HistoryBuffer.current',
+                                                                           'HistoryBuffer.mean', 'HistoryBuffer.min',
+                                                                           'HistoryBuffer.max')
+        numpy_types = module.split('.')[0] == 'numpy' and name.endswith('DType') or module == 'numpy' and name in (
+            'int64', 'int32', 'float64', 'float32', 'bool_', 'uint8')
+        if (module, name) in _ALLOWED or plain_torch or history or numpy_types:
+            return super().find_class(module, name)
+        raise CheckpointError(f'it holds {module}.{name}, which is no weight and could run code: only load it after '
+                              'saving its state_dict alone in an environment that you trust')
+
+
+def _pickle_module() -> types.ModuleType:
+    # torch.load takes a module in pickle's shape; weights_only=True refuses the logger's histories, which every
+    # OpenMMLab checkpoint has, and the allow-list that would admit them is new in torch 2.4.
+    module = types.ModuleType('psaq_mm_restricted_pickle')
+    module.Unpickler = _Unpickler
+    module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
+    module.loads = lambda data, **kwargs: (_ for _ in ()).throw(CheckpointError('nested pickles are not read'))
+    module.UnpicklingError = pickle.UnpicklingError
+    return module
+
+
+def file_sha256(path: PathLike) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_checkpoint(path: PathLike) -> Dict:
+    """Read a ``.pth`` or ``.safetensors`` file, or a URL (``.pth``), onto the CPU.
+
+    Returns:
+        ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under ``model``, is wrapped in that form.
+
+    Raises:
+        CheckpointError: The file is absent, cut short, no checkpoint, or would run code.
+    """
+    path = str(path)
+    if path.startswith(('http://', 'https://')):
+        from torch.hub import get_dir
+        from torch.hub import download_url_to_file
+        cached = os.path.join(get_dir(), 'checkpoints', os.path.basename(path))
+        if not os.path.isfile(cached):
+            os.makedirs(os.path.dirname(cached), exist_ok=True)
+            try:
+                download_url_to_file(path, cached)
+            except OSError as error:
+                raise CheckpointError(f'{path} could not be downloaded ({error}): fetch it yourself and give its '
+                                      'local path') from error
+        path = cached
+    if not os.path.isfile(path):
+        raise CheckpointError(f'there is no checkpoint {path}: check the path')
+    try:
+        if path.endswith('.safetensors'):
+            from safetensors.torch import load_file
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location='cpu', pickle_module=_pickle_module(), weights_only=False)
+    except CheckpointError as error:
+        raise CheckpointError(f'{path} is not read: {error}') from error
+    except Exception as error:  # torch, zip and safetensors raise a dozen types for a damaged file
+        raise CheckpointError(f'{path} is damaged or no checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}): '
+                              'fetch or save it again') from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{path} holds a {type(content).__name__}, not a checkpoint: save model.state_dict()')
+    if 'state_dict' not in content:
+        content = {'state_dict': content.get('model', content), 'meta': {}}
+    content.setdefault('meta', {})
+    weights = content['state_dict']
+    if not isinstance(weights, dict) or not any(isinstance(v, Tensor) for v in weights.values()):
+        raise CheckpointError(f'{path} holds no weights: save model.state_dict()')
+    if all(k.startswith('module.') for k in weights):
+        content['state_dict'] = OrderedDict((k[len('module.'):], v) for k, v in weights.items())
+    return content
+
+
+def is_quantized(checkpoint: Dict) -> bool:
+    """Whether a checkpoint carries quantizer state."""
+    return any(is_quantizer_key(k) for k in checkpoint['state_dict'])
+
+
+def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
+    """Load a checkpoint's weights, all of them or none.
+
+    Raises:
+        CheckpointError: A key or shape does not fit, or a weight is NaN or infinite; the message names it and ``source``.
+    """
+    weights = checkpoint['state_dict']
+    try:
+        check_state_dict(model, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f'{source}: {error}') from error
+    for key, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
+                                  'use an earlier checkpoint')
+    own = model.state_dict()
+    strangers = [k for k in weights if k not in own and not k.endswith('num_batches_tracked')]
+    if strangers:
+        raise CheckpointError(f'{source}: {len(strangers)} weights have no place in the model ({", ".join(strangers[:3])}): '
+                              'use the config that it was trained with')
+    model.load_state_dict(weights, strict=False)
+
+
+def save_atomic(content: Dict, path: PathLike) -> None:
+    """Write ``content`` beside ``path`` and move it there: what stood at ``path`` is whole at every moment.
+
+    Raises:
+        OSError: The disk is full or not writable; the partial file is removed and ``path`` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        with open(partial, 'wb') as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except RuntimeError as error:  # torch reports a failed write of its zip archive so, without an errno
+        raise OSError(28, 'no space left or the write failed', str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def student_checkpoint(model: nn.Module, config_text: str, dataset_meta: Optional[Dict], teacher: Tuple[str, str],
+                       settings: Dict) -> Dict:
+    """The deliverable: what inference and the next user need, and nothing else.
+
+    Args:
+        model: The calibrated student.
+        config_text: The quantized model's config, for inferencers that build from a checkpoint alone.
+        dataset_meta: Classes and palette of the full-precision checkpoint; without it inferencers would show COCO's names.
+        teacher: Path and SHA-256 of the full-precision checkpoint.
+        settings: The data-free settings of the run, JSON types only.
+    """
+    state = OrderedDict((k, v.detach().cpu().clone()) for k, v in model.state_dict().items())
+    spec = getattr(model, 'quant_spec', None) or model.backbone.quant_spec
+    meta = dict(cfg=config_text, dataset_meta=dataset_meta or {},
+                psaq_mm=dict(version=psaq_mm.__version__, label=spec.label, quant=spec.to_dict(),
+                             teacher=dict(checkpoint=str(teacher[0]), sha256=teacher[1]), dfq=settings))
+    return dict(meta=meta, state_dict=state)

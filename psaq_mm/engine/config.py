@@ -1,0 +1,178 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Turning any config of a quantized model into its data-free form."""
+import os
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
+
+from mmengine.config import Config, ConfigDict
+
+from psaq_mm.engine.presets import resolve_dfq
+from psaq_mm.errors import ConfigError
+
+__all__ = ['to_data_free', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config', 'sample_size',
+           'drop_pretrained']
+
+_DATA_HOOKS = ('EMAHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
+               'MeanTeacherHook', 'PreciseBNHook', 'SyncNormHook', 'SwitchRecipeHook', 'SwAVHook')
+"""Inherited hooks that expect the real dataset, or a second copy of the weights that nothing here would use."""
+
+
+def _type_name(config: Mapping) -> str:
+    return str(config.get('type', '')).split('.')[-1]
+
+
+def is_quantized_config(model: Mapping) -> bool:
+    """Whether a model config builds quantized layers, as a whole or through its backbone."""
+    return _type_name(model) == 'Quantized' or _type_name(model.get('backbone') or {}) == 'QuantSwinTransformer'
+
+
+def quantized_model_config(config: Config, quant=None) -> ConfigDict:
+    """The model config, wrapped in ``psaq_mm.Quantized`` where it is not quantized yet and ``quant`` says how.
+
+    Raises:
+        ConfigError: No model in the config, or a full-precision one without ``quant``.
+    """
+    if not config.get('model'):
+        raise ConfigError(f'the config {config.filename} has no model: give a full model config, not one of its bases')
+    model = ConfigDict(config.model)
+    if is_quantized_config(model):
+        if quant is not None:
+            raise ConfigError('the config is quantized already: leave --quant out, or use --cfg-options model.quant=...')
+        return model
+    if quant is None:
+        raise ConfigError(f'the config {config.filename} is full-precision: set model = dict(type=\'psaq_mm.Quantized\', '
+                          'base_type={{_base_.model.type}}, quant=\'w8a8\') in a config that inherits it, or give --quant')
+    return ConfigDict({**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': quant})
+
+
+def full_precision_model_config(model: Mapping) -> ConfigDict:
+    """The model config that a quantized one was made from."""
+    plain = ConfigDict({k: v for k, v in model.items() if k not in ('base_type', 'quant')})
+    if _type_name(model) == 'Quantized':
+        plain.type = model['base_type']
+    backbone = plain.get('backbone')
+    if backbone and _type_name(backbone) == 'QuantSwinTransformer':
+        kept = {k: v for k, v in backbone.items() if k not in ('quant', 'library')}
+        library = backbone.get('library')
+        plain.backbone = ConfigDict({**kept, 'type': f'{library}.SwinTransformer' if library else 'SwinTransformer'})
+    return plain
+
+
+def drop_pretrained(model: Any) -> None:
+    """Clear every pretrained initialization: it would be fetched although the checkpoint replaces it."""
+    if isinstance(model, dict):
+        if model.get('pretrained') is not None:
+            model['pretrained'] = None
+        init = model.get('init_cfg')
+        if isinstance(init, dict) and _type_name(init) == 'Pretrained':
+            model['init_cfg'] = None
+        for value in model.values():
+            drop_pretrained(value)
+    elif isinstance(model, (list, tuple)):
+        for value in model:
+            drop_pretrained(value)
+
+
+def _pipelines(config: Config) -> List[Sequence[Mapping]]:
+    found = [config.get('test_pipeline')]
+    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
+    found.append(dataset.get('pipeline'))
+    return [p for p in found if p]
+
+
+def sample_size(config: Config) -> Tuple[int, int]:
+    """Height and width of the samples: the training crop where there is one, else the test resolution, in whole strides.
+
+    Raises:
+        ConfigError: The config tells neither; ``dfq.size`` then has to.
+    """
+    size = (config.model.get('data_preprocessor') or config.get('data_preprocessor') or {}).get('size')
+    if not size:
+        for pipeline in _pipelines(config):
+            for step in pipeline:
+                if _type_name(step) in ('Resize', 'FixScaleResize') and step.get('scale'):
+                    width, height = step['scale']
+                    short, long = min(width, height), max(width, height)
+                    # A detector's scale is a bound: 1333 x 800 lets a 3:2 picture be 800 x 1200.
+                    long = min(long, round(short * 1.5))
+                    size = (short, long)
+    if not size:
+        raise ConfigError('the config tells no image size: set dfq.size=(height, width)')
+    height, width = (size, size) if isinstance(size, int) else size
+    return -(-int(height) // 32) * 32, -(-int(width) // 32) * 32
+
+
+def _sorted_hooks(config: Config) -> Tuple[List, List[str]]:
+    kept, dropped = [], []
+    for hook in config.get('custom_hooks') or []:
+        (dropped if _type_name(hook) in _DATA_HOOKS else kept).append(hook)
+    return [h for h in kept if _type_name(h) != 'DataFreeQuantHook'], [str(h.get('type')) for h in dropped]
+
+
+def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool = False, quant=None) -> Config:
+    """A copy of ``config`` that quantizes without data, and runs under any ``tools/train.py`` of OpenMMLab.
+
+    The loop, the optimizer and its schedule are replaced; pretrained initialization is cleared; inherited hooks that need
+    the dataset are dropped, and named in ``dfq.dropped_hooks`` for the log. No dataset is opened unless ``val`` is set.
+
+    Args:
+        config: A config with a quantized model, and optionally ``dfq``: a preset's name or a dict, see
+            :mod:`psaq_mm.engine.presets`.
+        checkpoint: The full-precision checkpoint; defaults to ``dfq.teacher.checkpoint``, then ``load_from``.
+        val: Validate at every checkpoint, on the config's own validation set.
+        quant: A preset for a config that is full-precision still.
+
+    Raises:
+        ConfigError: No checkpoint, no such file, no image size, or an unknown setting.
+    """
+    config = config.copy()
+    dfq = resolve_dfq(config.get('dfq'))
+    config.model = quantized_model_config(config, quant)
+    drop_pretrained(config.model)
+
+    checkpoint = checkpoint or dfq['teacher'].get('checkpoint') or config.get('load_from')
+    if not checkpoint:
+        raise ConfigError('there is no full-precision checkpoint to quantize: set load_from in the config or give --checkpoint')
+    if '://' not in str(checkpoint) and not os.path.isfile(checkpoint):
+        raise ConfigError(f'the full-precision checkpoint {checkpoint} does not exist: set load_from or give --checkpoint')
+    dfq['teacher'] = dict(checkpoint=str(checkpoint), sha256=dfq['teacher'].get('sha256'))
+    dfq['size'] = tuple(dfq['size'] or sample_size(config))
+
+    hooks, dropped = _sorted_hooks(config)
+    config.custom_hooks = hooks + [
+        ConfigDict(type='psaq_mm.DataFreeQuantHook', checkpoint_interval=dfq.pop('checkpoint_interval'),
+                   keep_checkpoints=dfq.pop('keep_checkpoints'), sheet_interval=dfq.pop('sheet_interval'))
+    ]
+    iters = int(dfq.pop('iters'))
+    if iters < 0:
+        raise ConfigError(f'dfq.iters={iters} must be 0 (calibrate only) or more')
+    lr, clip = dfq.pop('lr'), dfq.pop('clip_grad')
+    config.train_cfg = ConfigDict(type='psaq_mm.DataFreeTrainLoop', max_iters=iters, dropped_hooks=dropped,
+                                  model_config=config.model, **_loop_settings(dfq))
+    config.dfq = dfq  # kept whole: a dumped config is data-free already, and says so
+    # A runner wants a training dataloader beside a training loop; the loop brings its own over the pool of samples.
+    if not config.get('train_dataloader'):
+        config.train_dataloader = ConfigDict(batch_size=dfq['batch_size'])
+    config.optim_wrapper = ConfigDict(type='OptimWrapper', optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
+                                      clip_grad=dict(max_norm=clip) if clip else None)
+    config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', T_max=iters, eta_min=0, by_epoch=False)] if iters else []
+    config.pop('auto_scale_lr', None)
+    if not val:
+        config.val_cfg = config.val_dataloader = config.val_evaluator = None
+    _set_runtime(config, dfq)
+    return config
+
+
+def _loop_settings(dfq: Mapping) -> dict:
+    return {k: v for k, v in dfq.items() if k not in ('method', )}
+
+
+def _set_runtime(config: Config, dfq: Mapping) -> None:
+    default_hooks = ConfigDict(config.get('default_hooks') or {})
+    default_hooks.checkpoint = None  # mmengine removes the old file before it writes the new one; our hook does neither
+    default_hooks.logger = ConfigDict({**(default_hooks.get('logger') or {}), 'type': 'LoggerHook',
+                                       'interval': dfq['log_interval']})
+    config.default_hooks = default_hooks
+    config.log_processor = ConfigDict({**(config.get('log_processor') or {}), 'type': 'LogProcessor', 'by_epoch': False})
+    config.randomness = ConfigDict(seed=dfq['seed'])
+    config.load_from, config.resume = None, False
+    config.work_dir = config.get('work_dir') or './work_dirs/data_free'

@@ -1,0 +1,106 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What a data-free run leaves behind: checkpoints to resume from, sample sheets, and ``student.pth``."""
+import os
+import re
+from pathlib import Path
+from typing import List
+
+from mmengine.config import Config
+from mmengine.dist import is_main_process, master_only
+from mmengine.logging import print_log
+from mmengine.hooks import Hook
+
+from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint
+from psaq_mm.registry import HOOKS
+from psaq_mm.visualization import sample_sheet, write_png
+
+__all__ = ['DataFreeQuantHook', 'checkpoints_in']
+
+_NAME = re.compile(r'iter_(\d+)\.pth')
+
+
+def checkpoints_in(work_dir: str) -> List[Path]:
+    """``iter_N.pth`` of a folder, oldest first."""
+    found = [(int(m.group(1)), p) for p in Path(work_dir).glob('iter_*.pth') if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(found)]
+
+
+@HOOKS.register_module()
+class DataFreeQuantHook(Hook):
+    """Saves atomically, and draws the samples.
+
+    MMEngine's CheckpointHook removes the old checkpoint before it writes the new one, and writes in place: a run killed
+    in between has none. Here the new one is moved into place whole, and only then does an old one go.
+
+    Args:
+        checkpoint_interval: Student steps between two ``iter_N.pth``; 0: none.
+        keep_checkpoints: How many of them stay.
+        sheet_interval: Student steps between two sample sheets; 0: none but the first.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, checkpoint_interval: int = 50, keep_checkpoints: int = 2, sheet_interval: int = 50):
+        self.checkpoint_interval, self.keep_checkpoints = checkpoint_interval, max(1, keep_checkpoints)
+        self.sheet_interval = sheet_interval
+
+    # ------------------------------------------------------------------ state
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Add the pool of samples, random state and teacher to ``iter_N.pth``."""
+        checkpoint['psaq_mm'] = runner.train_loop.state_dict()
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Hand them back to the loop when a run resumes."""
+        if 'psaq_mm' in checkpoint and getattr(runner, '_train_loop', None) is not None:
+            runner.train_loop.load_state_dict(checkpoint['psaq_mm'])
+
+    # ------------------------------------------------------------------ steps
+    def before_train_epoch(self, runner) -> None:
+        """The samples that set the ranges."""
+        self._draw_sheet(runner)
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Checkpoint and sheet, when due."""
+        step = runner.iter + 1
+        if self.sheet_interval and step % self.sheet_interval == 0:
+            self._draw_sheet(runner)
+        if self.checkpoint_interval and (step % self.checkpoint_interval == 0 or step == runner.max_iters):
+            self._save(runner, step)
+
+    def after_train(self, runner) -> None:
+        """``student.pth``."""
+        if not is_main_process():
+            return
+        loop = runner.train_loop
+        config = Config(dict(default_scope=runner.cfg.get('default_scope'), model=loop.model_config,
+                             **{k: runner.cfg[k] for k in ('test_pipeline', 'test_dataloader') if runner.cfg.get(k)}))
+        teacher = (loop.teacher_config['checkpoint'], loop.teacher_config.get('sha256') or '')
+        path = os.path.join(runner.work_dir, 'student.pth')
+        save_atomic(student_checkpoint(loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher,
+                                       loop.summary()), path)
+        print_log(f'Saved the quantized model to {path}', 'current')
+
+    # ------------------------------------------------------------------ parts
+    @master_only
+    def _draw_sheet(self, runner) -> None:
+        evolution = runner.train_loop.evolution
+        newest = evolution.pool.samples[-32:]
+        path = Path(runner.work_dir) / 'samples' / f'round_{evolution.rounds:03d}_step_{runner.iter:06d}.png'
+        sheet = sample_sheet(newest, evolution.teacher.image_spec)
+        write_png(sheet, path)
+        runner.visualizer.add_image('samples', sheet, step=runner.iter)
+
+    @master_only
+    def _save(self, runner, step: int) -> None:
+        name = f'iter_{step}.pth'
+        partial, final = Path(runner.work_dir) / f'.{name}.partial', Path(runner.work_dir) / name
+        try:
+            runner.save_checkpoint(runner.work_dir, partial.name, by_epoch=False)
+            os.replace(partial, final)
+        except RuntimeError as error:  # torch reports a failed write of its archive without an errno
+            raise OSError(28, 'no space left or the write failed', str(final)) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        (Path(runner.work_dir) / 'last_checkpoint').write_text(str(final))
+        for old in checkpoints_in(runner.work_dir)[:-self.keep_checkpoints]:
+            old.unlink()

@@ -1,0 +1,211 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The training loop whose data are samples that it makes itself."""
+import contextlib
+import copy
+import time
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+
+import torch
+from mmengine.logging import print_log
+from mmengine.runner import BaseLoop
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from psaq_mm.distillation import CoEvolution, CoEvolutionSettings
+from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
+from psaq_mm.engine.real_images import training_images
+from psaq_mm.errors import CheckpointError, ConfigError
+from psaq_mm.models import TaskModel
+from psaq_mm.quantization import set_mode
+from psaq_mm.registry import LOOPS, TASK_UTILS
+
+__all__ = ['DataFreeTrainLoop']
+
+
+class _PoolDataset(Dataset):
+    """What MMEngine asks of a loop's dataset (a length, metainfo), over samples that live in the pool."""
+
+    def __init__(self):
+        self.metainfo: Dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def _tune(model: nn.Module) -> nn.Module:
+    """Eval mode throughout: no DropPath, no BatchNorm updates; gradients flow all the same."""
+    model.eval()  # returns None in the libraries' backbones
+    return model
+
+
+@LOOPS.register_module()
+class DataFreeTrainLoop(BaseLoop):
+    """PSAQ-ViT V2 as an iteration loop: synthesis and calibration first, then student steps with synthesis between.
+
+    Args:
+        runner: The runner.
+        dataloader: Ignored, never built: the inherited one would open the real dataset.
+        max_iters: Student steps; 0 calibrates only.
+        teacher: ``dict(checkpoint=..., sha256=...)``: the full-precision weights. A key of its own, because resuming
+            replaces ``load_from``.
+        generator: Config of the sample generator.
+        distil: Which outputs are compared, see :data:`psaq_mm.models.task.PARTS`.
+        model_config: The quantized model's config, written into ``student.pth`` for inferencers.
+        dropped_hooks: Inherited hooks that were dropped, named in the log.
+        seed: Seed of the samples and of their order.
+        val_interval: Student steps between validations, where the config has a validation set; the last step is always
+            followed by one.
+        log_interval: Synthesis steps between two lines of the log.
+        **settings: Fields of :class:`psaq_mm.distillation.CoEvolutionSettings`.
+    """
+
+    def __init__(self, runner, dataloader=None, max_iters: int = 200, teacher: Optional[Mapping] = None,
+                 generator: Optional[Mapping] = None, distil: Sequence[str] = ('backbone', 'neck'),
+                 model_config: Optional[Mapping] = None, dropped_hooks: Sequence[str] = (), seed: int = 0,
+                 val_interval: int = 0, log_interval: int = 10, **settings):
+        self._pool_dataset = _PoolDataset()
+        super().__init__(runner, DataLoader(self._pool_dataset))
+        self._max_iters, self._iter, self._epoch = int(max_iters), 0, 0
+        self._max_epochs = 1
+        self.val_begin, self.val_interval = 1, val_interval
+        self.stop_training = False
+        self.teacher_config = dict(teacher or {})
+        self.generator = TASK_UTILS.build(dict(generator or {}, type=(generator or {}).get('type', 'SampleGenerator')))
+        self.settings_given, self.distil = settings, tuple(distil)
+        self.model_config, self.seed, self.log_interval = model_config, seed, log_interval
+        self._resumed: Optional[Dict[str, Any]] = None
+        self.evolution: Optional[CoEvolution] = None
+        self.seconds: Dict[str, float] = dict(synthesis=0., student=0.)
+        if dropped_hooks:
+            print_log(f'Dropped inherited hooks that need the real dataset: {", ".join(dropped_hooks)}', 'current')
+
+    # ------------------------------------------------------------------ what MMEngine reads
+    max_iters = property(lambda self: self._max_iters)
+    max_epochs = property(lambda self: self._max_epochs)
+    iter = property(lambda self: self._iter)
+    epoch = property(lambda self: self._epoch)
+
+    @property
+    def model(self) -> nn.Module:
+        """The student, unwrapped."""
+        return getattr(self.runner.model, 'module', self.runner.model)
+
+    # ------------------------------------------------------------------ set-up
+    def _load_teacher(self) -> nn.Module:
+        """Full-precision weights into a copy of the student whose quantizers are off; into the student too, when fresh."""
+        path = self.teacher_config.get('checkpoint')
+        if not path:
+            raise ConfigError('the loop has no teacher: run it through tools/dfq_train.py, or set '
+                              'train_cfg.teacher=dict(checkpoint=...)')
+        checkpoint = read_checkpoint(path)
+        if is_quantized(checkpoint):
+            raise CheckpointError(f'{path} is quantized already: the teacher has to be the full-precision checkpoint')
+        if '://' not in path:
+            found, expected = file_sha256(path), self.teacher_config.get('sha256')
+            if expected and found != expected:
+                raise CheckpointError(f'{path} has changed since the run began (SHA-256 {found[:12]}, was {expected[:12]}): '
+                                      'give the checkpoint that it began with')
+            self.teacher_config['sha256'] = found
+        if self._resumed is None:
+            load_weights(self.model, checkpoint, path)
+        teacher = copy.deepcopy(self.model)
+        load_weights(teacher, checkpoint, path)
+        set_mode(teacher, 'off')
+        teacher.requires_grad_(False)
+        self._pool_dataset.metainfo = dict(checkpoint['meta'].get('dataset_meta') or {})
+        return _tune(teacher)
+
+    def _prepare(self) -> None:
+        teacher, student = self._load_teacher(), _tune(self.model)
+        spec = getattr(student, 'quant_spec', None) or student.backbone.quant_spec
+        settings = CoEvolutionSettings(scope=spec.scope, **{**self.settings_given, 'size': tuple(self.settings_given['size'])})
+        real = None
+        if settings.source == 'real':
+            real = training_images(self.runner.cfg, student, settings.size, self.seed)
+        self.evolution = CoEvolution(TaskModel(teacher, self.distil), TaskModel(student, self.distil), self.generator, settings,
+                                     seed=self.seed, real_source=real, progress=self._log_synthesis)
+        if self._resumed is not None:
+            self.evolution.load_state_dict(self._resumed['evolution'])
+            self.seconds = dict(self._resumed['seconds'])
+            print_log(f'Resumed at student step {self._iter} of {self._max_iters}', 'current')
+            return
+        print_log(f'Synthesizing {settings.calibration_samples} samples of {settings.size[0]} x {settings.size[1]} '
+                  f'({settings.source})', 'current')
+        with self._clock('synthesis'):
+            self.evolution.prepare()
+        print_log(f'Calibrated {spec.label} on them in {self.seconds["synthesis"]:.1f} s', 'current')
+
+    @contextlib.contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begun
+
+    def _log_synthesis(self, step: Dict[str, Any]) -> None:
+        number, steps = step['step'] + 1, step['steps']
+        if number % self.log_interval and number != steps:
+            return
+        shown = '  '.join(f'{k}: {v:.4f}' for k, v in step.items() if k not in ('step', 'steps', 'eta', 'seconds'))
+        print_log(f'Samples [{number:>4}/{steps}]  eta: {step.get("eta", 0.):.0f} s  {shown}', 'current')
+        visualizer = self.runner.visualizer
+        done = len(self.evolution.history) if self.evolution else 0
+        visualizer.add_scalars({f'samples/{k}': v for k, v in step.items() if k not in ('step', 'steps', 'eta', 'seconds')},
+                               step=done + number)
+
+    # ------------------------------------------------------------------ run
+    def run(self) -> nn.Module:
+        """Make samples, calibrate, train the student against the teacher."""
+        self.runner.call_hook('before_train')
+        self._prepare()
+        self.runner.call_hook('before_train_epoch')
+        while self._iter < self._max_iters and not self.stop_training:
+            self._step()
+            last = self._iter >= self._max_iters
+            due = self.val_interval and self._iter % self.val_interval == 0
+            if self.runner.val_loop is not None and (last or due):
+                self.runner.val_loop.run()
+                _tune(self.model)
+        if self._max_iters == 0 and self.runner.val_loop is not None:
+            self.runner.val_loop.run()
+        self.runner.call_hook('after_train_epoch')
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def _step(self) -> None:
+        evolution = self.evolution
+        if evolution.due(self._iter):  # before the step, so that a checkpoint never falls between a round and its step
+            with self._clock('synthesis'):
+                evolution.evolve()
+        self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
+        with self._clock('student'):
+            images = evolution.draw()
+            with self.runner.optim_wrapper.optim_context(self.runner.model):
+                loss = evolution.loss(images)
+            self.runner.optim_wrapper.update_params(loss)
+        outputs = dict(loss=loss.detach(), discrepancy_weight=float(evolution.weight.value))
+        self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
+        self._iter += 1
+
+    # ------------------------------------------------------------------ state
+    def state_dict(self) -> Dict[str, Any]:
+        """What ``iter_N.pth`` carries beside weights, optimizer and schedule."""
+        return dict(evolution=self.evolution.state_dict(), teacher=dict(self.teacher_config), seconds=dict(self.seconds))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Kept until :meth:`run`: MMEngine sets the random state anew after loading a checkpoint."""
+        self._resumed = dict(state)
+        self.teacher_config = {**self.teacher_config, **{k: v for k, v in state['teacher'].items() if v}}
+
+    def summary(self) -> Dict[str, Any]:
+        """JSON types only: what ``student.pth`` says of how it was made."""
+        settings: Dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings_given.items()}
+        return dict(settings, max_iters=self._max_iters, seed=self.seed, distil=list(self.distil),
+                    seconds={k: round(v, 2) for k, v in self.seconds.items()},
+                    rounds=self.evolution.rounds if self.evolution else 0)
+
+    def history(self) -> List[Dict[str, float]]:
+        """Every synthesis step's terms so far."""
+        return self.evolution.history if self.evolution else []

@@ -1,0 +1,35 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""``python -m psaq_mm.inspect CONFIG``: what would be quantized, at which bits, and what stays float, without running."""
+import argparse
+from typing import Optional, Sequence
+
+from psaq_mm.commands.common import add_config_arguments, load_config, run_command
+
+__all__ = ['main', 'inspect']
+
+
+def inspect(config, quant: Optional[str] = None) -> str:
+    """The table for a loaded config; ``quant`` (a preset) is needed where the config is full-precision."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    from psaq_mm.engine.config import quantized_model_config
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    model = MODELS.build(quantized_model_config(config, quant))
+    report = getattr(model, 'quant_report', None) or model.backbone.quant_report
+    return report.to_table()
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog='psaq-inspect', description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument('--quant', help='a preset such as w4a8, for a config that is full-precision')
+
+    def command(args) -> None:
+        print(inspect(load_config(args.config, args.cfg_options), args.quant))
+
+    return run_command(command, parser, argv)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

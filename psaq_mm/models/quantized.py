@@ -1,0 +1,66 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""``psaq_mm.Quantized``: the user's own model type, with its layers swapped as it is built.
+
+Converting when the model is built, and not in a hook, makes the library's own tools, inferencers and test-time
+augmentation serve the quantized model: inferencers run no hooks, and TTA and DDP wrap the model before any hook runs.
+"""
+from typing import Mapping, Union
+
+from mmengine.registry import MODELS as ROOT_MODELS
+from torch import nn
+
+from psaq_mm.errors import ConfigError
+from psaq_mm.models.loading import guard_loading
+from psaq_mm.models.scope import check_backbone, first_layer_name, scope_filter
+from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_
+from psaq_mm.registry import MODELS
+
+__all__ = ['Quantized', 'quantize_model_']
+
+
+def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> ConversionReport:
+    """Quantize a built OpenMMLab model in place.
+
+    Args:
+        model: A detector, segmentor, classifier or backbone.
+        quant: A :class:`~psaq_mm.quantization.QuantSpec`, its dict, or a preset such as ``'w8a8'``.
+
+    Returns:
+        What was quantized, at which bits, and what stays float.
+
+    Raises:
+        UnsupportedModelError: The backbone is not a supported one.
+        SpecError: The spec is invalid, or an override's pattern matches nothing.
+    """
+    spec = QuantSpec.parse(quant)
+    check_backbone(model)
+    report = quantize_(model, spec, filter_fn=scope_filter(model, spec.scope), first_layer=first_layer_name(model))
+    model.quant_spec = spec
+    model.quant_report = report
+    guard_loading(model)
+    return report
+
+
+@MODELS.register_module()
+def Quantized(base_type: str, quant: Union[Mapping, str] = 'w8a8', **model) -> nn.Module:
+    """Build ``base_type`` and quantize it; a config needs no other change.
+
+    Args:
+        base_type: The model type that the user's config had, e.g. ``'MaskRCNN'`` or ``'mmseg.EncoderDecoder'``.
+        quant: See :func:`quantize_model_`.
+        **model: The other keys of the user's model config, untouched.
+
+    Returns:
+        An instance of ``base_type``, with ``quant_spec`` and ``quant_report`` as attributes. Until it is calibrated or a
+        quantized checkpoint is loaded, its forward raises :class:`~psaq_mm.errors.NotCalibratedError`.
+
+    Example:
+        >>> _base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']
+        >>> model = dict(type='psaq_mm.Quantized', base_type={{_base_.model.type}}, quant='w8a8')
+    """
+    if not base_type or str(base_type).endswith('Quantized'):
+        raise ConfigError(f'base_type={base_type!r} is no model type: write base_type={{{{_base_.model.type}}}} in the config '
+                          'that inherits the full-precision one')
+    built = ROOT_MODELS.build(dict(type=base_type, **model))
+    quantize_model_(built, quant)
+    return built

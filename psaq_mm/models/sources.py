@@ -1,0 +1,8 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Sample sources by name in a config: the floor below knows no registry, so they are registered here."""
+from psaq_mm.registry import TASK_UTILS
+from psaq_mm.synthesis import SampleGenerator
+
+__all__ = ['SampleGenerator']
+
+TASK_UTILS.register_module(name='SampleGenerator', module=SampleGenerator)

@@ -1,0 +1,154 @@
+"""The adapters change nothing with quantizers off, and know which rows are padding."""
+import copy
+
+import pytest
+import torch
+
+from psaq_mm.errors import NotCalibratedError, UnsupportedModelError
+from psaq_mm.models import quantize_model_
+from psaq_mm.models.adapters.swin import valid_query_rows
+from psaq_mm.quantization import calibrate, is_quantizer_key, quantizers, set_mode
+from psaq_mm.synthesis import AttentionTaps
+
+from .swin_models import LIBRARIES, SIZES, build_backbone
+
+
+@pytest.mark.parametrize('library', LIBRARIES)
+@pytest.mark.parametrize('size', SIZES)
+def test_off_equals_the_library_to_the_last_bit(library, size):
+    plain = build_backbone(library)
+    quantized = copy.deepcopy(plain)
+    quantize_model_(quantized, 'w4a4')
+    set_mode(quantized, 'off')
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        for expected, found in zip(plain(images), quantized(images)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('library', LIBRARIES)
+def test_quantized_backbone_type_takes_the_librarys_arguments_and_weights(library):
+    plain = build_backbone(library)
+    quantized = build_backbone(library, 'psaq_mm.QuantSwinTransformer', seed=1, quant='w8a8')
+    result = quantized.load_state_dict(plain.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert result.missing_keys and all(is_quantizer_key(k) for k in result.missing_keys)
+    assert isinstance(quantized, type(plain))
+    set_mode(quantized, 'off')
+    images = torch.randn(1, 3, 60, 90)
+    with torch.no_grad():
+        for expected, found in zip(plain(images), quantized(images)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_never_calibrated_raises_and_names_the_layer():
+    model = build_backbone('mmdet')
+    quantize_model_(model, 'w8a8')
+    with pytest.raises(NotCalibratedError, match='patch_embed.projection'):
+        model(torch.randn(1, 3, 56, 56))
+
+
+@pytest.mark.parametrize('library', LIBRARIES)
+def test_calibrated_w8a8_is_close_and_every_attention_product_is_quantized(library):
+    plain = build_backbone(library)
+    quantized = copy.deepcopy(plain)
+    report = quantize_model_(quantized, 'w8a8')
+    names = {row.name for row in report.layers}
+    for block in ('stages.0.blocks.1', 'stages.2.blocks.0'):
+        for layer in ('attn.w_msa.qkv', 'attn.w_msa.matmul_qk', 'attn.w_msa.matmul_av', 'attn.w_msa.proj', 'ffn.layers.0.0',
+                      'ffn.layers.1'):
+            assert f'{block}.{layer}' in names
+    images = torch.randn(2, 3, 60, 90)
+    with torch.no_grad():
+        calibrate(quantized, lambda: quantized(images))
+        for expected, found in zip(plain(images), quantized(images)):
+            error = (found - expected).abs().mean() / expected.abs().mean()
+            assert 0 < error < 0.05
+
+
+@pytest.mark.parametrize('height, width, window, shift', [(15, 22, 7, 0), (15, 22, 7, 3), (3, 30, 7, 3), (14, 15, 7, 3), (8, 8, 3, 1)])
+def test_valid_rows_are_what_the_library_keeps(height, width, window, shift):
+    """A map of ones through the library's own padding, rolling and cutting."""
+    pytest.importorskip('mmdet')
+    from mmdet.models.backbones.swin import ShiftWindowMSA
+    module = ShiftWindowMSA(embed_dims=4, num_heads=1, window_size=window, shift_size=shift)
+    seen = []
+    module.w_msa.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    module(torch.ones(1, height * width, 4), (height, width))
+    expected = seen[0][..., 0] > 0
+    torch.testing.assert_close(valid_query_rows(height, width, window, shift), expected)
+
+
+def test_no_mask_where_nothing_is_padded():
+    assert valid_query_rows(14, 21, 7, 3) is None
+
+
+@pytest.mark.parametrize('library', LIBRARIES)
+def test_padding_takes_no_part_in_calibration(library):
+    """Ranges of the attention products must not depend on what padded queries compute."""
+    model = build_backbone(library)
+    with torch.no_grad():  # padded tokens are zero after norm1: their query is the bias alone, made enormous here
+        model.stages[0].blocks[0].attn.w_msa.qkv.bias[:16] = 1000.
+    reference = copy.deepcopy(model)
+    quantize_model_(model, 'w8a8')
+    attention = model.stages[0].blocks[0].attn.w_msa
+    seen = {}
+    attention.matmul_qk.lhs_quantizer.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.update(x=args[0], valid=kwargs.get('valid', args[1] if len(args) > 1 else None)),
+        with_kwargs=True)
+    with torch.no_grad():
+        calibrate(model, lambda: model(torch.randn(1, 3, 60, 60)))
+    valid = seen['valid']
+    assert valid is not None and not valid.all()
+    kept = seen['x'][valid.expand(seen['x'].shape[:-1])]
+    quantizer = attention.matmul_qk.lhs_quantizer
+    top = float((quantizer.qmax - quantizer.zero_point) * quantizer.scale)
+    assert abs(top - float(kept.max())) <= float(quantizer.scale)
+    assert reference is not model
+
+
+def test_checkpointed_blocks_give_the_same_tapped_gradients():
+    """``with_cp`` honoured without reentrant checkpointing: the entropy's gradient does not vanish."""
+    grads = []
+    for with_cp in (False, True):
+        model = build_backbone('mmdet', with_cp=with_cp)
+        quantize_model_(model, 'w8a8')
+        set_mode(model, 'off')
+        images = torch.linspace(-1, 1, 2 * 3 * 60 * 60).view(2, 3, 60, 60).sin().requires_grad_()
+        taps = AttentionTaps(model)
+        with taps.record(images) as record:
+            model(images)
+        sum((tap.tokens**2).mean() for tap in record).backward()
+        grads.append(images.grad)
+    assert grads[0].abs().max() > 0
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-8)
+
+
+def test_a_backbone_that_is_not_supported_is_refused_by_name():
+    pytest.importorskip('mmdet')
+    from mmengine.registry import MODELS, DefaultScope
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        with pytest.raises(UnsupportedModelError, match='ResNet'):
+            MODELS.build(dict(type='psaq_mm.Quantized', base_type='ResNet', depth=18))
+
+
+def test_a_subclass_that_overrides_the_computation_is_refused():
+    pytest.importorskip('mmdet')
+    from mmdet.models.backbones.swin import SwinTransformer
+
+    class Strange(SwinTransformer):
+
+        def forward(self, x):
+            return super().forward(x * 2)
+
+    with pytest.raises(UnsupportedModelError, match='Strange'):
+        quantize_model_(Strange(embed_dims=16, depths=[1, 1], num_heads=[1, 1], strides=(4, 2), out_indices=(0, 1)), 'w8a8')
+
+
+def test_quantizers_have_names_and_bits():
+    model = build_backbone('mmdet')
+    quantize_model_(model, dict(preset='w4a8', overrides=[dict(pattern='stages.0.*', w_bits=8)]))
+    bits = {name: q.bits for name, q in quantizers(model)}
+    assert bits['stages.0.blocks.0.attn.w_msa.qkv.weight_quantizer'] == 8
+    assert bits['stages.1.blocks.0.attn.w_msa.qkv.weight_quantizer'] == 4
+    assert bits['patch_embed.projection.input_quantizer'] == 8
