@@ -5,6 +5,7 @@ The paper gives the principle (no class label, samples that compete with the stu
 its code was never released. Every figure below is this project's decision, see docs/method.md.
 """
 import dataclasses
+import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Tuple
 
 import torch
@@ -15,11 +16,12 @@ from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.quantization import calibrate
-from psaq_mm.synthesis import ImageSpec, SampleGenerator, gaussian_noise, pink_noise
+from psaq_mm.synthesis import ImageSpec, SampleGenerator
+from psaq_mm.synthesis.sources import SOURCES as NOISES
 
 __all__ = ['CoEvolutionSettings', 'CoEvolution', 'Network', 'SOURCES']
 
-SOURCES = ('generated', 'gaussian', 'pink', 'real')
+SOURCES = ('generated', *NOISES, 'real')
 """Where samples come from. All but ``generated`` are controls that go through the same quantizer."""
 
 
@@ -45,7 +47,7 @@ class CoEvolutionSettings:
         size: Height and width of the samples, in pixels.
         batch_size: Samples in a student step.
         calibration_samples: Samples that set the ranges.
-        pool_size: Samples kept; a bounded pool that older ones leave at random, so that the student does not forget.
+        pool_size: Samples kept; from a full pool some leave at random, so that the student does not forget.
         evolve_every: Student steps between two rounds of synthesis; 0: the first samples are the only ones.
         evolve_samples: New samples a round.
         source: One of :data:`SOURCES`.
@@ -70,6 +72,9 @@ class CoEvolutionSettings:
         for name in ('batch_size', 'calibration_samples', 'pool_size', 'evolve_samples'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'dfq.{name}={getattr(self, name)} must be at least 1')
+        if self.pool_size < self.evolve_samples:
+            raise ConfigError(f'dfq.pool_size={self.pool_size} is smaller than dfq.evolve_samples={self.evolve_samples}: '
+                              'make it at least as large')
         if self.evolve_every < 0:
             raise ConfigError(f'dfq.evolve_every={self.evolve_every} must be 0 (never) or more')
         if self.pool_size < self.calibration_samples:
@@ -103,8 +108,9 @@ class CoEvolution:
             raise ConfigError('dfq.source=\'real\' needs a training dataset in the config; a data-free run has none')
         self.teacher, self.student, self.generator, self.settings = teacher, student, generator, settings
         self.real_source, self.progress = real_source, progress
-        self.pool = SamplePool(settings.pool_size)
+        self.pool = SamplePool(settings.pool_size, replace='random', seed=seed)
         self.weight = AdaptiveWeight(generator.discrepancy_weight)
+        self.latest: Optional[Tensor] = None
         self.random = torch.Generator().manual_seed(seed)
         self.rounds = 0
         self.history: List[Dict[str, float]] = []
@@ -119,19 +125,16 @@ class CoEvolution:
         """``count`` new samples, (count, C, H, W) on the CPU; ``compete``: hard for the student as well."""
         spec, size = self.teacher.image_spec, self.settings.size
         source = self.settings.source
-        if source == 'gaussian':
-            return gaussian_noise(count, size, spec, generator=self.random)
-        if source == 'pink':
-            return pink_noise(count, size, spec, generator=self.random)
+        if source in NOISES:
+            return NOISES[source](count, size, spec, generator=self.random)
         if source == 'real':
             return self.real_source(count)
-        made = []
-        while sum(len(m) for m in made) < count:
-            made.append(self._synthesize(min(self.generator.batch_size, count - sum(len(m) for m in made)), compete))
-        return torch.cat(made)
+        first = NOISES[self.generator.init](count, size, spec, generator=self.random)
+        return torch.cat([self._synthesize(batch, compete) for batch in first.split(self.generator.batch_size)])
 
-    def _synthesize(self, count: int, compete: bool) -> Tensor:
+    def _synthesize(self, first: Tensor, compete: bool) -> Tensor:
         taught: List[Tensor] = []
+        begun, steps = time.perf_counter(), self.generator.steps * self.generator.rounds
 
         def forward(images: Tensor):
             taught[:] = self.teacher.outputs(images)
@@ -140,19 +143,27 @@ class CoEvolution:
         def discrepancy(images: Tensor) -> Tensor:
             return normalized_l1(self.student.outputs(images), taught)
 
+        def report(entry: Dict[str, float]) -> None:
+            if self.progress is not None:
+                done = entry['step'] + 1
+                self.progress(dict(entry, steps=steps, eta=(time.perf_counter() - begun) / done * (steps - done)))
+
         rival = discrepancy if compete and self.generator.discrepancy_weight > 0 else None
         made = self.generator.generate(self.teacher.model, self.teacher.image_spec, forward=forward, discrepancy=rival,
-                                       weight=self.weight, size=self.settings.size, batch_size=count,
-                                       generator=self.random, progress=self.progress)
+                                       weight=self.weight, init=first, generator=self.random, progress=report)
         self.history.extend(dict(step, round=self.rounds) for step in made.history)
         return made.samples.cpu()
 
     # ------------------------------------------------------------------ rounds
     def prepare(self) -> None:
         """First samples, without competition (there is no student yet), then the student's ranges on them."""
-        self.pool.add(self.make_samples(self.settings.calibration_samples, compete=False), generator=self.random)
-        self.rounds = 1
-        self.observe(self.pool.samples[:self.settings.calibration_samples])
+        self._renew(self.settings.calibration_samples, compete=False)
+        self.observe(self.latest)
+
+    def _renew(self, count: int, compete: bool) -> None:
+        self.latest = self.make_samples(count, compete)
+        self.pool.add(self.latest)
+        self.rounds += 1
 
     def observe(self, samples: Tensor) -> None:
         """Calibrate all ranges of the student on ``samples`` (n, C, H, W), batch by batch."""
@@ -170,15 +181,18 @@ class CoEvolution:
 
     def evolve(self) -> None:
         """One round: samples that the student still gets wrong join the pool, and ranges follow the moved weights."""
-        self.pool.add(self.make_samples(self.settings.evolve_samples, compete=True), generator=self.random)
-        self.rounds += 1
+        self._renew(self.settings.evolve_samples, compete=True)
         if self.settings.reobserve:
-            self.observe(self.pool.draw(self.settings.calibration_samples, generator=self.random))
+            self.observe(self._drawn(self.settings.calibration_samples))
+
+    def _drawn(self, count: int) -> Tensor:
+        samples, _ = self.pool.draw(min(count, len(self.pool)), generator=self.random)
+        return samples
 
     # ------------------------------------------------------------------ student
     def draw(self) -> Tensor:
         """A batch for the student, (batch_size, C, H, W), flipped and rolled at random where ``augment`` is set."""
-        batch = self.pool.draw(self.settings.batch_size, generator=self.random)
+        batch = self._drawn(self.settings.batch_size)
         if self.settings.augment:
             height, width = batch.shape[-2:]
             flip = torch.rand(len(batch), generator=self.random) < 0.5
@@ -198,6 +212,7 @@ class CoEvolution:
         value = normalized_l1(self.student.outputs(images), taught)
         if not torch.isfinite(value):
             raise DataError(f'the discrepancy of the student became {float(value)}: lower dfq.lr')
+        self.weight.observe(float(value))
         return value
 
     # ------------------------------------------------------------------ state

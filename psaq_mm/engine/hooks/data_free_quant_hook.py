@@ -84,9 +84,9 @@ class DataFreeQuantHook(Hook):
     @master_only
     def _draw_sheet(self, runner) -> None:
         evolution = runner.train_loop.evolution
-        newest = evolution.pool.samples[-32:]
+        newest = evolution.pool.samples if evolution.latest is None else evolution.latest
         path = Path(runner.work_dir) / 'samples' / f'round_{evolution.rounds:03d}_step_{runner.iter:06d}.png'
-        sheet = sample_sheet(newest, evolution.teacher.image_spec)
+        sheet = sample_sheet(newest[:32], evolution.teacher.image_spec)
         write_png(sheet, path)
         runner.visualizer.add_image('samples', sheet, step=runner.iter)
 

@@ -148,11 +148,11 @@ class DataFreeTrainLoop(BaseLoop):
         number, steps = step['step'] + 1, step['steps']
         if number % self.log_interval and number != steps:
             return
-        shown = '  '.join(f'{k}: {v:.4f}' for k, v in step.items() if k not in ('step', 'steps', 'eta', 'seconds'))
-        print_log(f'Samples [{number:>4}/{steps}]  eta: {step.get("eta", 0.):.0f} s  {shown}', 'current')
+        shown = '  '.join(f'{k}: {v:.4f}' for k, v in step.items() if k not in ('step', 'steps', 'eta'))
+        print_log(f'Samples [{number:>4}/{steps}]  eta: {step["eta"]:.0f} s  {shown}', 'current')
         visualizer = self.runner.visualizer
         done = len(self.evolution.history) if self.evolution else 0
-        visualizer.add_scalars({f'samples/{k}': v for k, v in step.items() if k not in ('step', 'steps', 'eta', 'seconds')},
+        visualizer.add_scalars({f'samples/{k}': v for k, v in step.items() if k not in ('step', 'steps', 'eta')},
                                step=done + number)
 
     # ------------------------------------------------------------------ run
@@ -185,7 +185,7 @@ class DataFreeTrainLoop(BaseLoop):
             with self.runner.optim_wrapper.optim_context(self.runner.model):
                 loss = evolution.loss(images)
             self.runner.optim_wrapper.update_params(loss)
-        outputs = dict(loss=loss.detach(), discrepancy_weight=float(evolution.weight.value))
+        outputs = dict(loss=loss.detach(), discrepancy_weight=evolution.weight.weight)
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1
 

@@ -1,0 +1,77 @@
+"""Tiny detectors and segmentors out of the libraries' own zoo configs, as config files and checkpoints on disk."""
+from pathlib import Path
+
+import torch
+
+DETECTOR = """
+_base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']
+model = dict(
+    backbone=dict(embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8]),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=32), mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1)))
+"""
+
+SEGMENTOR = """
+_base_ = ['mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py']
+norm_cfg = dict(type='BN', requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=(64, 96)),
+    backbone=dict(embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8]),
+    decode_head=dict(in_channels=[16, 32, 64, 128], channels=16, num_classes=5, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=64, channels=16, num_classes=5, norm_cfg=norm_cfg))
+"""
+
+QUANTIZED = """
+_base_ = ['{base}']
+model = dict(type='psaq_mm.Quantized', base_type={{{{_base_.model.type}}}}, quant={quant!r})
+load_from = {load_from!r}
+dfq = {dfq!r}
+"""
+
+DFQ = dict(size=(64, 96), batch_size=2, calibration_samples=2, pool_size=6, evolve_every=2, evolve_samples=2, iters=4,
+           checkpoint_interval=2, sheet_interval=2, log_interval=1, generator=dict(batch_size=2, steps=2))
+"""The shortest run that passes through every part: two rounds of synthesis, four student steps."""
+
+
+def build_full_precision(config, seed=0):
+    """The full-precision model of a config, with random weights of a trained model's size."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    from psaq_mm.engine.config import drop_pretrained
+    init_default_scope(config.default_scope)
+    drop_pretrained(config.model)
+    torch.manual_seed(seed)
+    model = MODELS.build(config.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+class Project:
+    """A user's folder: a full-precision config, its checkpoint, and a config that quantizes it in three statements.
+
+    Args:
+        folder: Where it is made.
+        base: :data:`DETECTOR` or :data:`SEGMENTOR`.
+    """
+
+    def __init__(self, folder: Path, base: str = DETECTOR):
+        from mmengine.config import Config
+        self.folder = Path(folder)
+        self.base = self.folder / 'full_precision.py'
+        self.base.write_text(base)
+        self.checkpoint = self.folder / 'full_precision.pth'
+        model = build_full_precision(Config.fromfile(self.base))
+        meta = dict(dataset_meta=dict(classes=('bolt', 'nut'), palette=[(1, 2, 3), (4, 5, 6)]))
+        torch.save(dict(state_dict=model.state_dict(), meta=meta), self.checkpoint)
+
+    def config(self, quant='w8a8', name='quantized.py', load_from='checkpoint', **dfq) -> Path:
+        """Write a quantized config; ``load_from=None`` leaves the checkpoint out."""
+        path = self.folder / name
+        load = str(self.checkpoint) if load_from == 'checkpoint' else load_from
+        path.write_text(QUANTIZED.format(base=self.base.name, quant=quant, load_from=load, dfq={**DFQ, **dfq}))
+        return path
