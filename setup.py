@@ -1,0 +1,121 @@
+"""Build description of psaq_mm: metadata, entry points, and the configs and tools that travel inside the package."""
+import os
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+# What is copied into the package, and which files of it. OpenMMLab's tools look for `<package>/.mim/`.
+SHIPPED = {
+    'configs': ('.py', '.yml', '.yaml', '.md'),
+    'tools': ('.py', '.sh'),
+}
+SHIPPED_FILES = ('model-index.yml',)
+
+
+def read_version():
+    """The version, read as text: importing the package would need torch at build time."""
+    text = (ROOT / 'psaq_mm' / '__init__.py').read_text(encoding='utf-8')
+    match = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError("psaq_mm/__init__.py has no line of the form __version__ = '1.2.3'; add it")
+    return match.group(1)
+
+
+def read_readme():
+    """The README as the package index shows it; a tree without one (a partial copy) still builds."""
+    path = ROOT / 'README.md'
+    return path.read_text(encoding='utf-8') if path.is_file() else ''
+
+
+def shipped_files():
+    """Paths, relative to the source tree, that belong into `psaq_mm/.mim/`."""
+    found = [name for name in SHIPPED_FILES if (ROOT / name).is_file()]
+    for folder, endings in SHIPPED.items():
+        for path in sorted((ROOT / folder).rglob('*')):
+            if path.is_file() and path.suffix in endings and '__pycache__' not in path.parts:
+                found.append(path.relative_to(ROOT).as_posix())
+    return found
+
+
+class BuildWithConfigs(build_py):
+    """`build_py` that also lays configs and tools into the package as `psaq_mm/.mim/`.
+
+    They are copied into the build folder alone: no links and no second copy in the source tree, so a wheel, an sdist
+    and an installation from another project all carry them, and an editable one reads the source tree's.
+    """
+
+    def run(self):
+        super().run()
+        if getattr(self, 'editable_mode', False):
+            return
+        for source, target in self._pairs():
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(source, target)
+
+    def get_outputs(self, include_bytecode=1):
+        outputs = super().get_outputs(include_bytecode)
+        if getattr(self, 'editable_mode', False):
+            return outputs
+        return outputs + [target for _, target in self._pairs()]
+
+    def _pairs(self):
+        base = os.path.join(self.build_lib, 'psaq_mm', '.mim')
+        return [(str(ROOT / name), os.path.join(base, *name.split('/'))) for name in shipped_files()]
+
+
+# The OpenMMLab libraries stand in extras, not in install_requires: their maintained forks have the same import names
+# under other distribution names, and a hard requirement would install the originals over them.
+MM = ['mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0']
+EXTRAS = {
+    'mmdet': [*MM, 'mmdet>=3.3.0,<4'],
+    # mmsegmentation imports ftfy and regex without requiring them.
+    'mmseg': [*MM, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex'],
+    'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
+    'timm': ['timm>=1.0'],
+    'deploy': ['onnx', 'onnxruntime', 'openvino'],
+    'test': ['pytest>=7', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime'],
+}
+EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name != 'test' for line in lines})
+
+setup(
+    name='psaq_mm',
+    version=read_version(),
+    description='Data-free quantization of Swin, DeiT and ViT detectors, segmentors and classifiers for OpenMMLab',
+    long_description=read_readme(),
+    long_description_content_type='text/markdown',
+    author='The psaq_mm authors',
+    license='Apache-2.0',
+    keywords='quantization, data-free, vision transformer, Swin, object detection, segmentation, OpenMMLab',
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'License :: OSI Approved :: Apache Software License',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3 :: Only',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
+    python_requires='>=3.9',
+    packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
+    # Only files that stand inside the package; configs and tools are laid in by BuildWithConfigs.
+    package_data={'psaq_mm': ['**/*.json', '**/*.html', '**/*.css', '**/*.js']},
+    include_package_data=False,
+    install_requires=['torch>=2.1', 'numpy'],
+    extras_require=EXTRAS,
+    entry_points={
+        'console_scripts': [
+            'psaq-dfq-train = psaq_mm.commands.dfq_train:main',
+            'psaq-test = psaq_mm.commands.test:main',
+            'psaq-inspect = psaq_mm.inspect:main',
+        ],
+    },
+    cmdclass={'build_py': BuildWithConfigs},
+    zip_safe=False,
+)

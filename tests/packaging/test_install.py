@@ -1,0 +1,208 @@
+"""What another project gets from `pip install`: the package, its configs and tools, its commands, and no hard OpenMMLab requirement."""
+import ast
+import configparser
+import email
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import psaq_mm
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = {
+    'psaq-dfq-train': 'psaq_mm.commands.dfq_train:main',
+    'psaq-test': 'psaq_mm.commands.test:main',
+    'psaq-inspect': 'psaq_mm.inspect:main',
+}
+MODULES = sorted((ROOT / 'psaq_mm').rglob('*.py'))
+# Files that only this test puts into its copy of the tree: one of each kind that must travel, and one of each that must not.
+PROBES = {
+    'configs/_base_/probe.py': 'wheel',
+    'configs/probe/README.md': 'wheel',
+    'tools/probe.py': 'wheel',
+    'configs/probe/__pycache__/probe.cpython-311.pyc': None,
+    'configs/probe/weights.pth': None,
+    'tests/probe.py': None,
+}
+
+
+def run(*command, cwd):
+    result = subprocess.run([str(part) for part in command], cwd=cwd, text=True, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def build_wheel(source, target):
+    run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', target, '.', cwd=source)
+    built, = target.glob('*.whl')
+    return built
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """A copy of the source tree to build in, so that a build leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp('source') / 'psaq_mm'
+    copy.mkdir()
+    for name in ('psaq_mm', 'configs', 'tools'):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns('__pycache__', '.mim', 'work_dirs'))
+    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE', 'model-index.yml'):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, copy / name)
+    for name in PROBES:
+        path = copy / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('')
+    return copy
+
+
+@pytest.fixture(scope='module')
+def wheel(source, tmp_path_factory):
+    return build_wheel(source, tmp_path_factory.mktemp('wheel'))
+
+
+@pytest.fixture(scope='module')
+def names(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory):
+    """The wheel installed into a folder of its own, as another project would have it."""
+    target = tmp_path_factory.mktemp('site')
+    run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index', '--target', target, wheel, cwd=target)
+    return target
+
+
+def read(wheel, ending):
+    with zipfile.ZipFile(wheel) as archive:
+        name, = [name for name in archive.namelist() if name.endswith('.dist-info/' + ending)]
+        return archive.read(name).decode()
+
+
+def test_wheel_holds_every_module(names):
+    assert {path.relative_to(ROOT).as_posix() for path in MODULES} <= set(names)
+
+
+def test_wheel_holds_configs_and_tools_as_mim_expects_them(source, names):
+    expected = {f'psaq_mm/.mim/{path.relative_to(source).as_posix()}'
+                for folder in ('configs', 'tools') for path in (source / folder).rglob('*.py')}
+    expected |= {f'psaq_mm/.mim/{name}' for name, place in PROBES.items() if place == 'wheel'}
+    assert expected <= set(names)
+
+
+def test_wheel_holds_nothing_else(names):
+    assert {name.split('/')[0] for name in names} == {'psaq_mm', f'psaq_mm-{psaq_mm.__version__}.dist-info'}
+    unwanted = [name for name in names if '__pycache__' in name or name.endswith(('.pyc', '.pth', '.log'))]
+    assert unwanted == []
+    assert len(names) == len(set(names))
+
+
+def test_record_knows_every_file_so_that_uninstalling_takes_all(wheel, names):
+    recorded = {line.split(',')[0] for line in read(wheel, 'RECORD').splitlines()}
+    assert recorded == set(names)
+
+
+def test_build_puts_no_second_copy_of_the_configs_into_the_source_tree(source, wheel):
+    assert not (source / 'psaq_mm' / '.mim').exists()
+
+
+def test_metadata(wheel):
+    metadata = email.message_from_string(read(wheel, 'METADATA'))
+    assert metadata['Version'] == psaq_mm.__version__
+    assert metadata['License'] == 'Apache-2.0'
+    assert 'Apache License' in read_license(wheel)
+    hard = {re.match(r'[\w.-]+', line).group() for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line}
+    # An OpenMMLab library here would be installed over a maintained fork of the same import name.
+    assert hard == {'torch', 'numpy'}
+    assert set(metadata.get_all('Provides-Extra')) == {'all', 'deploy', 'mmdet', 'mmpretrain', 'mmseg', 'test', 'timm'}
+
+
+def read_license(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name, = [name for name in archive.namelist() if name.endswith('/LICENSE')]
+        return archive.read(name).decode()
+
+
+def test_license_is_the_full_text():
+    lines = (ROOT / 'LICENSE').read_text().splitlines()
+    assert lines[0].strip() == 'Apache License'
+    assert 'END OF TERMS AND CONDITIONS' in {line.strip() for line in lines}
+    assert len(lines) > 195
+
+
+def test_commands_are_declared(wheel):
+    parser = configparser.ConfigParser()
+    parser.optionxform = str
+    parser.read_string(read(wheel, 'entry_points.txt'))
+    assert dict(parser['console_scripts']) == COMMANDS
+
+
+@pytest.mark.parametrize('target', sorted(COMMANDS.values()))
+def test_command_leads_to_a_function(wheel, target):
+    module, function = target.split(':')
+    with zipfile.ZipFile(wheel) as archive:
+        tree = ast.parse(archive.read(module.replace('.', '/') + '.py'))
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_imports_from_a_foreign_folder(installed, tmp_path):
+    code = (f'import sys; sys.path.insert(0, {str(installed)!r}); import psaq_mm; print(psaq_mm.__version__, psaq_mm.__file__); '
+            'print(sorted({"mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "timm"} & set(sys.modules)))')
+    first, loaded = run(sys.executable, '-c', code, cwd=tmp_path).strip().splitlines()
+    version, file = first.split(' ', 1)
+    assert version == psaq_mm.__version__
+    assert Path(file) == installed / 'psaq_mm' / '__init__.py'
+    assert loaded == '[]', f'importing the package alone loads {loaded}'
+    assert (installed / 'psaq_mm' / '.mim' / 'configs' / '_base_' / 'probe.py').is_file()
+
+
+def test_sdist_builds_the_same_wheel(source, names, tmp_path):
+    code = 'import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])'
+    run(sys.executable, '-c', code, tmp_path, cwd=source)
+    packed, = tmp_path.glob('*.tar.gz')
+    with tarfile.open(packed) as archive:
+        archive.extractall(tmp_path / 'unpacked')
+    unpacked, = (tmp_path / 'unpacked').iterdir()
+    with zipfile.ZipFile(build_wheel(unpacked, tmp_path / 'wheel')) as archive:
+        assert sorted(archive.namelist()) == sorted(names)
+
+
+def test_pins_do_not_contradict_the_bounds():
+    """pip would find it out too, minutes later and in several paragraphs."""
+    requirement = pytest.importorskip('packaging.requirements').Requirement
+    read_lines = [line.split('#')[0].strip() for name in ('constraints.txt', 'requirements.txt')
+                  for line in (ROOT / name).read_text().splitlines()]
+    bounds = {}
+    for line in filter(None, read_lines):
+        bounds.setdefault(requirement(line).name, []).append(requirement(line).specifier)
+    pins = {name: str(spec)[2:] for name, specs in bounds.items() for spec in specs if str(spec).startswith('==')}
+    assert 'numpy' in pins and 'opencv-python' in pins
+    for name, version in pins.items():
+        assert all(version in spec for spec in bounds[name]), f'{name}=={version} against {bounds[name]}'
+
+
+def floor_of_python():
+    text = (ROOT / 'setup.py').read_text()
+    return tuple(int(part) for part in re.search(r"python_requires='>=(\d+)\.(\d+)'", text).groups())
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_module_parses_on_the_oldest_python(path):
+    """Syntax alone, and annotations like `int | None`, which older Pythons evaluate unless they are postponed."""
+    tree = ast.parse(path.read_text(encoding='utf-8'), feature_version=floor_of_python())
+    postponed = any(isinstance(node, ast.ImportFrom) and node.module == '__future__' and
+                    any(name.name == 'annotations' for name in node.names) for node in tree.body)
+    if postponed or floor_of_python() >= (3, 10):
+        return
+    annotations = [note for node in ast.walk(tree) for note in (getattr(node, 'annotation', None), getattr(node, 'returns', None)) if note]
+    unions = [sub.lineno for note in annotations for sub in ast.walk(note) if isinstance(sub, ast.BinOp) and isinstance(sub.op, ast.BitOr)]
+    assert not unions, f'{path.name}, lines {unions}: add "from __future__ import annotations"'
