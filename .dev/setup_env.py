@@ -1,0 +1,388 @@
+#!/usr/bin/env python3
+"""Makes the virtual environment that `make demo` and `make test` run in, or leaves one that stands alone.
+
+Standard library only: it runs on a machine that has nothing but Python. Two kinds of environment:
+
+* the reference stack (default): torch, mmcv with its compiled ops, mmdet, mmsegmentation, mmpretrain, as requirements.txt pins them;
+* `--core`: PyTorch of any version and the test tools, without OpenMMLab, for the floors that need PyTorch alone.
+
+Where packages come from is pip's business: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and pip.conf all hold. On Linux the
+index's torch brings its CUDA packages (about 2.5 GB) even where there is no GPU; an index of CPU builds named in those variables avoids it.
+"""
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAMP = '.psaq-ready.json'
+BUILDING = '.psaq-building'
+# Whatever changes one of these may change the environment. This file is one of them: it decides how things are installed.
+KEY_FILES = ('constraints.txt', 'requirements.txt', 'setup.py', 'pyproject.toml', '.dev/setup_env.py')
+# One compiler process of mmcv's ops takes up to this much memory.
+BYTES_PER_JOB = 2 << 30
+
+# A real call: the extension of a wheel made for another torch imports lazily and fails here.
+OPS_CHECK = """
+import torch
+from mmcv.ops import nms
+kept = nms(torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.], [20., 20., 29., 29.]]), torch.tensor([.9, .8, .7]), .5)[1]
+assert kept.tolist() == [0, 2], kept
+"""
+STACK_CHECK = OPS_CHECK + """
+import mmdet.models, mmseg.models, mmpretrain.models, torchvision.ops, numpy
+assert torch.from_numpy(numpy.ones(3)).sum() == 3
+"""
+
+
+class SetupError(Exception):
+    """A set-up that cannot go on; the message says why and what to do."""
+
+
+def say(text):
+    print(f'[setup] {text}', flush=True)
+
+
+def environment_key(torch_version, core=False, root=ROOT):
+    """Hash of everything the environment depends on; an equal one in the stamp means that nothing is to be done."""
+    digest = hashlib.sha256()
+    for name in KEY_FILES:
+        digest.update(name.encode() + b'\0' + (root / name).read_bytes() + b'\0')
+    digest.update(json.dumps(identity(torch_version, core, root), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def identity(torch_version, core=False, root=ROOT):
+    """What an environment cannot change in place: a difference here means starting from nothing."""
+    return {
+        'torch': torch_version,
+        'python': '{}.{}'.format(*sys.version_info[:2]),
+        'root': str(root),  # an environment does not survive being moved
+        'core': bool(core),
+    }
+
+
+def read_stamp(venv):
+    """The stamp's content, or None where there is none or it is not readable as one."""
+    try:
+        stamp = json.loads((venv / STAMP).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+    return stamp if isinstance(stamp, dict) else None
+
+
+def is_ready(venv, key):
+    stamp = read_stamp(venv)
+    return (stamp is not None and stamp.get('key') == key and not (venv / BUILDING).exists()
+            and (venv / 'bin' / 'python').exists())
+
+
+def write_stamp(venv, key, ident):
+    """Written last and in one step, so that an interrupted set-up leaves no environment that counts as done."""
+    draft = venv / (STAMP + '.new')
+    draft.write_text(json.dumps({'key': key, **ident}), encoding='utf-8')
+    os.replace(draft, venv / STAMP)
+    with contextlib.suppress(FileNotFoundError):
+        (venv / BUILDING).unlink()
+
+
+def pinned(name):
+    """The version that requirements.txt pins `name` to."""
+    text = (ROOT / 'requirements.txt').read_text(encoding='utf-8')
+    match = re.search(rf'^{re.escape(name)}==(\S+)', text, re.MULTILINE)
+    if match is None:
+        raise SetupError(f'requirements.txt has no line "{name}==<version>": add it')
+    return match.group(1)
+
+
+def run(command, env=None, **kwargs):
+    """Runs a command from the root of the source tree; a failure becomes one sentence that names the command."""
+    result = subprocess.run([str(part) for part in command], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, **kwargs)
+    if result.returncode:
+        shown = ' '.join(str(part) for part in command)
+        if len(shown) > 300:
+            shown = shown[:300] + ' ...'
+        raise SetupError(f'this command failed with status {result.returncode} (its messages stand above): {shown}')
+    return result
+
+
+class Environment:
+    """A virtual environment and the pip in it."""
+
+    def __init__(self, folder, constraints=True):
+        self.folder = folder
+        self.python = folder / 'bin' / 'python'
+        self.constraints = ['-c', 'constraints.txt'] if constraints else []
+        self.quiet = [] if sys.stdout.isatty() else ['-q']
+
+    def pip(self, verb, *args, env=None, **kwargs):
+        where = self.constraints if verb in ('install', 'wheel') else []
+        return run([self.python, '-m', 'pip', verb, *self.quiet, *where, *args], env=env, **kwargs)
+
+    def works(self, code):
+        """Whether `code` runs in the environment; its messages are kept for the caller."""
+        if not self.python.exists():
+            self.last_output = f'{self.python} does not exist'
+            return False
+        result = subprocess.run([str(self.python), '-W', 'ignore', '-c', code], cwd=self.folder, text=True,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.last_output = result.stdout
+        return result.returncode == 0
+
+    def has(self, name, version=None):
+        test = f'import importlib.metadata as m; v = m.version({name!r}); '
+        return self.works(test + (f'assert v.split("+")[0] == {version!r}' if version else ''))
+
+    def tell(self, code):
+        return run([self.python, '-c', code], stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def make_venv(venv, ident):
+    """A folder with a working Python and pip: a new one, or the one that stands there where it can be built on."""
+    stamp, interrupted = read_stamp(venv), (venv / BUILDING).exists()
+    if venv.exists() and not (interrupted or stamp):
+        # Somebody made it by hand: it is theirs, so it is filled up, or refused, never wiped, nor marked to be wiped later.
+        found, want = Environment(venv), ident['python']
+        if not found.works(f'import sys, pip; assert "%d.%d" % sys.version_info[:2] == {want!r}'):
+            raise SetupError(f'{venv} was not made by this Makefile and has no working Python {want} with pip: remove it, or '
+                             'name another folder with VENV=...')
+        if found.has('torch') and not found.has('torch', ident['torch']):
+            raise SetupError(f'{venv} was not made by this Makefile and holds another torch than {ident["torch"]}: remove it, or '
+                             'name another folder with VENV=...')
+        return
+    # pip takes a package whose unpacking was cut off for installed: after an interruption only a fresh start is safe.
+    same = stamp is not None and not interrupted and all(stamp.get(k) == v for k, v in ident.items())
+    if same:
+        (venv / BUILDING).touch()
+        (venv / STAMP).unlink()
+        return
+    say(f'{"starting again from an empty" if venv.exists() else "making"} {venv.name} (Python {ident["python"]})')
+    if venv.exists():
+        (venv / BUILDING).touch()  # first, so that a removal cut off half-way is still known as ours
+        for path in venv.iterdir():
+            if path.name != BUILDING:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    venv.mkdir(parents=True, exist_ok=True)
+    (venv / BUILDING).touch()
+    run([sys.executable, '-m', 'venv', venv])
+
+
+def install_torch(env, torch_version):
+    if env.has('torch', torch_version) and env.has('torchvision'):
+        return
+    vision = f'torchvision=={pinned("torchvision")}' if torch_version == pinned('torch') else 'torchvision'
+    say(f'torch {torch_version} and torchvision: on Linux up to 2.5 GB with their CUDA packages, several minutes on a slow line')
+    env.pip('install', f'torch=={torch_version}', vision)
+
+
+def wheel_folder(env, torch_version):
+    """Where wheels built here are kept: outside the checkout, and apart for what makes them differ."""
+    base = os.environ.get('PSAQ_MM_WHEELS')
+    if not base:
+        cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        base = Path(cache) / 'psaq_mm' / 'wheels'
+    name = 'torch-{}-cp{}{}'.format(torch_version, *sys.version_info[:2])
+    if builds_for_gpu(env):
+        name += '-cu' + env.tell('import torch; print((torch.version.cuda or "").replace(".", ""))')
+    return Path(base).expanduser() / name
+
+
+def builds_for_gpu(env):
+    """The question mmcv's own build asks."""
+    return os.environ.get('FORCE_CUDA') == '1' or env.works('import torch; assert torch.cuda.is_available()')
+
+
+def install_mmcv(env, torch_version):
+    """mmcv with its ops: a wheel where one is to be found and works with this torch, else compiled from the source package."""
+    version = pinned('mmcv')
+    if env.has('mmcv', version) and env.works(OPS_CHECK):
+        return
+    folder = wheel_folder(env, torch_version)
+    # pip reads this variable as a list divided by blanks: a path goes in as an address, its blanks escaped.
+    links = [os.environ.get('PIP_FIND_LINKS', ''), os.environ.get('MMCV_FIND_LINKS', '')]
+    links += [folder.as_uri()] if folder.is_dir() else []
+    with_links = {**os.environ, 'PIP_FIND_LINKS': ' '.join(filter(None, links))}
+    # What mmcv needs, with the bounds of the reference stack; --no-deps below keeps pip from choosing others.
+    env.pip('install', 'ninja', 'wheel', 'setuptools', f'mmengine=={pinned("mmengine")}', f'numpy=={pinned("numpy")}',
+            f'opencv-python=={pinned("opencv-python")}')
+    wanted = ['--no-deps', '--force-reinstall', f'mmcv=={version}']
+    # Its failure is an answer, not an error: most machines have no such wheel.
+    prebuilt = subprocess.run([str(env.python), '-m', 'pip', 'install', '-q', '--only-binary', 'mmcv', *wanted], cwd=ROOT,
+                              env=with_links, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if prebuilt.returncode == 0:
+        if env.works(OPS_CHECK):
+            say(f'mmcv {version}: installed from a prebuilt wheel')
+            return
+        say(f'mmcv {version}: a prebuilt wheel was found, but its ops do not run with torch {torch_version} '
+            f'({env.last_output.strip().splitlines()[-1]}): compiling instead')
+    wheel = compile_mmcv(env, version, torch_version, folder)
+    env.pip('install', '--no-deps', '--force-reinstall', wheel)
+    if not env.works(OPS_CHECK):
+        raise SetupError(f'mmcv {version} was compiled, but its ops do not run with torch {torch_version}: {env.last_output.strip()}')
+
+
+def compile_jobs():
+    """How many compilers at a time: one a core, as long as memory holds them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        cores = min(cores, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // BYTES_PER_JOB)
+    return max(1, cores)
+
+
+def check_compilers(env):
+    compiler = os.environ.get('CXX', 'c++').split()[0]
+    if shutil.which(compiler) is None:
+        raise SetupError(f'mmcv has to be compiled and there is no C++ compiler "{compiler}": install one (Debian: build-essential), or '
+                         'name a folder or address with a prebuilt wheel in MMCV_FIND_LINKS')
+    header = Path(sysconfig.get_paths()['include']) / 'Python.h'
+    if not header.is_file():
+        raise SetupError(f'mmcv has to be compiled and {header} is missing: install the Python headers (Debian: python3-dev)')
+    has_nvcc = shutil.which('nvcc') or (Path(os.environ.get('CUDA_HOME', '/usr/local/cuda')) / 'bin' / 'nvcc').is_file()
+    if builds_for_gpu(env) and not has_nvcc:
+        raise SetupError('a GPU is visible, but there is no nvcc to compile mmcv\'s ops for it: name OpenMMLab\'s wheel index for this '
+                         'torch and CUDA (see MMCV\'s installation page) in MMCV_FIND_LINKS, or hide the GPU with CUDA_VISIBLE_DEVICES=""')
+
+
+def compile_mmcv(env, version, torch_version, folder):
+    """Compiles mmcv's ops from the source package; the wheel is kept in `folder`, its path is returned."""
+    check_compilers(env)
+    jobs = os.environ.get('MAX_JOBS') or str(compile_jobs())
+    say(f'mmcv {version}: no prebuilt wheel for torch {torch_version} and Python {sys.version_info[0]}.{sys.version_info[1]} was found, so '
+        'its C++ ops (the detectors need them) are compiled now.')
+    say(f'    This takes about 20 minutes on two cores ({jobs} at a time here), once: the wheel is kept in {folder}.')
+    say('    Quicker: name a folder or index with a wheel in MMCV_FIND_LINKS (or PIP_FIND_LINKS).')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix='.build-', dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise SetupError(f'the wheel folder {folder} cannot be written ({error.strerror}): name another one in PSAQ_MM_WHEELS') from error
+    with scratch as name:
+        log = folder / f'mmcv-{version}.log'
+        # --no-cache-dir and --no-binary: pip's own cache of built wheels knows neither the torch version nor whether ops were built.
+        # --no-build-isolation: the ops must be compiled against the torch that stands in this environment.
+        command = [env.python, '-m', 'pip', 'wheel', '-v', '--no-deps', '--no-cache-dir', '--no-build-isolation', '--no-binary', 'mmcv',
+                   *env.constraints, '-w', name, f'mmcv=={version}']
+        path = f'{env.folder / "bin"}{os.pathsep}{os.environ.get("PATH", "")}'  # for ninja
+        # TMPDIR: what a stopped build leaves goes with the scratch folder.
+        settings = {**os.environ, 'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs, 'PATH': path, 'TMPDIR': name}
+        if follow_build([str(part) for part in command], settings, log):
+            # What pip adds after the build's own messages is its own long command line.
+            messages = log.read_text(errors='replace').split('error: subprocess-exited-with-error')[0].rstrip().splitlines()
+            raise SetupError('\n'.join([f'compiling mmcv failed; all of it stands in {log}, and its end reads:', *messages[-30:]]))
+        built = next(Path(name).glob('mmcv-*.whl'))
+        kept = folder / built.name
+        os.replace(built, kept)
+    return kept
+
+
+def follow_build(command, settings, log, every=60):
+    """Runs the build with its output in `log`, says once a minute how far it is, and leaves no compiler behind when stopped."""
+    begun = told = time.monotonic()
+    with open(log, 'w') as sink:
+        build = subprocess.Popen(command, cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+                                 start_new_session=True)
+        try:
+            while build.poll() is None:
+                time.sleep(1)
+                if time.monotonic() - told >= every:
+                    told = time.monotonic()
+                    steps = re.findall(r'\[(\d+)/(\d+)\]', log.read_text(errors='replace'))
+                    done = '{} of {} files'.format(*steps[-1]) if steps else 'preparing'
+                    say(f'    {done}, {(told - begun) / 60:.0f} min')
+        finally:
+            if build.poll() is None:
+                os.killpg(build.pid, signal.SIGTERM)  # its own group: pip, setuptools, ninja and the compilers
+                build.wait()
+    return build.returncode
+
+
+def install_reference(env, torch_version):
+    env.pip('install', 'setuptools', 'wheel')
+    install_torch(env, torch_version)
+    install_mmcv(env, torch_version)
+    say('the other packages of requirements.txt')
+    lines = (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines()
+    pins = [line.split('#')[0].strip() for line in lines]
+    # torch and torchvision stand already, perhaps in another version than the pinned one.
+    pins = [pin for pin in pins if pin and not pin.startswith(('torch==', 'torchvision=='))]
+    env.pip('install', f'torch=={torch_version}', *pins)
+    env.pip('install', '--no-deps', '--no-build-isolation', '-e', '.')
+    if not env.works(STACK_CHECK):
+        raise SetupError(f'everything is installed, but the libraries do not import:\n{env.last_output.strip()}')
+
+
+def install_core(env, torch_version):
+    env.pip('install', 'setuptools>=64,<81', 'wheel')
+    say(f'torch {torch_version} and the test tools, without OpenMMLab')
+    env.pip('install', f'torch=={torch_version}', 'numpy')
+    env.pip('install', '--no-build-isolation', f'torch=={torch_version}', '-e', '.[test]')
+
+
+def set_up(venv, torch_version, core=False):
+    """Makes `venv`, or does nothing where it stands as it should.
+
+    Args:
+        venv (Path): folder of the environment.
+        torch_version (str): version of torch without a local part, such as '2.1.2'.
+        core (bool): torch and the test tools alone.
+
+    Raises:
+        SetupError: where it cannot go on, in one sentence.
+    """
+    if not re.fullmatch(r'\d+\.\d+\.\d+', torch_version):
+        raise SetupError(f'TORCH={torch_version} is no version of torch such as {pinned("torch")}')
+    # The reference stack's pins have no other Python in common.
+    if not core and sys.version_info[:2] != (3, 11):
+        raise SetupError('the reference stack needs Python 3.11, and this is Python {}.{}: name a Python 3.11 with '
+                         'PYTHON=/path/to/python3.11'.format(*sys.version_info[:2]))
+    # torch below 2.3 was built for numpy 1; the core set-up with a newer one leaves the choice to pip.
+    old = tuple(int(part) for part in torch_version.split('.'))[:2] < (2, 3)
+    # Two makes at once would install over each other: the second one waits, and finds the work done.
+    with open(ROOT / 'constraints.txt') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        key, ident = environment_key(torch_version, core), identity(torch_version, core)
+        if is_ready(venv, key):
+            return
+        begun = time.monotonic()
+        make_venv(venv, ident)
+        env = Environment(venv, constraints=not core or old)
+        (install_core if core else install_reference)(env, torch_version)
+        write_stamp(venv, key, ident)
+        say(f'{venv.name} is ready after {time.monotonic() - begun:.0f} s; it is used as it stands until its requirements change')
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--venv', required=True, help='folder of the environment')
+    parser.add_argument('--torch', required=True, help='version of torch, such as 2.1.2')
+    parser.add_argument('--core', action='store_true', help='torch and the test tools alone, without OpenMMLab')
+    args = parser.parse_args(argv)
+
+    def stop(signum, frame):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)  # so that a build under way is ended with this process
+    try:
+        set_up((ROOT / args.venv).absolute(), args.torch, args.core)
+    except SetupError as error:
+        print(f'[setup] error: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('[setup] interrupted: the next make starts the environment anew', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

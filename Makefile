@@ -1,0 +1,68 @@
+# make demo | make test | make test-core | make real DATA=folder | make clean
+#
+# Each makes its environment first (`.venv`; minutes, and about 20 more on two cores where mmcv has to be compiled) and
+# takes seconds when that stands. Settings, on the command line or in the environment:
+#   PYTHON           the Python to build on, 3.11                    TORCH   another torch than the reference one
+#   ARGS             more arguments for pytest or the demo           MAX_JOBS  compilers at a time while mmcv is built
+#   MMCV_FIND_LINKS  folder or address with prebuilt mmcv wheels: OpenMMLab publishes an index for every torch and CUDA
+#                    version (see the installation page of MMCV); PIP_FIND_LINKS is read too
+#   PSAQ_MM_WHEELS   where a wheel compiled here is kept, ~/.cache/psaq_mm/wheels if not set
+#   PSAQ_MM_DATA     folder of real weights and images for the tests that measure on them; they are skipped without
+# Packages come from where pip is told to look: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf.
+
+REFERENCE_TORCH := 2.1.2
+
+PYTHON ?= python3.11
+TORCH  ?= $(REFERENCE_TORCH)
+# Another torch gets a folder of its own: the reference environment is dear.
+VENV      ?= $(if $(filter $(TORCH),$(REFERENCE_TORCH)),.venv,.venv-torch$(TORCH))
+VENV_CORE ?= .venv-core-torch$(TORCH)
+ARGS   ?=
+DATA   ?=
+
+# Two threads: the tests' models are small, and more of them only wait for each other.
+OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS MMCV_FIND_LINKS PSAQ_MM_WHEELS PSAQ_MM_DATA
+
+SET_UP = $(PYTHON) .dev/setup_env.py --torch $(TORCH)
+CORE_TESTS = $(wildcard tests/quantization tests/synthesis tests/distillation)
+
+.PHONY: help demo test test-core real venv venv-core python clean distclean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+# One clear sentence instead of the shell's "not found".
+python:
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "There is no Python named '$(PYTHON)': install Python 3.11, or name one with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+
+# Not a file target: what decides is the content of the requirements, not the time of a file, and a fresh clone has only new times.
+venv: python
+	@$(SET_UP) --venv "$(VENV)"
+
+venv-core: python
+	@$(SET_UP) --venv "$(VENV_CORE)" --core
+
+demo: venv
+	"$(VENV)/bin/python" demo/run_demo.py $(ARGS)
+
+test: venv
+	"$(VENV)/bin/python" -m pytest -q $(ARGS)
+
+# The floors that need PyTorch alone, where nothing else is installed; TORCH names any version.
+test-core: venv-core
+	"$(VENV_CORE)/bin/python" -m pytest -q $(CORE_TESTS) $(ARGS)
+
+real: venv
+	@test -d "$(DATA)" || { echo "DATA='$(DATA)' is no folder: name the one with the real weights and images, make real DATA=folder" >&2; exit 1; }
+	"$(VENV)/bin/python" benchmarks/real.py --data "$(DATA)" $(ARGS)
+
+# What builds and tests leave behind; the environments stay.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	find . -path './.venv*' -prune -o -type d -name __pycache__ -print | xargs -r rm -rf
+
+# The environments too; wheels compiled here stay in their folder outside.
+distclean: clean
+	rm -rf .venv .venv-*
