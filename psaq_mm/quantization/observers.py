@@ -189,13 +189,19 @@ class Histogram:
         With u = x / scale and k = clamp(round(u)), the integral of (u - k)^2 is k/12 + (u - k)^3/3, also where it clips:
         exact however many steps a bin spans, where evaluating at bin centres would fail for steps finer than a bin.
         """
-        scale = scale.double()
-        edges = torch.arange(self.BINS + 1, device=scale.device, dtype=torch.float64) - self.BINS // 2
-        ratio = edges * (self.width / scale)
-        code = ratio.round().clamp(qmin - int(zero_point), qmax - int(zero_point))
-        integral = code / 12 + (ratio - code)**3 / 3
-        mean = integral.diff() / (self.width / scale)
-        return (mean * self.counts).sum() * scale**2
+        step = float(scale)
+        bins = self.counts.nonzero().squeeze(1)
+        left = (bins - self.BINS // 2).double()
+        low, high = qmin - int(zero_point), qmax - int(zero_point)
+
+        def integral(edges: Tensor) -> Tensor:
+            ratio = edges * (self.width / step)
+            code = ratio.round().clamp_(low, high)
+            rest = ratio.sub_(code)
+            return (rest * rest).mul_(rest).div_(3).add_(code, alpha=1 / 12)
+
+        mean = integral(left + 1).sub_(integral(left)).mul_(step / self.width)
+        return (mean * self.counts[bins]).sum() * step**2
 
 
 class _HistogramData:

@@ -107,6 +107,12 @@ def _along(param: Tensor, x: Tensor, axis: Optional[int]) -> Tensor:
     return param.reshape(shape)
 
 
+def _unclamped_codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """``round(x / scale) + zero_point`` as whole numbers in a new float32 tensor."""
+    # The divisor stays a tensor on the device of x: CUDA turns division by a host scalar into a multiplication.
+    return torch.div(x.float(), scale).round_().add_(offset)
+
+
 def quantize(x: Tensor,
              scale: Tensor,
              zero_point: Tensor,
@@ -129,11 +135,11 @@ def quantize(x: Tensor,
     Raises:
         DataError: ``x`` holds NaN, which has no code, or the scale does not fit ``axis``.
     """
-    ratio = x.detach().float() / _along(scale, x, axis)
-    if bool(torch.isnan(ratio).any()):
+    codes = _unclamped_codes(x.detach(), _along(scale, x, axis), _along(zero_point, x, axis).to(torch.float32))
+    if bool(torch.isnan(codes).any()):
         raise DataError('The tensor holds NaN, which has no integer code: look for the layer that produced it.')
     # Clamp before the cast: a float32 beyond int32 has no defined integer value.
-    return (ratio.round_() + _along(zero_point, x, axis)).clamp_(qmin, qmax).to(torch.int32)
+    return codes.clamp_(qmin, qmax).to(torch.int32)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: Optional[int] = None) -> Tensor:
@@ -154,35 +160,20 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: Optional[
     return (codes.to(torch.int32) - _along(zero_point, codes, axis)).float() * _along(scale, codes, axis)
 
 
-def _round_to_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """``round(x / scale)`` as a new float32 tensor."""
-    # The divisor stays a tensor on the device of x: CUDA turns division by a host scalar into a multiplication.
-    return torch.div(x.float(), scale).round_()
-
-
-def _bounds(scale: Tensor, zero_point: Tensor, qmin: int, qmax: int):
-    """Ends of ``round(x / scale)`` that are representable, as whole floats."""
-    if zero_point.dim() == 0 and zero_point.device.type == 'cpu':
-        # Clamping with numbers is several times faster than with tensors; on a device it would wait for the queue.
-        offset = int(zero_point)
-        return float(qmin - offset), float(qmax - offset)
-    return (qmin - zero_point).to(scale.dtype), (qmax - zero_point).to(scale.dtype)
-
-
-def _to_real(whole: Tensor, scale: Tensor) -> Tensor:
-    # round(-0.2) is -0.0, which no integer code has: adding 0 makes it +0.0, as dequantize gives.
-    return whole.add_(0.0).mul_(scale)
+def _to_real(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """``(codes - zero_point) * scale``, in place."""
+    return codes.sub_(offset).mul_(scale)
 
 
 class _FakeQuantize(torch.autograd.Function):
     """Rounding with a straight-through gradient; keeps one bool an element for backward and no float copy."""
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, qmin, qmax):
-        rounded = _round_to_scale(x, scale)
-        clipped = rounded.clamp(*_bounds(scale, zero_point, qmin, qmax))
-        ctx.save_for_backward(clipped == rounded)
-        return _to_real(clipped, scale).to(x.dtype)
+    def forward(ctx, x, scale, offset, qmin, qmax):
+        unclamped = _unclamped_codes(x, scale, offset)
+        codes = unclamped.clamp(qmin, qmax)
+        ctx.save_for_backward(codes == unclamped)
+        return _to_real(codes, scale, offset).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -220,8 +211,10 @@ def fake_quantize(x: Tensor,
         >>> fake_quantize(torch.tensor([-1., .2, .9, 7.]), torch.tensor(.5), torch.tensor(1, dtype=torch.int32), 0, 3)
         tensor([-0.5000,  0.0000,  1.0000,  1.0000])
     """
-    scale, zero_point = _along(scale, x, axis), _along(zero_point, x, axis)
+    scale = _along(scale, x, axis)
+    # As float, because the codes are: whole numbers up to 2**24 are exact, and what lies beyond is clamped anyway. Going
+    # through the codes, instead of clamping at the shifted ends, also makes round(-0.2) = -0.0 the +0.0 it is decoded to.
+    offset = _along(zero_point, x, axis).to(torch.float32)
     if x.requires_grad and torch.is_grad_enabled():
-        return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
-    rounded = _round_to_scale(x, scale)
-    return _to_real(rounded.clamp_(*_bounds(scale, zero_point, qmin, qmax)), scale).to(x.dtype)
+        return _FakeQuantize.apply(x, scale, offset, qmin, qmax)
+    return _to_real(_unclamped_codes(x, scale, offset).clamp_(qmin, qmax), scale, offset).to(x.dtype)

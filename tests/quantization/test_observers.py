@@ -1,0 +1,269 @@
+"""Ranges against plain references on the raw data."""
+
+import pytest
+import torch
+
+from psaq_mm.errors import DataError, NotCalibratedError, SpecError
+from psaq_mm.quantization import (MinMaxObserver, MSEObserver, PercentileObserver, build_observer, choose_qparams,
+                                  fake_quantize, qrange)
+
+NAMES = ['minmax', 'percentile', 'mse']
+CANDIDATES = (.999, .9999, .99999, 1.0)
+
+
+def make_data(kind, n=60_000, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, generator=generator)
+    if kind == 'heavy':
+        x = x / torch.rand(n, generator=generator).clamp(min=.02)
+    elif kind == 'outlier':
+        x[::20_000] = 300.
+    elif kind == 'one-sided':
+        x = torch.rand(n, generator=generator)**8
+    elif kind == 'zeros':
+        x = x.relu() * (torch.rand(n, generator=generator) < .02)
+    elif kind == 'tiny':
+        x = x * 1e-20
+    return x
+
+
+KINDS = ['normal', 'heavy', 'outlier', 'one-sided', 'zeros', 'tiny']
+
+
+def error_of(x, low, high, bits, symmetric):
+    qparams = choose_qparams(low, high, bits, symmetric)
+    return (fake_quantize(x, *qparams, *qrange(bits, symmetric)) - x).double().square().sum().item()
+
+
+def test_minmax_over_batches():
+    observer = MinMaxObserver()
+    for batch in (torch.tensor([1., 2.]), torch.tensor([[-3.], [0.]]), torch.zeros(0)):
+        observer.update(batch)
+    assert [t.item() for t in observer.range(8, False)] == [-3., 2.]
+
+
+@pytest.mark.parametrize('axis, low, high', [(0, [0., 3.], [2., 5.]), (1, [0., 1., 2.], [3., 4., 5.])])
+def test_minmax_per_channel(axis, low, high):
+    observer = MinMaxObserver(channel_axis=axis)
+    observer.update(torch.arange(6.).reshape(2, 3))
+    assert [t.tolist() for t in observer.range(8, False)] == [low, high]
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+def test_non_finite_data_is_refused(name, bad):
+    for observer, x in ((build_observer(name), torch.zeros(5)), (build_observer(name, 0), torch.zeros(5, 2))):
+        x.view(-1)[3] = bad
+        with pytest.raises(DataError, match='NaN or infinity'):
+            observer.update(x)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_no_data_is_an_error_and_empty_data_is_none(name):
+    observer = build_observer(name)
+    observer.update(torch.zeros(0, 3))
+    assert not observer.saw_data
+    with pytest.raises(NotCalibratedError, match='saw no data'):
+        observer.range(8, False)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('value', [0., 3., -2.])
+@pytest.mark.parametrize('axis', [None, 0])
+def test_constant_data_gives_a_usable_range(name, value, axis):
+    observer = build_observer(name, axis)
+    x = torch.full((4, 100), value)
+    observer.update(x)
+    low, high = observer.range(8, False)
+    qparams = choose_qparams(low, high, 8, False)
+    torch.testing.assert_close(fake_quantize(x, *qparams, 0, 255, axis=axis), x, rtol=1e-6, atol=0)
+
+
+def test_unknown_observer_and_settings():
+    with pytest.raises(SpecError, match="'histogram' is not known"):
+        build_observer('histogram')
+    with pytest.raises(SpecError, match='percentile 0.2'):
+        PercentileObserver(candidates=(.2, ))
+    with pytest.raises(SpecError, match='factor 1.5'):
+        MSEObserver(factors=(1.5, ))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_rows_that_are_not_valid_take_no_part(name):
+    x = torch.randn(6, 2, 4, 3)  # (windows of 2 images, heads, tokens, channels)
+    x[:, :, 3] = 100.
+    x[1::3, :, 0] = -100.
+    valid = torch.ones(3, 1, 4, dtype=torch.bool)
+    valid[:, :, 3] = False
+    valid[1, :, 0] = False
+    kept = x[valid.repeat(2, 1, 1).expand(6, 2, 4)]
+    expected = build_observer(name)
+    expected.update(kept)
+    for mask in (valid, valid.repeat(2, 1, 1), valid.repeat(2, 2, 1)):
+        observer = build_observer(name)
+        observer.update(x, mask)
+        assert [t.item() for t in observer.range(4, False)] == [t.item() for t in expected.range(4, False)]
+    assert expected.range(8, False)[1] < 10
+
+
+def test_valid_broadcasts_from_the_right_and_from_one():
+    x = torch.tensor([[[1.], [50.]], [[2.], [60.]]])
+    for mask in (torch.tensor([True, False]), torch.tensor([[True, False]])):
+        observer = MinMaxObserver()
+        observer.update(x, mask)
+        assert [t.item() for t in observer.range(8, False)] == [1., 2.]
+    observer = MinMaxObserver()
+    observer.update(x, torch.tensor([[False], [True]]))
+    assert [t.item() for t in observer.range(8, False)] == [2., 60.]
+
+
+def test_no_valid_row_is_no_data_but_hides_no_error_in_the_mask():
+    observer = MinMaxObserver()
+    observer.update(torch.ones(2, 3), torch.tensor([False, False]))
+    assert not observer.saw_data
+    with pytest.raises(DataError, match='does not fit'):
+        observer.update(torch.ones(2, 3), torch.tensor([True, True, False]))
+    with pytest.raises(DataError, match='bool'):
+        observer.update(torch.ones(2, 3), torch.tensor([1., 0.]))
+
+
+def test_nan_in_a_row_that_takes_no_part_is_no_error():
+    observer = MinMaxObserver()
+    observer.update(torch.tensor([[1.], [float('nan')]]), torch.tensor([True, False]))
+    assert observer.saw_data
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_histogram_quantiles_are_within_a_bin_of_the_exact_ones(kind):
+    x = make_data(kind)
+    observer = PercentileObserver()
+    observer.update(x)
+    histogram = observer.data.histogram
+    assert histogram.counts.sum() == x.numel()
+    q = [0., .00001, .001, .25, .5, .999, .9999, 1.]
+    # Between two data points torch interpolates and the histogram cannot: compare with the neighbours.
+    ordered = x.sort().values.double()
+    got = histogram.quantiles(q).double()
+    for value, p in zip(got, q):
+        rank = p * (x.numel() - 1)
+        assert ordered[max(int(rank) - 1, 0)] - histogram.width <= value
+        assert value <= ordered[min(int(rank) + 2, x.numel() - 1)] + histogram.width
+    assert got[0].float() == x.min() and got[-1].float() == x.max()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_histogram_error_is_the_error_on_the_data(kind, bits, symmetric):
+    x = make_data(kind)
+    observer = PercentileObserver()
+    observer.update(x)
+    for p in CANDIDATES:
+        low, high = x.quantile(1 - p), x.quantile(p)
+        exact = error_of(x, low, high, bits, symmetric)
+        got = observer.data.squared_error(*choose_qparams(low, high, bits, symmetric), *qrange(bits, symmetric)).item()
+        within_bins = x.numel() * observer.data.histogram.width**2
+        assert abs(got - exact) <= .02 * exact + within_bins
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('bits', [2, 4, 6, 8])
+def test_percentile_has_the_least_squared_error(kind, bits):
+    x = make_data(kind)
+    observer = PercentileObserver(candidates=CANDIDATES)
+    for batch in x.split(9_000):
+        observer.update(batch)
+    best = min(error_of(x, x.quantile(1 - p), x.quantile(p), bits, False) for p in CANDIDATES)
+    assert error_of(x, *observer.range(bits, False), bits, False) <= 1.03 * best
+
+
+def test_percentile_depends_on_the_bits():
+    x = make_data('normal')
+    x[:4] = 30.
+    observer = PercentileObserver()
+    observer.update(x)
+    assert observer.range(4, False)[1] < 10 < observer.range(8, False)[1]
+
+
+def test_histogram_does_not_depend_on_order_or_batches():
+    x = torch.cat([make_data('normal') * 1e-3, make_data('heavy'), torch.zeros(10), make_data('one-sided') * 1e5])
+    histograms = []
+    for batches in ([x], x.split(7001), reversed(x.split(20_000))):
+        observer = PercentileObserver()
+        for batch in batches:
+            observer.update(batch)
+        histograms.append(observer.data.histogram)
+    assert histograms[0].counts.sum() == x.numel()
+    for other in histograms[1:]:
+        assert other.exponent == histograms[0].exponent
+        assert torch.equal(other.counts, histograms[0].counts)
+
+
+def test_histogram_counts_beyond_float32():
+    observer = PercentileObserver()
+    observer.update(torch.ones(1000))
+    observer.data.histogram.counts *= 2**24
+    observer.update(torch.ones(1))
+    assert observer.data.histogram.counts.sum() == 1000 * 2**24 + 1
+
+
+def tensor_bytes(thing):
+    if isinstance(thing, torch.Tensor):
+        return thing.untyped_storage().nbytes()
+    return sum(tensor_bytes(v) for v in vars(thing).values()) if hasattr(thing, '__dict__') else 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_memory_does_not_grow_with_the_images(name):
+    observer, sizes = build_observer(name), []
+    for i in range(20):
+        observer.update(torch.randn(50_000) * (i + 1))
+        sizes.append(tensor_bytes(observer))
+    assert len(set(sizes)) == 1 and sizes[0] < 1_000_000
+
+
+@pytest.mark.parametrize('axis', [0, 1])
+@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_percentile_per_channel_is_exact(axis, bits, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(6, 5, 3000, generator=generator) / torch.rand(6, 5, 1, generator=generator)
+    w[2, 1, :3] = 1000.
+    observer = PercentileObserver(axis)
+    observer.update(w)
+    low, high = observer.range(bits, symmetric)
+    rows = w.transpose(0, axis).flatten(1)
+    for c, row in enumerate(rows):
+        wide = row.double()  # quantile in float32 loses digits of the rank
+        ranges = [(wide.quantile(1 - p).float(), wide.quantile(p).float()) for p in sorted(CANDIDATES, reverse=True)]
+        best = min(ranges, key=lambda ends: error_of(row, *ends, bits, symmetric))
+        torch.testing.assert_close(torch.stack([low[c], high[c]]), torch.stack(best), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_mse_takes_the_best_factor_of_each_channel(bits, symmetric):
+    w = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    factors = (1.0, .9, .7, .5)
+    observer = MSEObserver(channel_axis=0, factors=factors)
+    observer.update(w)
+    low, high = observer.range(bits, symmetric)
+    for c, row in enumerate(w):
+        best = min(factors, key=lambda f: error_of(row, row.min() * f, row.max() * f, bits, symmetric))
+        torch.testing.assert_close(high[c], row.max() * best)
+        torch.testing.assert_close(low[c], row.min() * best)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_mse_per_tensor_is_no_worse_than_minmax(kind):
+    x = make_data(kind)
+    observer = MSEObserver()
+    observer.update(x)
+    for bits in (2, 4, 8):
+        assert error_of(x, *observer.range(bits, False), bits, False) <= 1.001 * error_of(
+            x, x.min(), x.max(), bits, False)
+
+
+def test_row_mask_per_channel_is_refused():
+    with pytest.raises(DataError, match='per channel'):
+        MinMaxObserver(channel_axis=0).update(torch.ones(2, 3), torch.tensor([True, False]))
