@@ -1,0 +1,307 @@
+"""Quantized layers against the float operation on fake-quantized operands."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from psaq_mm.errors import NotCalibratedError
+from psaq_mm.quantization import (LayerSpec, QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, adopt,
+                                  choose_qparams, fake_quantize, qrange)
+
+LAYERS = {
+    'linear': (lambda: nn.Linear(6, 5), QuantLinear, (2, 3, 6)),
+    'linear without bias': (lambda: nn.Linear(6, 5, bias=False), QuantLinear, (4, 6)),
+    'conv': (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), QuantConv2d, (2, 4, 7, 7)),
+    'grouped conv': (lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2), QuantConv2d, (2, 4, 7, 7)),
+    'reflecting conv': (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='reflect'), QuantConv2d, (2, 4, 7, 7)),
+    'transposed conv': (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), QuantConvTranspose2d, (2, 4, 5, 5)),
+    'grouped transposed conv': (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1),
+                                QuantConvTranspose2d, (2, 4, 5, 5)),
+}
+ALL = pytest.mark.parametrize('kind', LAYERS)
+
+
+def build(kind, spec=LayerSpec(4, 8)):
+    make, quant_class, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    quantized = quant_class.from_float(layer, spec)
+    quantized.weight_quantizer.calibrate_from(quantized.weight.detach())
+    quantized.input_quantizer.calibrate_from(x)
+    return layer, quantized, x
+
+
+@ALL
+@pytest.mark.parametrize('spec', [LayerSpec(4, 8), LayerSpec(2, 3, w_symmetric=False), LayerSpec(8, 6, True, 'mse')])
+def test_is_the_float_layer_on_fake_quantized_operands(kind, spec):
+    layer, quantized, x = build(kind, spec)
+    reference = copy.deepcopy(layer)
+    axis = 1 if 'transposed' in kind else 0
+    q = quantized.weight_quantizer
+    with torch.no_grad():
+        reference.weight.copy_(fake_quantize(layer.weight, q.scale, q.zero_point, *qrange(spec.w_bits, spec.w_symmetric),
+                                             axis))
+    qparams = choose_qparams(x.min(), x.max(), spec.a_bits, False)
+    expected = reference(fake_quantize(x, *qparams, *qrange(spec.a_bits, False)))
+    for _ in range(2):  # with gradients, then from the cache
+        assert torch.equal(quantized(x), expected)
+        with torch.no_grad():
+            assert torch.equal(quantized(x), expected)
+
+
+@ALL
+def test_switched_off_it_is_the_float_layer(kind):
+    layer, quantized, x = build(kind)
+    quantized.input_quantizer.mode = quantized.weight_quantizer.mode = 'off'
+    assert torch.equal(quantized(x), layer(x))
+
+
+@ALL
+def test_from_float_leaves_the_float_layer_alone(kind):
+    layer, quantized, x = build(kind)
+    assert type(layer) is type(LAYERS[kind][0]()) and not any('quantizer' in k for k in layer.state_dict())
+    assert quantized.weight is layer.weight
+    assert set(layer.state_dict()) < set(quantized.state_dict())
+
+
+@pytest.mark.parametrize('groups', [1, 2])
+def test_transposed_conv_has_a_scale_for_each_index_of_axis_one(groups):
+    layer = nn.ConvTranspose2d(4, 6, 3, groups=groups)
+    quantized = QuantConvTranspose2d.from_float(layer, LayerSpec())
+    quantized.weight_quantizer.calibrate_from(layer.weight.detach())
+    expected = layer.weight.detach().abs().amax((0, 2, 3)) / 127
+    torch.testing.assert_close(quantized.weight_quantizer.scale, expected)
+    assert expected.shape == (6 // groups, )
+
+
+def test_transposed_conv_takes_an_output_size():
+    layer, quantized, x = build('transposed conv')
+    size = [12, 12]
+    assert quantized(x, output_size=size).shape == layer(x, output_size=size).shape == (2, 6, 12, 12)
+
+
+def test_gradients_are_straight_through():
+    layer, quantized, x = build('linear', LayerSpec(8, 8))
+    x.requires_grad_()
+    quantized(x).sum().backward()
+    weight = quantized.quantized_weight().detach()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
+    q = quantized.input_quantizer
+    inputs = fake_quantize(x.detach(), q.scale, q.zero_point, 0, 255)
+    torch.testing.assert_close(quantized.weight.grad, inputs.sum((0, 1)).expand_as(weight))
+
+
+@ALL
+def test_autocast_quantizes_in_float32(kind):
+    _, quantized, x = build(kind)
+    plain = quantized.input_quantizer(x), quantized.quantized_weight()
+    with torch.autocast('cpu', torch.bfloat16):
+        out = quantized(x)
+        assert torch.equal(quantized.input_quantizer(x), plain[0]) and quantized.input_quantizer(x).dtype == x.dtype
+        assert torch.equal(quantized.quantized_weight(), plain[1])
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), quantized(x), rtol=.03, atol=.05)
+
+
+def count_quantizations(layer):
+    calls = []
+    layer.weight_quantizer.register_forward_hook(lambda *args: calls.append(1))
+    return calls
+
+
+def test_weight_is_quantized_once_without_gradients():
+    _, quantized, x = build('linear')
+    calls = count_quantizations(quantized)
+    with torch.no_grad():
+        first = quantized(x)
+        assert torch.equal(quantized(x), first)
+    assert len(calls) == 1
+    quantized.weight.requires_grad_(False)  # a frozen layer in a forward with gradients
+    quantized(x.clone().requires_grad_()).sum().backward()
+    assert len(calls) == 1
+    quantized.weight.requires_grad_(True)
+    quantized(x)
+    quantized(x)
+    assert len(calls) == 3
+
+
+def rescale(quantized):
+    quantized.weight_quantizer.set_qparams(quantized.weight_quantizer.scale * 2, quantized.weight_quantizer.zero_point)
+
+
+def optimizer_step(quantized):
+    quantized.weight.grad = torch.ones_like(quantized.weight)
+    torch.optim.SGD([quantized.weight], lr=.1).step()
+
+
+def new_parameter(quantized):
+    quantized.weight = nn.Parameter(quantized.weight.detach() * .5)
+
+
+def new_data(quantized):
+    quantized.weight.data = quantized.weight.detach() * .5
+
+
+def data_changed_and_eval(quantized):
+    quantized.weight.data.mul_(.5)
+    quantized.eval()
+
+
+def reload(quantized):
+    quantized.load_state_dict({k: v * .5 if k == 'weight' else v for k, v in quantized.state_dict().items()})
+
+
+def there_and_back(quantized):
+    quantized.half().float()
+
+
+CHANGES = [rescale, optimizer_step, new_parameter, new_data, data_changed_and_eval, reload, there_and_back]
+
+
+@pytest.mark.parametrize('change', CHANGES, ids=lambda f: f.__name__)
+def test_cached_weight_follows_every_change(change):
+    _, quantized, x = build('linear')
+    with torch.no_grad():
+        before = quantized(x)
+    change(quantized)
+    with torch.no_grad():
+        after = quantized(x)
+    assert torch.equal(after, F.linear(quantized.input_quantizer(x), quantized.weight_quantizer(quantized.weight),
+                                       quantized.bias))
+    assert change is there_and_back or not torch.equal(before, after)
+
+
+def test_switching_the_weight_off_is_seen_despite_the_cache():
+    layer, quantized, x = build('linear')
+    with torch.no_grad():
+        quantized(x)
+        quantized.weight_quantizer.mode = 'off'
+        assert torch.equal(quantized.quantized_weight(), layer.weight)
+
+
+def test_cache_made_in_inference_mode_serves_a_later_backward():
+    _, quantized, x = build('linear')
+    quantized.requires_grad_(False)
+    with torch.inference_mode():
+        quantized(x)
+    x = x.clone().requires_grad_()
+    quantized(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_layer_built_in_inference_mode_works():
+    with torch.inference_mode():
+        _, quantized, x = build('linear')
+        assert torch.equal(quantized(x), quantized(x))
+
+
+def test_cache_is_not_in_state_copies_or_pickles():
+    _, quantized, x = build('linear')
+    with torch.no_grad():
+        out = quantized(x)
+        assert quantized._weight_cache is not None
+        assert not any('cache' in k for k in quantized.state_dict())
+        twin = copy.deepcopy(quantized)
+        assert twin._weight_cache is None and torch.equal(twin(x), out)
+        twin.weight.mul_(2)
+        assert torch.equal(quantized(x), out)
+
+
+class NamedLinear(nn.Linear):
+    """A user's subclass with an attribute of its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.init_cfg = dict(type='Normal')
+
+
+class Doubling:
+    """A quantized class that is no layer of ours."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('copier', ['deepcopy', 'save'])
+def test_adopted_subclasses_keep_class_attributes_and_hooks(copier):
+    layer, x = NamedLinear(3, 2), torch.randn(4, 3)
+    weight = layer.weight
+    quantized = adopt(layer, QuantLinear)
+    quantized.add_quantizers(LayerSpec())
+    quantized.input_quantizer.calibrate_from(x)
+    quantized.weight_quantizer.calibrate_from(quantized.weight.detach())
+    assert quantized is layer and quantized.weight is weight and quantized.init_cfg == dict(type='Normal')
+    assert isinstance(quantized, NamedLinear) and isinstance(quantized, QuantLinear)
+    assert type(adopt(NamedLinear(3, 2), QuantLinear)) is type(quantized)
+    if copier == 'deepcopy':
+        twin = copy.deepcopy(quantized)
+    else:
+        file = io.BytesIO()
+        torch.save(quantized, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert type(twin) is type(quantized) and torch.equal(twin(x), quantized(x))
+
+
+def test_adopt_is_open_to_other_classes_and_keeps_hooks():
+    layer, calls = nn.Linear(3, 2), []
+    layer.register_forward_hook(lambda *args: calls.append(1))
+    x = torch.randn(4, 3)
+    expected = 2 * layer(x)
+    assert torch.equal(adopt(layer, Doubling)(x), expected)
+    assert len(calls) == 2 and isinstance(layer, nn.Linear)
+
+
+def test_matmul():
+    a, b = torch.rand(2, 3, 5, 4), torch.randn(2, 3, 4, 6)
+    matmul = QuantMatMul(8, 4)
+    with pytest.raises(NotCalibratedError):
+        matmul(a, b)
+    for quantizer in matmul.children():
+        quantizer.begin_observing()
+    assert torch.equal(matmul(a, b), a @ b)
+    for quantizer in matmul.children():
+        quantizer.finish_observing()
+    left = fake_quantize(a, *choose_qparams(a.min(), a.max(), 8, False), 0, 255)
+    right = fake_quantize(b, *choose_qparams(b.min(), b.max(), 4, False), 0, 15)
+    assert torch.equal(matmul(a, b), left @ right)
+
+
+def test_matmul_masks_rows_of_the_left_operand_only():
+    a, b = torch.ones(4, 3, 2, 2), torch.full((4, 3, 2, 2), 7.)
+    a[:, :, 1] = 100.
+    matmul = QuantMatMul()
+    for quantizer in matmul.children():
+        quantizer.begin_observing()
+    matmul(a, b, torch.tensor([[[True, False]], [[True, False]]]))  # two windows, two images
+    for quantizer in matmul.children():
+        quantizer.finish_observing()
+    torch.testing.assert_close(matmul.lhs_quantizer.scale, torch.tensor(1 / 255))
+    torch.testing.assert_close(matmul.rhs_quantizer.scale, torch.tensor(7 / 255))
+
+
+def test_matmul_with_operands_in_float():
+    a, b = torch.rand(3, 4), torch.randn(4, 2)
+    assert torch.equal(QuantMatMul.from_spec(None)(a, b), a @ b)
+    matmul = QuantMatMul.from_spec(LayerSpec(4, 6), quantize_lhs=False)
+    assert matmul.lhs_quantizer is None and matmul.rhs_quantizer.bits == 6
+
+
+def test_layer_masks_rows():
+    quantized = QuantLinear.from_float(nn.Linear(2, 2), LayerSpec())
+    quantized.weight_quantizer.mode = 'off'
+    quantized.input_quantizer.begin_observing()
+    quantized.valid_rows = torch.tensor([True, False])
+    quantized(torch.tensor([[[255., 0.], [999., 999.]]]))
+    quantized.input_quantizer.finish_observing()
+    assert quantized.input_quantizer.scale == 1
+
+
+def test_empty_batches_pass():
+    for kind in LAYERS:
+        layer, quantized, x = build(kind)
+        assert quantized(x[:0]).shape == layer(x[:0]).shape

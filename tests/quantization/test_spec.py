@@ -1,0 +1,124 @@
+"""Settings: defaults, JSON round trip, and messages that name the value and the way out."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psaq_mm.errors import SpecError
+from psaq_mm.quantization import LayerSpec, Override, QuantSpec
+
+BITS = st.integers(2, 8)
+NAMES = st.sampled_from(['minmax', 'percentile', 'mse'])
+OVERRIDES = st.one_of(
+    st.builds(Override, pattern=st.text(min_size=1), w_bits=BITS, a_bits=st.none() | BITS),
+    st.builds(Override, pattern=st.text(min_size=1), float_=st.just(True)))
+SPECS = st.builds(
+    QuantSpec,
+    w_bits=BITS,
+    a_bits=BITS,
+    scope=st.sampled_from(['backbone', 'full']),
+    points=st.sampled_from(['gemm', 'linear']),
+    quantize_softmax=st.booleans(),
+    input_bits=BITS,
+    w_symmetric=st.booleans(),
+    w_observer=NAMES,
+    a_observer=NAMES,
+    overrides=st.lists(OVERRIDES, max_size=3))
+
+
+@given(SPECS)
+def test_round_trips(spec):
+    assert QuantSpec.from_json(spec.to_json()) == spec
+    assert QuantSpec.from_dict(spec.to_dict()) == spec
+    assert QuantSpec.parse(spec.to_dict()) == spec
+    assert QuantSpec.parse(spec) is spec
+    assert hash(spec) == hash(QuantSpec.from_json(spec.to_json()))
+    json.dumps(spec.to_dict())
+
+
+@given(BITS, BITS, st.sampled_from(['w{}a{}', 'W{}A{}', 'w{}A{}']))
+def test_presets(w_bits, a_bits, form):
+    spec = QuantSpec.parse(form.format(w_bits, a_bits))
+    assert spec == QuantSpec(w_bits=w_bits, a_bits=a_bits)
+    assert spec.label == f'W{w_bits}A{a_bits}'
+
+
+def test_dict_over_preset():
+    spec = QuantSpec.parse(dict(preset='w4a8', a_bits=6, scope='full', overrides=[{'pattern': 'head', 'float': True}]))
+    assert (spec.w_bits, spec.a_bits, spec.scope) == (4, 6, 'full')
+    assert spec.overrides == (Override('head', float_=True), )
+
+
+class DictSubclass(dict):
+    """Stands for a config library's dict."""
+
+
+def test_dict_subclasses_are_read():
+    spec = QuantSpec.parse(DictSubclass(w_bits=4, overrides=[DictSubclass(pattern='a', w_bits=8)]))
+    assert spec == QuantSpec(w_bits=4, overrides=(Override('a', w_bits=8), ))
+
+
+@pytest.mark.parametrize('given_, message', [
+    (dict(w_bits=9), 'w_bits=9 .*2 to 8'),
+    (dict(a_bits=1), 'a_bits=1 .*2 to 8'),
+    (dict(a_bits='8'), "a_bits='8'"),
+    (dict(w_bits=True), 'w_bits=True'),
+    (dict(input_bits=None), 'input_bits=None'),
+    (dict(w_bit=4), "'w_bit' .*did you mean 'w_bits'"),
+    (dict(zzz=4), "'zzz' .*known are 'w_bits'"),
+    (dict(scope='backbon'), "did you mean 'backbone'"),
+    (dict(scope='all'), "scope='all'.*'backbone', 'full'"),
+    (dict(points='everything'), "points='everything'"),
+    (dict(w_observer='min_max'), "did you mean 'minmax'"),
+    (dict(a_observer=3), 'a_observer=3'),
+    (dict(quantize_softmax=1), 'quantize_softmax=1 .*True or False'),
+    (dict(overrides='head'), "overrides='head'"),
+    (dict(overrides=['head']), "'head' is no override"),
+    (dict(overrides=[dict(w_bits=8)]), 'lacks its pattern'),
+    (dict(overrides=[dict(pattern='', w_bits=8)]), "pattern=''"),
+    (dict(overrides=[dict(pattern='head')]), "'head' changes nothing"),
+    (dict(overrides=[dict(pattern='head', float=True, w_bits=8)]), 'asks for float and for bits'),
+    (dict(overrides=[dict(pattern='head', w_bits=0)]), 'w_bits=0'),
+    (dict(overrides=[dict(pattern='head', bits=8)]), "'bits' .*did you mean"),
+    (dict(preset='w8'), "'w8' is no preset"),
+    (dict(preset='w4a4', scop='full'), "did you mean 'scope'"),
+    ('int8', "'int8' is no preset"),
+    ('w9a8', 'w_bits=9'),
+    (None, 'quant=None'),
+    (8, 'quant=8'),
+])
+def test_bad_settings_get_one_clear_sentence(given_, message):
+    with pytest.raises(SpecError, match=message) as error:
+        QuantSpec.parse(given_)
+    assert '\n' not in str(error.value) and str(error.value).endswith('.')
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '"w8a8"'])
+def test_bad_json(text):
+    with pytest.raises(SpecError, match='to_json'):
+        QuantSpec.from_json(text)
+
+
+def test_resolve_applies_overrides_in_order():
+    spec = QuantSpec(
+        w_bits=4,
+        a_bits=4,
+        w_observer='mse',
+        overrides=(Override('layers.*', w_bits=6), Override('*.fc2', float_=True), Override('layers.1.fc2', a_bits=8)))
+    assert spec.resolve('head') == LayerSpec(4, 4, True, 'mse', 'minmax')
+    assert spec.resolve('layers.0.fc1') == LayerSpec(6, 4, True, 'mse', 'minmax')
+    assert spec.resolve('layers.0.fc2') is None
+    assert spec.resolve('layers.1.fc2') == LayerSpec(6, 8, True, 'mse', 'minmax')
+
+
+def test_first_layer_gets_the_input_bits_unless_overridden():
+    assert QuantSpec.parse('w4a4').resolve('patch_embed', is_input=True).a_bits == 8
+    spec = QuantSpec(a_bits=4, overrides=(Override('patch_embed', a_bits=6), ))
+    assert spec.resolve('patch_embed', is_input=True).a_bits == 6
+
+
+def test_specs_are_frozen():
+    with pytest.raises(AttributeError):
+        QuantSpec().w_bits = 4
