@@ -251,7 +251,8 @@ def set_mode(model: nn.Module, mode: str, pattern: str = '*') -> List[str]:
     found = dict(quantizers(model))
     matched = [n for n in found if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition('.')[0], pattern)]
     if not matched:
-        raise SpecError(f'The pattern {pattern!r} matches no quantizer' + _hint(pattern, list(found)))
+        owners = list(dict.fromkeys(n.rpartition('.')[0] for n in found))
+        raise SpecError(f'The pattern {pattern!r} matches no quantizer' + _hint(pattern, owners))
     for name in matched:
         found[name].mode = mode
     return matched
