@@ -21,10 +21,12 @@ RangeReducer = Callable[[Tensor, Tensor], Tuple[Tensor, Tensor]]
 
 # A token shorter than this has no direction: its similarity to everything, and its gradient, are zero.
 _NORM_FLOOR = 1e-8
-# Similarity given to pairs that take no part. The kernel there is exactly zero in every floating point format.
+# Similarity given to pairs that take no part: the kernel there is negligible beside any eps.
 _NOWHERE = 1e3
+# Kernels are cut off at 2^-126, the least normal float32: smaller ones cost several times more and change nothing.
+_LEAST_EXPONENT = -126.0
 # Rows of the similarity matrix computed at a time: wider blocks compute more pairs twice, narrower ones run slower.
-_ROWS = 64
+_ROWS = 32
 
 
 class SimilarityDensity(NamedTuple):
@@ -158,7 +160,8 @@ class _Plan:
 
     def blocks(self) -> Iterator[Tuple[slice, slice]]:
         """Group and row slices whose pairs make up about one chunk."""
-        rows = self.length if self.length <= _ROWS else max(1, min(_ROWS, self.chunk // (self.reach + 1)))
+        rows = min(self.length, max(1, min(_ROWS, self.chunk // (self.reach + 1))))
+        rows = -(-self.length // -(-self.length // rows))
         step = max(1, self.chunk // (rows * (self.reach + 1)))
         for first in range(0, self.groups, step):
             groups = slice(first, min(first + step, self.groups))
@@ -267,15 +270,31 @@ def _scale(bandwidth: float) -> float:
     return math.sqrt(0.5 / math.log(2)) / bandwidth
 
 
-def _offsets(similarity: Tensor, grid: Tensor, scale: float) -> Tensor:
-    """Scaled distances of a block's similarities to the grid, shape (groups, points, rows * (reach + 1))."""
-    return (similarity * scale).flatten(1).unsqueeze(1) - (grid * scale).unsqueeze(1)
+class _Workspace:
+    """Buffers for the kernel of one block at a time: fresh ones for each block would cost more than the arithmetic."""
+
+    def __init__(self, plan: _Plan, grid: Tensor, buffers: int) -> None:
+        largest = max(_extent(groups) * _extent(rows) for groups, rows in plan.blocks()) * (plan.reach + 1)
+        self._buffers = grid.new_empty(buffers, plan.points * largest)
+        self._scale = _scale(plan.bandwidth)
+        self._grid = (grid * self._scale).unsqueeze(1)
+
+    def kernel(self, similarity: Tensor) -> Tuple[Tensor, Tensor]:
+        """Kernel of a block's similarities at the grid, without its constant factor, and the scaled distances to it.
+
+        Returns:
+            Both of shape (groups, points, pairs); with a single buffer the distances are overwritten by the kernel.
+        """
+        scaled = (similarity * self._scale).flatten(1).unsqueeze(1)
+        shape = (scaled.shape[0], len(self._grid), scaled.shape[2])
+        distance, kernel = (self._buffers[i, :math.prod(shape)].view(shape) for i in (0, -1))
+        torch.sub(scaled, self._grid, out=distance)
+        # exp2 and not exp: exp goes through a vendor library that is several times slower on some processors.
+        return torch.mul(distance, distance, out=kernel).neg_().clamp_(min=_LEAST_EXPONENT).exp2_(), distance
 
 
-def _kernel_(offsets: Tensor) -> Tensor:
-    """Kernel of scaled distances, in place and without its constant factor."""
-    # exp2 and not exp: exp goes through a vendor library that is several times slower on some processors.
-    return offsets.square_().neg_().exp2_()
+def _extent(part: slice) -> int:
+    return part.stop - part.start
 
 
 def _densities(unit: Tensor, plan: _Plan, value_range: Optional[Tuple[float, float]],
@@ -293,11 +312,11 @@ def _densities(unit: Tensor, plan: _Plan, value_range: Optional[Tuple[float, flo
     steps = torch.arange(plan.points, dtype=unit.dtype, device=unit.device) / (plan.points - 1)
     grid = low + (high - low) * steps
 
-    scale = _scale(plan.bandwidth)
+    workspace = _Workspace(plan, grid, 1)
     sums = unit.new_zeros(plan.groups, plan.points)
     for index, (groups, rows) in enumerate(plan.blocks()):
         similarity = blocks[index] if keep else _similarities(unit, plan, groups, rows)
-        kernel = _kernel_(_offsets(similarity, grid, scale))
+        kernel, _ = workspace.kernel(similarity)
         sums[groups] += plan.sum_pairs(kernel.unflatten(2, similarity.shape[1:]))
     sums = sums.view(plan.images, plan.per_image, plan.points).sum(1)
     return grid, (sums * _factor(plan)).to(sums.dtype), blocks
@@ -339,15 +358,18 @@ class _Entropy(torch.autograd.Function):
         scale = _scale(plan.bandwidth)
         with _full_precision(tokens):
             unit, inverse = _normalize(tokens)
-            # d kernel / d s = -2 log(2) scale offset kernel
+            # d kernel / d s = -2 log(2) scale distance kernel
             slope = (slope * (grad_output * (-2 * math.log(2) * scale))).repeat_interleave(plan.per_image, 0)
+            workspace = _Workspace(plan, grid, 2)
             grad = torch.zeros_like(unit)
             for index, (groups, rows) in enumerate(plan.blocks()):
                 kept = ctx.blocks is not None
                 similarity = ctx.blocks[index] if kept else _similarities(unit, plan, groups, rows)
-                offsets = _offsets(similarity, grid, scale)
-                kernel = _kernel_(offsets.clone()).mul_(offsets)
-                pairs = torch.bmm(slope[groups].unsqueeze(1), kernel).view_as(similarity)
+                kernel, distance = workspace.kernel(similarity)
+                pairs = torch.bmm(slope[groups].unsqueeze(1), kernel.mul_(distance)).view_as(similarity)
+                absent = plan.absent(groups, rows)
+                if absent is not None:
+                    pairs.masked_fill_(absent, 0)
                 _add_products_(grad, plan.weigh_(pairs), unit, plan, groups, rows)
             grad = _denormalize(grad, unit, inverse)
         return (grad.to(tokens.dtype), None, None, None, None, None)
