@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Box and mask AP, mIoU or top-1 of a quantized model: ``tools/test.py CONFIG CKPT [--full-precision [FP]]``."""
 import argparse
+import copy
 import json
 import os
 from typing import Dict, Mapping, Optional, Sequence
@@ -45,7 +46,7 @@ def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = Fa
 
     from psaq_mm.engine.checkpoint import load_weights
     from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
-    config = config.copy()
+    config = copy.deepcopy(config)
     if not config.get('test_dataloader') or not config.get('test_evaluator'):
         raise ConfigError(f'the config {config.filename} has no test set: set test_dataloader, test_cfg and test_evaluator')
     absent = _missing_file(config)

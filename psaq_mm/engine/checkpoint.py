@@ -35,18 +35,26 @@ _ALLOWED = {
 """What checkpoints of OpenMMLab hold beside tensors: histories of the logger, numpy scalars, metainfo."""
 
 
+def _history_method(owner: type, name: str):
+    """``getattr`` for the one use that checkpoints have: the statistics of a logged history, pickled by reference."""
+    from mmengine.logging import HistoryBuffer
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current', 'statistics'):
+        raise CheckpointError(f'it asks for {getattr(owner, "__name__", owner)}.{name}, which is no weight and could run '
+                              'code: only load it after saving its state_dict alone in an environment that you trust')
+    return getattr(owner, name)
+
+
 class _Unpickler(pickle.Unpickler):
     """Finds the types of a checkpoint, and nothing that would run code."""
 
     def find_class(self, module: str, name: str):
         plain_torch = module in ('torch', 'torch.storage') and (name.endswith('Storage') or isinstance(
             getattr(torch, name, None), torch.dtype))
-        history = module == 'mmengine.logging.history_buffer' and name in ('HistoryBuffer', 'HistoryBuffer.current',
-                                                                           'HistoryBuffer.mean', 'HistoryBuffer.min',
-                                                                           'HistoryBuffer.max')
+        if (module, name) in (('__builtin__', 'getattr'), ('builtins', 'getattr')):
+            return _history_method
         numpy_types = module.split('.')[0] == 'numpy' and name.endswith('DType') or module == 'numpy' and name in (
             'int64', 'int32', 'float64', 'float32', 'bool_', 'uint8')
-        if (module, name) in _ALLOWED or plain_torch or history or numpy_types:
+        if (module, name) in _ALLOWED or plain_torch or numpy_types:
             return super().find_class(module, name)
         raise CheckpointError(f'it holds {module}.{name}, which is no weight and could run code: only load it after '
                               'saving its state_dict alone in an environment that you trust')

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Turning any config of a quantized model into its data-free form."""
+import copy
 import os
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
@@ -124,7 +125,7 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     Raises:
         ConfigError: No checkpoint, no such file, no image size, or an unknown setting.
     """
-    config = config.copy()
+    config = copy.deepcopy(config)
     dfq = resolve_dfq(config.get('dfq'))
     config.model = quantized_model_config(config, quant)
     drop_pretrained(config.model)

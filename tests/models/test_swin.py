@@ -10,7 +10,7 @@ from psaq_mm.models.adapters.swin import valid_query_rows
 from psaq_mm.quantization import calibrate, is_quantizer_key, quantizers, set_mode
 from psaq_mm.synthesis import AttentionTaps
 
-from .swin_models import LIBRARIES, SIZES, build_backbone
+from swin_models import LIBRARIES, SIZES, build_backbone
 
 
 @pytest.mark.parametrize('library', LIBRARIES)
