@@ -12,6 +12,7 @@ from psaq_mm.engine.config import full_precision_model_config
 from psaq_mm.visualization import Picture, draw_detections, draw_label_map
 
 SCORE = 0.5  # detections less certain than this are not drawn
+BACKGROUND = 'background'  # the class that is not painted
 
 
 class Predicted(NamedTuple):
@@ -70,8 +71,9 @@ def _detected(scene: Dict, found, meta: Mapping, truth: bool) -> Predicted:
 
 def _segmented(scene: Dict, labels: Tensor, meta: Mapping) -> Predicted:
     labels = labels.squeeze(0).numpy()
-    picture = draw_label_map(_rgb(scene), labels, [tuple(colour) for colour in meta['palette']])
-    present = [i for i in np.unique(labels) if 0 < i < len(meta['classes'])]
+    picture = draw_label_map(_rgb(scene), labels, [tuple(colour) for colour in meta['palette']],
+                             clear=[i for i, name in enumerate(meta['classes']) if name == BACKGROUND])
+    present = [i for i in np.unique(labels) if i < len(meta['classes']) and meta['classes'][i] != BACKGROUND]
     return Predicted(picture, _names(present, meta['classes']))
 
 

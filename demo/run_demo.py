@@ -57,7 +57,7 @@ TASKS = (
          'confidence.'),
     Task('upernet_swin_demo', 'segmentor', 'Segmentor: UperNet with a small Swin', 'segmentation',
          (('mIoU', 'mIoU', 1.), ('aAcc', 'pixel accuracy', 1.)), (14., 80.),
-         f'The first {DRAWN} of the held-out scenes, each pixel in the colour of its class.'),
+         f'The first {DRAWN} of the held-out scenes, each pixel of an object in the colour of its class.'),
 )
 
 
@@ -187,7 +187,7 @@ class Demo:
         return {key: _entry(result) for key, result in results.items()}, section
 
     def _section(self, task: Task, results: Mapping[str, Result], evolution):
-        from predictions import build, ground_truth, normalized, predict, scenes_of, side_by_side
+        from predictions import BACKGROUND, build, ground_truth, normalized, predict, scenes_of, side_by_side
 
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.visualization import ModelReport, Run, Scene, ShownMetric
@@ -210,7 +210,8 @@ class Demo:
             name=task.name, heading=task.heading, description=_description(task, evolution),
             runs=[Run(labels[k], r.metrics, r.seconds, k in bits_free) for k, r in results.items()],
             shown=[ShownMetric(*metric) for metric in task.metrics],
-            scenes=rows, scenes_note=task.note, legend=[(n, tuple(c)) for n, c in zip(meta['classes'], meta['palette'])],
+            scenes=rows, scenes_note=task.note,
+            legend=[(n, tuple(c)) for n, c in zip(meta['classes'], meta['palette']) if n != BACKGROUND],
             samples=samples, densities=densities)
 
     def _samples(self, task: Task, evolution, real):

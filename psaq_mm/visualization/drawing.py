@@ -12,7 +12,7 @@ __all__ = ['draw_detections', 'draw_label_map']
 Colour = Tuple[int, int, int]
 
 MASK_OPACITY = 0.45
-MAP_OPACITY = 0.8
+MAP_OPACITY = 0.7
 IGNORED = (255, 255, 255)  # labels outside the palette, such as 255 for "no class"
 
 
@@ -106,6 +106,7 @@ def _write_name(draw: ImageDraw.ImageDraw, text: str, left: float, top: float, c
 def draw_label_map(picture: np.ndarray,
                    labels: np.ndarray,
                    palette: Sequence[Colour],
+                   clear: Sequence[int] = (),
                    opacity: float = MAP_OPACITY,
                    zoom: int = 2) -> np.ndarray:
     """A segmentation over its picture.
@@ -114,6 +115,7 @@ def draw_label_map(picture: np.ndarray,
         picture: (H, W, 3), uint8, RGB.
         labels: (H, W), indices into ``palette``; any other number is drawn white.
         palette: A colour a class, RGB.
+        clear: Labels that are not painted, so that the picture is seen there: a background.
         opacity: Of the colours: 0 the picture alone, 1 the map alone.
         zoom: The drawing is this many times as large as ``picture``.
 
@@ -129,5 +131,6 @@ def draw_label_map(picture: np.ndarray,
     colours = np.array(list(palette) + [IGNORED], np.float32)
     known = np.where((labels >= 0) & (labels < len(palette)), labels, len(palette)).astype(int)
     painted = colours[known].repeat(zoom, 0).repeat(zoom, 1)
-    blend = (1 - opacity) * _enlarged(picture, zoom).astype(np.float32) + opacity * painted
+    covered = (opacity * ~np.isin(known, clear))[..., None].repeat(zoom, 0).repeat(zoom, 1)
+    blend = (1 - covered) * _enlarged(picture, zoom).astype(np.float32) + covered * painted
     return blend.round().clip(0, 255).astype(np.uint8)

@@ -32,9 +32,9 @@ a { color: var(--c0) }
 .scroll:focus-visible { outline: 2px solid var(--c0) }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: 7px 12px; text-align: right; white-space: nowrap; border-top: 1px solid var(--rule) }
-thead th { border-top: 0; font-weight: 600; vertical-align: bottom }
+thead th { border-top: 0; font-weight: 600; vertical-align: bottom; white-space: normal }
 th:first-child, td:first-child { text-align: left }
-tbody th { font-weight: 400 }
+tbody th { font-weight: 400; white-space: normal; min-width: 9em }
 tr.mark > * { background: var(--mark) }
 td .diff { color: var(--soft); display: inline-block; min-width: 3.6em }
 details { margin: 10px 0 }
@@ -48,7 +48,7 @@ img { display: block; width: 100%; height: auto; border-radius: 4px }
 .grid.charts { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)) }
 @media (max-width: 700px) { .grid.two { grid-template-columns: minmax(0, 1fr) } .grid.four { grid-template-columns: repeat(2, minmax(0, 1fr)) }
   .grid.charts { grid-template-columns: repeat(2, minmax(0, 1fr)) } main { padding: 12px } h1 { font-size: 1.45rem }
-  th, td { padding: 6px 9px } }
+  th, td { padding: 6px 8px } td .diff { display: block; min-width: 0; font-size: .85rem } }
 svg { display: block; width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 4px }
 svg text { font-family: inherit; fill: var(--soft); font-size: 12px }
 svg .title { fill: var(--ink) }

@@ -120,7 +120,7 @@ def _all_metrics(model: ModelReport) -> str:
 
 def _seconds(model: ModelReport) -> str:
     steps: List[str] = []
-    for run in model.runs:
+    for run in sorted(model.runs, key=lambda run: -len(run.seconds)):  # the longest has them in the order they are taken
         steps.extend(s for s in run.seconds if s not in steps)
     if not steps:
         return ''
