@@ -11,6 +11,7 @@ void = 11  # the label of pixels of no class: no loss, no metric, and what paddi
 loss_decode = dict(type='CrossEntropyLoss', use_sigmoid=False, avg_non_ignore=True, loss_weight=1.0)
 model = dict(
     data_preprocessor=dict(size=(256, 256), seg_pad_val=void),
+    backbone=dict(init_cfg=None),
     decode_head=dict(num_classes=11, ignore_index=void, loss_decode=loss_decode),
     auxiliary_head=dict(num_classes=11, ignore_index=void, loss_decode=dict(avg_non_ignore=True)))
 
