@@ -66,6 +66,9 @@ class SampleGenerator:
         drop_tokens: Leading tokens to leave out of the patch similarity: 1 for a class token.
         points: Grid points of the similarity density.
         bandwidth: Bandwidth of the similarity density.
+        value_range: Similarities that bound the grid of the density. Defaults to None, those of each batch as in the
+            released code; no gradient flows through them, so a step can narrow the grid and lower the entropy it
+            raises on the grid it saw. A fixed range such as (-1, 1) does not move.
         min_size: Least (height, width) the model takes: one patch, or one window.
         seed: Seed of a run that is given no random generator.
 
@@ -97,6 +100,7 @@ class SampleGenerator:
                  drop_tokens: int = 0,
                  points: int = 10,
                  bandwidth: float = 0.01,
+                 value_range: Optional[Tuple[float, float]] = None,
                  min_size: Union[int, Tuple[int, int]] = 1,
                  seed: int = 0) -> None:
         self.size = (size, size) if isinstance(size, int) else tuple(size)
@@ -108,6 +112,7 @@ class SampleGenerator:
         self.variation, self.flip, self.init, self.drop_tokens = tuple(variation), flip, init, drop_tokens
         self.jitter = (jitter,) * rounds if isinstance(jitter, int) else tuple(jitter)
         self.points, self.bandwidth, self.seed = points, bandwidth, seed
+        self.value_range = None if value_range is None else tuple(value_range)
         self._check()
 
     def _check(self) -> None:
@@ -126,6 +131,8 @@ class SampleGenerator:
                             f'{self.rounds} rounds')
         if len(self.variation) != 2 or not 0 <= self.variation[0] <= self.variation[1]:
             raise DataError(f'variation={self.variation} must be a nonnegative (least, greatest)')
+        if self.value_range is not None and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
+            raise DataError(f'value_range={self.value_range} must be (least, greatest) similarity, or None')
         if self.init not in SOURCES:
             raise DataError(f'init={self.init!r} must be one of {sorted(SOURCES)}; pass a tensor to generate() instead')
         self._check_size(*self.size)
@@ -236,6 +243,7 @@ class SampleGenerator:
                     tap.valid,
                     self.points,
                     self.bandwidth,
+                    value_range=self.value_range,
                     groups_per_image=tap.groups_per_image,
                     reduce_range=reduce_range) for tap in record)
         elif class_loss is not None or forward is not None:

@@ -151,7 +151,7 @@ class _Plan:
                 valid = valid.repeat(groups // len(valid), 1)
             valid = None if bool(valid.all()) else valid.to(tokens.device)
         if chunk is None:
-            chunk = 1 << 15 if tokens.device.type == 'cpu' else 1 << 23
+            chunk = 1 << 16 if tokens.device.type == 'cpu' else 1 << 23
         return cls(groups, length, valid, per_image, points, bandwidth, chunk)
 
     @property

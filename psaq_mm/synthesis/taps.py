@@ -78,7 +78,8 @@ class AttentionTaps:
                 that do.
 
         Yields:
-            List that holds one :class:`AttentionTap` for each attention call, in the order of the calls.
+            List that holds one :class:`AttentionTap` for each attention call, in the order of the calls, once the
+            block is left.
 
         Raises:
             UnsupportedModelError: On exit, if no attention was called, or if reentrant activation checkpointing has
@@ -89,16 +90,20 @@ class AttentionTaps:
         batch = len(images) if tensor else images
         needs_grad = tensor and images.requires_grad and torch.is_grad_enabled()
         record: List[AttentionTap] = []
+        calls: List[Tuple[str, nn.Module, Tensor, Optional[Tensor]]] = []
         handles = []
         try:
             for name, module in self.attention:
+                # The hook computes nothing: checkpointing compares the tensors a block saves with those of its
+                # recomputation, which runs without the hook.
                 handles.append(module.proj.register_forward_pre_hook(
-                    lambda _, inputs, name=name, module=module: record.append(
-                        self._tap(name, module, inputs[0], batch))))
+                    lambda _, inputs, name=name, module=module: calls.append(
+                        (name, module, inputs[0], getattr(module, 'valid_rows', None)))))
             yield record
         finally:
             for handle in handles:
                 handle.remove()
+        record.extend(self._tap(*call, batch) for call in calls)
         if not record:
             raise UnsupportedModelError(f'none of the {len(self.attention)} attention modules was called, the first is '
                                         f'{self.attention[0][0]!r}; run the whole backbone inside record()')
@@ -108,14 +113,11 @@ class AttentionTaps:
                 f'attention {cut[0]!r} gives no gradient though its input requires one: reentrant activation '
                 'checkpointing cuts it off; use torch.utils.checkpoint with use_reentrant=False, or with_cp=False')
 
-    def _tap(self, name: str, module: nn.Module, output: Tensor, batch: int) -> AttentionTap:
+    def _tap(self, name: str, module: nn.Module, output: Tensor, valid: Optional[Tensor], batch: int) -> AttentionTap:
         groups, length, channels = output.shape
         if groups % batch:
             raise DataError(f'attention {name!r} saw {groups} groups, which do not divide by the batch of {batch}')
         if length <= self.drop_tokens:
             raise DataError(f'attention {name!r} has {length} tokens, none is left with drop_tokens={self.drop_tokens}')
-        # View and mean save nothing for the backward pass: checkpointing compares what is saved with its recomputation,
-        # which runs without this hook.
-        tokens = output.view(groups, length, module.num_heads, -1).mean(2)[:, self.drop_tokens:]
-        valid = getattr(module, 'valid_rows', None)
+        tokens = output.reshape(groups, length, module.num_heads, -1).mean(2)[:, self.drop_tokens:]
         return AttentionTap(name, tokens, None if valid is None else valid[:, self.drop_tokens:], groups // batch)
