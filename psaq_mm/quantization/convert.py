@@ -69,8 +69,8 @@ class ConversionReport:
     def to_table(self) -> str:
         """Text table of both lists."""
         rows = [('layer', 'kind', 'weight bits', 'activation bits', 'note')]
-        rows += [(r.name, r.kind, '-' if r.w_bits is None else str(r.w_bits), '-' if r.a_bits is None else str(r.a_bits),
-                  '') for r in self.layers]
+        rows += [(r.name, r.kind, *('-' if bits is None else str(bits) for bits in (r.w_bits, r.a_bits)), '')
+                 for r in self.layers]
         rows += [(r.name, r.kind, 'float', 'float', r.reason) for r in self.floats]
         widths = [max(len(row[i]) for row in rows) for i in range(4)] + [0]
         return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -186,8 +186,8 @@ class Histogram:
     def squared_error(self, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
         """Sum of squared errors that fake quantization would make, values spread evenly over each bin.
 
-        With u = x / scale and k = clamp(round(u)), the integral of (u - k)^2 is k/12 + (u - k)^3/3, also where it clips:
-        exact however many steps a bin spans, where evaluating at bin centres would fail for steps finer than a bin.
+        With u = x / scale and k = clamp(round(u)), the integral of (u - k)^2 is k/12 + (u - k)^3/3, also where it
+        clips: exact however many steps a bin spans, where evaluating at bin centres fails for steps finer than a bin.
         """
         step = float(scale)
         bins = self.counts.nonzero().squeeze(1)

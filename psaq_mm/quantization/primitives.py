@@ -4,7 +4,8 @@ The codes are those of ONNX's ``QuantizeLinear``: ``clamp(round(x / scale) + zer
 to even. The division matters: multiplying by ``1 / scale`` gives another code at some ties, and an exported integer
 model would then differ from the fake-quantized one.
 
-A scale and a zero point have shape ``()`` (per tensor, ``axis=None``) or ``(C,)`` (per channel, ``C == x.shape[axis]``).
+A scale and a zero point have shape ``()`` (per tensor, ``axis=None``) or ``(C,)`` (per channel,
+``C == x.shape[axis]``).
 """
 
 from typing import Optional, Tuple
@@ -201,8 +202,8 @@ def fake_quantize(x: Tensor,
         axis: Channel axis of ``x`` for a per-channel scale, else None.
 
     Returns:
-        New tensor of the shape and dtype of ``x``. Its gradient passes unchanged where ``round(x / scale) + zero_point``
-        lies in ``[qmin, qmax]`` and is 0 where it was clipped.
+        New tensor of the shape and dtype of ``x``. Its gradient passes unchanged where
+        ``round(x / scale) + zero_point`` lies in ``[qmin, qmax]`` and is 0 where it was clipped.
 
     Raises:
         DataError: The scale does not fit ``axis``.
@@ -212,8 +213,8 @@ def fake_quantize(x: Tensor,
         tensor([-0.5000,  0.0000,  1.0000,  1.0000])
     """
     scale = _along(scale, x, axis)
-    # As float, because the codes are: whole numbers up to 2**24 are exact, and what lies beyond is clamped anyway. Going
-    # through the codes, instead of clamping at the shifted ends, also makes round(-0.2) = -0.0 the +0.0 it is decoded to.
+    # As float, because the codes are: whole numbers up to 2**24 are exact, what lies beyond is clamped anyway. Going
+    # through the codes, instead of clamping at shifted ends, also makes round(-0.2) = -0.0 the +0.0 it decodes to.
     offset = _along(zero_point, x, axis).to(torch.float32)
     if x.requires_grad and torch.is_grad_enabled():
         return _FakeQuantize.apply(x, scale, offset, qmin, qmax)

@@ -72,7 +72,8 @@ class AffineQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         channels = '' if self.channel_axis is None else f', channels={self.scale.numel()} on axis {self.channel_axis}'
-        return f'bits={self.bits}, symmetric={self.symmetric}{channels}, observer={self.observer_name}, mode={self.mode}'
+        return (f'bits={self.bits}, symmetric={self.symmetric}{channels}, observer={self.observer_name}, '
+                f'mode={self.mode}')
 
     def forward(self, x: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         """Apply the current mode.
@@ -100,7 +101,7 @@ class AffineQuantizer(nn.Module):
 
     def require_calibrated(self) -> None:
         """Raise NotCalibratedError, naming the quantizer, if it has no range."""
-        # The buffer itself is asked only on the way to an error: it may have been copied into, as weight averaging does.
+        # The buffer itself is asked only on the way to an error: weight averaging may have copied into it.
         if not self._ready and not self._refresh():
             raise NotCalibratedError(
                 f'Quantizer {self.name!r} was never calibrated: calibrate the model, load a quantized checkpoint, or '

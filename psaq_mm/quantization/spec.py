@@ -245,5 +245,5 @@ class QuantSpec:
     def _preset(name: Any) -> Dict[str, int]:
         match = _PRESET.fullmatch(name) if isinstance(name, str) else None
         if match is None:
-            raise SpecError(f'{name!r} is no preset: write w<bits>a<bits>, for example "w8a8", "w4a8", "w6a6" or "w4a4".')
+            raise SpecError(f'{name!r} is no preset: write w<bits>a<bits>, such as "w8a8", "w4a8", "w6a6" or "w4a4".')
         return dict(w_bits=int(match[1]), a_bits=int(match[2]))

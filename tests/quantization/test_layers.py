@@ -42,9 +42,9 @@ def test_is_the_float_layer_on_fake_quantized_operands(kind, spec):
     reference = copy.deepcopy(layer)
     axis = 1 if 'transposed' in kind else 0
     q = quantized.weight_quantizer
+    codes = qrange(spec.w_bits, spec.w_symmetric)
     with torch.no_grad():
-        reference.weight.copy_(fake_quantize(layer.weight, q.scale, q.zero_point, *qrange(spec.w_bits, spec.w_symmetric),
-                                             axis))
+        reference.weight.copy_(fake_quantize(layer.weight, q.scale, q.zero_point, *codes, axis))
     qparams = choose_qparams(x.min(), x.max(), spec.a_bits, False)
     expected = reference(fake_quantize(x, *qparams, *qrange(spec.a_bits, False)))
     for _ in range(2):  # with gradients, then from the cache

@@ -152,13 +152,12 @@ def test_histogram_quantiles_are_within_a_bin_of_the_exact_ones(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('bits', [2, 4, 8])
-@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('bits, symmetric', [(2, True), (4, False), (8, False)])
 def test_histogram_error_is_the_error_on_the_data(kind, bits, symmetric):
     x = make_data(kind)
     observer = PercentileObserver()
     observer.update(x)
-    for p in CANDIDATES:
+    for p in (.999, 1.0):
         low, high = x.quantile(1 - p), x.quantile(p)
         exact = error_of(x, low, high, bits, symmetric)
         got = observer.data.squared_error(*choose_qparams(low, high, bits, symmetric), *qrange(bits, symmetric)).item()
@@ -167,7 +166,7 @@ def test_histogram_error_is_the_error_on_the_data(kind, bits, symmetric):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('bits', [2, 4, 6, 8])
+@pytest.mark.parametrize('bits', [4, 8])
 def test_percentile_has_the_least_squared_error(kind, bits):
     x = make_data(kind)
     observer = PercentileObserver(candidates=CANDIDATES)
@@ -223,8 +222,7 @@ def test_memory_does_not_grow_with_the_images(name):
 
 
 @pytest.mark.parametrize('axis', [0, 1])
-@pytest.mark.parametrize('bits', [2, 4, 8])
-@pytest.mark.parametrize('symmetric', [True, False])
+@pytest.mark.parametrize('bits, symmetric', [(2, True), (4, False), (8, True)])
 def test_percentile_per_channel_is_exact(axis, bits, symmetric):
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(6, 5, 3000, generator=generator) / torch.rand(6, 5, 1, generator=generator)
