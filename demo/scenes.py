@@ -2,10 +2,11 @@
 
 A scene is a textured background, clutter that belongs to no class (lines, specks, letters, long ellipses, half discs)
 and a few shapes of :data:`CLASSES` that overlap each other, under uneven light and sensor noise. Backgrounds are dull and
-objects vivid, but clutter may be either; which class an object is of, only its outline tells. A scene depends on its seed, its split and its number
-alone, so a set can be made again bit for bit and ``val`` never repeats a scene of ``train``.
+objects vivid, but clutter may be either. In detection only the outline tells which class an object is of; in segmentation each
+class also has a range of hues, as grass and sky have, which clutter wears too. A scene depends on its seed, its split and its
+number alone, so a set can be made again bit for bit and ``val`` never repeats a scene of ``train``.
 
-The folder written holds the same pictures twice, once as COCO and once in the layout of ADE20K::
+The folder written holds a set in COCO's layout and another in that of ADE20K::
 
     <out>/detection/{train,val}/000000.png
     <out>/detection/annotations/instances_{train,val}.json      masks of the visible parts, run-length encoded
@@ -32,7 +33,7 @@ CLASSES = ('circle', 'square', 'triangle', 'star', 'ring', 'cross')
 SPLITS = ('train', 'val')
 ADE_SPLITS = {'train': 'training', 'val': 'validation'}
 #: Raised whenever the same seed would give other pictures, so that an older set is not taken for a current one.
-VERSION = 1
+VERSION = 2
 MIN_VISIBLE = 0.6  # an object more hidden than this could no longer be told by its outline
 SUBPIXEL_BITS = 4  # cv2.fillPoly takes fixed-point corners
 
@@ -167,6 +168,14 @@ def _vivid_colour(rng: np.random.Generator) -> np.ndarray:
     return rng.permutation([rng.uniform(0, 70), rng.uniform(0, 255), rng.uniform(170, 255)])
 
 
+def _hue_colour(rng: np.random.Generator, index: int) -> np.ndarray:
+    """A saturated colour (3,), BGR 0..255, of the hues of class ``index``."""
+    hue = (360 / len(CLASSES) * index + rng.uniform(-25, 25)) % 360
+    # OpenCV's 8-bit hues are degrees halved.
+    pixel = np.array([[[hue / 2, rng.uniform(150, 255), rng.uniform(120, 255)]]]).astype(np.uint8)
+    return cv2.cvtColor(pixel, cv2.COLOR_HSV2BGR)[0, 0].astype(np.float64)
+
+
 def _dull_colour(rng: np.random.Generator) -> np.ndarray:
     """A colour (3,), 0..255, close to grey."""
     return np.clip(rng.uniform(20, 235) + rng.uniform(-20, 20, 3), 0, 255)
@@ -181,12 +190,13 @@ def _light_and_sensor(rng: np.random.Generator, image: np.ndarray) -> np.ndarray
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
 
-def draw_scene(rng: np.random.Generator, size: int = 160) -> Scene:
+def draw_scene(rng: np.random.Generator, size: int = 160, hues: bool = False) -> Scene:
     """Draw one scene.
 
     Args:
         rng: Source of every random choice.
         size: Side of the picture in pixels, at least 64.
+        hues: Whether each class has its own range of hues, 50 of the 360 degrees.
 
     Returns:
         Scene with 1 to 6 objects, each at least 60 % visible.
@@ -212,7 +222,8 @@ def draw_scene(rng: np.random.Generator, size: int = 160) -> Scene:
         left = [m & ~mask for m in masks]
         if any(m.sum() < MIN_VISIBLE * area for m, area in zip(left, areas)):
             continue
-        surface = _surface(rng, size, _vivid_colour(rng), 50)
+        colour = _hue_colour(rng, index) if hues else _vivid_colour(rng)
+        surface = _surface(rng, size, colour, 50)
         image = image * (1 - cover[..., None]) + surface * cover[..., None]
         masks, areas, classes = left + [mask], areas + [int(mask.sum())], classes + [index]
         if len(masks) == wanted:
@@ -223,7 +234,7 @@ def draw_scene(rng: np.random.Generator, size: int = 160) -> Scene:
     return Scene(_light_and_sensor(rng, image.astype(np.float32)), labels, np.stack(masks), classes)
 
 
-def scene(split: str, number: int, size: int = 160, seed: int = 0) -> Scene:
+def scene(split: str, number: int, size: int = 160, seed: int = 0, hues: bool = False) -> Scene:
     """Scene ``number`` of ``split``: the same one at every call.
 
     Args:
@@ -231,6 +242,7 @@ def scene(split: str, number: int, size: int = 160, seed: int = 0) -> Scene:
         number: Index in the split, from 0.
         size: Side of the picture in pixels.
         seed: Seed of the whole set.
+        hues: As for :func:`draw_scene`; such scenes are others than those without.
 
     Returns:
         Scene.
@@ -240,7 +252,7 @@ def scene(split: str, number: int, size: int = 160, seed: int = 0) -> Scene:
     """
     if split not in SPLITS:
         raise ValueError(f'split={split!r} is unknown; choose from {", ".join(SPLITS)}.')
-    return draw_scene(np.random.default_rng([seed, SPLITS.index(split), number]), size)
+    return draw_scene(np.random.default_rng([seed, SPLITS.index(split), number] + [1] * hues), size, hues)
 
 
 # ----------------------------------------------------------------------------------------------- COCO and ADE
@@ -279,11 +291,9 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int) -> No
         drawn = scene(split, number, size, seed)
         name = f'{number:06d}.png'
         _write(pictures / name, drawn.image)
-        _write(labels / name, drawn.labels)
-        try:
-            os.link(pictures / name, images / name)
-        except OSError:  # file systems without hard links
-            shutil.copyfile(pictures / name, images / name)
+        coloured = scene(split, number, size, seed, hues=True)
+        _write(images / name, coloured.image)
+        _write(labels / name, coloured.labels)
         coco['images'].append(dict(id=number, file_name=name, width=size, height=size))
         for mask, index in zip(drawn.masks, drawn.classes):
             coco['annotations'].append(_annotation(mask, index + 1, number, len(coco['annotations']) + 1))

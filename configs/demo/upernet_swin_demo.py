@@ -1,5 +1,4 @@
-# Full-precision UperNet with a small Swin on the scenes of demo/scenes.py, its backbone starting from the
-# detector's: objects are learned there, from boxes, in a fraction of the steps that pixel labels alone would take.
+# Full-precision UperNet with a small Swin on the scenes of demo/scenes.py, trained from scratch.
 _base_ = [
     'mmseg::_base_/models/upernet_swin.py', 'mmseg::_base_/default_runtime.py', './_base_/scenes_segmentation.py',
     './_base_/schedule.py'
@@ -8,8 +7,7 @@ channels = 64
 norm_cfg = dict(type='BN', requires_grad=True)  # SyncBN does not train on one CPU process
 model = dict(
     data_preprocessor=dict(size=(128, 128)),
-    backbone=dict(embed_dims=32, depths=[2, 2, 4, 2], num_heads=[2, 4, 8, 16], drop_path_rate=0.05,
-                  init_cfg=dict(type='Pretrained', checkpoint='demo/checkpoints/mask_rcnn_swin_demo.pth')),
+    backbone=dict(embed_dims=32, depths=[2, 2, 4, 2], num_heads=[2, 4, 8, 16], drop_path_rate=0.05),
     decode_head=dict(in_channels=[32, 64, 128, 256], channels=channels, num_classes=7, norm_cfg=norm_cfg),
     auxiliary_head=dict(in_channels=128, channels=channels, num_classes=7, norm_cfg=norm_cfg))
 

@@ -55,17 +55,15 @@ def test_no_scene_of_val_is_in_train(small_set):
     assert len(train) == 12 and len(val) == 5 and not train & val
 
 
-@pytest.mark.parametrize('split, ade', [('train', 'training'), ('val', 'validation')])
-def test_coco_masks_agree_with_boxes_areas_and_label_pictures(small_set, split, ade):
+@pytest.mark.parametrize('split', scenes.SPLITS)
+def test_coco_masks_agree_with_boxes_areas_and_the_scene_drawn(small_set, split):
     COCO = pytest.importorskip('pycocotools.coco').COCO
     coco = COCO(str(small_set / f'detection/annotations/instances_{split}.json'))
     assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(scenes.CLASSES)
     for image_id in coco.getImgIds():
         info = coco.loadImgs(image_id)[0]
-        labels = cv2.imread(str(small_set / f'segmentation/annotations/{ade}/{info["file_name"]}'),
-                            cv2.IMREAD_UNCHANGED)
-        assert labels.shape == (info['height'], info['width']) == (96, 96)
-        painted = np.zeros_like(labels)
+        assert (info['height'], info['width']) == (96, 96)
+        painted = np.zeros((96, 96), np.uint8)
         annotations = coco.loadAnns(coco.getAnnIds(imgIds=image_id))
         assert annotations
         for annotation in annotations:
@@ -76,7 +74,33 @@ def test_coco_masks_agree_with_boxes_areas_and_label_pictures(small_set, split, 
             assert (x, y, x + width, y + height) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
             assert not painted[mask].any(), 'visible parts of two objects overlap'
             painted[mask] = annotation['category_id']
-        np.testing.assert_array_equal(painted, labels)
+        np.testing.assert_array_equal(painted, scenes.scene(split, image_id, size=96, seed=3).labels)
+
+
+@pytest.mark.parametrize('split, ade', sorted(scenes.ADE_SPLITS.items()))
+def test_label_pictures_are_those_of_the_scenes_with_hues(small_set, split, ade):
+    for path in sorted((small_set / f'segmentation/annotations/{ade}').iterdir()):
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert labels.dtype == np.uint8 and labels.shape == (96, 96) and labels.max() <= len(scenes.CLASSES)
+        drawn = scenes.scene(split, int(path.stem), size=96, seed=3, hues=True)
+        np.testing.assert_array_equal(labels, drawn.labels)
+        image = cv2.imread(str(small_set / f'segmentation/images/{ade}/{path.name}'))
+        np.testing.assert_array_equal(image, drawn.image)
+
+
+def test_hues_tell_the_class_only_where_they_are_asked_for():
+
+    def hue_of_squares(hues):
+        found = []
+        for seed in range(60):
+            item = scenes.draw_scene(np.random.default_rng(seed), 96, hues)
+            square = item.labels == 1 + scenes.CLASSES.index('square')
+            if square.any():
+                found.append(cv2.cvtColor(item.image[square].mean(0)[None, None].astype(np.uint8), cv2.COLOR_BGR2HSV)[0, 0, 0])
+        assert len(found) > 15
+        return np.abs((np.array(found, dtype=float) * 2 - 60 + 180) % 360 - 180)  # degrees from the squares' hue
+
+    assert np.median(hue_of_squares(True)) < 25 < 50 < np.median(hue_of_squares(False))
 
 
 def test_run_lengths_agree_with_pycocotools():
