@@ -57,8 +57,8 @@ class Progress:
         self._step_begun = time.perf_counter()
         self.say(f'[{clock(self.elapsed):>5}, about {clock(self.remaining)} left]  {name}')
         yield
-        self.spent += time.perf_counter() - self._step_begun
-        self.done += 1
+        now = time.perf_counter()
+        self.spent, self.done, self._step_begun = self.spent + now - self._step_begun, self.done + 1, now
 
     def beat(self, detail: str) -> None:
         """Within a step: ``detail`` on a line, unless the last line is younger than :data:`HEARTBEAT` seconds."""

@@ -1,0 +1,62 @@
+"""The time left follows the pace of the machine."""
+import importlib.util
+import io
+import logging
+from pathlib import Path
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location('demo_progress', Path(__file__).resolve().parents[2] / 'demo' / 'progress.py')
+progress = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(progress)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand."""
+    now = [100.]
+    monkeypatch.setattr(progress.time, 'perf_counter', lambda: now[0])
+    return now
+
+
+def test_what_is_left_is_scaled_by_what_was_measured(clock):
+    out = io.StringIO()
+    run = progress.Progress([('a', 10.), ('b', 30.), ('c', 20.)], out)
+    assert run.remaining == 60
+    with run.step():
+        clock[0] += 20  # half as fast as planned
+    assert run.remaining == 100
+    with run.step():
+        clock[0] += 15
+        assert run.remaining == pytest.approx(60 - 15 + 40)
+        clock[0] += 1000  # a step that outlasts its plan leaves the others, never less than nothing
+        assert run.remaining == pytest.approx(40)
+    with run.step():
+        clock[0] += 1
+    assert run.remaining == 0
+    assert out.getvalue().splitlines() == ['[ 0:00, about 1:00 left]  a', '[ 0:20, about 1:40 left]  b',
+                                          f'[17:15, about {progress.clock(20 * 1035 / 40)} left]  c']
+
+
+def test_a_step_that_fails_is_not_counted(clock):
+    run = progress.Progress([('a', 10.)], io.StringIO())
+    with pytest.raises(ValueError):
+        with run.step():
+            raise ValueError
+    assert run.done == 0
+
+
+def test_beats_are_apart_and_speak_of_what_is_counted(clock):
+    out = io.StringIO()
+    run = progress.Progress([('a', 100.)], out)
+    logger = logging.Logger('demo')
+    logger.addHandler(progress.LogBeat(run))
+    with run.step():
+        for number in range(1, 41):
+            clock[0] += 1
+            logger.info('Samples [%4d/40]  eta: 3 s', number)
+            logger.info('something else')
+        clock[0] += 20
+        logger.info('Iter(train) [ 50/200]  lr: 1e-4')
+    assert [line.split(']')[1].strip() for line in out.getvalue().splitlines()[1:]] == [
+        'making samples, step 15 of 40', 'making samples, step 30 of 40', 'training the student, step 50 of 200']
