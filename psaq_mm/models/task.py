@@ -157,4 +157,5 @@ class TaskModel:
     def _refine(head: nn.Module, rois: Tensor, result: dict, shape: Sequence[int]) -> Tensor:
         """The next cascade stage's RoIs: the class with the best score moves its box (Cascade R-CNN, section 4)."""
         labels = result['cls_score'][:, :-1].argmax(1)
-        return head.regress_by_class(rois, labels, result['bbox_pred'], dict(img_shape=tuple(shape)))
+        boxes = head.regress_by_class(rois[:, 1:], labels, result['bbox_pred'], dict(img_shape=tuple(shape)))
+        return torch.cat([rois[:, :1], getattr(boxes, 'tensor', boxes)], 1)

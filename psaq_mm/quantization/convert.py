@@ -1,6 +1,7 @@
 """Conversion of a model in place, and what is done to all its quantizers at once."""
 
 import re
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
@@ -10,7 +11,7 @@ from torch import nn
 from ..errors import DataError, SpecError
 from .layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
 from .quantizers import STATE_NAMES, AffineQuantizer
-from .spec import QuantSpec, nearest
+from .spec import Override, QuantSpec, nearest
 
 _QUANTIZER_KEY = re.compile(r'(^|\.)\w+_quantizer\.(' + '|'.join(STATE_NAMES) + r')$')
 
@@ -105,15 +106,13 @@ class _Conversion:
         self._check_names(composites)
         self._convert_composites(composites)
         self._convert_layers()
-        self._check_overrides(self._names_after())
+        self._check_overrides(self._names_after() + [name for name, _, _ in composites.values()])
         for name, quantizer in quantizers(self.model):
             quantizer.name = name
         return self.report
 
     def _find_composites(self) -> Dict[int, Tuple[str, nn.Module, Adapter]]:
         found = {}
-        if self.spec.points == 'linear':
-            return found
         for name, module in self.model.named_modules():
             if self.accept(name, module):
                 adapter = next((a for a in ADAPTERS if a.matcher(module)), None)
@@ -143,10 +142,12 @@ class _Conversion:
     def _convert_composites(self, composites: Dict) -> None:
         new: Dict[int, nn.Module] = {}
         for key, (name, module, adapter) in composites.items():
-            if self.spec.resolve(name) is None:
-                self.report.floats.append(FloatLayer(name, type(module).__name__, 'override'))
-                continue
-            new[key] = adapter.convert(module, name, self.spec)
+            # Adapted even where its products stay float: adapters also see to what is not quantization, such as which rows
+            # are padding.
+            spec = self.spec
+            if spec.points == 'linear' or spec.resolve(name) is None:
+                spec = replace(spec, overrides=(*spec.overrides, Override(f'{name}.*', float_=True)))
+            new[key] = adapter.convert(module, name, spec)
         if id(self.model) in new and new[id(self.model)] is not self.model:
             raise SpecError(f'{type(self.model).__name__} is converted as a whole and cannot be exchanged in place: '
                             'call quantize_ on a module that contains it.')
@@ -162,9 +163,12 @@ class _Conversion:
                 self._report_matmul(name, module)
                 continue
             quant_class, reason = quant_class_of(module)
-            if quant_class is None and not reason or not self.accept(name, module):
+            if quant_class is None and not reason:
                 continue
             kind = type(module).__name__
+            if not self.accept(name, module):
+                self.report.floats.append(FloatLayer(name, kind, 'outside the scope'))
+                continue
             layer_spec = self.spec.resolve(name, is_input=name == self.first_layer)
             if layer_spec is None:
                 reason = 'override'
@@ -181,7 +185,8 @@ class _Conversion:
             if module.lhs_quantizer is None:
                 self.report.floats.append(FloatLayer(name, type(module).__name__, 'left operand left in float'))
         else:
-            self.report.floats.append(FloatLayer(name, type(module).__name__, 'override'))
+            reason = "points='linear'" if self.spec.points == 'linear' else 'override'
+            self.report.floats.append(FloatLayer(name, type(module).__name__, reason))
 
 
 def _hint(name: str, known: List[str]) -> str:
@@ -199,7 +204,8 @@ def quantize_(model: nn.Module,
 
     Linear layers, convolutions and transposed convolutions become quantized ones, and composite modules that an
     adapter knows (:func:`register_adapter`) get quantized products. Parameter names stay. A module that several
-    parents share is converted once. With ``spec.points='linear'`` the adapters are left out.
+    parents share is converted once. With ``spec.points='linear'`` the products
+    stay in floating point.
 
     Args:
         model: Float model.

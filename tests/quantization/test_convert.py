@@ -119,8 +119,10 @@ def test_adapters_convert_composites_and_their_layers(net, adapter):
 
 
 def test_points_linear_leaves_the_products_alone(net, adapter):
-    quantize_(net, QuantSpec(points='linear'))
-    assert not any(isinstance(m, QuantMatMul) for m in net.modules())
+    report = quantize_(net, QuantSpec(points='linear'))
+    assert not any('.qk.' in name or '.av.' in name for name, _ in quantizers(net))
+    assert {(row.name, row.reason) for row in report.floats} == {(f'blocks.{i}.{m}', "points='linear'")
+                                                                 for i in (0, 1) for m in ('qk', 'av')}
 
 
 def test_adapter_may_return_another_module(net):
@@ -202,7 +204,7 @@ def test_override_that_matches_nothing_names_near_layers_and_changes_nothing(net
 def test_overrides_reach_products_of_adapters(net, adapter):
     quantize_(net, dict(overrides=[dict(pattern='*.av', a_bits=4), dict(pattern='blocks.1', float=True)]))
     assert net.blocks[0].av.lhs_quantizer.bits == 4 and net.blocks[0].qk.lhs_quantizer.bits == 8
-    assert type(net.blocks[1]) is Attention
+    assert net.blocks[1].av.lhs_quantizer is None and net.blocks[1].qk.rhs_quantizer is None
     with pytest.raises(SpecError, match="'\\*.avv'"):
         quantize_(Net(), dict(overrides=[dict(pattern='*.avv', a_bits=4)]))
 
@@ -210,6 +212,7 @@ def test_overrides_reach_products_of_adapters(net, adapter):
 def test_filter(net):
     report = quantize_(net, 'w8a8', filter_fn=lambda name, module: name.startswith('blocks'))
     assert [row.name for row in report.layers] == LAYER_NAMES[1:-1]
+    assert [(row.name, row.reason) for row in report.floats] == [('patch_embed', 'outside the scope'), ('head', 'outside the scope')]
 
 
 def test_second_conversion_is_refused(net):
