@@ -10,7 +10,7 @@ void = 11  # the label of pixels of no class: no loss, no metric, and what paddi
 
 loss_decode = dict(type='CrossEntropyLoss', use_sigmoid=False, avg_non_ignore=True, loss_weight=1.0)
 model = dict(
-    data_preprocessor=dict(size=(256, 256), seg_pad_val=void),
+    data_preprocessor=dict(size=(240, 240), seg_pad_val=void),
     backbone=dict(init_cfg=None),
     decode_head=dict(num_classes=11, ignore_index=void, loss_decode=loss_decode),
     auxiliary_head=dict(num_classes=11, ignore_index=void, loss_decode=dict(avg_non_ignore=True)))
@@ -19,7 +19,7 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(480, 360), ratio_range=(0.75, 1.5), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(256, 256), cat_max_ratio=0.75, ignore_index=void),
+    dict(type='RandomCrop', crop_size=(240, 240), cat_max_ratio=0.75, ignore_index=void),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs')
@@ -36,10 +36,10 @@ test_dataloader = dict(
 val_evaluator = dict(ignore_index=void)
 test_evaluator = val_evaluator
 
-max_iters = 1200
-train_cfg = dict(max_iters=max_iters, val_interval=600)
+max_iters = 700
+train_cfg = dict(max_iters=max_iters, val_interval=350)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='CosineAnnealingLR', eta_min=0., by_epoch=False, begin=100, end=max_iters)
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=60),
+    dict(type='CosineAnnealingLR', eta_min=0., by_epoch=False, begin=60, end=max_iters)
 ]
-default_hooks = dict(checkpoint=dict(interval=600))
+default_hooks = dict(checkpoint=dict(interval=350))
