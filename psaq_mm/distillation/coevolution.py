@@ -72,7 +72,7 @@ class CoEvolutionSettings:
         for name in ('batch_size', 'calibration_samples', 'pool_size', 'evolve_samples'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'dfq.{name}={getattr(self, name)} must be at least 1')
-        if self.pool_size < self.evolve_samples:
+        if self.evolve_every and self.pool_size < self.evolve_samples:
             raise ConfigError(f'dfq.pool_size={self.pool_size} is smaller than dfq.evolve_samples={self.evolve_samples}: '
                               'make it at least as large')
         if self.evolve_every < 0:

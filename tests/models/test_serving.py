@@ -1,4 +1,5 @@
 """The library's own inferencers, test-time augmentation and command lines serve the quantized model."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -110,9 +111,16 @@ def test_test_time_augmentation(detector):
     assert is_served_quantized(wrapped.module, torch.randn(1, 3, 64, 64))
 
 
-def run_tool(script: Path, *arguments, cwd):
-    return subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                          env=dict(__import__('os').environ, PYTHONPATH=str(Path(__file__).resolve().parents[2])))
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_tool(library, name, *arguments, cwd):
+    """An unmodified script of a library's own ``tools``; its standard output and error."""
+    script = Path(library.__file__).parent / '.mim' / 'tools' / name
+    done = subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -122,7 +130,37 @@ def test_unmodified_train_tools_run_a_dumped_data_free_config(detector, segmento
     import mmseg
     for library, project in ((mmdet, detector), (mmseg, segmentor)):
         dumped = project.folder / 'work' / project.path.name
-        tool = Path(library.__file__).parent / '.mim' / 'tools' / 'train.py'
-        done = run_tool(tool, dumped, '--work-dir', tmp_path / library.__name__, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_tool(library, 'train.py', dumped, '--work-dir', tmp_path / library.__name__, cwd=tmp_path)
         assert (tmp_path / library.__name__ / 'student.pth').is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('library, name, metric', [('mmdet', 'mask_rcnn_swin_demo', 'coco/segm_mAP'),
+                                                   ('mmseg', 'upernet_swin_demo', 'mIoU')])
+def test_a_project_elsewhere_with_three_statements(library, name, metric, tmp_path):
+    """A full-precision config of somebody else, inherited: our commands, then the library's own tools/test.py, agree."""
+    import importlib
+    import json
+
+    from scenes import make_scenes
+
+    from psaq_mm.commands.test import main as evaluate_command
+    module = importlib.import_module(library)
+    make_scenes(tmp_path / 'work_dirs' / 'demo' / 'scenes', dict(val=6))
+    quantized = tmp_path / 'mine.py'
+    quantized.write_text(f"_base_ = ['{ROOT}/configs/demo/{name}.py']\n"
+                         "model = dict(type='psaq_mm.Quantized', base_type={{_base_.model.type}}, quant='w8a8')\n"
+                         f"load_from = '{ROOT}/demo/checkpoints/{name}.pth'\n")
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        options = ['dfq.preset=calibrate', 'dfq.iters=0', 'dfq.calibration_samples=4', 'dfq.pool_size=4', 'dfq.source=pink']
+        assert dfq_train(['mine.py', '--cfg-options', *options]) == 0
+        assert evaluate_command(['mine.py', 'work_dirs/mine/student.pth', '--full-precision']) == 0
+        results = json.loads(Path('work_dirs/mine/test_results.json').read_text())
+    finally:
+        os.chdir(before)
+    assert results['full_precision'][metric] > 0.5 and results['quantized'] != results['full_precision']
+    printed = run_tool(module, 'test.py', 'mine.py', 'work_dirs/mine/student.pth', cwd=tmp_path)
+    expected = results['quantized'][metric]
+    assert f'{metric}: {expected:.4f}' in printed, printed[-1500:]

@@ -185,7 +185,7 @@ class DataFreeTrainLoop(BaseLoop):
             with self.runner.optim_wrapper.optim_context(self.runner.model):
                 loss = evolution.loss(images)
             self.runner.optim_wrapper.update_params(loss)
-        outputs = dict(loss=loss.detach(), discrepancy_weight=evolution.weight.weight)
+        outputs = dict(loss=loss.detach(), discrepancy=loss.detach(), discrepancy_weight=evolution.weight.weight)
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1
 
