@@ -39,7 +39,7 @@ VARIANTS: Dict[str, Dict] = {
     'without_evolution': dict(evolve_every=0),
     'without_reobserving': dict(reobserve=False),
     'without_augmentation': dict(augment=False),
-    'from_pink': dict(generator=dict(init='pink')),
+    'from_gaussian': dict(generator=dict(init='gaussian')),
 }
 
 

@@ -3,9 +3,9 @@ dfq = dict(
     batch_size=8,
     calibration_samples=16,
     pool_size=64,
-    evolve_every=40,
+    evolve_every=30,
     evolve_samples=8,
-    iters=120,
-    generator=dict(batch_size=8, steps=40),
+    iters=80,
+    generator=dict(batch_size=8, steps=20, init='pink'),
     checkpoint_interval=0,
     sheet_interval=40)
