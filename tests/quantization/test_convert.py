@@ -452,7 +452,7 @@ def test_buffers_survive_the_broadcast_of_ddp(tmp_path):
                          env=dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS='1')) for rank in range(2)
     ]
     try:
-        out = [worker.communicate(timeout=100) for worker in workers]
+        out = [worker.communicate(timeout=600) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
