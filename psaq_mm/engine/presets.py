@@ -10,7 +10,7 @@ __all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'resolve_dfq']
 
 DFQ_DEFAULTS: Dict[str, Any] = dict(
     method='psaq_v2',
-    generator=dict(type='psaq_mm.SampleGenerator'),
+    generator=dict(type='psaq_mm.SampleGenerator', init='pink', steps=50),
     size=None,  # (height, width); None: from the config's data_preprocessor or test pipeline
     batch_size=8,
     calibration_samples=32,

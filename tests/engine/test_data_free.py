@@ -140,6 +140,22 @@ def test_segmentor_in_full_scope_leaves_the_auxiliary_head_float(tmp_path):
     assert quantized == {'backbone', 'decode_head'}
 
 
+def test_a_config_that_overrides_only_the_backbones_type(detector, capsys):
+    from psaq_mm.inspect import main as inspect_command
+    path = detector.folder / 'backbone_type.py'
+    path.write_text("_base_ = ['full_precision.py']\n"
+                    "model = dict(backbone=dict(type='psaq_mm.QuantSwinTransformer', quant='w4a8'))\n"
+                    f"load_from = {str(detector.checkpoint)!r}\n"
+                    f"dfq = dict(preset='gaussian', size=(64, 96), calibration_samples=2)\n")
+    work_dir = detector.folder / 'backbone_type'
+    assert inspect_command([str(path)]) == 0
+    assert 'stages.0.blocks.0.attn.w_msa.qkv' in capsys.readouterr().out
+    assert dfq_train([str(path), '--work-dir', str(work_dir)]) == 0
+    student = read_checkpoint(work_dir / 'student.pth')
+    assert student['meta']['psaq_mm']['label'] == 'W4A8'
+    assert set(k.split('.')[0] for k in student['state_dict'] if is_quantizer_key(k)) == {'backbone'}
+
+
 def test_inherited_hooks_that_need_data_are_dropped_and_named(detector, capsys):
     path = detector.config(name='hooks.py', iters=1, evolve_every=0)
     path.write_text(path.read_text() + "custom_hooks = [dict(type='EMAHook'), dict(type='NumClassCheckHook')]\n")
