@@ -89,7 +89,7 @@ def detector(data: Path, args: argparse.Namespace, environment: Dict[str, str]) 
     train = call(['tools/dfq_train.py', DETECTOR, '--checkpoint', checkpoint, '--work-dir', work, '--cfg-options', *options],
                  environment, work / 'train.log')
     coco = data / 'coco_mini'
-    annotations = subset(next((coco / 'annotations').glob('*val*.json')), args.images, OUT / 'instances_val.json')
+    annotations = subset(next((coco / 'annotations').glob('instances_val*.json')), args.images, OUT / 'instances_val.json')
     test = call(['tools/test.py', DETECTOR, work / 'student.pth', '--work-dir', work, '--cfg-options',
                  f'test_dataloader.dataset.data_root={coco.resolve()}', f'test_dataloader.dataset.ann_file={annotations}',
                  'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False',
