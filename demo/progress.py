@@ -39,11 +39,16 @@ class Progress:
     @property
     def remaining(self) -> float:
         """Expected seconds until the end."""
-        expected_done = sum(seconds for _, seconds in self.plan[:self.done])
-        pace = self.spent / expected_done if expected_done else 1.
-        running = time.perf_counter() - self._step_begun if self.done < len(self.plan) else 0.
-        left = [seconds * pace for _, seconds in self.plan[self.done:]]
-        return max(0., sum(left[1:]) + max(0., left[0] - running)) if left else 0.
+        if self.done == len(self.plan):
+            return 0.
+        done = sum(seconds for _, seconds in self.plan[:self.done])
+        now = self.plan[self.done][1]
+        later = sum(seconds for _, seconds in self.plan[self.done + 1:])
+        running = time.perf_counter() - self._step_begun
+        pace = self.spent / done if done else 1.
+        if running > now * pace:  # it takes longer than thought, and so will the others
+            pace = (self.spent + running) / (done + now)
+        return max(0., now * pace - running) + later * pace
 
     def say(self, line: str = '') -> None:
         """A line of its own, at once on the console."""

@@ -52,11 +52,11 @@ class Task(NamedTuple):
 
 TASKS = (
     Task('mask_rcnn_swin_demo', 'detector', 'Detector: Mask R-CNN with a small Swin', 'detection',
-         (('coco/bbox_mAP', 'box AP', 100.), ('coco/bbox_mAP_50', 'box AP50', 100.), ('coco/segm_mAP', 'mask AP', 100.)), (14., 80.),
+         (('coco/bbox_mAP', 'box AP', 100.), ('coco/bbox_mAP_50', 'box AP50', 100.), ('coco/segm_mAP', 'mask AP', 100.)), (14., 105.),
          f'The first {DRAWN} of the held-out scenes. Detections of a confidence of 0.5 and more are drawn, with mask, box and '
          'confidence.'),
     Task('upernet_swin_demo', 'segmentor', 'Segmentor: UperNet with a small Swin', 'segmentation',
-         (('mIoU', 'mIoU', 1.), ('aAcc', 'pixel accuracy', 1.)), (14., 80.),
+         (('mIoU', 'mIoU', 1.), ('aAcc', 'pixel accuracy', 1.)), (12., 80.),
          f'The first {DRAWN} of the held-out scenes, each pixel of an object in the colour of its class.'),
 )
 
