@@ -8,7 +8,7 @@ from typing import Callable, Mapping, Optional, Sequence
 
 from psaq_mm.errors import ConfigError, PsaqError
 
-__all__ = ['add_config_arguments', 'load_config', 'run_command', 'set_work_dir']
+__all__ = ['add_config_arguments', 'add_run_arguments', 'load_config', 'run_command', 'runnable_config']
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,12 +37,26 @@ def load_config(path: str, options: Optional[Mapping] = None):
     return config
 
 
-def set_work_dir(config, path: str, work_dir: Optional[str]) -> None:
-    """Command line, then config, then ``work_dirs/<name of the config>``, as in the libraries' own tools."""
-    if work_dir:
-        config.work_dir = work_dir
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that start a runner: ``--work-dir``, ``--launcher`` and what launchers add."""
+    parser.add_argument('--work-dir', help='where logs and results go; defaults to work_dirs/<name of the config>')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def runnable_config(args: argparse.Namespace):
+    """The config of parsed arguments, with launcher and work dir set.
+
+    The work dir is the command line's, else the config's, else ``work_dirs/<name of the config>``, as in the libraries' own tools.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    config = load_config(args.config, args.cfg_options)
+    config.launcher = args.launcher
+    if args.work_dir:
+        config.work_dir = args.work_dir
     elif not config.get('work_dir'):
-        config.work_dir = os.path.join('work_dirs', os.path.splitext(os.path.basename(path))[0])
+        config.work_dir = os.path.join('work_dirs', os.path.splitext(os.path.basename(args.config))[0])
+    return config
 
 
 def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,

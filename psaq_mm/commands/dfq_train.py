@@ -1,10 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Quantize a model without data: ``tools/dfq_train.py CONFIG --checkpoint FULL_PRECISION.pth``."""
 import argparse
-import os
 from typing import Optional, Sequence
 
-from psaq_mm.commands.common import add_config_arguments, load_config, run_command, set_work_dir
+from psaq_mm.commands.common import add_config_arguments, add_run_arguments, run_command, runnable_config
 from psaq_mm.errors import CheckpointError
 
 __all__ = ['main', 'data_free_runner', 'run_data_free']
@@ -48,19 +47,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog='psaq-dfq-train', description=__doc__)
     add_config_arguments(parser)
     parser.add_argument('--checkpoint', help='full-precision weights: a file or a URL; defaults to load_from of the config')
-    parser.add_argument('--work-dir', help='where checkpoints, logs and sample sheets go')
+    add_run_arguments(parser)
     parser.add_argument('--resume', action='store_true', help='go on from the newest whole checkpoint in the work dir')
     parser.add_argument('--val', action='store_true', help='validate on the config\'s validation set; without it no dataset is opened')
     parser.add_argument('--quant', help='a preset such as w4a8, for a config that is full-precision')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
     def command(args) -> None:
-        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-        config = load_config(args.config, args.cfg_options)
-        config.launcher = args.launcher
-        set_work_dir(config, args.config, args.work_dir)
-        run_data_free(config, args.checkpoint, args.val, args.quant, args.resume)
+        run_data_free(runnable_config(args), args.checkpoint, args.val, args.quant, args.resume)
 
     return run_command(command, parser, argv)
 

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Dict, Mapping, Optional, Sequence
 
-from psaq_mm.commands.common import add_config_arguments, load_config, run_command, set_work_dir
+from psaq_mm.commands.common import add_config_arguments, add_run_arguments, run_command, runnable_config
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 
 __all__ = ['main', 'evaluate', 'before_after_table']
@@ -116,16 +116,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--full-precision', nargs='?', const='', metavar='FP',
                         help='evaluate the full-precision model too (before and after); FP defaults to the one the student '
                         'was made from')
-    parser.add_argument('--work-dir', help='where logs and test_results.json go')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    add_run_arguments(parser)
 
     def command(args) -> None:
         from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
-        os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-        config = load_config(args.config, args.cfg_options)
-        config.launcher = args.launcher
-        set_work_dir(config, args.config, args.work_dir)
+        config = runnable_config(args)
         checkpoint = read_checkpoint(args.checkpoint)
         before = after = None
         if args.full_precision is not None:

@@ -109,7 +109,8 @@ class CoEvolution:
         self.teacher, self.student, self.generator, self.settings = teacher, student, generator, settings
         self.real_source, self.progress = real_source, progress
         self.pool = SamplePool(settings.pool_size, replace='random', seed=seed)
-        self.weight = AdaptiveWeight(generator.discrepancy_weight)
+        # A generator of weight 0 does not compete: the rule that adapts the weight is then never asked.
+        self.weight = AdaptiveWeight(generator.discrepancy_weight or 1.0)
         self.latest: Optional[Tensor] = None
         self.random = torch.Generator().manual_seed(seed)
         self.rounds = 0

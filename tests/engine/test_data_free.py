@@ -119,6 +119,18 @@ def test_controls_calibrate_and_train_nothing(detector, preset):
     assert all(bool(v) for k, v in student.items() if k.endswith('_quantizer.calibrated'))
 
 
+@pytest.mark.parametrize('term', ['discrepancy_weight', 'entropy_weight', 'prior_weight'])
+def test_a_term_of_weight_zero_takes_no_part(detector, term):
+    work_dir = detector.folder / term
+    generator = dict(batch_size=2, steps=1, **{term: 0.})
+    path = detector.config(name=f'{term}.py', iters=2, evolve_every=1, generator=generator)
+    assert dfq_train([str(path), '--work-dir', str(work_dir)]) == 0
+    log = next(work_dir.glob('*/*.log')).read_text()
+    lines = [line for line in log.splitlines() if 'Samples [' in line]
+    name = term.replace('_weight', ':')
+    assert len(lines) == 2 and name not in lines[-1] and 'total:' in lines[-1]
+
+
 def test_full_scope_calibrates_the_roi_heads_though_nothing_is_detected(detector):
     work_dir = detector.folder / 'full'
     path = detector.config(quant=dict(preset='w4a8', scope='full'), name='full.py', iters=1, evolve_every=0)

@@ -17,24 +17,24 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 IMAGE = np.random.default_rng(0).integers(0, 255, (70, 100, 3), dtype=np.uint8)
 
 
-@pytest.fixture(scope='module')
-def detector(tmp_path_factory):
-    pytest.importorskip('mmdet')
-    project = Project(tmp_path_factory.mktemp('detector'), DETECTOR)
+def quantized(tmp_path_factory, library, base):
+    """A project of that library with its ``student.pth``, from the shortest run there is."""
+    pytest.importorskip(library)
+    project = Project(tmp_path_factory.mktemp(library), base)
     project.path = project.config(iters=1, evolve_every=0)
     assert dfq_train([str(project.path), '--work-dir', str(project.folder / 'work')]) == 0
     project.student = project.folder / 'work' / 'student.pth'
     return project
+
+
+@pytest.fixture(scope='module')
+def detector(tmp_path_factory):
+    return quantized(tmp_path_factory, 'mmdet', DETECTOR)
 
 
 @pytest.fixture(scope='module')
 def segmentor(tmp_path_factory):
-    pytest.importorskip('mmseg')
-    project = Project(tmp_path_factory.mktemp('segmentor'), SEGMENTOR)
-    project.path = project.config(iters=1, evolve_every=0)
-    assert dfq_train([str(project.path), '--work-dir', str(project.folder / 'work')]) == 0
-    project.student = project.folder / 'work' / 'student.pth'
-    return project
+    return quantized(tmp_path_factory, 'mmseg', SEGMENTOR)
 
 
 def is_served_quantized(model, images):
@@ -147,8 +147,7 @@ def test_a_project_elsewhere_with_three_statements(library, name, metric, tmp_pa
     from psaq_mm.commands.test import main as evaluate_command
     module = importlib.import_module(library)
     make_scenes(tmp_path / 'work_dirs' / 'demo' / 'scenes', dict(val=6))
-    quantized = tmp_path / 'mine.py'
-    quantized.write_text(f"_base_ = ['{ROOT}/configs/demo/{name}.py']\n"
+    (tmp_path / 'mine.py').write_text(f"_base_ = ['{ROOT}/configs/demo/{name}.py']\n"
                          "model = dict(type='psaq_mm.Quantized', base_type={{_base_.model.type}}, quant='w8a8')\n"
                          f"load_from = '{ROOT}/demo/checkpoints/{name}.pth'\n")
     before = Path.cwd()
