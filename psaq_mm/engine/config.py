@@ -119,7 +119,7 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
         config: A config with a quantized model, and optionally ``dfq``: a preset's name or a dict, see
             :mod:`psaq_mm.engine.presets`.
         checkpoint: The full-precision checkpoint; defaults to ``dfq.teacher.checkpoint``, then ``load_from``.
-        val: Validate at every checkpoint, on the config's own validation set.
+        val: Validate after the last step, on the config's own validation set (sooner with ``train_cfg.val_interval``).
         quant: A preset for a config that is full-precision still.
 
     Raises:
