@@ -145,7 +145,9 @@ def main(argv: Sequence[str] = None) -> int:
     os.chdir(ROOT)
     summary = {name: part(args.data.resolve(), args, environment) for name, part in parts.items()}
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / 'summary.json').write_text(json.dumps(summary, indent=2))
+    path = OUT / 'summary.json'
+    earlier = json.loads(path.read_text()) if path.is_file() else {}  # of the part that --only left out
+    path.write_text(json.dumps({**earlier, **summary}, indent=2))
     if 'detector' in summary:
         d = summary['detector']
         print(f'\nMask R-CNN Swin-T, random weights, {d["size"][0]} x {d["size"][1]}: data-free peak {d["data_free"]["peak_gib"]:.1f} GiB, '
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] = None) -> int:
             s = summary['segmentor'][bits]
             print(f'UperNet on CamVid, {bits.upper()}: mIoU {s["full_precision"]["mIoU"]:.2f} before, {s["quantized"]["mIoU"]:.2f} after; '
                   f'{s["data_free"]["seconds"]:.0f} s')
-    print(f'saved to {OUT / "summary.json"}')
+    print(f'saved to {path}')
     return 0
 
 
