@@ -71,8 +71,10 @@ def _detected(scene: Dict, found, meta: Mapping, truth: bool) -> Predicted:
 
 def _segmented(scene: Dict, labels: Tensor, meta: Mapping) -> Predicted:
     labels = labels.squeeze(0).numpy()
-    picture = draw_label_map(_rgb(scene), labels, [tuple(colour) for colour in meta['palette']],
-                             clear=[i for i, name in enumerate(meta['classes']) if name == BACKGROUND])
+    picture = draw_label_map(
+        _rgb(scene),
+        labels, [tuple(colour) for colour in meta['palette']],
+        clear=[i for i, name in enumerate(meta['classes']) if name == BACKGROUND])
     present = [i for i in np.unique(labels) if i < len(meta['classes']) and meta['classes'][i] != BACKGROUND]
     return Predicted(picture, _names(present, meta['classes']))
 

@@ -1,8 +1,9 @@
 """Quantize a detector and a segmentor without data, and show what came of it: ``make demo``.
 
-For both models: box and mask AP or mIoU on held-out scenes at full precision, with ranges from Gaussian noise (the control),
-and quantized without data at W8A8 and W4A8. The checkpoints come with the repository; the scenes are drawn here, and only
-evaluation sees them. Leaves a page, ``index.html``, and the numbers alone, ``summary.json``, in ``work_dirs/demo``.
+For both models: box and mask AP or mIoU on held-out scenes at full precision, with ranges from Gaussian noise (the
+control), and quantized without data, at W8A8 and W4A8. The checkpoints come with the repository; the scenes are drawn
+here, and only evaluation sees them. Leaves a page, ``index.html``, and the numbers alone, ``summary.json``, in
+``work_dirs/demo``.
 
 Example:
     python demo/run_demo.py --only detector
@@ -22,11 +23,19 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 160
 QUICK_HELD_OUT = 6
+START = dict(gaussian='Gaussian noise', pink='1/f noise')  # what synthesis begins with
 DRAWN = 4  # scenes on the page: the first ones, so that nobody has chosen them
 
 # One run with few of everything: shows that all of it works, and nothing else.
-QUICK = dict(iters=2, evolve_every=1, evolve_samples=2, calibration_samples=2, pool_size=4, batch_size=2,
-             generator=dict(batch_size=2, steps=2), sheet_interval=1)
+QUICK = dict(
+    iters=2,
+    evolve_every=1,
+    evolve_samples=2,
+    calibration_samples=2,
+    pool_size=4,
+    batch_size=2,
+    generator=dict(batch_size=2, steps=2),
+    sheet_interval=1)
 
 
 class Task(NamedTuple):
@@ -51,18 +60,20 @@ class Task(NamedTuple):
 
 
 TASKS = (
-    Task('mask_rcnn_swin_demo', 'detector', 'Detector: Mask R-CNN with a small Swin', 'detection',
-         (('coco/bbox_mAP', 'box AP', 100.), ('coco/bbox_mAP_50', 'box AP50', 100.), ('coco/segm_mAP', 'mask AP', 100.)), (14., 105.),
-         f'The first {DRAWN} of the held-out scenes. Detections of a confidence of 0.5 and more are drawn, with mask, box and '
-         'confidence.'),
+    Task(
+        'mask_rcnn_swin_demo', 'detector', 'Detector: Mask R-CNN with a small Swin', 'detection',
+        (('coco/bbox_mAP', 'box AP', 100.), ('coco/bbox_mAP_50', 'box AP50', 100.), ('coco/segm_mAP', 'mask AP', 100.)),
+        (7., 60.),
+        f'The first {DRAWN} of the held-out scenes. Detections of a confidence of 0.5 and more are drawn, with mask, '
+        'box and confidence.'),
     Task('upernet_swin_demo', 'segmentor', 'Segmentor: UperNet with a small Swin', 'segmentation',
-         (('mIoU', 'mIoU', 1.), ('aAcc', 'pixel accuracy', 1.)), (12., 80.),
+         (('mIoU', 'mIoU', 1.), ('aAcc', 'pixel accuracy', 1.)), (5., 48.),
          f'The first {DRAWN} of the held-out scenes, each pixel of an object in the colour of its class.'),
 )
 
 
 class Variant(NamedTuple):
-    """A way to quantize: its key in the summary, its name, its bits, and whether samples are made and the student trained."""
+    """A way to quantize: its key in the summary, its name, its bits, and whether it is the method or a control."""
     key: str
     label: str
     bits: str
@@ -109,7 +120,7 @@ class Demo:
         config = load_config(str(ROOT / 'configs' / 'demo' / f'{task.name}_{bits}.py'))
         config.work_dir = str(self.out / task.name / purpose)
         config.load_from = str(self.checkpoints / f'{task.name}.pth')
-        # MMEngine keeps every logger and visualizer of the process by name, and hands out the old one to a run of the same.
+        # MMEngine keeps every logger and visualizer of the process by name: a run of the same would get the old one.
         self._names += 1
         config.experiment_name = f'{task.short}_{purpose}_{os.getpid()}_{self._names}'
         config.visualizer.name = config.experiment_name
@@ -133,8 +144,9 @@ class Demo:
         config = self.config(task, 'w8a8', 'full_precision')
         source = Path(config.load_from)
         if not source.is_file():
-            raise CheckpointError(f'there is no checkpoint {_near(source)}: fetch it with the repository, or train it with '
-                                  f'python demo/train_full_precision.py configs/demo/{task.name}.py --out {_near(source)}')
+            raise CheckpointError(
+                f'there is no checkpoint {_near(source)}: fetch it with the repository, or train it with '
+                f'python demo/train_full_precision.py configs/demo/{task.name}.py --out {_near(source)}')
         with self.progress.step():
             begun = time.perf_counter()
             metrics = evaluate(config, read_checkpoint(source), str(source), full_precision=True)
@@ -167,7 +179,8 @@ class Demo:
             spent['evaluation'] = time.perf_counter() - made
         return self._result(task, metrics, spent, student), loop.evolution
 
-    def _result(self, task: Task, metrics: Mapping[str, float], seconds: Mapping[str, float], checkpoint: Path) -> Result:
+    def _result(self, task: Task, metrics: Mapping[str, float], seconds: Mapping[str, float],
+                checkpoint: Path) -> Result:
         clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         shown = '   '.join(f'{label} {_shown(clean.get(key), factor)}' for key, label, factor in task.metrics)
         self.progress.say(f'{"":10}{shown}   ({sum(seconds.values()):.0f} s)')
@@ -200,38 +213,54 @@ class Demo:
         columns = [('Ground truth', [ground_truth(scene, meta) for scene in drawn])]
         for key, label, bits in shown:
             source = results[key].checkpoint
-            model = build(self.config(task, bits, 'pictures'), read_checkpoint(source), str(source), key == 'full_precision')
+            model = build(
+                self.config(task, bits, 'pictures'), read_checkpoint(source), str(source), key == 'full_precision')
             columns.append((label, predict(model, drawn, meta)))
         rows = [Scene(side_by_side(i, [(label, found[i]) for label, found in columns])) for i in range(len(drawn))]
         labels = dict(full_precision='Full precision', **{v.key: v.label for v in VARIANTS})
         bits_free = [v.key for v in VARIANTS if v.data_free]
         samples, densities = self._samples(task, evolution, normalized(evolution.teacher.model, scenes))
         return ModelReport(
-            name=task.name, heading=task.heading, description=_description(task, evolution),
+            name=task.name,
+            heading=task.heading,
+            description=_description(task, evolution),
             runs=[Run(labels[k], r.metrics, r.seconds, k in bits_free) for k, r in results.items()],
             shown=[ShownMetric(*metric) for metric in task.metrics],
-            scenes=rows, scenes_note=task.note,
+            scenes=rows,
+            scenes_note=task.note,
             legend=[(n, tuple(c)) for n, c in zip(meta['classes'], meta['palette']) if n != BACKGROUND],
-            samples=samples, densities=densities)
+            samples=samples,
+            densities=densities)
 
     def _samples(self, task: Task, evolution, real):
+        import torch
+
         from psaq_mm.synthesis import gaussian_noise
         from psaq_mm.visualization import Picture, sample_sheet, similarity_densities
-        import torch
         spec, made = evolution.teacher.image_spec, evolution.pool.samples[:16]
-        noise = gaussian_noise(len(made), tuple(made.shape[-2:]), spec, generator=torch.Generator().manual_seed(self.seed))
-        sheets = [Picture(sample_sheet(noise, spec), 'Gaussian noise, the control.', 'Sheet of noise without any structure')]
+        noise = gaussian_noise(
+            len(made), tuple(made.shape[-2:]), spec, generator=torch.Generator().manual_seed(self.seed))
+        sheets = [
+            Picture(sample_sheet(noise, spec), 'Gaussian noise, the control.', 'Sheet of noise without any structure')
+        ]
         for key, words in (('data_free_w8a8', 'W8A8'), ('data_free_w4a8', 'W4A8')):
             files = sorted((self.out / task.name / key / 'samples').glob('*.png'))
             if key == 'data_free_w8a8':
-                sheets.append(Picture(_read(files[0]), 'Samples made from noise before there is a student; they set its first '
-                                      'ranges.', 'Sheet of generated samples with patches of colour and edges'))
-            sheets.append(Picture(_read(files[-1]), f'The last samples, made also to be hard for the {words} student.',
-                                  f'Sheet of the last samples of the {words} run'))
+                start = START[evolution.generator.init]
+                sheets.append(
+                    Picture(
+                        _read(files[0]), f'Samples made out of {start} before there is a student; they set its first '
+                        'ranges.', 'Sheet of generated samples with blotches of colour'))
+            sheets.append(
+                Picture(
+                    _read(files[-1]), f'The last samples, made also to be hard for the {words} student.',
+                    f'Sheet of the last samples of the {words} run'))
         teacher = evolution.teacher.model
-        densities = {'generated samples': similarity_densities(teacher, made),
-                     'Gaussian noise': similarity_densities(teacher, noise),
-                     'real held-out scenes (for comparison only)': similarity_densities(teacher, real)}
+        densities = {
+            'generated samples': similarity_densities(teacher, made),
+            'Gaussian noise': similarity_densities(teacher, noise),
+            'real held-out scenes (for comparison only)': similarity_densities(teacher, real)
+        }
         return sheets, densities
 
 
@@ -253,9 +282,10 @@ def _entry(result: Result) -> Dict[str, Optional[float]]:
 
 def _description(task: Task, evolution) -> str:
     settings, height, width = evolution.settings, *evolution.settings.size
-    return (f'Trained at full precision on drawn scenes; its backbone is quantized: weights to 8 or 4 bits, one scale an output '
-            f'channel, activations to 8 bits, one scale a tensor. Samples are {height} x {width} pixels: '
-            f'{settings.calibration_samples} set the ranges, {settings.evolve_samples} more join at each round.')
+    return (
+        f'Trained at full precision on drawn scenes; its backbone is quantized: weights to 8 or 4 bits, one scale an '
+        f'output channel, activations to 8 bits, one scale a tensor. Samples are {height} x {width} pixels: '
+        f'{settings.calibration_samples} set the ranges, {settings.evolve_samples} more join at each round.')
 
 
 # ---------------------------------------------------------------------------------------------------- the whole
@@ -266,7 +296,8 @@ def _plan(tasks: Sequence[Task], quick: bool) -> List[Tuple[str, float]]:
         steps.append((f'{task.short}: full precision, evaluating', evaluation))
         for variant in VARIANTS:
             what = 'making samples, training, evaluating' if variant.data_free else 'calibrating, evaluating'
-            steps.append((f'{task.short}: {variant.label}: {what}', evaluation + (training if variant.data_free else 2.)))
+            steps.append(
+                (f'{task.short}: {variant.label}: {what}', evaluation + (training if variant.data_free else 2.)))
         steps.append((f'{task.short}: pictures for the page', 6.))
     return steps
 
@@ -298,27 +329,28 @@ def _versions() -> Dict[str, str]:
 
 def _facts(demo: Demo, count: int, elapsed: float, summary: Mapping[str, Mapping[str, Mapping]]) -> Dict[str, object]:
     import torch
-    free = sum(sum(v for k, v in entry['seconds_of'].items() if k != 'evaluation') for runs in summary.values()
-               for key, entry in runs.items() if key.startswith('data_free'))
+    free = sum(
+        sum(v for k, v in entry['seconds_of'].items() if k != 'evaluation') for runs in summary.values()
+        for key, entry in runs.items() if key.startswith('data_free'))
     return {
         'Held-out scenes': count,
         'Seed': demo.seed,
         'Processor': f'{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores',
         'Data-free part': f'{free:.0f} s, all runs together',
         'Whole run': f'{elapsed:.0f} s',
-        **({'Note': 'a quick run with few samples and steps: its numbers say nothing'} if demo.quick else {}),
+        **(dict(Note='a quick run with few samples and steps: its numbers say nothing') if demo.quick else {}),
     }
 
 
 def _lead(count: int) -> List[str]:
     return [
-        'A detector and a segmentor with a small Swin backbone, quantized without a single real image: samples are synthesized '
-        'out of the full-precision model, they set the ranges of the quantized one, and that one is then trained to give the '
-        'outputs of the first while new samples look for what it still gets wrong (PSAQ-ViT V2).',
-        f'All numbers are from {count} drawn scenes that neither training nor quantization has seen, from one seed. Rows with a '
-        'tinted ground are the method; ranges from Gaussian noise go through the same quantizer and are the control. '
-        'The backbone alone is quantized. These models and scenes are small and easy; they show how it works, not how well it '
-        'works on large ones.'
+        'A detector and a segmentor with a small Swin backbone, quantized without a single real image: samples are '
+        'synthesized out of the full-precision model, they set the ranges of the quantized one, and that one is then '
+        'trained to give the outputs of the first while new samples look for what it still gets wrong (PSAQ-ViT V2).',
+        f'All numbers are from {count} drawn scenes that neither training nor quantization has seen, from one seed. '
+        'Rows with a tinted ground are the method; ranges from Gaussian noise go through the same quantizer and are the '
+        'control. The backbone alone is quantized. These models and scenes are small and easy; they show how it works, not '
+        'how well it works on large ones.'
     ]
 
 
@@ -341,11 +373,15 @@ def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, qui
         sections.append(section)
     write_whole((json.dumps(summary, indent=2, allow_nan=False) + '\n').encode(), out / 'summary.json')
     page = out / 'index.html'
-    write_report(page, 'Quantized without data', _lead(count), sections, _facts(demo, count, progress.elapsed, summary), _versions())
+    write_report(page, 'Quantized without data', _lead(count), sections, _facts(demo, count, progress.elapsed, summary),
+                 _versions())
     progress.say()
     progress.say(_table(summary, tasks))
     progress.say()
-    progress.say(f'{clock(progress.elapsed)} minutes; the page is {_near(page)}, the numbers are in {_near(out / "summary.json")}')
+    progress.say(
+        f'{clock(progress.elapsed)} minutes; the page is {_near(page)}, '
+        f'the numbers are in {_near(out / "summary.json")}'
+    )
     return page
 
 
@@ -360,9 +396,13 @@ def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog='run_demo', description=__doc__.split('\n')[0])
     parser.add_argument('--only', choices=[task.short for task in TASKS], help='one of the two models')
     parser.add_argument('--seed', type=int, default=0, help='seed of samples and training (default: %(default)s)')
-    parser.add_argument('--out', type=Path, default=ROOT / 'work_dirs' / 'demo', help='folder of results (default: work_dirs/demo)')
-    parser.add_argument('--checkpoints', type=Path, default=ROOT / 'demo' / 'checkpoints',
-                        help='folder of the full-precision checkpoints (default: demo/checkpoints)')
+    parser.add_argument(
+        '--out', type=Path, default=ROOT / 'work_dirs' / 'demo', help='folder of results (default: work_dirs/demo)')
+    parser.add_argument(
+        '--checkpoints',
+        type=Path,
+        default=ROOT / 'demo' / 'checkpoints',
+        help='folder of the full-precision checkpoints (default: demo/checkpoints)')
     parser.add_argument('--quick', action='store_true', help='few scenes, samples and steps: to see that it runs')
     return parser.parse_args(argv)
 
@@ -378,7 +418,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         # The libraries' own lines, hundreds of them, go to a file.
-        with open(log, 'w', encoding='utf-8') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        with open(
+                log, 'w', encoding='utf-8') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 run_demo(tasks, out, checkpoints, args.seed, args.quick, console)
             except BaseException:

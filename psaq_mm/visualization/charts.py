@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Small line charts as inline SVG: no script, no font and no picture from elsewhere, colours from the page's style sheet."""
+"""Small line charts as inline SVG: no script, font or picture from elsewhere, colours from the page's style sheet."""
 import html
+import math
 from typing import NamedTuple, Sequence
 
 from psaq_mm.errors import DataError
@@ -31,14 +32,27 @@ def _number(value: float) -> str:
     return f'{value:.1f}'.rstrip('0').rstrip('.')
 
 
-def area_chart(title: str, curves: Sequence[Curve], x_range: Sequence[float], ticks: Sequence[float]) -> str:
+def _within(curve: Curve, low: float, high: float, floor: float) -> Curve:
+    """The part of ``curve`` that is drawn, with its heights above the axis."""
+    kept = [(x, y) for x, y in zip(curve.x, curve.y) if low <= x <= high]
+    heights = [math.log(max(y, floor) / floor) if floor else y for _, y in kept]
+    return curve._replace(x=[x for x, _ in kept], y=heights)
+
+
+def area_chart(title: str,
+               curves: Sequence[Curve],
+               x_range: Sequence[float],
+               ticks: Sequence[float],
+               floor: float = 0.) -> str:
     """Curves over a common axis, each filled down to zero, on one vertical scale.
 
     Args:
         title: Shown above and read aloud.
         curves: One or more; the first is drawn on top.
-        x_range: Ends of the horizontal axis.
+        x_range: Ends of the horizontal axis; what lies outside is not drawn.
         ticks: Where it carries numbers.
+        floor: Where above 0, the vertical scale is logarithmic and begins there, so that tails are seen beside peaks a
+            thousand times as high.
 
     Returns:
         An ``<svg>`` element for an HTML page, in classes ``c0``, ``c1``, ... for the curves' styles.
@@ -49,7 +63,8 @@ def area_chart(title: str, curves: Sequence[Curve], x_range: Sequence[float], ti
     if not curves or any(len(c.x) != len(c.y) or not len(c.x) for c in curves):
         raise DataError(f'the chart {title!r} lacks curves, or one has values for other positions than its own')
     low, high = x_range
-    top = max(max(c.y) for c in curves) or 1.
+    seen = [_within(curve, low, high, floor) for curve in curves]
+    top = max((y for curve in seen for y in curve.y), default=0.) or 1.
 
     def across(x: float) -> float:
         return LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT)
@@ -64,7 +79,7 @@ def area_chart(title: str, curves: Sequence[Curve], x_range: Sequence[float], ti
         anchor = 'start' if tick == low else 'end' if tick == high else 'middle'
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{base}" y2="{_number(down(0) + 3)}"/>'
                      f'<text class="tick" x="{x}" y="{HEIGHT - 4}" text-anchor="{anchor}">{tick:g}</text>')
-    for curve in reversed(list(curves)):
+    for curve in reversed([curve for curve in seen if curve.x]):
         line = ' '.join(f'{_number(across(x))},{_number(down(y))}' for x, y in zip(curve.x, curve.y))
         first, last = _number(across(curve.x[0])), _number(across(curve.x[-1]))
         parts.append(f'<polygon class="c{curve.style} fill" points="{first},{base} {line} {last},{base}"/>'

@@ -23,7 +23,8 @@ class BlockDensity(NamedTuple):
     Attributes:
         name: Dotted name of the attention module.
         centers: Middles of the bins of -1 .. 1, shape (bins,).
-        density: Share of pairs in a bin divided by the bin's width, shape (bins,), float64; sums to one when multiplied by it.
+        density: Share of pairs in a bin divided by the bin's width, shape (bins,), float64; times the width it
+            sums to one.
         entropy: Differential entropy of the density, in nats; at most log 2 = 0.69, the uniform one's.
     """
     name: str
@@ -37,13 +38,13 @@ def pair_histogram(tokens: Tensor, valid: Optional[Tensor], bins: int) -> Tensor
 
     Args:
         tokens: Shape (groups, N, D).
-        valid: Boolean (groups, N), or (W, N) where the pattern repeats every W groups; tokens that are not valid take no
-            part. None: all do.
+        valid: Boolean (groups, N), or (W, N) where the pattern repeats every W groups; tokens that are not valid
+            take no part. None: all do.
         bins: Equal bins of -1 .. 1.
 
     Returns:
-        Counts, shape (bins,), float64. A token with itself, always 1, says nothing about the image and is left out, unlike
-        in the entropy that is optimized.
+        Counts, shape (bins,), float64. A token with itself, always 1, says nothing about the image and is left out,
+        unlike in the entropy that is optimized.
 
     Raises:
         DataError: A token is NaN or infinite.
@@ -80,8 +81,8 @@ def similarity_densities(model: nn.Module,
     """Density of patch similarity in every attention block of ``model``, for a set of images.
 
     Args:
-        model: A model with attention that :class:`psaq_mm.synthesis.AttentionTaps` finds. Rows of padded queries take no
-            part where its attention tells them (``valid_rows``), as quantized models' does, quantizers on or off.
+        model: A model with attention that :class:`psaq_mm.synthesis.AttentionTaps` finds. Rows of padded queries take
+            no part where its attention tells them (``valid_rows``), as quantized models' does, quantizers on or off.
         samples: Normalized images, shape (n, C, H, W).
         forward: Runs the blocks. Defaults to None: ``model.backbone``, or ``model`` where it is a backbone.
         bins: Equal bins of -1 .. 1.
@@ -100,7 +101,8 @@ def similarity_densities(model: nn.Module,
         >>> narrow = similarity_densities(model, gaussian_noise(8, (224, 224), spec))
     """
     if samples.dim() != 4 or not len(samples) or bins < 1:
-        raise DataError(f'samples of shape {tuple(samples.shape)} in {bins} bins give no density: give (n, C, H, W) and a bin')
+        raise DataError(
+            f'samples of shape {tuple(samples.shape)} in {bins} bins give no density: give (n, C, H, W) and a bin')
     taps = AttentionTaps(model, drop_tokens)
     run = forward or getattr(model, 'backbone', model)
     counts: Dict[str, Tensor] = {}

@@ -127,7 +127,8 @@ def draw_label_map(picture: np.ndarray,
     """
     labels = np.asarray(labels)
     if labels.shape != picture.shape[:2]:
-        raise DataError(f'a map of {labels.shape} does not cover a picture of {picture.shape[:2]}: give one label a pixel')
+        raise DataError(
+            f'a map of {labels.shape} does not cover a picture of {picture.shape[:2]}: give one label a pixel')
     colours = np.array(list(palette) + [IGNORED], np.float32)
     known = np.where((labels >= 0) & (labels < len(palette)), labels, len(palette)).astype(int)
     painted = colours[known].repeat(zoom, 0).repeat(zoom, 1)

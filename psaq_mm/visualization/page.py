@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Parts of a web page that needs nothing but itself: style, pictures and tables, for wide and narrow screens, light and dark."""
+"""Parts of a web page that needs nothing but itself: style, pictures, tables; wide and narrow, light and dark."""
 import base64
 import html
 import io
@@ -16,11 +16,11 @@ __all__ = ['Picture', 'page', 'picture_grid', 'table', 'text']
 STYLE = '''
 :root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --ink: #1d1f21; --soft: #5b6166; --rule: #d9dcde;
   --c0: #0b62c4; --c1: #b4480a; --c2: #4a7a2a; --mark: #eef4fc }
-@media (prefers-color-scheme: dark) { :root { --back: #16181a; --card: #1e2124; --ink: #e6e8ea; --soft: #a0a7ad; --rule: #363b40;
-  --c0: #6db1ff; --c1: #ff9a5c; --c2: #9ad06a; --mark: #1d2a3a } }
+@media (prefers-color-scheme: dark) { :root { --back: #16181a; --card: #1e2124; --ink: #e6e8ea; --soft: #a0a7ad;
+  --rule: #363b40; --c0: #6db1ff; --c1: #ff9a5c; --c2: #9ad06a; --mark: #1d2a3a } }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  overflow-wrap: break-word }
+body { margin: 0; background: var(--back); color: var(--ink); overflow-wrap: break-word;
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 main { max-width: 1120px; margin: 0 auto; padding: 16px }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 16px 0 8px }
 h2 { font-size: 1.35rem; line-height: 1.25; margin: 40px 0 8px; padding-top: 16px; border-top: 1px solid var(--rule) }
@@ -28,13 +28,14 @@ h3 { font-size: 1.05rem; margin: 28px 0 6px }
 p { max-width: 70ch; margin: 6px 0 12px }
 p.soft, figcaption, .legend, summary { color: var(--soft); font-size: .9rem }
 a { color: var(--c0) }
-.scroll { overflow-x: auto; max-width: 100%; border: 1px solid var(--rule); border-radius: 6px; background: var(--card) }
+.scroll { overflow-x: auto; max-width: 100%; border: 1px solid var(--rule); border-radius: 6px;
+  background: var(--card) }
 .scroll:focus-visible { outline: 2px solid var(--c0) }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { padding: 7px 12px; text-align: right; white-space: nowrap; border-top: 1px solid var(--rule) }
 thead th { border-top: 0; font-weight: 600; vertical-align: bottom; white-space: normal }
 th:first-child, td:first-child { text-align: left }
-tbody th { font-weight: 400; white-space: normal; min-width: 9em }
+tbody th { font-weight: 400 }
 tr.mark > * { background: var(--mark) }
 td .diff { color: var(--soft); display: inline-block; min-width: 3.6em }
 details { margin: 10px 0 }
@@ -46,10 +47,13 @@ img { display: block; width: 100%; height: auto; border-radius: 4px }
 .grid.two { grid-template-columns: repeat(2, minmax(0, 1fr)) }
 .grid.four { grid-template-columns: repeat(4, minmax(0, 1fr)) }
 .grid.charts { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)) }
-@media (max-width: 700px) { .grid.two { grid-template-columns: minmax(0, 1fr) } .grid.four { grid-template-columns: repeat(2, minmax(0, 1fr)) }
-  .grid.charts { grid-template-columns: repeat(2, minmax(0, 1fr)) } main { padding: 12px } h1 { font-size: 1.45rem }
-  th, td { padding: 6px 8px } td .diff { display: block; min-width: 0; font-size: .85rem } }
-svg { display: block; width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule); border-radius: 4px }
+@media (max-width: 700px) { .grid.two { grid-template-columns: minmax(0, 1fr) }
+  .grid.four, .grid.charts { grid-template-columns: repeat(2, minmax(0, 1fr)) } main { padding: 12px }
+  h1 { font-size: 1.45rem }
+  th, td { padding: 6px 8px } tbody th { white-space: normal; min-width: 9em }
+  td .diff { display: block; min-width: 0; font-size: .85rem } }
+svg { display: block; width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule);
+  border-radius: 4px }
 svg text { font-family: inherit; fill: var(--soft); font-size: 12px }
 svg .title { fill: var(--ink) }
 svg .axis { stroke: var(--rule) }
@@ -59,7 +63,8 @@ svg .axis { stroke: var(--rule) }
 .c1.line { stroke: var(--c1); stroke-dasharray: 5 3 } .c1.fill { fill: var(--c1) }
 .c2.line { stroke: var(--c2); stroke-dasharray: 1.5 2.5 } .c2.fill { fill: none }
 .legend span { display: inline-block; margin-right: 18px }
-.legend svg { display: inline-block; width: 34px; height: 10px; border: 0; background: none; vertical-align: middle; margin-right: 6px }
+.legend svg { display: inline-block; width: 34px; height: 10px; border: 0; background: none; vertical-align: middle;
+  margin-right: 6px }
 .key i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 5px; vertical-align: -1px }
 '''
 
@@ -119,12 +124,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, marked
         cells = f'<th scope="row">{row[0]}</th>' + ''.join(f'<td>{cell}</td>' for cell in row[1:])
         lines.append(f'<tr{" class=mark" if number in marked else ""}>{cells}</tr>')
     names = ''.join(f'<th scope="col">{name}</th>' for name in head)
-    return (f'<div class="scroll" role="region" tabindex="0" aria-label="{text(label)}"><table><thead><tr>{names}</tr></thead>'
-            f'<tbody>{"".join(lines)}</tbody></table></div>')
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{text(label)}"><table>'
+        f'<thead><tr>{names}</tr></thead>'
+        f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
 def page(title: str, body: str) -> str:
     """A whole page."""
-    return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n')
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
+        f'<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n'
+    )

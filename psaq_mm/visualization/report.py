@@ -14,6 +14,8 @@ from psaq_mm.visualization.sheets import write_whole
 __all__ = ['ShownMetric', 'Run', 'Scene', 'ModelReport', 'write_report']
 
 Number = Optional[float]
+FLOOR = 0.01  # least density drawn: one pair in ten thousand for a hundred bins
+MINUS = '\u2212'  # as wide as the plus
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ def _known(value: Number) -> bool:
 
 
 def _signed(value: float) -> str:
-    """One decimal with its sign; a true minus is as wide as the plus."""
+    """One decimal with its sign."""
     rounded = round(value, 1) + 0.
-    return f'{rounded:+.1f}'.replace('-', '\u2212')
+    return f'{rounded:+.1f}'.replace('-', MINUS)
 
 
 def _value(metric: ShownMetric, run: Run, reference: Run) -> str:
@@ -120,21 +122,24 @@ def _all_metrics(model: ModelReport) -> str:
 
 def _seconds(model: ModelReport) -> str:
     steps: List[str] = []
-    for run in sorted(model.runs, key=lambda run: -len(run.seconds)):  # the longest has them in the order they are taken
+    for run in sorted(
+            model.runs, key=lambda run: -len(run.seconds)):  # the longest has them in the order they are taken
         steps.extend(s for s in run.seconds if s not in steps)
     if not steps:
         return ''
     rows = []
     for run in model.runs:
         spent = [run.seconds.get(step) for step in steps]
-        rows.append([text(run.label)] + [f'{s:.1f}' if _known(s) else '\u2013' for s in spent]
-                    + [f'{sum(s for s in spent if _known(s)):.1f}'])
-    return '<h3>Seconds</h3>' + table(['Model'] + [text(s) for s in steps] + ['together'], rows, f'Seconds of {model.heading}')
+        rows.append([text(run.label)] + [f'{s:.1f}' if _known(s) else '\u2013'
+                                         for s in spent] + [f'{sum(s for s in spent if _known(s)):.1f}'])
+    return '<h3>Seconds</h3>' + table(['Model'] + [text(s)
+                                                   for s in steps] + ['together'], rows, f'Seconds of {model.heading}')
 
 
 def _legend(labels: Sequence[str]) -> str:
     swatches = [
-        f'<span><svg viewBox="0 0 34 10" aria-hidden="true"><polyline class="c{i} line" points="1,5 33,5"/></svg>{text(label)}</span>'
+        f'<span><svg viewBox="0 0 34 10" aria-hidden="true"><polyline class="c{i} line" points="1,5 33,5"/></svg>'
+        f'{text(label)}</span>'
         for i, label in enumerate(labels)
     ]
     return f'<p class="legend">{"".join(swatches)}</p>'
@@ -144,24 +149,35 @@ def _densities(model: ModelReport) -> str:
     if not model.densities:
         return ''
     sets = list(model.densities.items())
-    blocks = [block.name for block in sets[0][1]]
+    low = min(_least(density) for _, densities in sets for density in densities)
     charts = []
-    for number, name in enumerate(blocks):
+    for number, name in enumerate(block.name for block in sets[0][1]):
         curves = []
         for style, (label, densities) in enumerate(sets):
             block = next((d for d in densities if d.name == name), None)
             if block is None:
                 raise DataError(f'the densities of {label!r} lack {name}: take all of them from one model')
             curves.append(Curve(label, block.centers.tolist(), block.density.tolist(), style))
-        charts.append(area_chart(_short(name, number), curves, (-1, 1), (-1, 0, 1)))
-    means = [f'{label}: {sum(d.entropy for d in densities) / len(densities):+.2f}'.replace('-', '\u2212')
-             for label, densities in sets]
+        charts.append(area_chart(_short(name, number), curves, (low, 1), (low, (low + 1) / 2, 1), floor=FLOOR))
+    means = []
+    for label, densities in sets:
+        mean = f'{sum(d.entropy for d in densities) / len(densities):+.2f}'.replace('-', MINUS)
+        means.append(f'{label} {mean}')
     return (
         '<h3>Patch similarity in every attention block</h3>'
-        '<p class="soft">Horizontal: cosine similarity of two patches of one window, from &minus;1 to 1. Vertical: how many pairs '
-        'have it. A wide curve means that the model tells the patches apart; synthesis widens it. Each chart has a vertical '
-        f'scale of its own. Entropy of the curves, mean over the blocks, in nats: {text("; ".join(means))} (at most +0.69).</p>'
-        + _legend([label for label, _ in sets]) + f'<div class="grid charts">{"".join(charts)}</div>')
+        f'<p class="soft">Horizontal: cosine similarity of two patches of one window. Vertical: the density of '
+        f'the pairs that have it, on a logarithmic scale from {FLOOR:g} up. A wide curve means that the model tells '
+        'the patches apart, a peak at 1 that they look the same to it; synthesis widens the curve. Entropy of the '
+        'densities, mean over the blocks, in nats (at most +0.69): '
+        f'{text(", ".join(means))}.</p>' + _legend([label for label, _ in sets]) +
+        f'<div class="grid charts">{"".join(charts)}</div>')
+
+
+def _least(block: BlockDensity) -> float:
+    """The similarity, in whole fifths of 1, below which less than half a per cent of the pairs lie."""
+    share = (block.density.cumsum(0) / block.density.sum()).tolist()
+    first = next(x for x, below in zip(block.centers.tolist(), share) if below >= 0.005)
+    return max(-1., math.floor(first * 5) / 5)
 
 
 def _short(name: str, number: int) -> str:
@@ -175,25 +191,25 @@ def _short(name: str, number: int) -> str:
 def _scenes(model: ModelReport) -> str:
     if not model.scenes:
         return ''
-    key = ''.join(f'<span><i style="background:rgb({r},{g},{b})"></i>{text(name)}</span>' for name, (r, g, b) in model.legend)
-    return ('<h3>Held-out scenes</h3>' + (f'<p class="soft">{text(model.scenes_note)}</p>' if model.scenes_note else '')
-            + (f'<p class="legend key">{key}</p>' if key else '')
-            + ''.join(picture_grid(scene.pictures, 'four') for scene in model.scenes))
+    key = ''.join(f'<span><i style="background:rgb({r},{g},{b})"></i>{text(name)}</span>'
+                  for name, (r, g, b) in model.legend)
+    return ('<h3>Held-out scenes</h3>' +
+            (f'<p class="soft">{text(model.scenes_note)}</p>' if model.scenes_note else '') +
+            (f'<p class="legend key">{key}</p>' if key else '') +
+            ''.join(picture_grid(scene.pictures, 'four') for scene in model.scenes))
 
 
 def _section(model: ModelReport) -> str:
     samples = '<h3>Samples</h3>' + picture_grid(model.samples, 'two') if model.samples else ''
-    return (f'<section id="{text(model.name)}"><h2>{text(model.heading)}</h2><p>{text(model.description)}</p>{_results(model)}'
-            '<p class="soft">In brackets: the difference to full precision.</p>'
-            f'{_all_metrics(model)}{_scenes(model)}{samples}{_densities(model)}{_seconds(model)}</section>')
+    return (
+        f'<section id="{text(model.name)}"><h2>{text(model.heading)}</h2>'
+        f'<p>{text(model.description)}</p>{_results(model)}'
+        '<p class="soft">In brackets: the difference to full precision.</p>'
+        f'{_all_metrics(model)}{_scenes(model)}{samples}{_densities(model)}{_seconds(model)}</section>')
 
 
-def write_report(path: Union[str, os.PathLike],
-                 title: str,
-                 lead: Sequence[str],
-                 models: Sequence[ModelReport],
-                 facts: Mapping[str, object],
-                 versions: Mapping[str, str]) -> None:
+def write_report(path: Union[str, os.PathLike], title: str, lead: Sequence[str], models: Sequence[ModelReport],
+                 facts: Mapping[str, object], versions: Mapping[str, str]) -> None:
     """Write one HTML file that needs no other file and no network; it is whole or not there.
 
     Args:
@@ -211,7 +227,8 @@ def write_report(path: Union[str, os.PathLike],
     if not models or any(not model.runs for model in models):
         raise DataError('there is nothing to report: give at least one model with at least one run')
     links = ' &middot; '.join(f'<a href="#{text(m.name)}">{text(m.heading)}</a>' for m in models)
-    body = [f'<h1>{text(title)}</h1>'] + [f'<p>{text(p)}</p>' for p in lead] + [f'<p>{links}</p>' if len(models) > 1 else '']
+    body = [f'<h1>{text(title)}</h1>'] + [f'<p>{text(p)}</p>'
+                                          for p in lead] + [f'<p>{links}</p>' if len(models) > 1 else '']
     body.extend(_section(model) for model in models)
     for heading, rows in (('About this run', facts), ('Versions', versions)):
         cells = [[text(name), text(value)] for name, value in rows.items()]

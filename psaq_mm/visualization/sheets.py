@@ -25,9 +25,9 @@ def to_pixels(images: Tensor, image_spec: ImageSpec) -> np.ndarray:
         image_spec: Mean, standard deviation and value range of the model's input.
 
     Returns:
-        Shape (N, H, W, 3), uint8. One channel is shown as grey. Of any number but one and three the first three channels are
-        shown as they are (two: the third is black): a projection onto three colours would differ from sheet to sheet, and
-        two sheets of one run could not be compared.
+        Shape (N, H, W, 3), uint8. One channel is shown as grey. Of any number but one and three the first three
+        channels are shown as they are (two: the third is black): a projection onto three colours would differ from
+        sheet to sheet, and two sheets of one run could not be compared.
 
     Raises:
         DataError: The shape is another, or a value is NaN or infinite.
@@ -37,10 +37,12 @@ def to_pixels(images: Tensor, image_spec: ImageSpec) -> np.ndarray:
         [128, 128, 128]
     """
     if images.dim() != 4 or 0 in images.shape:
-        raise DataError(f'samples of shape {tuple(images.shape)} are no batch of pictures: give (N, C, H, W), none of them 0')
+        raise DataError(
+            f'samples of shape {tuple(images.shape)} are no batch of pictures: give (N, C, H, W), none of them 0')
     images = images.detach().float().cpu()
     if not images.isfinite().all():
-        raise DataError('a sample holds NaN or infinite values and cannot be drawn: lower the learning rate of the synthesis')
+        raise DataError(
+            'a sample holds NaN or infinite values and cannot be drawn: lower the learning rate of the synthesis')
     raw = image_spec.to_raw(images) * (255. / image_spec.max_value)
     pixels = raw.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     channels = pixels.shape[-1]
@@ -52,7 +54,7 @@ def to_pixels(images: Tensor, image_spec: ImageSpec) -> np.ndarray:
 
 
 def _fit(picture: np.ndarray, cell: int) -> np.ndarray:
-    """``picture`` (H, W, 3) made smaller until its longer side is at most ``cell`` pixels; a small one stays as it is."""
+    """``picture`` (H, W, 3) made smaller until its longer side is at most ``cell`` pixels; a small one stays."""
     height, width = picture.shape[:2]
     scale = cell / max(height, width)
     if scale >= 1:
@@ -65,7 +67,8 @@ def sample_sheet(samples: Tensor, image_spec: ImageSpec, columns: int = 8, cell:
     """All samples in rows, left to right.
 
     Args:
-        samples: Normalized images, shape (N, C, H, W), in the model's units; any number of channels, see :func:`to_pixels`.
+        samples: Normalized images, shape (N, C, H, W), in the model's units; any number of channels, see
+            :func:`to_pixels`.
         image_spec: Mean, standard deviation and value range of the model's input.
         columns: Samples in a row, at most.
         cell: Longest side of a sample on the sheet, in pixels; larger ones are made smaller, smaller ones stay.
@@ -122,8 +125,10 @@ def write_png(array: np.ndarray, path: Union[str, os.PathLike]) -> None:
 def encode_png(array: np.ndarray) -> bytes:
     """A picture (H, W, 3) or (H, W), uint8, as the bytes of a PNG file."""
     array = np.asarray(array)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or not array.size:
-        raise DataError(f'an array of {array.dtype} and shape {array.shape} is no picture: give uint8, (H, W, 3) or (H, W)')
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3
+                                                               and array.shape[2] != 3) or not array.size:
+        raise DataError(
+            f'an array of {array.dtype} and shape {array.shape} is no picture: give uint8, (H, W, 3) or (H, W)')
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format='PNG')
     return buffer.getvalue()

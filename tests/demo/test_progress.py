@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location('demo_progress', Path(__file__).resolve().parents[2] / 'demo' / 'progress.py')
+_spec = importlib.util.spec_from_file_location('demo_progress',
+                                               Path(__file__).resolve().parents[2] / 'demo' / 'progress.py')
 progress = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(progress)
 
@@ -34,8 +35,10 @@ def test_what_is_left_is_scaled_by_what_was_measured(clock):
     with run.step():
         clock[0] += 1
     assert run.remaining == 0
-    assert out.getvalue().splitlines() == ['[ 0:00, about 1:00 left]  a', '[ 0:20, about 1:40 left]  b',
-                                          f'[17:15, about {progress.clock(20 * 1035 / 40)} left]  c']
+    assert out.getvalue().splitlines() == [
+        '[ 0:00, about 1:00 left]  a', '[ 0:20, about 1:40 left]  b',
+        f'[17:15, about {progress.clock(20 * 1035 / 40)} left]  c'
+    ]
 
 
 def test_a_step_that_fails_is_not_counted(clock):
@@ -59,4 +62,5 @@ def test_beats_are_apart_and_speak_of_what_is_counted(clock):
         clock[0] += 20
         logger.info('Iter(train) [ 50/200]  lr: 1e-4')
     assert [line.split(']')[1].strip() for line in out.getvalue().splitlines()[1:]] == [
-        'making samples, step 15 of 40', 'making samples, step 30 of 40', 'training the student, step 50 of 200']
+        'making samples, step 15 of 40', 'making samples, step 30 of 40', 'training the student, step 50 of 200'
+    ]

@@ -45,7 +45,8 @@ def test_a_density_integrates_to_one_and_there_is_one_a_block():
         assert density.centers.shape == density.density.shape == (64, )
         assert density.density.sum().item() * 2 / 64 == pytest.approx(1, abs=1e-12)
         assert (density.density >= 0).all() and density.entropy <= math.log(2)
-        assert density.centers[0].item() == pytest.approx(-1 + 1 / 64) and density.centers[-1].item() == pytest.approx(1 - 1 / 64)
+        assert density.centers[0].item() == pytest.approx(-1 + 1 / 64) and density.centers[-1].item() == pytest.approx(
+            1 - 1 / 64)
 
 
 def test_counts_are_those_of_the_definition():
@@ -101,6 +102,7 @@ def test_equal_patches_are_narrow_and_different_ones_wide():
 
 
 def test_a_backbone_is_run_alone_unless_told_otherwise():
+
     class Detector(nn.Module):
 
         def __init__(self):

@@ -33,7 +33,8 @@ def test_the_surest_object_is_on_top():
 
 
 def test_nothing_found_leaves_the_picture_as_it_is():
-    assert np.array_equal(draw_detections(GREY, np.zeros((0, 4)), [], ['a'], PALETTE, [], np.zeros((0, 40, 50), bool), zoom=1), GREY)
+    assert np.array_equal(
+        draw_detections(GREY, np.zeros((0, 4)), [], ['a'], PALETTE, [], np.zeros((0, 40, 50), bool), zoom=1), GREY)
 
 
 def test_a_label_map_paints_every_class_and_what_has_none_white():

@@ -66,12 +66,15 @@ def test_every_sample_stands_on_the_sheet_in_order(count, columns, height, width
 @pytest.mark.parametrize('height,width', [(800, 1216), (1216, 800), (161, 161), (1000, 3)])
 def test_large_samples_become_as_small_as_a_cell(height, width):
     sheet = sample_sheet(torch.full((1, 3, height, width), 99.), RAW, cell=160)
-    assert max(sheet.shape[:2]) == 160 and min(sheet.shape[:2]) == max(1, round(min(height, width) * 160 / max(height, width)))
+    assert max(sheet.shape[:2]) == 160 and min(sheet.shape[:2]) == max(
+        1, round(min(height, width) * 160 / max(height, width)))
     assert (sheet == 99).all()
 
 
-@pytest.mark.parametrize('bad,says', [(torch.full((1, 3, 4, 4), float('nan')), 'NaN'), (torch.zeros(3, 4, 4), r'\(3, 4, 4\)'),
-                                      (torch.zeros(0, 3, 4, 4), r'\(0, 3, 4, 4\)'), (torch.full((1, 3, 4, 4), float('inf')), 'infinite')])
+@pytest.mark.parametrize('bad,says', [(torch.full((1, 3, 4, 4), float('nan')), 'NaN'),
+                                      (torch.zeros(3, 4, 4), r'\(3, 4, 4\)'),
+                                      (torch.zeros(0, 3, 4, 4), r'\(0, 3, 4, 4\)'),
+                                      (torch.full((1, 3, 4, 4), float('inf')), 'infinite')])
 def test_what_is_no_picture_is_refused(bad, says):
     with pytest.raises(DataError, match=says):
         sample_sheet(bad, IMAGENET)
