@@ -53,7 +53,8 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
 def guard_loading(model: nn.Module) -> None:
     """Have :func:`check_state_dict` run before anything is copied into ``model``."""
 
-    def check(state_dict, prefix, *args):
-        check_state_dict(model, state_dict, prefix)
+    def check(module, state_dict, prefix, *args):
+        check_state_dict(module, state_dict, prefix)
 
-    model._register_load_state_dict_pre_hook(check)
+    # with_module: a copy of the model (the teacher) checks itself, and does not hold on to the original.
+    model._register_load_state_dict_pre_hook(check, with_module=True)

@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from psaq_mm.errors import NotCalibratedError, UnsupportedModelError
+from psaq_mm.errors import CheckpointError, NotCalibratedError, UnsupportedModelError
 from psaq_mm.models import quantize_model_
 from psaq_mm.models.adapters.swin import valid_query_rows
 from psaq_mm.quantization import calibrate, is_quantizer_key, quantizers, set_mode
@@ -143,6 +143,20 @@ def test_a_subclass_that_overrides_the_computation_is_refused():
 
     with pytest.raises(UnsupportedModelError, match='Strange'):
         quantize_model_(Strange(embed_dims=16, depths=[1, 1], num_heads=[1, 1], strides=(4, 2), out_indices=(0, 1)), 'w8a8')
+
+
+def test_a_copy_checks_what_is_loaded_into_itself():
+    import gc
+    import weakref
+    model = build_backbone('mmdet')
+    quantize_model_(model, 'w8a8')
+    twin, gone = copy.deepcopy(model), weakref.ref(model)
+    state = dict(model.state_dict(), **{'norm0.weight': torch.zeros(3)})
+    del model
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(CheckpointError, match='norm0.weight'):
+        twin.load_state_dict(state, strict=False)
 
 
 def test_quantizers_have_names_and_bits():
