@@ -348,9 +348,9 @@ def _lead(count: int) -> List[str]:
         'synthesized out of the full-precision model, they set the ranges of the quantized one, and that one is then '
         'trained to give the outputs of the first while new samples look for what it still gets wrong (PSAQ-ViT V2).',
         f'All numbers are from {count} drawn scenes that neither training nor quantization has seen, from one seed. '
-        'Rows with a tinted ground are the method; ranges from Gaussian noise go through the same quantizer and are the '
-        'control. The backbone alone is quantized. These models and scenes are small and easy; they show how it works, not '
-        'how well it works on large ones.'
+        'Rows with a tinted ground are the method; ranges from Gaussian noise go through the same quantizer and are '
+        'the control. The backbone alone is quantized. These models and scenes are small and easy; they show how it '
+        'works, not how well it works on large ones.'
     ]
 
 

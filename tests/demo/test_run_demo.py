@@ -23,7 +23,7 @@ def _demo(*arguments):
                           cwd=os.path.dirname(ROOT),
                           capture_output=True,
                           text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS='2'))
+                          env=dict(os.environ, OMP_NUM_THREADS='1'))
 
 
 @pytest.fixture(scope='module')
