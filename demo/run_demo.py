@@ -259,7 +259,7 @@ class Demo:
         densities = {
             'generated samples': similarity_densities(teacher, made),
             'Gaussian noise': similarity_densities(teacher, noise),
-            'real held-out scenes (for comparison only)': similarity_densities(teacher, real)
+            'held-out scenes (only to compare)': similarity_densities(teacher, real)
         }
         return sheets, densities
 

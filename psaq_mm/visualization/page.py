@@ -36,6 +36,8 @@ th, td { padding: 7px 12px; text-align: right; white-space: nowrap; border-top: 
 thead th { border-top: 0; font-weight: 600; vertical-align: bottom; white-space: normal }
 th:first-child, td:first-child { text-align: left }
 tbody th { font-weight: 400 }
+table.list td { text-align: left; width: 100%; white-space: normal }
+table.list tr:first-child > * { border-top: 0 }
 tr.mark > * { background: var(--mark) }
 td .diff { color: var(--soft); display: inline-block; min-width: 3.6em }
 details { margin: 10px 0 }
@@ -50,7 +52,7 @@ img { display: block; width: 100%; height: auto; border-radius: 4px }
 @media (max-width: 700px) { .grid.two { grid-template-columns: minmax(0, 1fr) }
   .grid.four, .grid.charts { grid-template-columns: repeat(2, minmax(0, 1fr)) } main { padding: 12px }
   h1 { font-size: 1.45rem }
-  th, td { padding: 6px 8px } tbody th { white-space: normal; min-width: 9em }
+  th, td { padding: 6px 8px } tbody th { white-space: normal; min-width: 9.6em }
   td .diff { display: block; min-width: 0; font-size: .85rem } }
 svg { display: block; width: 100%; height: auto; background: var(--card); border: 1px solid var(--rule);
   border-radius: 4px }
@@ -114,7 +116,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, marked
     """A table in a box of its own that scrolls sideways where the screen is narrow.
 
     Args:
-        head: Column names, HTML.
+        head: Column names, HTML. Empty: none, for a list of names and values.
         rows: Cells, HTML; the first of a row is its name.
         label: What the table holds, read aloud.
         marked: Rows to stand out, by number.
@@ -124,9 +126,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, marked
         cells = f'<th scope="row">{row[0]}</th>' + ''.join(f'<td>{cell}</td>' for cell in row[1:])
         lines.append(f'<tr{" class=mark" if number in marked else ""}>{cells}</tr>')
     names = ''.join(f'<th scope="col">{name}</th>' for name in head)
+    kind, above = ('', f'<thead><tr>{names}</tr></thead>') if head else (' class="list"', '')
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{text(label)}"><table>'
-        f'<thead><tr>{names}</tr></thead>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{text(label)}"><table{kind}>{above}'
         f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 

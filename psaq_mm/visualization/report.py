@@ -233,5 +233,5 @@ def write_report(path: Union[str, os.PathLike], title: str, lead: Sequence[str],
     for heading, rows in (('About this run', facts), ('Versions', versions)):
         cells = [[text(name), text(value)] for name, value in rows.items()]
         if cells:
-            body.append(f'<h2>{heading}</h2>' + table(['', ''], cells, heading))
+            body.append(f'<h2>{heading}</h2>' + table([], cells, heading))
     write_whole(page(title, '\n'.join(part for part in body if part)).encode('utf-8'), path)
