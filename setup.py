@@ -70,7 +70,8 @@ class BuildWithConfigs(build_py):
 
 # The OpenMMLab libraries stand in extras, not in install_requires: their maintained forks have the same import names
 # under other distribution names, and a hard requirement would install the originals over them.
-MM = ['mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0']
+# pillow: sample sheets are drawn with it.
+MM = ['mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0', 'pillow']
 EXTRAS = {
     'mmdet': [*MM, 'mmdet>=3.3.0,<4'],
     # mmsegmentation imports ftfy and regex without requiring them.
