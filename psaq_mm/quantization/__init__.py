@@ -1,19 +1,26 @@
-"""Affine quantization with PyTorch alone: primitives -> observers -> quantizers -> layers -> conversion."""
+"""Quantization with PyTorch alone: primitives -> observers -> quantizers -> layers -> conversion, reparameterization."""
 
 from .convert import (ADAPTERS, Adapter, ConversionReport, FloatLayer, QuantizedLayer, calibrate, is_quantizer_key,
                       quantize_, quantizer_state_keys, quantizers, register_adapter, set_mode)
 from .layers import (SAME_AS_CONV2D, SAME_AS_CONVTRANSPOSE2D, SAME_AS_LINEAR, QuantConv2d, QuantConvTranspose2d,
-                     QuantLinear, QuantMatMul, adopt, is_quantized_layer)
+                     QuantLinear, QuantMatMul, adopt, apply_edge, attention_products, edge_quantizer, feeds_activation,
+                     is_quantized_layer, quantize_output_)
+from .channel_observers import ChannelMinMaxObserver, ChannelMSEObserver, ChannelPercentileObserver, build_channel_observer
+from .logarithmic import LogObserver, fake_log_quantize, log2_form, log_dequantize, log_quantize
 from .observers import MinMaxObserver, MSEObserver, PercentileObserver, build_observer
 from .primitives import choose_qparams, dequantize, fake_quantize, qrange, quantize
-from .quantizers import AffineQuantizer
-from .spec import LayerSpec, Override, QuantSpec
+from .quantizers import AffineQuantizer, LogQuantizer, Quantizer
+from .reparam import ReparameterizedQuantizer, norm_before, norm_feeds, reparameterize_
+from .spec import RECIPES, LayerSpec, Override, QuantSpec
 
 __all__ = [
-    'ADAPTERS', 'Adapter', 'AffineQuantizer', 'ConversionReport', 'FloatLayer', 'LayerSpec', 'MSEObserver',
-    'MinMaxObserver', 'Override', 'PercentileObserver', 'QuantConv2d', 'QuantConvTranspose2d', 'QuantLinear',
-    'QuantMatMul', 'QuantSpec', 'QuantizedLayer', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR',
-    'adopt', 'build_observer', 'calibrate', 'choose_qparams', 'dequantize', 'fake_quantize', 'is_quantized_layer',
-    'is_quantizer_key', 'qrange', 'quantize', 'quantize_', 'quantizer_state_keys', 'quantizers', 'register_adapter',
-    'set_mode'
+    'ADAPTERS', 'Adapter', 'AffineQuantizer', 'ChannelMSEObserver', 'ChannelMinMaxObserver',
+    'ChannelPercentileObserver', 'ConversionReport', 'FloatLayer', 'LayerSpec', 'LogObserver', 'LogQuantizer',
+    'MSEObserver', 'MinMaxObserver', 'Override', 'PercentileObserver', 'QuantConv2d', 'QuantConvTranspose2d',
+    'QuantLinear', 'QuantMatMul', 'QuantSpec', 'QuantizedLayer', 'Quantizer', 'RECIPES', 'ReparameterizedQuantizer',
+    'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge', 'attention_products',
+    'build_channel_observer', 'build_observer', 'calibrate', 'choose_qparams', 'dequantize', 'edge_quantizer',
+    'fake_log_quantize', 'fake_quantize', 'feeds_activation', 'is_quantized_layer', 'is_quantizer_key', 'log2_form',
+    'log_dequantize', 'log_quantize', 'norm_before', 'norm_feeds', 'qrange', 'quantize', 'quantize_',
+    'quantize_output_', 'quantizer_state_keys', 'quantizers', 'register_adapter', 'reparameterize_', 'set_mode'
 ]

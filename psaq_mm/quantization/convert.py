@@ -10,8 +10,12 @@ from torch import nn
 
 from ..errors import DataError, SpecError
 from .layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
-from .quantizers import STATE_NAMES, AffineQuantizer
-from .spec import Override, QuantSpec, nearest
+from .quantizers import STATE_NAMES, Quantizer
+from .reparam import ReparameterizedQuantizer, reparameterize_
+from .spec import Override, QuantSpec, names_asked, nearest
+
+# Quantizers that the row of their layer or product speaks for.
+_LAYER_QUANTIZERS = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rhs_quantizer')
 
 _QUANTIZER_KEY = re.compile(r'(^|\.)\w+_quantizer\.(' + '|'.join(STATE_NAMES) + r')$')
 
@@ -104,9 +108,11 @@ class _Conversion:
     def run(self) -> ConversionReport:
         composites = self._find_composites()
         self._check_names(composites)
-        self._convert_composites(composites)
-        self._convert_layers()
-        self._check_overrides(self._names_after() + [name for name, _, _ in composites.values()])
+        with names_asked() as names:
+            self._convert_composites(composites)
+            self._convert_layers()
+        self._report_edges()
+        self._check_overrides([*names, *(row.name for row in self.report.floats), *(name for name, _, _ in composites.values())])
         for name, quantizer in quantizers(self.model):
             quantizer.name = name
         return self.report
@@ -134,10 +140,6 @@ class _Conversion:
             if not any(fnmatchcase(name, override.pattern) for name in names):
                 raise SpecError(f'The override pattern {override.pattern!r} matches no layer' +
                                 _hint(override.pattern, names))
-
-    def _names_after(self) -> List[str]:
-        matmuls = [n for n, m in self.model.named_modules() if isinstance(m, QuantMatMul)]
-        return [row.name for row in self.report.layers + self.report.floats] + matmuls
 
     def _convert_composites(self, composites: Dict) -> None:
         new: Dict[int, nn.Module] = {}
@@ -175,17 +177,27 @@ class _Conversion:
             if reason:
                 self.report.floats.append(FloatLayer(name, kind, reason))
                 continue
-            adopt(module, quant_class).add_quantizers(layer_spec)
+            output = self.spec.resolve(f'{name}.output') if self.spec.points == 'all' else None
+            adopt(module, quant_class).add_quantizers(layer_spec, output)
             self.report.layers.append(QuantizedLayer(name, kind, layer_spec.w_bits, layer_spec.a_bits))
 
+    def _report_edges(self) -> None:
+        for name, quantizer in quantizers(self.model):
+            owner, _, attribute = name.rpartition('.')
+            if attribute not in _LAYER_QUANTIZERS:
+                edge = attribute[:-len('_quantizer')]
+                self.report.layers.append(QuantizedLayer(f'{owner}.{edge}' if owner else edge, 'activation', None, quantizer.bits))
+
     def _report_matmul(self, name: str, module: QuantMatMul) -> None:
-        bits = [q.bits for q in (module.lhs_quantizer, module.rhs_quantizer) if q is not None]
+        bits = [q.bits for q in (module.lhs_quantizer, module.rhs_quantizer, module.output_quantizer) if q is not None]
         if bits:
             self.report.layers.append(QuantizedLayer(name, type(module).__name__, None, min(bits)))
-            if module.lhs_quantizer is None:
+            if module.lhs_quantizer is None and self.spec.points != 'all':
                 self.report.floats.append(FloatLayer(name, type(module).__name__, 'left operand left in float'))
         else:
-            reason = "points='linear'" if self.spec.points == 'linear' else 'override'
+            reason = 'override' if self.spec.points == 'gemm' else f'points={self.spec.points!r}'
+            if self.spec.points == 'all':
+                reason += ', operands come quantized or stay float (softmax)'
             self.report.floats.append(FloatLayer(name, type(module).__name__, reason))
 
 
@@ -231,10 +243,10 @@ def quantize_(model: nn.Module,
     return _Conversion(model, spec, filter_fn, first_layer).run()
 
 
-def quantizers(model: nn.Module) -> Iterator[Tuple[str, AffineQuantizer]]:
+def quantizers(model: nn.Module) -> Iterator[Tuple[str, Quantizer]]:
     """Every quantizer of a model once, with its dotted name."""
     for name, module in model.named_modules():
-        if isinstance(module, AffineQuantizer):
+        if isinstance(module, Quantizer):
             yield name, module
 
 
@@ -267,7 +279,8 @@ def set_mode(model: nn.Module, mode: str, pattern: str = '*') -> List[str]:
 def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = False) -> None:
     """Set all ranges: weights from the tensors, activations from one full-precision run.
 
-    While ``run`` is under way nothing is quantized, so the ranges do not depend on the order of the layers. Quantizers
+    Where a layer's input is reparameterized (:attr:`.QuantSpec.reparameterize`), its LayerNorm and weight change as
+    :func:`.reparam.reparameterize_` says. While ``run`` is under way nothing is quantized, so the ranges do not depend on the order of the layers. Quantizers
     that are switched off stay so. After an error the modes are as before and no activation range has changed.
 
     Args:
@@ -298,8 +311,13 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
             raise DataError(f'{len(unseen)} quantizers saw no data in calibration ({names}): put samples through these '
                             'layers, switch them off, or pass allow_unseen=True.')
         for _, quantizer in activations:
-            if quantizer.saw_data:
+            if quantizer.saw_data and not isinstance(quantizer, ReparameterizedQuantizer):
                 quantizer.finish_observing()
+        for layer in weights.values():
+            if isinstance(layer.input_quantizer, ReparameterizedQuantizer) and layer.input_quantizer.saw_data:
+                reparameterize_(layer)
+                if layer.weight_quantizer.mode == 'off' and id(layer.weight_quantizer) in {id(q) for _, q in active}:
+                    layer.weight_quantizer.calibrate_from(layer.weight)
     finally:
         for quantizer, mode in modes:
             quantizer.mode = 'on' if mode == 'observe' else mode
@@ -320,6 +338,6 @@ def quantizer_state_keys(model: nn.Module) -> Set[str]:
     """State-dict keys of all quantizers of a model, also under the second name of a shared module."""
     return {
         f'{name}.{state}'
-        for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, AffineQuantizer)
-        for state in STATE_NAMES
+        for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Quantizer)
+        for state in module.state_names
     }

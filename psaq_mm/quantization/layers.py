@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantizers import AffineQuantizer
-from .spec import LayerSpec
+from .quantizers import AffineQuantizer, LogQuantizer, Quantizer
+from .reparam import ReparameterizedQuantizer, norm_before
+from .spec import LayerSpec, QuantSpec
 
 # Subclasses that override forward without changing its outcome ("module.ClassName"); open to additions.
 SAME_AS_LINEAR: Set[str] = {'mmcv.cnn.bricks.wrappers.Linear'}
@@ -25,6 +26,7 @@ class _QuantizedWeightLayer(nn.Module):
     Attributes:
         input_quantizer: Asymmetric, per tensor.
         weight_quantizer: Per output channel.
+        output_quantizer: Asymmetric, per tensor; None unless every edge is quantized (``points='all'``).
         valid_rows: None, or a bool mask over the rows of the input (``x.shape[:-1]``); rows where it is False take no
             part in calibration. Whoever calls the layer sets it.
     """
@@ -33,15 +35,33 @@ class _QuantizedWeightLayer(nn.Module):
     valid_rows: Optional[Tensor] = None
     _weight_cache: Optional[Tuple] = None
 
-    def add_quantizers(self, spec: LayerSpec) -> None:
-        """Add uncalibrated quantizers on the device of the weight."""
-        self.input_quantizer = AffineQuantizer(spec.a_bits, observer=spec.a_observer).to(self.weight.device)
+    def add_quantizers(self, spec: LayerSpec, output: Optional[LayerSpec] = None) -> None:
+        """Add uncalibrated quantizers on the device of the weight.
+
+        Args:
+            spec: Of input and weight.
+            output: Of the output, None to leave it in floating point.
+        """
+        device = self.weight.device
+        if spec.reparameterize and norm_before(self) is not None:
+            self.input_quantizer = ReparameterizedQuantizer(
+                spec.a_bits, self.in_features, self.out_features, observer=spec.a_observer).to(device)
+        else:
+            self.input_quantizer = AffineQuantizer(spec.a_bits, observer=spec.a_observer).to(device)
         self.weight_quantizer = AffineQuantizer(
             spec.w_bits,
             spec.w_symmetric,
             channel_axis=self.output_axis,
             num_channels=self.weight.shape[self.output_axis],
-            observer=spec.w_observer).to(self.weight.device)
+            observer=spec.w_observer,
+            full_range=spec.w_full_range).to(device)
+        self.output_quantizer = None
+        if output is not None and not getattr(self, 'output_feeds_activation', False):
+            self.output_quantizer = AffineQuantizer(output.a_bits, observer=output.a_observer).to(device)
+
+    def _finish(self, out: Tensor) -> Tensor:
+        # The row mask of the input fits the output of a Linear; a convolution has none.
+        return apply_edge(self.output_quantizer, out, self.valid_rows)
 
     @classmethod
     def from_float(cls, layer: nn.Module, spec: LayerSpec) -> nn.Module:
@@ -93,9 +113,12 @@ class _QuantizedWeightLayer(nn.Module):
         self.drop_weight_cache()
         return super()._apply(fn, *args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self.drop_weight_cache()
-        super()._load_from_state_dict(*args, **kwargs)
+        folded = isinstance(self.input_quantizer, ReparameterizedQuantizer)
+        if folded and f'{prefix}weight' in state_dict and f'{prefix}input_quantizer.fill' not in state_dict:
+            self.input_quantizer.forget_folding()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self):
         # Copies and pickles hold no cache.
@@ -105,15 +128,24 @@ class _QuantizedWeightLayer(nn.Module):
 class QuantLinearMixin(_QuantizedWeightLayer):
     """Forward of a quantized linear layer: input ``(..., in_features)`` -> ``(..., out_features)``."""
 
+    def full_bias(self) -> Optional[Tensor]:
+        """The bias the product is shifted by: the layer's own, and what reparameterization moved into it."""
+        folded = getattr(self.input_quantizer, 'folded_bias', None)
+        if folded is None:
+            return self.bias
+        folded = folded.to(self.weight.dtype)
+        return folded if self.bias is None else self.bias + folded
+
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias)
+        return self._finish(F.linear(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.full_bias()))
 
 
 class QuantConv2dMixin(_QuantizedWeightLayer):
     """Forward of a quantized convolution: input ``(N, C, H, W)``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias)
+        return self._finish(
+            self._conv_forward(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias))
 
 
 class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
@@ -128,9 +160,10 @@ class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
     def forward(self, input: Tensor, output_size=None) -> Tensor:
         output_padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2,
                                               self.dilation)
-        return F.conv_transpose2d(
-            self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias, self.stride,
-            self.padding, output_padding, self.groups, self.dilation)
+        return self._finish(
+            F.conv_transpose2d(
+                self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias, self.stride,
+                self.padding, output_padding, self.groups, self.dilation))
 
 
 class QuantLinear(QuantLinearMixin, nn.Linear):
@@ -152,28 +185,42 @@ class QuantMatMul(nn.Module):
         lhs_bits: Bits of the left operand, None to leave it in floating point.
         rhs_bits: Bits of the right operand, None to leave it in floating point.
         observer: Name of the observer of both.
+        lhs_kind: ``'affine'``, or ``'log2'`` or ``'log_sqrt2'`` for a nonnegative left operand.
+        output_bits: Bits of the product, None to leave it in floating point.
 
     Example:
         >>> matmul = QuantMatMul(8, 8)
         >>> out = matmul(attention_weights, values)  # (B, h, N, M) @ (B, h, M, d), after calibration
     """
 
-    def __init__(self, lhs_bits: Optional[int] = 8, rhs_bits: Optional[int] = 8, observer: str = 'minmax'):
+    def __init__(self,
+                 lhs_bits: Optional[int] = 8,
+                 rhs_bits: Optional[int] = 8,
+                 observer: str = 'minmax',
+                 lhs_kind: str = 'affine',
+                 output_bits: Optional[int] = None):
         super().__init__()
-        self.lhs_quantizer = None if lhs_bits is None else AffineQuantizer(lhs_bits, observer=observer)
+        if lhs_bits is None:
+            self.lhs_quantizer = None
+        elif lhs_kind == 'affine':
+            self.lhs_quantizer = AffineQuantizer(lhs_bits, observer=observer)
+        else:
+            self.lhs_quantizer = LogQuantizer(lhs_bits, lhs_kind)
         self.rhs_quantizer = None if rhs_bits is None else AffineQuantizer(rhs_bits, observer=observer)
+        self.output_quantizer = None if output_bits is None else AffineQuantizer(output_bits, observer=observer)
 
     @classmethod
-    def from_spec(cls, spec: Optional[LayerSpec], quantize_lhs: bool = True) -> 'QuantMatMul':
+    def from_spec(cls, spec: Optional[LayerSpec], quantize_lhs: bool = True, lhs_kind: str = 'affine') -> 'QuantMatMul':
         """Product with the activation bits of a layer spec; all in floating point where the spec is None.
 
         Args:
             spec: As :meth:`.QuantSpec.resolve` returns it.
             quantize_lhs: False leaves the left operand in floating point, such as the attention weights.
+            lhs_kind: As for the class.
         """
         if spec is None:
             return cls(None, None)
-        return cls(spec.a_bits if quantize_lhs else None, spec.a_bits, spec.a_observer)
+        return cls(spec.a_bits if quantize_lhs else None, spec.a_bits, spec.a_observer, lhs_kind)
 
     def forward(self, a: Tensor, b: Tensor, valid_rows: Optional[Tensor] = None) -> Tensor:
         """``a @ b``.
@@ -187,11 +234,76 @@ class QuantMatMul(nn.Module):
         Returns:
             ``(..., N, M)``.
         """
-        if self.lhs_quantizer is not None:
-            a = self.lhs_quantizer(a, valid_rows)
-        if self.rhs_quantizer is not None:
-            b = self.rhs_quantizer(b)
-        return a @ b
+        a = apply_edge(self.lhs_quantizer, a, valid_rows)
+        b = apply_edge(self.rhs_quantizer, b)
+        return apply_edge(self.output_quantizer, a @ b, valid_rows)
+
+
+def attention_products(spec: QuantSpec, name: str) -> Tuple[QuantMatMul, QuantMatMul]:
+    """The two products of an attention module: scores ``q @ k.T``, and ``softmax(scores) @ v``.
+
+    With ``points='all'`` q, k and v come quantized out of their projection, as one tensor, and the scores are quantized
+    after the product; otherwise the operands of both products are.
+
+    Args:
+        spec: The model's.
+        name: Dotted name of the attention module; the products are its children ``matmul_qk`` and ``matmul_av``.
+    """
+    qk, av = spec.resolve(f'{name}.matmul_qk'), spec.resolve(f'{name}.matmul_av')
+    kind, quantize_softmax = spec.softmax_quantizer, spec.quantize_softmax
+    if spec.points == 'all':
+        scores = QuantMatMul(None, None, output_bits=qk.a_bits, observer=qk.a_observer) if qk else QuantMatMul(None, None)
+        bits = av.a_bits if av and quantize_softmax else None
+        return scores, QuantMatMul(bits, None, av.a_observer if av else 'minmax', kind)
+    return QuantMatMul.from_spec(qk), QuantMatMul.from_spec(av, quantize_softmax, kind)
+
+
+def edge_quantizer(spec: QuantSpec, name: str) -> Optional[AffineQuantizer]:
+    """Quantizer of an activation that is no layer's own, such as a residual sum; None unless ``points='all'``.
+
+    Args:
+        spec: The model's.
+        name: What overrides know the edge by: the owner's dotted name and one component more. The owner keeps the
+            quantizer in an attribute of that component's name and ``_quantizer``.
+    """
+    found = spec.resolve(name) if spec.points == 'all' else None
+    return None if found is None else AffineQuantizer(found.a_bits, observer=found.a_observer)
+
+
+def apply_edge(quantizer: Optional[Quantizer], x: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+    """``quantizer(x, valid)``, or ``x`` itself without a quantizer."""
+    return x if quantizer is None else quantizer(x, valid)
+
+
+class QuantOutputMixin:
+    """Any module with one tensor as output, which is quantized by ``output_quantizer``."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        return self.output_quantizer(super().forward(*args, **kwargs))
+
+
+def quantize_output_(module: nn.Module, name: str, spec: QuantSpec) -> nn.Module:
+    """Quantize the output of ``module`` (a LayerNorm, a dropout after a sum), in place; only with ``points='all'``.
+
+    Args:
+        module: Any module but a quantized layer, which has an output quantizer of its own.
+        name: Its dotted name.
+        spec: The model's.
+
+    Returns:
+        ``module``.
+    """
+    quantizer = edge_quantizer(spec, f'{name}.output')
+    if quantizer is not None:
+        module = adopt(module, QuantOutputMixin)
+        module.output_quantizer = quantizer
+    return module
+
+
+def feeds_activation(layer: nn.Module) -> nn.Module:
+    """Tell that only an activation function or a normalization reads the layer's output, so that it is no edge of its own."""
+    layer.output_feeds_activation = True
+    return layer
 
 
 _ADOPTED: Dict[Tuple[type, type], type] = {}

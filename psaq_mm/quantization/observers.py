@@ -2,16 +2,30 @@
 
 Every observer has ``update(x, valid=None)`` and ``range(bits, symmetric) -> (min, max)``. With ``channel_axis=None`` a
 range has shape ``()``, else ``(C,)``. Empty input is skipped, NaN and infinity are refused.
+
+Per channel the searches keep all values, which is meant for weights; activations per channel have
+``channel_observers.py``.
 """
 
-import math
 from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from ..errors import DataError, NotCalibratedError, SpecError
+from .histograms import Histogram, refuse_non_finite
 from .primitives import choose_qparams, fake_quantize, qrange
+
+PERCENTILES = (.999, .9999, .99999, 1.0)
+FACTORS = tuple(1 - 0.02 * i for i in range(41))
+
+
+def widest_first(candidates: Sequence[float], above: float, what: str) -> Tuple[float, ...]:
+    """Candidates of a search in falling order; SpecError where one is not in ``(above, 1]``."""
+    for value in candidates:
+        if not above < value <= 1:
+            raise SpecError(f'The {what} {value!r} is out of range: choose {what}s above {above} and up to 1.')
+    return tuple(sorted(candidates, reverse=True))
 
 
 def valid_rows_of(x: Tensor, valid: Optional[Tensor]) -> Tensor:
@@ -42,12 +56,6 @@ def valid_rows_of(x: Tensor, valid: Optional[Tensor]) -> Tensor:
         raise DataError(f'A row mask of shape {tuple(valid.shape)} does not fit the rows {tuple(rows)} of the '
                         'tensor: it must broadcast to them.') from error
     return x[mask]
-
-
-def _refuse_non_finite(low: Tensor, high: Tensor) -> None:
-    # Minimum and maximum propagate NaN, so they tell for the whole tensor.
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-        raise DataError('The observed tensor holds NaN or infinity: look for the layer that produced it.')
 
 
 class Observer:
@@ -119,89 +127,12 @@ class MinMaxObserver(Observer):
 
     def _update(self, data: Tensor) -> None:
         low, high = torch.aminmax(data) if self.channel_axis is None else torch.aminmax(data, dim=1)
-        _refuse_non_finite(low, high)
+        refuse_non_finite(low, high)
         self.min = low if self.min is None else torch.minimum(self.min, low)
         self.max = high if self.max is None else torch.maximum(self.max, high)
 
     def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
         return self.min, self.max
-
-
-class Histogram:
-    """Counts of all values seen, on a fixed number of bins around 0; memory does not grow with the data.
-
-    The bin width is a power of two and doubles when a value falls outside, merging bins in pairs. So no count is ever
-    split by a guess, and the outcome does not depend on the order of the data or on how it was cut into batches.
-    """
-
-    BINS = 1 << 16
-    _CHUNK = 1 << 22  # values binned at a time: bounds the memory of the bin numbers
-    _MIN_EXPONENT = -100  # values below 2**-100 share a bin with 0
-
-    def __init__(self):
-        self.counts: Optional[Tensor] = None  # int64: float32 stops counting at 2**24
-        self.exponent = self._MIN_EXPONENT  # the bins cover (-2**exponent, 2**exponent)
-        self.min: Optional[Tensor] = None
-        self.max: Optional[Tensor] = None
-
-    @property
-    def width(self) -> float:
-        """Width of a bin, in units of the data."""
-        return math.ldexp(2.0, self.exponent) / self.BINS
-
-    def update(self, data: Tensor) -> None:
-        """Count the values of a flat float32 tensor; DataError on NaN or infinity."""
-        low, high = torch.aminmax(data)
-        _refuse_non_finite(low, high)
-        self.min = low if self.min is None else torch.minimum(self.min, low)
-        self.max = high if self.max is None else torch.maximum(self.max, high)
-        if self.counts is None:
-            self.counts = torch.zeros(self.BINS, dtype=torch.int64, device=data.device)
-        self._widen(math.frexp(max(abs(float(low)), abs(float(high))))[1])
-        per_unit = 1.0 / self.width  # a power of two: the product below is exact
-        for chunk in data.split(self._CHUNK):
-            index = (chunk * per_unit).floor_().to(torch.int32).add_(self.BINS // 2)
-            self.counts += torch.bincount(index, minlength=self.BINS)
-
-    def _widen(self, exponent: int) -> None:
-        shift = exponent - self.exponent
-        if shift <= 0:
-            return
-        half = self.BINS // 2
-        index = torch.arange(-half, half, device=self.counts.device) // 2**min(shift, 40)
-        self.counts = torch.zeros_like(self.counts).index_add_(0, index + half, self.counts)
-        self.exponent = exponent
-
-    def quantiles(self, q: Sequence[float]) -> Tensor:
-        """Quantiles, linear inside a bin; 0 and 1 are the exact ends. float32, shape ``(len(q),)``."""
-        q = torch.tensor(q, dtype=torch.float64, device=self.counts.device)
-        below = torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)]).double()
-        rank = q * (below[-1] - 1) + 0.5
-        index = (torch.searchsorted(below, rank, right=True) - 1).clamp(0, self.BINS - 1)
-        inside = (rank - below[index]) / self.counts[index].double().clamp(min=1)
-        value = (index - self.BINS // 2 + inside) * self.width
-        value = torch.where(q <= 0, self.min.double(), torch.where(q >= 1, self.max.double(), value))
-        return torch.minimum(torch.maximum(value, self.min.double()), self.max.double()).float()
-
-    def squared_error(self, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Sum of squared errors that fake quantization would make, values spread evenly over each bin.
-
-        With u = x / scale and k = clamp(round(u)), the integral of (u - k)^2 is k/12 + (u - k)^3/3, also where it
-        clips: exact however many steps a bin spans, where evaluating at bin centres fails for steps finer than a bin.
-        """
-        step = float(scale)
-        bins = self.counts.nonzero().squeeze(1)
-        left = (bins - self.BINS // 2).double()
-        low, high = qmin - int(zero_point), qmax - int(zero_point)
-
-        def integral(edges: Tensor) -> Tensor:
-            ratio = edges * (self.width / step)
-            code = ratio.round().clamp_(low, high)
-            rest = ratio.sub_(code)
-            return (rest * rest).mul_(rest).div_(3).add_(code, alpha=1 / 12)
-
-        mean = integral(left + 1).sub_(integral(left)).mul_(step / self.width)
-        return (mean * self.counts[bins]).sum() * step**2
 
 
 class _HistogramData:
@@ -235,7 +166,7 @@ class _ExactData:
         return self.values is not None
 
     def add(self, data: Tensor) -> None:
-        _refuse_non_finite(*torch.aminmax(data))
+        refuse_non_finite(*torch.aminmax(data))
         values = data if self.values is None else torch.cat([self.values, data], dim=1)
         self.values = values.sort(dim=1).values
 
@@ -295,12 +226,9 @@ class PercentileObserver(_SearchObserver):
         SpecError: A candidate is out of range.
     """
 
-    def __init__(self, channel_axis: Optional[int] = None, candidates: Sequence[float] = (.999, .9999, .99999, 1.0)):
+    def __init__(self, channel_axis: Optional[int] = None, candidates: Sequence[float] = PERCENTILES):
         super().__init__(channel_axis)
-        for p in candidates:
-            if not 0.5 < p <= 1:
-                raise SpecError(f'The percentile {p!r} is out of range: choose candidates above 0.5 and up to 1.')
-        self.candidates = tuple(sorted(candidates, reverse=True))
+        self.candidates = widest_first(candidates, 0.5, 'percentile')
 
     def _candidates(self) -> Tuple[Tensor, Tensor]:
         high = self.data.quantiles(self.candidates)
@@ -318,14 +246,9 @@ class MSEObserver(_SearchObserver):
         SpecError: A factor is out of range.
     """
 
-    def __init__(self,
-                 channel_axis: Optional[int] = None,
-                 factors: Sequence[float] = tuple(1 - 0.02 * i for i in range(41))):
+    def __init__(self, channel_axis: Optional[int] = None, factors: Sequence[float] = FACTORS):
         super().__init__(channel_axis)
-        for factor in factors:
-            if not 0 < factor <= 1:
-                raise SpecError(f'The shrink factor {factor!r} is out of range: choose factors above 0 and up to 1.')
-        self.factors = tuple(sorted(factors, reverse=True))
+        self.factors = widest_first(factors, 0, 'shrink factor')
 
     def _candidates(self) -> Tuple[Tensor, Tensor]:
         low, high = self.data.quantiles([0.0, 1.0])

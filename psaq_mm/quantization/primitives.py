@@ -46,10 +46,15 @@ def qrange(bits: int, symmetric: bool) -> Tuple[int, int]:
     return 0, 2**bits - 1
 
 
-def choose_qparams(min_val: Tensor, max_val: Tensor, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
+def choose_qparams(min_val: Tensor,
+                   max_val: Tensor,
+                   bits: int,
+                   symmetric: bool,
+                   full_range: bool = False) -> Tuple[Tensor, Tensor]:
     """Scale and zero point that cover a range.
 
-    Symmetric: ``scale = max(|min|, |max|) / (2**(bits-1) - 1)``, zero point 0. Asymmetric: the range is widened to
+    Symmetric: ``scale = max(|min|, |max|) / (2**(bits-1) - 1)``, zero point 0, or over ``(2**bits - 1) / 2`` with
+    ``full_range`` (PSAQ-ViT, arXiv 2203.02250, released code). Asymmetric: the range is widened to
     include 0, ``scale = (max - min) / (2**bits - 1)`` and ``zero_point = round(-min / scale)``, so that 0 has a code of
     its own. A range that is 0 alone gets scale 1. No scale is below ``MIN_SCALE`` (the smallest normal float32).
 
@@ -58,6 +63,8 @@ def choose_qparams(min_val: Tensor, max_val: Tensor, bits: int, symmetric: bool)
         max_val: Upper ends, same shape.
         bits: Width of a code, 2 to 8.
         symmetric: See :func:`qrange`.
+        full_range: Symmetric only: spread the range over all ``2**bits`` codes; the greatest positive values are clipped
+            by up to half a step.
 
     Returns:
         ``(scale, zero_point)``, float32 and int32, of the shape of ``min_val``.
@@ -82,7 +89,7 @@ def choose_qparams(min_val: Tensor, max_val: Tensor, bits: int, symmetric: bool)
     if not bool((low <= high).all()):
         raise DataError('The range is upside down: min_val must not exceed max_val.')
     if symmetric:
-        scale = torch.maximum(low.abs(), high.abs()) / qmax
+        scale = torch.maximum(low.abs(), high.abs()) / ((qmax - qmin) / 2 if full_range else qmax)
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / (qmax - qmin)

@@ -1,68 +1,45 @@
-"""The quantizer module: a range as buffers, and the three things it can do with a tensor."""
+"""The quantizer modules: a range as buffers, and the three things a quantizer can do with a tensor."""
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, NotCalibratedError, SpecError
-from .observers import Observer, build_observer
+from .logarithmic import LogObserver, fake_log_quantize
+from .observers import build_observer
 from .primitives import choose_qparams, fake_quantize, qrange
 
 MODES = ('on', 'observe', 'off')
 
-# Buffers of a quantizer, the last component of its state-dict keys.
-STATE_NAMES = ('scale', 'zero_point', 'calibrated', 'code_range')
+# Buffers of a quantizer, the last component of its state-dict keys. The last two belong to a reparameterized input.
+STATE_NAMES = ('scale', 'zero_point', 'calibrated', 'code_range', 'fill', 'folded_bias')
 
 
-class AffineQuantizer(nn.Module):
-    """Fake quantization of one tensor, with its range as buffers.
+class Quantizer(nn.Module):
+    """What every quantizer is: buffers, a mode, and an observer while it observes.
 
     The buffers ``scale`` (float32), ``zero_point`` (int32), both ``()`` or ``(C,)``, ``calibrated`` (bool) and
-    ``code_range`` (int32, ``(qmin, qmax)``) are in the state dict. ``code_range`` is only compared on loading: a
+    ``code_range`` (int32, least and greatest code) are in the state dict. ``code_range`` is only compared on loading: a
     checkpoint of other bits is refused and leaves the quantizer uncalibrated, instead of giving wrong values silently.
 
     Args:
         bits: Width of a code, 2 to 8.
-        symmetric: Signed codes and zero point 0, else unsigned codes.
-        channel_axis: Axis with one scale per channel, None for one scale.
-        num_channels: Number of channels, needed with ``channel_axis``.
-        observer: Name of the observer that finds the range, see :func:`.observers.build_observer`.
+        codes: Least and greatest code.
+        shape: Of scale and zero point.
 
     Attributes:
         name: What errors call this quantizer; set on conversion.
         mode: ``'on'`` fake-quantizes, ``'observe'`` records and passes the input on, ``'off'`` passes it on.
-
-    Raises:
-        SpecError: A setting is out of range.
-
-    Example:
-        >>> quantizer = AffineQuantizer(bits=8)
-        >>> quantizer.calibrate_from(torch.tensor([-1., 2.]))
-        >>> quantizer(torch.tensor([0., 5.]))
-        tensor([0., 2.])
     """
 
-    def __init__(self,
-                 bits: int,
-                 symmetric: bool = False,
-                 channel_axis: Optional[int] = None,
-                 num_channels: Optional[int] = None,
-                 observer: str = 'minmax'):
+    def __init__(self, bits: int, codes: Tuple[int, int], shape: Tuple[int, ...] = ()):
         super().__init__()
-        if (channel_axis is None) != (num_channels is None):
-            raise SpecError(f'channel_axis={channel_axis} and num_channels={num_channels} belong together: give both '
-                            'or neither.')
         self.bits = bits
-        self.symmetric = symmetric
-        self.qmin, self.qmax = qrange(bits, symmetric)
-        self.channel_axis = channel_axis
-        self.observer_name = observer
-        build_observer(observer)  # a wrong name shall fail here, not in calibration
+        self.qmin, self.qmax = codes
         self.name = ''
         self.mode = 'on'
-        self.observer: Optional[Observer] = None
-        shape = () if num_channels is None else (num_channels, )
+        self.observer = None
         self.register_buffer('scale', torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=torch.int32))
         self.register_buffer('calibrated', torch.tensor(False))
@@ -70,10 +47,10 @@ class AffineQuantizer(nn.Module):
         # Reading the buffer in every forward would make the host wait for the device.
         self._ready = False
 
-    def extra_repr(self) -> str:
-        channels = '' if self.channel_axis is None else f', channels={self.scale.numel()} on axis {self.channel_axis}'
-        return (f'bits={self.bits}, symmetric={self.symmetric}{channels}, observer={self.observer_name}, '
-                f'mode={self.mode}')
+    @property
+    def state_names(self) -> Tuple[str, ...]:
+        """Names of this quantizer's buffers."""
+        return tuple(self._buffers)
 
     def forward(self, x: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         """Apply the current mode.
@@ -91,7 +68,7 @@ class AffineQuantizer(nn.Module):
         """
         if self.mode == 'on':
             self.require_calibrated()
-            return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.channel_axis)
+            return self.fake_quantize(x)
         if self.mode == 'observe':
             self._observe(x, valid)
         elif self.mode != 'off':
@@ -111,14 +88,28 @@ class AffineQuantizer(nn.Module):
         self._ready = not self.calibrated.is_meta and bool(self.calibrated)
         return self._ready
 
+    # ------------------------------------------------------------------ what each kind defines
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize ``x`` with a straight-through gradient."""
+        raise NotImplementedError
+
+    def new_observer(self):
+        """An observer that has seen nothing."""
+        raise NotImplementedError
+
+    def observed_qparams(self) -> Tuple[Tensor, Tensor]:
+        """Scale and zero point for what the observer saw."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ calibration
     def begin_observing(self) -> None:
         """Start over with a new observer; from now on inputs are recorded and passed on."""
-        self.observer = build_observer(self.observer_name, self.channel_axis)
+        self.observer = self.new_observer()
         self.mode = 'observe'
 
     def _observe(self, x: Tensor, valid: Optional[Tensor] = None) -> None:
         if self.observer is None:
-            self.observer = build_observer(self.observer_name, self.channel_axis)
+            self.observer = self.new_observer()
         try:
             self.observer.update(x.detach(), valid)
         except DataError as error:
@@ -138,7 +129,7 @@ class AffineQuantizer(nn.Module):
         if not self.saw_data:
             raise NotCalibratedError(f'Quantizer {self.name!r} saw no data in calibration: run at least one image '
                                      f"through it, or switch it off with set_mode(model, 'off', {self.name!r}).")
-        self.set_qparams(*choose_qparams(*self.observer.range(self.bits, self.symmetric), self.bits, self.symmetric))
+        self.set_qparams(*self.observed_qparams())
         self.observer = None
         self.mode = 'on'
 
@@ -181,11 +172,12 @@ class AffineQuantizer(nn.Module):
         self._ready = True
 
     def _apply(self, fn, *args, **kwargs):
-        scale = self.scale
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
         super()._apply(fn, *args, **kwargs)
         # model.half() would round the scale; ranges stay float32 whatever the dtype of the model.
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
+        for name, buffer in exact.items():
+            if self._buffers[name].dtype != torch.float32:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
@@ -200,3 +192,89 @@ class AffineQuantizer(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                           error_msgs)
         self._refresh()
+
+
+class AffineQuantizer(Quantizer):
+    """Fake quantization of one tensor with equal steps.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        symmetric: Signed codes and zero point 0, else unsigned codes.
+        channel_axis: Axis with one scale per channel, None for one scale.
+        num_channels: Number of channels, needed with ``channel_axis``.
+        observer: Name of the observer that finds the range, see :func:`.observers.build_observer`.
+        full_range: See :func:`.primitives.choose_qparams`.
+
+    Raises:
+        SpecError: A setting is out of range.
+
+    Example:
+        >>> quantizer = AffineQuantizer(bits=8)
+        >>> quantizer.calibrate_from(torch.tensor([-1., 2.]))
+        >>> quantizer(torch.tensor([0., 5.]))
+        tensor([0., 2.])
+    """
+
+    def __init__(self,
+                 bits: int,
+                 symmetric: bool = False,
+                 channel_axis: Optional[int] = None,
+                 num_channels: Optional[int] = None,
+                 observer: str = 'minmax',
+                 full_range: bool = False):
+        if (channel_axis is None) != (num_channels is None):
+            raise SpecError(f'channel_axis={channel_axis} and num_channels={num_channels} belong together: give both '
+                            'or neither.')
+        super().__init__(bits, qrange(bits, symmetric), () if num_channels is None else (num_channels, ))
+        self.symmetric, self.full_range = symmetric, full_range
+        self.channel_axis = channel_axis
+        self.observer_name = observer
+        build_observer(observer)  # a wrong name shall fail here, not in calibration
+
+    def extra_repr(self) -> str:
+        channels = '' if self.channel_axis is None else f', channels={self.scale.numel()} on axis {self.channel_axis}'
+        return (f'bits={self.bits}, symmetric={self.symmetric}{channels}, observer={self.observer_name}, '
+                f'mode={self.mode}')
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.channel_axis)
+
+    def new_observer(self):
+        return build_observer(self.observer_name, self.channel_axis)
+
+    def observed_qparams(self) -> Tuple[Tensor, Tensor]:
+        low, high = self.observer.range(self.bits, self.symmetric)
+        return choose_qparams(low, high, self.bits, self.symmetric, self.full_range)
+
+
+class LogQuantizer(Quantizer):
+    """Fake quantization of one nonnegative tensor with steps of equal ratio (RepQ-ViT, arXiv 2212.08254, section 3.3).
+
+    ``scale`` is the greatest value, that of code 0; ``zero_point`` is 0 and unused. See
+    :func:`.logarithmic.log_quantize` for the codes.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        base: ``'log2'`` or ``'log_sqrt2'``.
+
+    Raises:
+        SpecError: A setting is out of range.
+    """
+
+    def __init__(self, bits: int, base: str = 'log_sqrt2'):
+        if base not in ('log2', 'log_sqrt2'):
+            raise SpecError(f"base={base!r} is not known: choose 'log2' or 'log_sqrt2'.")
+        super().__init__(bits, qrange(bits, symmetric=False))
+        self.base = base
+
+    def extra_repr(self) -> str:
+        return f'bits={self.bits}, base={self.base}, mode={self.mode}'
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        return fake_log_quantize(x, self.scale, self.bits, self.base)
+
+    def new_observer(self):
+        return LogObserver()
+
+    def observed_qparams(self) -> Tuple[Tensor, Tensor]:
+        return self.observer.delta(self.bits, self.base), torch.zeros_like(self.zero_point)

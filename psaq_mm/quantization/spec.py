@@ -4,18 +4,46 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Iterable, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
 
 from ..errors import SpecError
 from .observers import OBSERVERS
 from .primitives import MAX_BITS, MIN_BITS
 
 SCOPES = ('backbone', 'full')
-POINTS = ('gemm', 'linear')
+POINTS = ('gemm', 'linear', 'all')
+SOFTMAX_QUANTIZERS = ('affine', 'log2', 'log_sqrt2')
 
-_PRESET = re.compile(r'w(\d+)a(\d+)', re.IGNORECASE)
+# What a method quantizes, and how; bits are chosen beside it ('repq_w4a4').
+RECIPES: Dict[str, Dict[str, Any]] = {
+    # PSAQ-ViT, arXiv 2203.02250, released code: every edge but the attention weights, weights over the whole code range.
+    'psaq_v1': dict(points='all', quantize_softmax=False, w_full_range=True),
+    # RepQ-ViT, arXiv 2212.08254, released code: its weights are asymmetric.
+    'repq': dict(w_symmetric=False, w_observer='percentile', a_observer='percentile', softmax_quantizer='log_sqrt2',
+                 reparameterize=True),
+}
+
+_PRESET = re.compile(r'(?:(\w+?)_)?w(\d+)a(\d+)', re.IGNORECASE)
+
+_asked: ContextVar[Optional[Set[str]]] = ContextVar('names asked of a spec', default=None)
+
+
+@contextmanager
+def names_asked() -> Iterator[Set[str]]:
+    """Collect every name that :meth:`QuantSpec.resolve` is asked for inside the block.
+
+    Adapters name the edges they make; only so is it known whether an override's pattern matches one of them.
+    """
+    names: Set[str] = set()
+    token = _asked.set(names)
+    try:
+        yield names
+    finally:
+        _asked.reset(token)
 
 
 def nearest(name: Any, known: Iterable[str], count: int = 1) -> Tuple[str, ...]:
@@ -113,6 +141,8 @@ class LayerSpec:
     w_symmetric: bool = True
     w_observer: str = 'minmax'
     a_observer: str = 'minmax'
+    w_full_range: bool = False
+    reparameterize: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,10 +156,18 @@ class QuantSpec:
         a_bits: Activation bits, 2 to 8.
         scope: ``'backbone'`` or ``'full'`` (neck and heads too).
         points: ``'gemm'`` quantizes both operands of every Linear, convolution and attention product; ``'linear'``
-            leaves the attention products in floating point.
+            leaves the attention products in floating point; ``'all'`` quantizes every edge as PSAQ-ViT does: the input of
+            every Linear and convolution (image, LayerNorm and GELU outputs, attention output, pooled feature), the output
+            of every one that no activation function follows (patch embedding, q/k/v, projection, logits), the sum with
+            the position embedding, scores before softmax, and both residual sums.
         quantize_softmax: Quantize the attention weights (post-softmax), the left operand of the second product.
+        softmax_quantizer: How: ``'affine'``, or logarithmic with base 2 or sqrt(2) (RepQ-ViT, arXiv 2212.08254, section 3.3).
+        reparameterize: Observe LayerNorm outputs that feed a Linear per channel, and fold the channels' scales and zero
+            points into LayerNorm and Linear (RepQ-ViT, section 3.2), so that one scale serves.
         input_bits: Activation bits of the first layer (patch embedding), which reads the image.
         w_symmetric: Signed weight codes with zero point 0, else asymmetric ones.
+        w_full_range: Symmetric weights only: the scale is ``max|w| / ((2**w_bits - 1) / 2)`` as in PSAQ-ViT's released
+            code, half a step of the largest positive weight being clipped, instead of ``max|w| / (2**(w_bits-1) - 1)``.
         w_observer: ``'minmax'``, ``'percentile'`` or ``'mse'``.
         a_observer: Same choice, for activations.
         overrides: Exceptions by layer name, applied in order; a later one wins. Dicts are accepted.
@@ -141,14 +179,19 @@ class QuantSpec:
         >>> QuantSpec.parse('w4a8').label
         'W4A8'
         >>> QuantSpec.parse(dict(preset='w4a4', overrides=[dict(pattern='head*', float=True)]))
+        >>> QuantSpec.parse('repq_w6a6').reparameterize
+        True
     """
     w_bits: int = 8
     a_bits: int = 8
     scope: str = 'backbone'
     points: str = 'gemm'
     quantize_softmax: bool = True
+    softmax_quantizer: str = 'affine'
+    reparameterize: bool = False
     input_bits: int = 8
     w_symmetric: bool = True
+    w_full_range: bool = False
     w_observer: str = 'minmax'
     a_observer: str = 'minmax'
     overrides: Tuple[Override, ...] = ()
@@ -156,10 +199,13 @@ class QuantSpec:
     def __post_init__(self):
         for key in ('w_bits', 'a_bits', 'input_bits'):
             _check_bits(key, getattr(self, key))
-        for key in ('quantize_softmax', 'w_symmetric'):
+        for key in ('quantize_softmax', 'reparameterize', 'w_symmetric', 'w_full_range'):
             _check_bool(key, getattr(self, key))
         _check_choice('scope', self.scope, SCOPES)
         _check_choice('points', self.points, POINTS)
+        _check_choice('softmax_quantizer', self.softmax_quantizer, SOFTMAX_QUANTIZERS)
+        if self.w_full_range and not self.w_symmetric:
+            raise SpecError('w_full_range=True contradicts w_symmetric=False: asymmetric weights use every code anyway.')
         _check_choice('w_observer', self.w_observer, OBSERVERS)
         _check_choice('a_observer', self.a_observer, OBSERVERS)
         if isinstance(self.overrides, (str, Mapping)) or not isinstance(self.overrides, Iterable):
@@ -182,6 +228,9 @@ class QuantSpec:
         Returns:
             The layer's spec, or None where an override keeps it in floating point.
         """
+        asked = _asked.get()
+        if asked is not None:
+            asked.add(name)
         w_bits, a_bits, float_ = self.w_bits, self.input_bits if is_input else self.a_bits, False
         for override in self.overrides:
             if fnmatchcase(name, override.pattern):
@@ -190,7 +239,8 @@ class QuantSpec:
                 a_bits = override.a_bits or a_bits
         if float_:
             return None
-        return LayerSpec(w_bits, a_bits, self.w_symmetric, self.w_observer, self.a_observer)
+        return LayerSpec(w_bits, a_bits, self.w_symmetric, self.w_observer, self.a_observer, self.w_full_range,
+                         self.reparameterize)
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain dict of every setting, fit for JSON."""
@@ -224,8 +274,9 @@ class QuantSpec:
         """Read what a config says.
 
         Args:
-            x: A spec, a preset such as ``'w4a8'`` (any bits from 2 to 8, any case), or a dict of settings that may
-                start from a preset: ``dict(preset='w4a8', scope='full')``.
+            x: A spec, a preset such as ``'w4a8'`` (any bits from 2 to 8, any case), one of a method such as
+                ``'psaq_v1_w8a8'`` or ``'repq_w4a4'`` (see :data:`RECIPES`), or a dict of settings that may start from a
+                preset: ``dict(preset='w4a8', scope='full')``.
 
         Raises:
             SpecError: ``x`` is none of these, or a setting is unknown or out of range.
@@ -242,8 +293,14 @@ class QuantSpec:
         raise SpecError(f'quant={x!r} is no quantization: give a preset such as "w8a8", or a dict of settings.')
 
     @staticmethod
-    def _preset(name: Any) -> Dict[str, int]:
+    def _preset(name: Any) -> Dict[str, Any]:
         match = _PRESET.fullmatch(name) if isinstance(name, str) else None
         if match is None:
-            raise SpecError(f'{name!r} is no preset: write w<bits>a<bits>, such as "w8a8", "w4a8", "w6a6" or "w4a4".')
-        return dict(w_bits=int(match[1]), a_bits=int(match[2]))
+            raise SpecError(f'{name!r} is no preset: write w<bits>a<bits>, such as "w8a8", "w4a8", "w6a6" or "w4a4", or a '
+                            f'method before it, {" or ".join(f"{r}_w8a8" for r in RECIPES)}.')
+        recipe = (match[1] or '').lower()
+        if recipe and recipe not in RECIPES:
+            near = nearest(recipe, RECIPES)
+            hint = f'did you mean {near[0]!r}? Known are' if near else 'known are'
+            raise SpecError(f'{name!r} names no method that is known: {hint} {", ".join(map(repr, RECIPES))}.')
+        return dict(RECIPES.get(recipe, {}), w_bits=int(match[2]), a_bits=int(match[3]))

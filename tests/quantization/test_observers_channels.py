@@ -1,0 +1,358 @@
+"""Ranges per channel of activations against plain references on the raw data."""
+
+from random import Random
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from psaq_mm.errors import DataError, NotCalibratedError, SpecError
+from psaq_mm.quantization.channel_observers import (ChannelMinMaxObserver, ChannelMSEObserver, ChannelPercentileObserver,
+                                                    build_channel_observer, channel_qparams)
+from psaq_mm.quantization.histograms import ChannelHistogram, Distribution
+
+NAMES = ['minmax', 'percentile', 'mse']
+CANDIDATES = (1.0, .99999, .9999, .999)
+Q = [0., 1e-5, 1e-4, .001, .25, .5, .75, .999, .9999, .99999, 1.]
+
+
+def make_tokens(n=20_000, seed=0):
+    """A kind of channel each: around 0, far from 0, heavy tails, an outlier, mostly 0, tiny, huge, one-sided, uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 9, generator=generator)
+    u = torch.rand(n, 9, generator=generator)
+    x[:, 1] = x[:, 1] * .25 - 1000.
+    x[:, 2] /= u[:, 2].clamp(min=.01)
+    x[7, 3] = 300.
+    x[:, 4] = x[:, 4].relu() * (u[:, 4] < .02)
+    x[:, 5] *= 1e-20
+    x[:, 6] = x[:, 6] * 1e30 + 1e31
+    x[:, 7] = u[:, 7]**8
+    x[:, 8] = u[:, 8] * 3 + 2
+    return x
+
+
+def width_of(histogram):
+    return torch.exp2(histogram.exponent.double())
+
+
+def histogram_of(batches):
+    histogram = ChannelHistogram()
+    for batch in batches:
+        histogram.update(batch)
+    return histogram
+
+
+def quantiles_of(histogram, q):
+    return torch.cat([values.quantiles(q) for values in histogram.distributions()], dim=1)
+
+
+def fake(x, scale, zero_point, bits):
+    """The plain quantizer, ``(n, C)`` in float64."""
+    codes = ((x.double() / scale.double()).round() + zero_point).clamp(0, 2**bits - 1)
+    return (codes - zero_point) * scale.double()
+
+
+def errors_of(x, scale, zero_point, bits):
+    return (fake(x, scale, zero_point, bits) - x.double()).square().sum(0)
+
+
+def exact_ranges(x):
+    wide = x.double()
+    return [(wide.quantile(1 - p, dim=0), wide.quantile(p, dim=0)) for p in CANDIDATES]
+
+
+def test_bins_are_fine_compared_to_each_channels_own_range():
+    x = make_tokens()
+    histogram = histogram_of([x])
+    widths = (x.double().amax(0) - x.double().amin(0)) / width_of(histogram)
+    assert (widths >= 1023).all() and (widths <= 2048).all()
+    assert (histogram.counts.sum(1) == len(x)).all()
+
+
+def test_quantiles_are_within_a_bin_of_the_exact_ones():
+    x = make_tokens()
+    histogram = histogram_of(x.split(3_000))
+    got = quantiles_of(histogram, Q)
+    expected = torch.stack([x.double().quantile(q, dim=0) for q in Q])
+    assert ((got - expected).abs() <= width_of(histogram) * 1.0001).all()
+    assert torch.equal(got[0], x.double().amin(0)) and torch.equal(got[-1], x.double().amax(0))
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 10])
+def test_quantiles_of_few_values(n):
+    x = make_tokens(50)[:n]
+    histogram = histogram_of([x])
+    got = quantiles_of(histogram, Q)
+    expected = torch.stack([x.double().quantile(q, dim=0) for q in Q])
+    # float64 rounds the interpolation itself
+    assert ((got - expected).abs() <= width_of(histogram) * 1.0001 + 1e-12 * expected.abs()).all()
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_squared_error_is_the_one_on_the_data(bits):
+    x = make_tokens()
+    histogram = histogram_of([x])
+    values = next(histogram.distributions())
+    for low, high in exact_ranges(x):
+        scale, zero_point = channel_qparams(low, torch.maximum(high, low), bits)
+        exact = errors_of(x, scale, zero_point, bits)
+        step = scale.double()[:, None]
+        levels = (torch.arange(2**bits) - zero_point[:, None]) * step
+        got = values.squared_error(levels[:, :-1] + step / 2, levels)
+        usable = high > low
+        near = .03 * exact + len(x) * width_of(histogram)**2
+        assert ((got - exact).abs() <= near)[usable].all()
+
+
+@given(st.lists(st.integers(0, 9), min_size=8, max_size=8).filter(any),
+       st.lists(st.floats(-3, 11), min_size=1, max_size=6), st.integers(-5, 5))
+def test_squared_error_of_evenly_spread_values(counts, edges, start):
+    """Against the integral over every piece of a bin that has one level, for levels anywhere."""
+    edges = [edge + start for edge in sorted(edges)]
+    levels = [edges[0] - .3] + [edge + .2 for edge in edges]
+    expected = 0.
+    for left, count in enumerate(counts, start):
+        for lower, upper, level in zip([-9e9] + edges, edges + [9e9], levels):
+            a, b = max(lower, left), min(upper, left + 1)
+            if a < b:
+                expected += count * ((b - level)**3 - (a - level)**3) / 3
+    start, width = torch.tensor([start, 1], dtype=torch.float64)[:, None]
+    values = Distribution(torch.tensor([counts]), start, width, start, start + 8)
+    got = values.squared_error(*(torch.tensor([x], dtype=torch.float64) for x in (edges, levels)))
+    assert got.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+FLOATS = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False), st.floats(-4, 4, width=32))
+
+
+@given(st.lists(st.tuples(FLOATS, FLOATS), min_size=1, max_size=30), st.randoms(use_true_random=False))
+@settings(max_examples=150)
+@example([(0., 0.), (0., -2.**-14)], Random(0))
+def test_outcome_does_not_depend_on_order_or_batches(rows, random):
+    x = torch.tensor(rows)
+    whole = histogram_of([x])
+    shuffled = list(rows)
+    random.shuffle(shuffled)
+    parts = histogram_of(torch.tensor(shuffled).split(random.randint(1, 4)))
+    assert (whole.counts.sum(1) == len(x)).all() and (parts.counts.sum(1) == len(x)).all()
+    assert torch.equal(whole.exponent, parts.exponent)
+    for channel in range(2):  # bins are where they are; only which empty ones are kept beside them may differ
+        bins = [histogram.counts[channel].nonzero() for histogram in (whole, parts)]
+        assert torch.equal(bins[0] + whole.start[channel], bins[1] + parts.start[channel])
+        assert torch.equal(whole.counts[channel][bins[0]], parts.counts[channel][bins[1]])
+    q = [0., .01, .5, .99, 1.]
+    assert torch.equal(quantiles_of(whole, q), quantiles_of(parts, q))
+
+
+def test_growing_ranges_keep_every_count():
+    x = make_tokens(4_000) * torch.logspace(-6, 3, 4_000)[:, None] + torch.linspace(-5, 90, 4_000)[:, None]
+    whole, parts = histogram_of([x]), histogram_of(x.split(37))
+    assert torch.equal(whole.exponent, parts.exponent) and (parts.counts.sum(1) == len(x)).all()
+    assert torch.equal(quantiles_of(whole, Q), quantiles_of(parts, Q))
+
+
+@pytest.mark.parametrize('chunk, channels', [(64, 2), (1, 3), (1000, 5)])
+def test_chunks_do_not_matter(monkeypatch, chunk, channels):
+    x = make_tokens(500)
+    expected = ChannelPercentileObserver()
+    expected.update(x)
+    monkeypatch.setattr(ChannelHistogram, '_VALUES', chunk)
+    monkeypatch.setattr(ChannelHistogram, '_CHANNELS', channels)
+    observer = ChannelPercentileObserver()
+    observer.update(x)
+    assert torch.equal(observer.histogram.counts, expected.histogram.counts)
+    for got, wanted in zip(observer.qparams(4), expected.qparams(4)):
+        assert torch.equal(got, wanted)
+
+
+def test_counts_beyond_int32():
+    histogram = histogram_of([torch.tensor([[1.], [2.]])])
+    histogram.counts *= 2**29
+    histogram.rows *= 2**29
+    histogram.update(torch.ones(2**20, 1))
+    assert histogram.counts.dtype == torch.int32
+    histogram.counts *= 2
+    histogram.rows *= 2
+    histogram.update(torch.ones(3, 1))
+    assert histogram.counts.sum() == 2**31 + 2**21 + 3 and histogram.counts.max() == 2**30 + 2**21 + 3
+
+
+@pytest.mark.parametrize('bits', [2, 4, 6, 8])
+def test_percentile_has_the_least_squared_error(bits):
+    x = make_tokens()
+    observer = ChannelPercentileObserver(candidates=CANDIDATES)
+    for batch in x.view(10, 40, 50, 9):
+        observer.update(batch)
+    scale, zero_point = observer.qparams(bits)
+    best = torch.full((9, ), torch.inf, dtype=torch.float64)
+    for low, high in exact_ranges(x):
+        error = errors_of(x, *channel_qparams(low, torch.maximum(high, low), bits), bits)
+        best = torch.where(high > low, torch.minimum(best, error), best)
+    assert (errors_of(x, scale, zero_point, bits) <= 1.03 * best).all()
+
+
+def test_percentile_gives_the_scale_of_the_exact_search():
+    x = make_tokens()[:, [0, 1, 7, 8]]
+    observer = ChannelPercentileObserver(candidates=(.999, ))
+    observer.update(x)
+    wide = x.double()
+    low, high = wide.quantile(1 - .999, dim=0), wide.quantile(.999, dim=0)
+    scale, zero_point = observer.qparams(4)
+    within = 2 * width_of(observer.histogram) / 15
+    assert ((scale - (high - low) / 15).abs() <= within * 1.001).all()
+    assert ((zero_point * scale.double() + low).abs() <= scale / 2 + width_of(observer.histogram) * 1.001).all()
+
+
+def test_candidate_is_chosen_channel_by_channel_and_by_bits():
+    x = make_tokens()[:, [0, 0]]
+    x[:4, 1] = 30.
+    observer = ChannelPercentileObserver()
+    observer.update(x)
+    (a4, b4), (a8, b8) = observer.qparams(4)[0], observer.qparams(8)[0]
+    assert b4 * 15 < 10 < b8 * 255 and a4 < b8 * 16 and a8 * 255 < 10
+
+
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_mse_takes_the_best_factor_around_the_middle(bits):
+    x = make_tokens(3_000)
+    factors = (1.0, .9, .7, .5)
+    observer = ChannelMSEObserver(factors)
+    observer.update(x)
+    errors = []
+    low, high = x.double().amin(0), x.double().amax(0)
+    for factor in factors:
+        cut = (1 - factor) * (high - low) / 2
+        errors.append(errors_of(x, *channel_qparams(low + cut, high - cut, bits), bits))
+    assert (errors_of(x, *observer.qparams(bits), bits) <= 1.03 * torch.stack(errors).amin(0)).all()
+
+
+def test_minmax_puts_the_ends_on_the_first_and_the_last_code():
+    observer = ChannelMinMaxObserver()
+    for batch in (torch.tensor([[5., -1.], [5.5, 0.]]), torch.tensor([[[6.5, 2.]]]), torch.zeros(0, 2)):
+        observer.update(batch)
+    assert observer.low.tolist() == [5., -1.] and observer.high.tolist() == [6.5, 2.]
+    scale, zero_point = observer.qparams(2)
+    assert scale.tolist() == [.5, 1.] and zero_point.tolist() == [-10, 1]
+    assert scale.dtype == torch.float32 and zero_point.dtype == torch.int64
+
+
+@given(st.tuples(FLOATS, FLOATS).map(sorted), st.integers(2, 8))
+@settings(max_examples=300)
+def test_qparams_are_usable_for_every_range(ends, bits):
+    low, high = torch.tensor(ends)[:, None]
+    scale, zero_point = channel_qparams(low, high, bits)
+    assert torch.isfinite(scale).all() and scale >= torch.finfo(torch.float32).tiny
+    got = fake(torch.stack([low, high]), scale, zero_point, bits)
+    # The zero point is rounded: half a step, beside the half a step of any code.
+    slack = scale.double() * 1.001 + 1e-6 * max(map(abs, ends))
+    assert ((got - torch.stack([low, high])).abs() <= slack).all()
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_constant_channels_are_reported_and_exact(name):
+    x = make_tokens(1000)[:, :4].clone()
+    x[:, 1:4] = torch.tensor([0., 3.7, -1e-8])
+    observer = build_channel_observer(name)
+    for batch in x.split(300):
+        observer.update(batch)
+    assert observer.constant.tolist() == [False, True, True, True]
+    assert observer.low[1:].tolist() == x[0, 1:].tolist()
+    scale, zero_point = observer.qparams(4)
+    assert (scale > 0).all() and torch.equal(fake(x, scale, zero_point, 4)[:, 1:], x[:, 1:].double())
+
+
+def test_a_quantile_range_of_one_value_is_never_chosen():
+    x = torch.full((10_000, 1), 2.)
+    x[5] = 1.
+    for candidates in (CANDIDATES, (.999, )):  # the quantiles of .999 are both 2
+        observer = ChannelPercentileObserver(candidates)
+        observer.update(x)
+        scale, zero_point = observer.qparams(4)
+        assert not observer.constant.any() and scale == torch.tensor(1 / 15)
+        assert errors_of(x, scale, zero_point, 4) < 1e-9
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_rows_that_are_not_valid_take_no_part(name):
+    x = torch.randn(6, 4, 3)  # (windows of 2 images, tokens, channels)
+    x[:, 3] = 100.
+    x[1::3, 0] = float('nan')
+    valid = torch.ones(3, 4, dtype=torch.bool)
+    valid[:, 3] = False
+    valid[1, 0] = False
+    expected = build_channel_observer(name)
+    expected.update(x[valid.repeat(2, 1)])
+    for mask in (valid, valid.repeat(2, 1)):
+        observer = build_channel_observer(name)
+        observer.update(x, mask)
+        for got, wanted in zip(observer.qparams(4), expected.qparams(4)):
+            assert torch.equal(got, wanted)
+    assert expected.high.max() < 10
+    observer = build_channel_observer(name)
+    observer.update(x, torch.zeros(4, dtype=torch.bool))
+    assert not observer.saw_data
+    with pytest.raises(DataError, match='does not fit'):
+        observer.update(x, torch.ones(5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_half_precision_and_one_row(name):
+    x = make_tokens(300)[:, [0, 2, 7]].half()
+    halves, floats = build_channel_observer(name), build_channel_observer(name)
+    halves.update(x)
+    halves.update(x[0])
+    floats.update(x.float())
+    floats.update(x[:1].float())
+    for got, wanted in zip(halves.qparams(4), floats.qparams(4)):
+        assert torch.equal(got, wanted) and got.shape == (3, )
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_errors_name_the_way_out(name):
+    observer = build_channel_observer(name)
+    observer.update(torch.zeros(0, 3))
+    assert not observer.saw_data
+    with pytest.raises(NotCalibratedError, match='saw no data'):
+        observer.qparams(8)
+    with pytest.raises(NotCalibratedError, match='saw no data'):
+        observer.constant
+    for bad in (float('nan'), float('inf'), -float('inf')):
+        x = torch.zeros(5, 3)
+        x[4, 1] = bad
+        with pytest.raises(DataError, match='NaN or infinity'):
+            observer.update(x)
+    assert not observer.saw_data
+    observer.update(torch.ones(5, 3))
+    with pytest.raises(DataError, match='4 channels .* 3'):
+        observer.update(torch.ones(5, 4))
+    with pytest.raises(DataError, match='last dimension'):
+        observer.update(torch.tensor(1.))
+    with pytest.raises(SpecError, match='bits=9'):
+        observer.qparams(9)
+
+
+def test_unknown_observer_and_settings():
+    with pytest.raises(SpecError, match="'histogram' is not known"):
+        build_channel_observer('histogram')
+    with pytest.raises(SpecError, match='percentile 0.2'):
+        ChannelPercentileObserver(candidates=(.2, ))
+    with pytest.raises(SpecError, match='factor 1.5'):
+        ChannelMSEObserver(factors=(1.5, ))
+
+
+def tensor_bytes(thing):
+    if isinstance(thing, torch.Tensor):
+        return thing.untyped_storage().nbytes()
+    return sum(tensor_bytes(v) for v in vars(thing).values()) if hasattr(thing, '__dict__') else 0
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_memory_does_not_grow_with_the_images(name):
+    observer, sizes = build_channel_observer(name), []
+    for i in range(10):
+        observer.update(torch.randn(2_000, 7) * (i + 1))
+        sizes.append(tensor_bytes(observer))
+    assert len(set(sizes)) == 1 and sizes[0] < 7 * 9_000

@@ -1,0 +1,145 @@
+"""Scale reparameterization on a LayerNorm and a Linear: exact in float, one scale, dead channels."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from psaq_mm.errors import SpecError
+from psaq_mm.quantization import (ReparameterizedQuantizer, calibrate, choose_qparams, fake_quantize, norm_feeds, quantize_,
+                                  quantizers, set_mode)
+
+
+def block(channels=12, out=5, bias=True, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, out, bias=bias))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.rand(channels) * 3 + 0.05)
+        model[0].bias.copy_(torch.randn(channels))
+    return model.eval()
+
+
+def folded(model, quant='repq_w8a4', data=None):
+    norm_feeds(model[0], model[1])
+    quantize_(model, quant)
+    data = torch.randn(64, 12, generator=torch.Generator().manual_seed(3)) if data is None else data
+    calibrate(model, lambda: model(data))
+    return model, data
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('observer', ['minmax', 'percentile', 'mse'])
+def test_exact_in_float(bias, observer):
+    model = block(bias=bias)
+    reference = copy.deepcopy(model)
+    model, data = folded(model, dict(preset='repq_w8a4', a_observer=observer))
+    set_mode(model, 'off')
+    assert torch.allclose(model(data), reference(data), rtol=0, atol=1e-5)
+    assert model[1].bias is None or torch.equal(model[1].bias, reference[1].bias), 'the bias of the model stays'
+
+
+def test_one_scale_gives_the_codes_of_the_scales_per_channel():
+    """The claim of the method: quantizing y' with one scale is quantizing y channel by channel."""
+    model = block()
+    reference = copy.deepcopy(model)
+    model, data = folded(model, dict(preset='repq_w8a4', a_observer='minmax'))
+    y, moved = reference[0](data), model[0](data)
+    low, high = y.amin(0).double(), y.amax(0).double()
+    scale = (high - low) / 15
+    by_channel = ((y / scale.float()).round() + (-low / scale).round().float()).clamp(0, 15)
+    quantizer = model[1].input_quantizer
+    one = ((moved / quantizer.scale).round() + quantizer.zero_point).clamp(0, 15)
+    # A tie may fall to the other side after the division by the ratio.
+    assert (one != by_channel).float().mean() < 0.01
+    assert (one - by_channel).abs().max() <= 1
+
+
+@pytest.mark.parametrize('value', [0.0, 2.5, -0.003])
+def test_dead_channels_are_folded_whole_into_the_bias(value):
+    model = block()
+    with torch.no_grad():
+        model[0].weight[4], model[0].bias[4] = 0, value
+    reference = copy.deepcopy(model)
+    model, data = folded(model)
+    assert torch.isfinite(model[1].weight).all() and torch.isfinite(model[0].bias).all()
+    assert model[0](data)[:, 4].abs().max() == 0
+    set_mode(model, 'off')
+    assert torch.allclose(model(data), reference(data), rtol=0, atol=1e-5)
+
+
+def test_all_channels_dead():
+    model = block()
+    nn.init.zeros_(model[0].weight)
+    reference = copy.deepcopy(model)
+    model, data = folded(model)
+    # The bias carries everything, so that even four bits lose nothing.
+    assert torch.allclose(model(data), reference(data), rtol=0, atol=1e-5)
+
+
+def test_better_than_one_range_where_channels_differ():
+    model = block()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.logspace(-2, 1, 12))
+    reference = copy.deepcopy(model)
+    model, data = folded(model)
+    y, moved = reference[0](data), model[0](data)
+    quantizer = model[1].input_quantizer
+    by_channel = ((quantizer(moved) - moved).square().mean(0) / moved.var(0)).mean()
+    one_range = fake_quantize(y, *choose_qparams(y.min(), y.max(), 4, False), 0, 15)
+    assert by_channel < 0.1 * ((one_range - y).square().mean(0) / y.var(0)).mean()
+
+
+def test_loading_full_precision_weights_undoes_the_folding():
+    model = block()
+    reference = copy.deepcopy(model)
+    model, data = folded(model)
+    model.load_state_dict(reference.state_dict(), strict=False)
+    quantizer = model[1].input_quantizer
+    assert not quantizer.fill.any() and not quantizer.folded_bias.any() and not quantizer.calibrated
+    set_mode(model, 'off')
+    assert torch.equal(model(data), reference(data))
+
+
+def test_state_goes_round():
+    model, data = folded(block(bias=False))
+    again = block(bias=False)
+    norm_feeds(again[0], again[1])
+    quantize_(again, 'repq_w8a4')
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(data), model(data))
+
+
+def test_half_precision_keeps_what_was_folded_in_float32():
+    model, _ = folded(block())
+    fill = model[1].input_quantizer.fill.clone()
+    model.half()
+    assert model[1].input_quantizer.fill.dtype == torch.float32
+    assert torch.equal(model[1].input_quantizer.fill, fill)
+
+
+def test_nothing_is_folded_when_a_quantizer_saw_no_data():
+    model = nn.ModuleDict(dict(seen=block(), unseen=block()))
+    for part in model.values():
+        norm_feeds(part[0], part[1])
+    quantize_(model, 'repq_w8a4')
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(Exception, match='saw no data'):
+        calibrate(model, lambda: model['seen'](torch.randn(8, 12)))
+    for key, value in model.state_dict().items():
+        if 'weight_quantizer' not in key:
+            assert torch.equal(value, before[key]), key
+
+
+def test_one_linear_has_one_layernorm():
+    model = block()
+    norm_feeds(model[0], model[1])
+    norm_feeds(model[0], model[1])
+    with pytest.raises(SpecError, match='one LayerNorm'):
+        norm_feeds(nn.LayerNorm(12), model[1])
+
+
+def test_a_norm_without_gain_keeps_one_range():
+    model = nn.Sequential(nn.LayerNorm(12, elementwise_affine=False), nn.Linear(12, 5))
+    norm_feeds(model[0], model[1])
+    quantize_(model, 'repq_w8a4')
+    assert not any(isinstance(q, ReparameterizedQuantizer) for _, q in quantizers(model))
