@@ -4,9 +4,17 @@
 Importing this package registers them all. No adapter imports the library it adapts: classes are known by their qualified
 names, so that a user with mmdet alone needs neither mmseg nor mmpretrain.
 """
+from . import conv_module
 from .match import class_named
+from .mmseg_vit import MMSEG_VIT_ARCHITECTURES
 from .swin import SWIN_BACKBONES
+from .timm_swin import TIMM_SWIN_ARCHITECTURES
+from .timm_vit import TIMM_VIT_ARCHITECTURES
+from .vit import VIT_ARCHITECTURES
 
-__all__ = ['SUPPORTED_BACKBONES', 'class_named']
+__all__ = ['ARCHITECTURES', 'SUPPORTED_BACKBONES', 'class_named']
 
-SUPPORTED_BACKBONES = SWIN_BACKBONES
+ARCHITECTURES = VIT_ARCHITECTURES + MMSEG_VIT_ARCHITECTURES + TIMM_VIT_ARCHITECTURES + TIMM_SWIN_ARCHITECTURES
+"""Backbones whose blocks are checked one by one. The Swin of mmdet, mmseg and mmpretrain offers no other block."""
+
+SUPPORTED_BACKBONES = SWIN_BACKBONES + tuple(name for kind in ARCHITECTURES for name in kind.backbones)

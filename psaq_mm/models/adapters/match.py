@@ -1,8 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Recognizing a library's class without importing the library."""
-from typing import Collection, Optional
+import re
+from typing import Collection, List, NamedTuple, Optional, Tuple
 
-__all__ = ['qualified_name', 'class_named']
+from torch import nn
+
+__all__ = ['Architecture', 'qualified_name', 'class_named']
 
 
 def qualified_name(cls: type) -> str:
@@ -31,3 +34,40 @@ def class_named(module: object, names: Collection[str], method: str = 'forward')
             same = getattr(cls, method, None) is getattr(base, method, None)
             return qualified_name(base) if same else None
     return None
+
+
+class Architecture(NamedTuple):
+    """A kind of backbone whose blocks the adapters know.
+
+    Attributes:
+        backbones: Qualified names of the backbone's class.
+        block_path: Regular expression over the dotted names, inside the backbone, of its transformer blocks.
+        blocks: Qualified names of their class; attention is their child ``attn``.
+        attention: Qualified names of its class.
+    """
+    backbones: Tuple[str, ...]
+    block_path: str
+    blocks: Tuple[str, ...]
+    attention: Tuple[str, ...]
+
+    def strangers(self, backbone: nn.Module) -> List[Tuple[str, nn.Module]]:
+        """Names and modules of the blocks and attention modules of ``backbone`` that are of another class.
+
+        Such an attention would stay in floating point without a word: a parallel block, or attention that pools the tokens.
+        """
+        found = []
+        inside = ()
+        for name, module in backbone.named_modules():
+            if re.fullmatch(self.block_path, name):
+                inside = (name + '.', )
+                if not class_named(module, self.blocks):
+                    found.append((name, module))
+                elif not class_named(module.attn, self.attention):
+                    found.append((f'{name}.attn', module.attn))
+            elif isinstance(getattr(module, 'num_heads', None), int) and not name.startswith(inside):
+                found.append((name, module))
+        return found
+
+    def has_blocks(self, backbone: nn.Module) -> bool:
+        """Whether ``backbone`` has any transformer block where this architecture has them."""
+        return any(re.fullmatch(self.block_path, name) for name, _ in backbone.named_modules())

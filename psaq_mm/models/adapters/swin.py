@@ -12,11 +12,13 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
-from psaq_mm.quantization import QuantMatMul, adopt, register_adapter
+from psaq_mm.quantization import (adopt, apply_edge, attention_products, edge_quantizer, feeds_activation, norm_feeds,
+                                  quantize_output_, register_adapter)
 
 from .match import class_named
 
-__all__ = ['SWIN_BACKBONES', 'valid_query_rows', 'QuantWindowMSAMixin', 'QuantShiftWindowMSAMixin', 'QuantSwinBlockMixin']
+__all__ = ['SWIN_BACKBONES', 'valid_query_rows', 'QuantWindowMSAMixin', 'QuantShiftWindowMSAMixin', 'QuantSwinBlockMixin',
+           'fill_padding']
 
 _SWIN_MODULES = ('mmdet.models.backbones.swin', 'mmseg.models.backbones.swin')
 
@@ -26,6 +28,8 @@ _WINDOW_MSA = tuple(f'{m}.WindowMSA' for m in _SWIN_MODULES) + ('mmpretrain.mode
 _SHIFT_WINDOW_MSA = tuple(f'{m}.ShiftWindowMSA' for m in _SWIN_MODULES) + (
     'mmpretrain.models.utils.attention.ShiftWindowMSA', )
 _SWIN_BLOCK = tuple(f'{m}.SwinBlock' for m in _SWIN_MODULES) + ('mmpretrain.models.backbones.swin_transformer.SwinBlock', )
+_PATCH_MERGING = ('mmdet.models.layers.transformer.utils.PatchMerging', 'mmseg.models.utils.embed.PatchMerging',
+                  'mmcv.cnn.bricks.transformer.PatchMerging')
 
 
 def valid_query_rows(height: int, width: int, window: int, shift: int, device=None) -> Optional[Tensor]:
@@ -56,6 +60,21 @@ def valid_query_rows(height: int, width: int, window: int, shift: int, device=No
     return valid.view(rows, window, columns, window).transpose(1, 2).reshape(rows * columns, window * window)
 
 
+def fill_padding(x: Tensor, valid: Tensor, qkv: nn.Module) -> Tensor:
+    """Window padding as the projection expects it: 0, or after reparameterization the image of 0.
+
+    Swin pads with zeros *after* the LayerNorm. Once scales and offsets of the channels are folded into that, 0 stands for
+    something else.
+
+    Args:
+        x: Tokens of windows, (windows * B, N, C).
+        valid: bool (windows * B, N), False for padding.
+        qkv: The projection that reads them.
+    """
+    fill = getattr(getattr(qkv, 'input_quantizer', None), 'fill', None)
+    return x if fill is None else torch.where(valid.unsqueeze(-1), x, fill.to(x.dtype))
+
+
 class QuantWindowMSAMixin:
     """Window attention whose two matrix products are :class:`QuantMatMul`, and which knows its padded rows."""
 
@@ -73,12 +92,13 @@ class QuantWindowMSAMixin:
             (windows * B, N, C).
         """
         B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]
-
         valid = self.valid_rows
         if valid is not None:
             valid = valid.repeat(B // valid.shape[0], 1)
+            x = fill_padding(x, valid, self.qkv)
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+
         heads_valid = None if valid is None else valid[:, None]
         self.proj.valid_rows = valid
 
@@ -88,6 +108,8 @@ class QuantWindowMSAMixin:
         tokens = self.window_size[0] * self.window_size[1]
         bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
         attn = attn + bias.permute(2, 0, 1).contiguous().unsqueeze(0)
+        # Before the mask: its -100 would stretch the range over nothing.
+        attn = apply_edge(self.scores_quantizer, attn, heads_valid)
         if mask is not None:
             windows = mask.shape[0]
             attn = attn.view(B // windows, windows, self.num_heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
@@ -123,10 +145,10 @@ class QuantSwinBlockMixin:
         identity = x
         x = self.norm1(x)
         x = self.attn(x, hw_shape)
-        x = x + identity
+        x = apply_edge(self.residual1_quantizer, x + identity)
         identity = x
         x = self.norm2(x)
-        return self.ffn(x, identity=identity)
+        return apply_edge(self.residual2_quantizer, self.ffn(x, identity=identity))
 
     def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
         """(B, H * W, C) to (B, H * W, C)."""
@@ -137,13 +159,37 @@ class QuantSwinBlockMixin:
 
 def _convert_window_msa(module: nn.Module, name: str, spec) -> nn.Module:
     module = adopt(module, QuantWindowMSAMixin)
-    module.matmul_qk = QuantMatMul.from_spec(spec.resolve(f'{name}.matmul_qk'))
-    module.matmul_av = QuantMatMul.from_spec(spec.resolve(f'{name}.matmul_av'), quantize_lhs=spec.quantize_softmax)
+    module.matmul_qk, module.matmul_av = attention_products(spec, name)
+    module.scores_quantizer = edge_quantizer(spec, f'{name}.scores')
+    return module
+
+
+def _convert_block(module: nn.Module, name: str, spec) -> nn.Module:
+    module = adopt(module, QuantSwinBlockMixin)
+    module.residual1_quantizer = edge_quantizer(spec, f'{name}.residual1')
+    module.residual2_quantizer = edge_quantizer(spec, f'{name}.residual2')
+    fc1 = module.ffn.layers[0][0]
+    feeds_activation(fc1)
+    norm_feeds(module.norm1, module.attn.w_msa.qkv)
+    norm_feeds(module.norm2, fc1)
+    return module
+
+
+def _convert_merging(module: nn.Module, name: str, spec) -> nn.Module:
+    if module.norm is not None:
+        norm_feeds(module.norm, module.reduction)
+    return module
+
+
+def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
+    # What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is one.
+    quantize_output_(module.drop_after_pos, f'{name}.drop_after_pos' if name else 'drop_after_pos', spec)
     return module
 
 
 register_adapter(lambda m: class_named(m, _WINDOW_MSA) is not None, _convert_window_msa)
 register_adapter(lambda m: class_named(m, _SHIFT_WINDOW_MSA) is not None,
                  lambda m, name, spec: adopt(m, QuantShiftWindowMSAMixin))
-register_adapter(lambda m: class_named(m, _SWIN_BLOCK) is not None,
-                 lambda m, name, spec: adopt(m, QuantSwinBlockMixin))
+register_adapter(lambda m: class_named(m, _SWIN_BLOCK) is not None, _convert_block)
+register_adapter(lambda m: class_named(m, _PATCH_MERGING) is not None, _convert_merging)
+register_adapter(lambda m: class_named(m, SWIN_BACKBONES) is not None, _convert_backbone)

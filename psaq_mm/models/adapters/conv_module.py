@@ -1,0 +1,19 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""mmcv's ConvModule: convolution, normalization and activation as one layer, whose edge is its end."""
+from torch import nn
+
+from psaq_mm.quantization import feeds_activation, register_adapter
+
+from .match import class_named
+
+_CONV_MODULE = ('mmcv.cnn.bricks.conv_module.ConvModule', )
+
+
+def _convert(module: nn.Module, name: str, spec) -> nn.Module:
+    # Batch normalization is folded into the convolution at export, and nothing must stand between the two.
+    if module.with_norm or module.with_activation:
+        feeds_activation(module.conv)
+    return module
+
+
+register_adapter(lambda m: class_named(m, _CONV_MODULE) is not None, _convert)

@@ -1,0 +1,151 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Vision Transformer of mmseg, whose attention is mmcv's wrapper around ``nn.MultiheadAttention``.
+
+``nn.MultiheadAttention`` holds its three input projections in one parameter, ``in_proj_weight``, which no layer owns, and reads
+the weight of ``out_proj`` without calling it. Here both are layers that are called, so that they are quantized, calibrated and
+tapped as any other, while every parameter keeps its place and its key.
+"""
+from typing import Optional, Tuple
+
+import torch.nn.functional as F
+import torch.utils.checkpoint as cp
+from torch import Tensor, nn
+
+from psaq_mm.errors import UnsupportedModelError
+from psaq_mm.quantization import (ReparameterizedQuantizer, adopt, apply_edge, attention_products, edge_quantizer,
+                                  is_quantized_layer, register_adapter)
+
+from .edges import join, mark_ffn, mark_norm, quantize_outputs
+from .match import Architecture, class_named
+
+__all__ = ['MMSEG_VIT_ARCHITECTURES', 'PackedProjection', 'QuantPackedAttentionMixin', 'QuantMMSegEncoderLayerMixin']
+
+_BACKBONE = ('mmseg.models.backbones.vit.VisionTransformer', )
+_LAYER = ('mmseg.models.backbones.vit.TransformerEncoderLayer', )
+_WRAPPER = ('mmcv.cnn.bricks.transformer.MultiheadAttention', )
+
+MMSEG_VIT_ARCHITECTURES = (Architecture(_BACKBONE, r'layers\.\d+', _LAYER, _WRAPPER), )
+
+
+class PackedProjection(nn.Linear):
+    """The packed query, key and value projection of an ``nn.MultiheadAttention``, as a layer.
+
+    It owns no parameter: ``weight`` and ``bias`` are the attention's ``in_proj_weight`` and ``in_proj_bias``, looked up at each
+    use, whatever loading, moving or averaging has done to them. So the state dict has no key of it but its quantizers'.
+
+    Args:
+        attention: Whose projection it is: one width of queries, keys and values.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention):
+        nn.Module.__init__(self)
+        self.in_features = attention.embed_dim
+        self.out_features = 3 * attention.embed_dim
+        # In a tuple: as an attribute of its own, the parent would become a child of its child.
+        self._attention = (attention, )
+
+    @property
+    def weight(self) -> Tensor:
+        """(3 * embed_dim, embed_dim)."""
+        return self._attention[0].in_proj_weight
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        """(3 * embed_dim), or None."""
+        return self._attention[0].in_proj_bias
+
+
+class QuantPackedAttentionMixin:
+    """Self-attention of ``nn.MultiheadAttention`` as explicit products; ``qkv`` is a :class:`PackedProjection`.
+
+    It runs batch first inside, which changes nothing but the order of rows in its projections: the output is the library's to
+    rounding.
+    """
+
+    @property
+    def proj(self) -> nn.Linear:
+        """The output projection, under the name that attention has elsewhere."""
+        return self.out_proj
+
+    def forward(self,
+                query: Tensor,
+                key: Optional[Tensor] = None,
+                value: Optional[Tensor] = None,
+                attn_mask: Optional[Tensor] = None,
+                key_padding_mask: Optional[Tensor] = None) -> Tuple[Tensor, None]:
+        """Self-attention of ``query``, which ``key`` and ``value`` equal.
+
+        Args:
+            query: (N, B, C), or (B, N, C) with ``batch_first``.
+            key: Not read.
+            value: Not read.
+            attn_mask: None.
+            key_padding_mask: None.
+
+        Returns:
+            Output, shaped as ``query``, and None in place of the attention weights.
+
+        Raises:
+            UnsupportedModelError: A mask is given, which no Vision Transformer of the library does.
+        """
+        if attn_mask is not None or key_padding_mask is not None:
+            raise UnsupportedModelError('attn_mask and key_padding_mask are not supported in the quantized attention of mmseg\'s '
+                                        'VisionTransformer: leave them None')
+        x = query if self.batch_first else query.transpose(0, 1)
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+
+        attn = self.matmul_qk(q / self.head_dim**0.5, k.transpose(-2, -1)).softmax(dim=-1)
+        attn = F.dropout(attn, self.dropout, self.training)
+
+        x = self.out_proj(self.matmul_av(attn, v).transpose(1, 2).reshape(B, N, C))
+        return (x if self.batch_first else x.transpose(0, 1)), None
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        quantizer = self.qkv.input_quantizer if is_quantized_layer(self.qkv) else None
+        if isinstance(quantizer, ReparameterizedQuantizer):
+            # The projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
+            if f'{prefix}in_proj_weight' in state_dict and f'{prefix}qkv.input_quantizer.fill' not in state_dict:
+                quantizer.forget_folding()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class QuantMMSegEncoderLayerMixin:
+    """A transformer layer whose two residual sums are edges, and whose checkpointing keeps the graph of what hooks see.
+
+    The library's ``with_cp`` uses reentrant checkpointing, under which tapped attention arrives detached, and twice.
+    """
+
+    def _layer(self, x: Tensor) -> Tensor:
+        x = apply_edge(self.residual1_quantizer, self.attn(self.norm1(x), identity=x))
+        return apply_edge(self.residual2_quantizer, self.ffn(self.norm2(x), identity=x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        if self.with_cp and x.requires_grad:
+            return cp.checkpoint(self._layer, x, use_reentrant=False)
+        return self._layer(x)
+
+
+def _convert_layer(module: nn.Module, name: str, spec) -> nn.Module:
+    module = adopt(module, QuantMMSegEncoderLayerMixin)
+    attention = adopt(module.attn.attn, QuantPackedAttentionMixin)
+    attention.matmul_qk, attention.matmul_av = attention_products(spec, join(name, 'attn.attn'))
+    attention.qkv = PackedProjection(attention)
+    # torch's own class for it is a Linear in all but name: the name keeps torch's converters away, as nobody calls it.
+    attention.out_proj.__class__ = nn.Linear
+    mark_norm(module.norm1, attention.qkv)
+    mark_ffn(module.ffn, module.norm2)
+    module.residual1_quantizer = edge_quantizer(spec, join(name, 'residual1'))
+    module.residual2_quantizer = edge_quantizer(spec, join(name, 'residual2'))
+    return module
+
+
+def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
+    quantize_outputs(module, name, spec, ('patch_embed.norm', 'drop_after_pos') + (('pre_ln', ) if module.pre_norm else ()))
+    return module
+
+
+register_adapter(lambda m: class_named(m, _LAYER) is not None and class_named(m.attn, _WRAPPER) is not None, _convert_layer)
+register_adapter(lambda m: class_named(m, _BACKBONE) is not None, _convert_backbone)
