@@ -3,7 +3,7 @@
 import argparse
 from typing import Optional, Sequence
 
-from psaq_mm.commands.common import add_config_arguments, load_config, run_command
+from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
 
 __all__ = ['main', 'inspect']
 
@@ -13,20 +13,20 @@ def inspect(config, quant: Optional[str] = None) -> str:
     from mmengine.registry import MODELS, init_default_scope
 
     from psaq_mm.engine.config import quantized_model_config
+    from psaq_mm.models import report_of
     init_default_scope(config.get('default_scope', 'mmengine'))
     model = MODELS.build(quantized_model_config(config, quant))
-    report = getattr(model, 'quant_report', None) or model.backbone.quant_report
-    return report.to_table()
+    return report_of(model).to_table()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog='psaq-inspect', description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument('--quant', help='a preset such as w4a8, for a config that is full-precision')
+    add_quant_arguments(parser)
 
     def command(args) -> None:
-        print(inspect(load_config(args.config, args.cfg_options), args.quant))
+        print(inspect(load_config(args.config, args.cfg_options, args.quant, args.method)))
 
     return run_command(command, parser, argv)
 

@@ -9,6 +9,7 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psaq_mm.distillation.discrepancy import normalized_l1
@@ -31,9 +32,15 @@ class Network(Protocol):
     model: nn.Module
     image_spec: ImageSpec
     min_size: int
+    fixed_size: Optional[Tuple[int, int]]
+    prefix_tokens: int
+    num_classes: Optional[int]
 
     def outputs(self, images: Tensor) -> List[Tensor]:
         """Tensors to distil for normalized ``images`` (B, C, H, W)."""
+
+    def run(self, images: Tensor, with_logits: bool = False) -> Any:
+        """``parts`` (as :meth:`outputs`) and ``logits`` (B, classes) or None, of one forward pass."""
 
     def calibration_forward(self, images: Tensor, scope: str = 'backbone') -> None:
         """Run every layer that ``scope`` quantizes."""
@@ -54,6 +61,8 @@ class CoEvolutionSettings:
         reobserve: Whether ranges are calibrated anew after each round, on samples drawn from the pool.
         scope: The quantizer's scope: which layers calibration has to reach.
         augment: Whether the student sees pool samples flipped and rolled at random.
+        classes: ``'random'`` makes each sample for a class of its own, drawn once, where the model is a classifier (the one-hot
+            term of PSAQ-ViT, arXiv 2203.02250, section 3.3); None is class-free.
     """
     size: Tuple[int, int] = (224, 224)
     batch_size: int = 8
@@ -65,10 +74,13 @@ class CoEvolutionSettings:
     reobserve: bool = True
     scope: str = 'backbone'
     augment: bool = True
+    classes: Optional[str] = None
 
     def __post_init__(self):
         if self.source not in SOURCES:
             raise ConfigError(f'dfq.source={self.source!r} is no source of samples: use one of {", ".join(SOURCES)}')
+        if self.classes not in (None, 'random'):
+            raise ConfigError(f'dfq.classes={self.classes!r} is not known: use \'random\' for one random class a sample, or None')
         for name in ('batch_size', 'calibration_samples', 'pool_size', 'evolve_samples'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'dfq.{name}={getattr(self, name)} must be at least 1')
@@ -95,7 +107,8 @@ class CoEvolution:
         progress: Called with a dict after each synthesis step.
 
     Raises:
-        ConfigError: The sample size is smaller than one attention window, or ``real`` is asked for without images.
+        ConfigError: The sample size is smaller than one attention window or another than the only one that the model takes,
+            or ``real`` is asked for without images.
     """
 
     def __init__(self, teacher: Network, student: Network, generator: SampleGenerator, settings: CoEvolutionSettings, *,
@@ -104,6 +117,9 @@ class CoEvolution:
         if min(settings.size) < teacher.min_size:
             raise ConfigError(f'dfq.size={tuple(settings.size)} is smaller than one attention window of '
                               f'{teacher.min_size} pixels: give a larger size')
+        if teacher.fixed_size is not None and tuple(settings.size) != tuple(teacher.fixed_size):
+            raise ConfigError(f'dfq.size={tuple(settings.size)} does not fit the position embedding of the model: set '
+                              f'dfq.size={tuple(teacher.fixed_size)}')
         if settings.source == 'real' and real_source is None:
             raise ConfigError('dfq.source=\'real\' needs a training dataset in the config; a data-free run has none')
         self.teacher, self.student, self.generator, self.settings = teacher, student, generator, settings
@@ -112,6 +128,7 @@ class CoEvolution:
         # A generator of weight 0 does not compete: the rule that adapts the weight is then never asked.
         self.weight = AdaptiveWeight(generator.discrepancy_weight or 1.0)
         self.latest: Optional[Tensor] = None
+        self.labels: Optional[Tensor] = None  # classes that the latest samples were made for, (n,)
         self.random = torch.Generator().manual_seed(seed)
         self.rounds = 0
         self.history: List[Dict[str, float]] = []
@@ -131,18 +148,31 @@ class CoEvolution:
         if source == 'real':
             return self.real_source(count)
         first = NOISES[self.generator.init](count, size, spec, generator=self.random)
-        return torch.cat([self._synthesize(batch, compete) for batch in first.split(self.generator.batch_size)])
+        self.labels = self._random_classes(count)
+        starts = range(0, count, self.generator.batch_size)
+        parts = [slice(start, start + self.generator.batch_size) for start in starts]
+        return torch.cat([self._synthesize(first[part], None if self.labels is None else self.labels[part], compete)
+                          for part in parts])
 
-    def _synthesize(self, first: Tensor, compete: bool) -> Tensor:
+    def _random_classes(self, count: int) -> Optional[Tensor]:
+        if self.settings.classes is None or self.teacher.num_classes is None:
+            return None
+        return torch.randint(0, self.teacher.num_classes, (count, ), generator=self.random)
+
+    def _synthesize(self, first: Tensor, labels: Optional[Tensor], compete: bool) -> Tensor:
         taught: List[Tensor] = []
         begun, steps = time.perf_counter(), self.generator.steps * self.generator.rounds
 
-        def forward(images: Tensor):
-            taught[:] = self.teacher.outputs(images)
-            return taught
+        def forward(images: Tensor) -> Optional[Tensor]:
+            found = self.teacher.run(images, with_logits=labels is not None)
+            taught[:] = found.parts
+            return found.logits
 
         def discrepancy(images: Tensor) -> Tensor:
             return normalized_l1(self.student.outputs(images), taught)
+
+        def class_loss(logits: Tensor) -> Tensor:
+            return F.cross_entropy(logits, labels.to(logits.device))
 
         def report(entry: Dict[str, float]) -> None:
             if self.progress is not None:
@@ -151,18 +181,31 @@ class CoEvolution:
 
         rival = discrepancy if compete and self.generator.discrepancy_weight > 0 else None
         made = self.generator.generate(self.teacher.model, self.teacher.image_spec, forward=forward, discrepancy=rival,
-                                       weight=self.weight, init=first, generator=self.random, progress=report)
+                                       class_loss=None if labels is None else class_loss, weight=self.weight, init=first,
+                                       generator=self.random, progress=report, prefix_tokens=self.teacher.prefix_tokens)
         self.history.extend(dict(step, round=self.rounds) for step in made.history)
         return made.samples.cpu()
 
     # ------------------------------------------------------------------ rounds
-    def prepare(self) -> None:
-        """First samples, without competition (there is no student yet), then the student's ranges on them."""
-        self._renew(self.settings.calibration_samples, compete=False)
+    def prepare(self, given: Optional[Tensor] = None, labels: Optional[Tensor] = None) -> None:
+        """First samples, without competition (there is no student yet), then the student's ranges on them.
+
+        Args:
+            given: Samples (n, C, H, W) in the model's units, n within the pool's size, instead of making some.
+            labels: Classes that they were made for, (n,).
+        """
+        if given is None:
+            self._renew(self.settings.calibration_samples, compete=False)
+        else:
+            self.latest, self.labels = given, labels
+            self._keep()
         self.observe(self.latest)
 
     def _renew(self, count: int, compete: bool) -> None:
         self.latest = self.make_samples(count, compete)
+        self._keep()
+
+    def _keep(self) -> None:
         self.pool.add(self.latest)
         self.rounds += 1
 

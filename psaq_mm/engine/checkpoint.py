@@ -3,20 +3,24 @@
 import hashlib
 import os
 import pickle
+import re
 import types
+import urllib.parse
 from collections import OrderedDict
 from pathlib import Path
-from typing import Dict, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 import psaq_mm
 from psaq_mm.errors import CheckpointError
-from psaq_mm.models.loading import check_state_dict
+from psaq_mm.models import spec_of
+from psaq_mm.models.loading import convert_timm_keys, whole_loading
 from psaq_mm.quantization import is_quantizer_key
 
-__all__ = ['file_sha256', 'read_checkpoint', 'is_quantized', 'load_weights', 'save_atomic', 'student_checkpoint']
+__all__ = ['file_sha256', 'load_restricted', 'read_checkpoint', 'is_quantized', 'load_weights', 'save_atomic',
+           'student_checkpoint']
 
 PathLike = Union[str, os.PathLike]
 
@@ -33,6 +37,10 @@ _ALLOWED = {
     ('pathlib', 'PosixPath'), ('pathlib', 'PurePosixPath'), ('pathlib', 'WindowsPath'),
 }
 """What checkpoints of OpenMMLab hold beside tensors: histories of the logger, numpy scalars, metainfo."""
+
+
+_CONTENT_HASH = re.compile(r'-[0-9a-f]{8,}\.\w+$')
+"""What the names of OpenMMLab's and PyTorch's own checkpoints end with; such a name stands for one content."""
 
 
 def _history_method(owner: type, name: str):
@@ -80,8 +88,48 @@ def file_sha256(path: PathLike) -> str:
     return digest.hexdigest()
 
 
+def _downloaded(url: str) -> str:
+    """Where a URL's file lies in PyTorch's cache, after downloading it there if need be."""
+    from torch.hub import download_url_to_file, get_dir
+    name = os.path.basename(urllib.parse.urlparse(url).path)
+    if not _CONTENT_HASH.search(name):
+        # Many a model is called model.safetensors.
+        name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}_{name}'
+    cached = os.path.join(get_dir(), 'checkpoints', name)
+    if not os.path.isfile(cached):
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        try:
+            download_url_to_file(url, cached, progress=False)
+        except OSError as error:
+            raise CheckpointError(f'{url} could not be downloaded ({error}): fetch it yourself and give its '
+                                  'local path') from error
+    return cached
+
+
+def load_restricted(path: PathLike) -> Any:
+    """What a ``.pth``, ``.pt`` or ``.safetensors`` file holds, read onto the CPU without running code.
+
+    Raises:
+        CheckpointError: The file is absent, cut short, of another kind, or would run code.
+    """
+    path = str(path)
+    if not os.path.isfile(path):
+        raise CheckpointError(f'there is no checkpoint {path}: check the path')
+    try:
+        if path.endswith('.safetensors'):
+            from safetensors.torch import load_file
+            return load_file(path)
+        return torch.load(path, map_location='cpu', pickle_module=_pickle_module(), weights_only=False)
+    except CheckpointError as error:
+        raise CheckpointError(f'{path} is not read: {error}') from error
+    except Exception as error:  # torch, zip and safetensors raise a dozen types for a damaged file
+        first = (str(error).splitlines() or [''])[0]
+        raise CheckpointError(f'{path} is damaged or no checkpoint ({type(error).__name__}: {first}): '
+                              'fetch or save it again') from error
+
+
 def read_checkpoint(path: PathLike) -> Dict:
-    """Read a ``.pth`` or ``.safetensors`` file, or a URL (``.pth``), onto the CPU.
+    """Read a ``.pth`` or ``.safetensors`` file, or the URL of one, onto the CPU.
 
     Returns:
         ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under ``model``, is wrapped in that form.
@@ -91,30 +139,8 @@ def read_checkpoint(path: PathLike) -> Dict:
     """
     path = str(path)
     if path.startswith(('http://', 'https://')):
-        from torch.hub import get_dir
-        from torch.hub import download_url_to_file
-        cached = os.path.join(get_dir(), 'checkpoints', os.path.basename(path))
-        if not os.path.isfile(cached):
-            os.makedirs(os.path.dirname(cached), exist_ok=True)
-            try:
-                download_url_to_file(path, cached)
-            except OSError as error:
-                raise CheckpointError(f'{path} could not be downloaded ({error}): fetch it yourself and give its '
-                                      'local path') from error
-        path = cached
-    if not os.path.isfile(path):
-        raise CheckpointError(f'there is no checkpoint {path}: check the path')
-    try:
-        if path.endswith('.safetensors'):
-            from safetensors.torch import load_file
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location='cpu', pickle_module=_pickle_module(), weights_only=False)
-    except CheckpointError as error:
-        raise CheckpointError(f'{path} is not read: {error}') from error
-    except Exception as error:  # torch, zip and safetensors raise a dozen types for a damaged file
-        raise CheckpointError(f'{path} is damaged or no checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}): '
-                              'fetch or save it again') from error
+        path = _downloaded(path)
+    content = load_restricted(path)
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a checkpoint: save model.state_dict()')
     if 'state_dict' not in content:
@@ -139,21 +165,16 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
     Raises:
         CheckpointError: A key or shape does not fit, or a weight is NaN or infinite; the message names it and ``source``.
     """
-    weights = checkpoint['state_dict']
-    try:
-        check_state_dict(model, weights)
-    except CheckpointError as error:
-        raise CheckpointError(f'{source}: {error}') from error
+    weights = convert_timm_keys(model, checkpoint['state_dict'])
     for key, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
                                   'use an earlier checkpoint')
-    own = model.state_dict()
-    strangers = [k for k in weights if k not in own and not k.endswith('num_batches_tracked')]
-    if strangers:
-        raise CheckpointError(f'{source}: {len(strangers)} weights have no place in the model ({", ".join(strangers[:3])}): '
-                              'use the config that it was trained with')
-    model.load_state_dict(weights, strict=False)
+    try:
+        with whole_loading(model):
+            model.load_state_dict(weights, strict=False)
+    except CheckpointError as error:
+        raise CheckpointError(f'{source}: {error}') from error
 
 
 def save_atomic(content: Dict, path: PathLike) -> None:
@@ -189,7 +210,7 @@ def student_checkpoint(model: nn.Module, config_text: str, dataset_meta: Optiona
         settings: The data-free settings of the run, JSON types only.
     """
     state = OrderedDict((k, v.detach().cpu().clone()) for k, v in model.state_dict().items())
-    spec = getattr(model, 'quant_spec', None) or model.backbone.quant_spec
+    spec = spec_of(model)
     meta = dict(cfg=config_text, dataset_meta=dataset_meta or {},
                 psaq_mm=dict(version=psaq_mm.__version__, label=spec.label, quant=spec.to_dict(),
                              teacher=dict(checkpoint=str(teacher[0]), sha256=teacher[1]), dfq=settings))

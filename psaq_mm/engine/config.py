@@ -2,19 +2,24 @@
 """Turning any config of a quantized model into its data-free form."""
 import copy
 import os
+import re
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from mmengine.config import Config, ConfigDict
 
-from psaq_mm.engine.presets import resolve_dfq
+from psaq_mm.engine.presets import METHODS, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError
+from psaq_mm.quantization import QuantSpec
 
-__all__ = ['to_data_free', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config', 'sample_size',
+__all__ = ['apply_method', 'to_data_free', 'quant_holder', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config', 'sample_size',
            'drop_pretrained']
 
 _DATA_HOOKS = ('EMAHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
                'MeanTeacherHook', 'PreciseBNHook', 'SyncNormHook', 'SwitchRecipeHook', 'SwAVHook')
 """Inherited hooks that expect the real dataset, or a second copy of the weights that nothing here would use."""
+
+_RESIZES = ('Resize', 'FixScaleResize', 'ResizeEdge')
+"""Steps of a pipeline whose ``scale`` is the size of what a model sees; an int is a classifier's."""
 
 
 def _type_name(config: Mapping) -> str:
@@ -26,23 +31,46 @@ def is_quantized_config(model: Mapping) -> bool:
     return _type_name(model) == 'Quantized' or _type_name(model.get('backbone') or {}) == 'QuantSwinTransformer'
 
 
-def quantized_model_config(config: Config, quant=None) -> ConfigDict:
+def quantized_model_config(config: Config, quant=None, method: Optional[str] = None) -> ConfigDict:
     """The model config, wrapped in ``psaq_mm.Quantized`` where it is not quantized yet and ``quant`` says how.
+
+    Args:
+        config: A whole config.
+        quant: A preset. On a config that is quantized already it takes the place of all but the scope.
+        method: One of :data:`psaq_mm.engine.presets.METHODS`, whose quantizer's recipe is applied to the bits of ``quant`` or of the
+            config; a preset that names a recipe itself keeps its own.
 
     Raises:
         ConfigError: No model in the config, or a full-precision one without ``quant``.
+        SpecError: The preset is not known.
     """
     if not config.get('model'):
         raise ConfigError(f'the config {config.filename} has no model: give a full model config, not one of its bases')
-    model = ConfigDict(config.model)
-    if is_quantized_config(model):
-        if quant is not None:
-            raise ConfigError('the config is quantized already: leave --quant out, or use --cfg-options model.quant=...')
-        return model
-    if quant is None:
-        raise ConfigError(f'the config {config.filename} is full-precision: set model = dict(type=\'psaq_mm.Quantized\', '
-                          'base_type={{_base_.model.type}}, quant=\'w8a8\') in a config that inherits it, or give --quant')
-    return ConfigDict({**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': quant})
+    model = copy.deepcopy(ConfigDict(config.model))
+    if config.get('data_preprocessor') and not model.get('data_preprocessor'):
+        # mmpretrain has it beside the model; whoever builds from the model config alone needs its mean and std too.
+        model.data_preprocessor = copy.deepcopy(config.data_preprocessor)
+    recipe = METHODS.get(method or '', '')
+    if not is_quantized_config(model):
+        if quant is None:
+            raise ConfigError(f'the config {config.filename} is full-precision: set model = dict(type=\'psaq_mm.Quantized\', '
+                              'base_type={{_base_.model.type}}, quant=\'w8a8\') in a config that inherits it, or give --quant')
+        return ConfigDict({**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': _preset_of(quant, recipe)})
+    holder = quant_holder(model)
+    own = QuantSpec.parse(holder.get('quant', 'w8a8'))
+    if quant is not None or recipe:
+        holder.quant = dict(preset=_preset_of(quant or own.label.lower(), recipe), scope=own.scope)
+    return model
+
+
+def quant_holder(model: Mapping) -> Any:
+    """The part of a quantized model config that has ``quant``: the model, or its backbone."""
+    return model if _type_name(model) == 'Quantized' else model['backbone']
+
+
+def _preset_of(quant: Any, recipe: str) -> Any:
+    plain = isinstance(quant, str) and re.fullmatch(r'w\d+a\d+', quant, re.IGNORECASE)
+    return f'{recipe}_{quant}' if recipe and plain else quant
 
 
 def full_precision_model_config(model: Mapping) -> ConfigDict:
@@ -83,19 +111,23 @@ def _pipelines(config: Config) -> List[Sequence[Mapping]]:
 def sample_size(config: Config) -> Tuple[int, int]:
     """Height and width of the samples: the training crop where there is one, else the test resolution, in whole strides.
 
+    A classifier's test crop is taken as it is: its position embedding may fit no other size.
+
     Raises:
         ConfigError: The config tells neither; ``dfq.size`` then has to.
     """
     size = (config.model.get('data_preprocessor') or config.get('data_preprocessor') or {}).get('size')
     if not size:
-        for pipeline in _pipelines(config):
-            for step in pipeline:
-                if _type_name(step) in ('Resize', 'FixScaleResize') and step.get('scale'):
-                    width, height = step['scale']
-                    short, long = min(width, height), max(width, height)
-                    # A detector's scale is a bound: 1333 x 800 lets a 3:2 picture be 800 x 1200.
-                    long = min(long, round(short * 1.5))
-                    size = (short, long)
+        steps = [step for pipeline in _pipelines(config) for step in pipeline]
+        crops = [step.get('crop_size') for step in steps if _type_name(step) == 'CenterCrop']
+        scales = [step['scale'] for step in steps if _type_name(step) in _RESIZES and step.get('scale')]
+        exact = crops or [scale for scale in scales if isinstance(scale, int)]
+        if exact:
+            return (exact[-1], exact[-1]) if isinstance(exact[-1], int) else tuple(exact[-1])
+        for width, height in scales:
+            short, long = min(width, height), max(width, height)
+            # A detector's scale is a bound: 1333 x 800 lets a 3:2 picture be 800 x 1200.
+            size = (short, min(long, round(short * 1.5)))
     if not size:
         raise ConfigError('the config tells no image size: set dfq.size=(height, width)')
     height, width = (size, size) if isinstance(size, int) else size
@@ -109,6 +141,16 @@ def _sorted_hooks(config: Config) -> Tuple[List, List[str]]:
     return [h for h in kept if _type_name(h) != 'DataFreeQuantHook'], [str(h.get('type')) for h in dropped]
 
 
+def apply_method(config: Config, quant: Optional[str] = None, method: Optional[str] = None) -> Config:
+    """A copy of a config with another precision, another method, or both: see :func:`quantized_model_config` for the quantizer
+    and :func:`psaq_mm.engine.presets.with_method` for the samples and the training."""
+    config = copy.deepcopy(config)
+    config.model = quantized_model_config(config, quant, method)
+    if method:
+        config.dfq = with_method(config.get('dfq'), method)
+    return config
+
+
 def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool = False, quant=None) -> Config:
     """A copy of ``config`` that quantizes without data, and runs under any ``tools/train.py`` of OpenMMLab.
 
@@ -120,7 +162,7 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
             :mod:`psaq_mm.engine.presets`.
         checkpoint: The full-precision checkpoint; defaults to ``dfq.teacher.checkpoint``, then ``load_from``.
         val: Validate after the last step, on the config's own validation set (sooner with ``train_cfg.val_interval``).
-        quant: A preset for a config that is full-precision still.
+        quant: See :func:`quantized_model_config`.
 
     Raises:
         ConfigError: No checkpoint, no such file, no image size, or an unknown setting.

@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping, Union
 
 from psaq_mm.errors import ConfigError
 
-__all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'resolve_dfq']
+__all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'METHODS', 'resolve_dfq', 'with_method']
 
 DFQ_DEFAULTS: Dict[str, Any] = dict(
     method='psaq_v2',
@@ -18,9 +18,13 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     evolve_every=50,
     evolve_samples=16,
     source='generated',
+    samples=None,  # a samples.pt or a folder of images: the first samples, instead of making them
+    save_samples=False,  # samples.pt and samples/NNNN.png in the work dir
     reobserve=True,
     augment=True,
-    distil=('backbone', 'neck'),
+    classes=None,  # 'random': one class a sample, for classifiers
+    distil=None,  # parts of the model, see psaq_mm.models.task.PARTS; None: chosen by the model
+    block_stride=3,  # of the part 'blocks'
     iters=200,
     lr=1e-4,
     clip_grad=1.0,
@@ -34,6 +38,19 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
 
 DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     'psaq_v2': dict(),
+    # PSAQ-ViT as its released code makes samples (arXiv 2203.02250), ranges calibrated and nothing trained. Its quantizer is
+    # quant='psaq_v1_w8a8'. lr=None is 0.20 for ViT and DeiT, 0.25 for Swin. Token 0 is dropped on every model, also on Swin,
+    # which has no class token: the released code does. Detectors and segmentors have no class: there it runs class-free.
+    'psaq_v1': dict(method='psaq_v1', iters=0, evolve_every=0, calibration_samples=32, reobserve=False, classes='random',
+                    generator=dict(batch_size=32, steps=500, rounds=2, lr=None, betas=(0.5, 0.9), warmup=0.2, entropy_weight=1.0,
+                                   prior_weight=0.05, class_weight=1.0, discrepancy_weight=0.0, variation=(2500.0, 3000.0),
+                                   jitter=(15, 30), flip=0.5, init='gaussian', drop_tokens=1, points=10, bandwidth=0.01,
+                                   value_range=None)),
+    # RepQ-ViT (arXiv 2212.08254) calibrates on 32 real images; with source='generated' it is data-free. Its quantizer is
+    # quant='repq_w4a4'. Ranges are not observed again later: each time would fold them into the LayerNorms anew.
+    'repq': dict(method='repq', source='real', iters=0, evolve_every=0, calibration_samples=32, reobserve=False),
+    # RepQ's quantizer under V2's training.
+    'repq_v2': dict(method='repq_v2', reobserve=False),
     # Controls: ranges from noise through the same quantizer, nothing trained.
     'gaussian': dict(method='gaussian', source='gaussian', iters=0, evolve_every=0),
     # Ranges from samples of the patch similarity alone, nothing trained: V2 without its second half.
@@ -66,3 +83,36 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
             else:
                 settings[key] = value
     return settings
+
+
+METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='', repq='repq', repq_v2='repq')
+"""Published methods, and the step beyond: each a preset of :data:`DFQ_PRESETS` with the quantizer's recipe that belongs to it
+(:data:`psaq_mm.quantization.RECIPES`; none for V2, whose quantizer is the plain one)."""
+
+_OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
+                   'save_samples', 'samples', 'teacher')
+
+
+def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]:
+    """A config's ``dfq`` key under another method.
+
+    A method that trains takes every setting that the config has. One that calibrates alone takes those of the machine (size,
+    batches, seed, intervals) and of the samples' memory (``generator.batch_size``); the others are the method itself.
+
+    Args:
+        given: As for :func:`resolve_dfq`.
+        method: One of :data:`METHODS`.
+
+    Raises:
+        ConfigError: The method is not known.
+    """
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, 1)
+        hint = f'did you mean {near[0]}? Known are' if near else 'use one of'
+        raise ConfigError(f'the method {method!r} is not known: {hint} {", ".join(METHODS)}')
+    given = {} if given is None or isinstance(given, str) else dict(given)
+    if resolve_dfq(method)['iters']:
+        return {**given, 'preset': method}
+    kept = {key: given[key] for key in _OF_THE_MACHINE if key in given}
+    batch = (given.get('generator') or {}).get('batch_size')
+    return {**kept, 'preset': method, **(dict(generator=dict(batch_size=batch)) if batch else {})}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psaq_mm.engine.data_overlap import check_no_overlap
 from psaq_mm.errors import ConfigError, DataError
 
 __all__ = ['training_images']
@@ -24,13 +25,14 @@ def training_images(config, model: nn.Module, size: Tuple[int, int], seed: int) 
         Count to normalized images (count, C, height, width), each call going on where the last one stopped.
 
     Raises:
-        ConfigError: The config has no training set.
+        ConfigError: The config has no training set, or one that reads the files of its test or validation set.
         DataError: It cannot be opened, or is empty.
     """
     loader = config.get('train_dataloader') or {}
     if not loader.get('dataset'):
         raise ConfigError('dfq.source=\'real\' needs train_dataloader.dataset in the config: name the training set, or use '
                           'dfq.source=\'generated\'')
+    check_no_overlap(config)
     from mmengine.registry import DATASETS
     try:
         dataset = DATASETS.build(loader['dataset'])

@@ -9,13 +9,39 @@ from typing import Mapping, Union
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
-from psaq_mm.errors import ConfigError
+from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.loading import guard_loading
-from psaq_mm.models.scope import check_backbone, first_layer_name, scope_filter
+from psaq_mm.models.scope import check_backbone, find_backbone, first_layer_name, scope_filter
 from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_
 from psaq_mm.registry import MODELS
 
-__all__ = ['Quantized', 'quantize_model_']
+__all__ = ['Quantized', 'quantize_model_', 'report_of', 'spec_of']
+
+
+def spec_of(model: nn.Module) -> QuantSpec:
+    """The spec that a model, or its backbone alone, was quantized under.
+
+    Raises:
+        UnsupportedModelError: Neither is quantized.
+    """
+    return _quantized_part(model).quant_spec
+
+
+def report_of(model: nn.Module) -> ConversionReport:
+    """What was quantized in a model, or in its backbone alone, and what stays float.
+
+    Raises:
+        UnsupportedModelError: Neither is quantized.
+    """
+    return _quantized_part(model).quant_report
+
+
+def _quantized_part(model: nn.Module) -> nn.Module:
+    for part in (model, find_backbone(model)):
+        if getattr(part, 'quant_spec', None) is not None:
+            return part
+    raise UnsupportedModelError(f'{type(model).__name__} is not quantized, nor is its backbone: build it with '
+                                'model = dict(type=\'psaq_mm.Quantized\', ...), or call psaq_mm.models.quantize_model_')
 
 
 def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> ConversionReport:

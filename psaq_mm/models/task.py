@@ -1,19 +1,60 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What a data-free run needs to know of a detector, segmentor or classifier, whichever library it comes from."""
-from typing import List, Sequence, Tuple
+import math
+from contextlib import nullcontext
+from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from psaq_mm.distillation.blocks import BlockTaps
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.scope import find_backbone
-from psaq_mm.synthesis import ImageSpec
+from psaq_mm.synthesis import ImageSpec, find_attention
 
-__all__ = ['TaskModel', 'PARTS']
+__all__ = ['TaskModel', 'TaskOutputs', 'PARTS', 'default_parts']
 
-PARTS = ('backbone', 'neck', 'head')
-"""Parts whose outputs can be distilled. ``head``: RPN maps of a two-stage detector, per-pixel logits of a segmentor, dense
-head maps of a one-stage detector, logits of a classifier."""
+PARTS = ('blocks', 'backbone', 'neck', 'head')
+"""Parts whose outputs can be distilled. ``blocks``: the tokens of every few transformer blocks, for backbones without stages of
+several scales. ``head``: RPN maps of a two-stage detector, per-pixel logits of a segmentor, dense head maps of a one-stage
+detector, logits of a classifier."""
+
+
+class TaskOutputs(NamedTuple):
+    """One forward pass of a model.
+
+    Attributes:
+        parts: The tensors of the parts asked for.
+        logits: (B, classes) of a classifier, else None.
+    """
+    parts: List[Tensor]
+    logits: Optional[Tensor]
+
+
+def _is_timm(net: nn.Module) -> bool:
+    """Whether a network has timm's interface of a classifier."""
+    return hasattr(net, 'forward_features') and hasattr(net, 'forward_head')
+
+
+def _is_classifier(model: nn.Module) -> bool:
+    # By module path: no library is imported to ask, and subclasses count.
+    known = any(base.__module__.startswith('mmpretrain.models.classifiers') for base in type(model).__mro__)
+    return known or _is_timm(find_backbone(model))
+
+
+def default_parts(model: nn.Module) -> Tuple[str, ...]:
+    """The parts that the student learns where a config leaves it open.
+
+    Stages and neck levels where the backbone gives stages of several scales (Swin under a detector or segmentor); the
+    transformer blocks where all its tokens are of one width (ViT, DeiT), or where it gives its last stage alone. A classifier's
+    logits always.
+    """
+    backbone = find_backbone(model)
+    widths = {module.qkv.in_features for _, module in find_attention(backbone)}
+    stages = getattr(backbone, 'out_indices', None)
+    pyramid = len(widths) != 1 and not _is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
+    head = ('head', ) if _is_classifier(model) else ()
+    return (('backbone', 'neck') if pyramid else ('blocks', )) + head
 
 
 def _tensors(outputs) -> List[Tensor]:
@@ -27,6 +68,19 @@ def _tensors(outputs) -> List[Tensor]:
     return []
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    """The network itself: mmpretrain's TIMMBackbone holds timm's, and that may be wrapped to give features."""
+    backbone = find_backbone(model)
+    inner = getattr(backbone, 'timm_model', backbone)
+    wrapped = getattr(inner, 'model', None)
+    return wrapped if isinstance(wrapped, nn.Module) else inner
+
+
+def _logits(outputs: List[Tensor]) -> Tensor:
+    """A classifier's logits; several heads (Conformer's) are added, as its prediction adds them."""
+    return outputs[0] if len(outputs) == 1 else torch.stack(outputs).sum(0)
+
+
 class TaskModel:
     """A thin view of a model: its colour range, its outputs to distil, and a forward that reaches every layer.
 
@@ -34,21 +88,28 @@ class TaskModel:
 
     Args:
         model: A built detector, segmentor, classifier or backbone.
-        parts: Which outputs :meth:`outputs` returns, out of :data:`PARTS`. Parts that the model lacks are left out.
+        parts: Which outputs :meth:`outputs` returns, out of :data:`PARTS`. Parts that the model lacks are left out. Defaults
+            to None, :func:`default_parts`.
         max_proposals: RoIs an image that :meth:`calibration_forward` sends through the RoI heads. They are the RPN's best,
             without a score threshold: on synthetic images a threshold may leave a mask head without any data.
+        block_stride: For the part ``blocks``: every how many of them, see :class:`psaq_mm.distillation.blocks.BlockTaps`.
 
     Raises:
         ConfigError: A part that does not exist.
+        UnsupportedModelError: ``blocks`` of a model that has none.
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[str] = ('backbone', 'neck'), max_proposals: int = 100):
+    def __init__(self, model: nn.Module, parts: Optional[Sequence[str]] = None, max_proposals: int = 100,
+                 block_stride: int = 3):
+        parts = default_parts(model) if parts is None else parts
         unknown = [p for p in parts if p not in PARTS]
         if unknown:
             raise ConfigError(f'distil={list(parts)} names no part {unknown[0]!r} of a model: use some of {", ".join(PARTS)}')
         self.model = model
         self.parts = tuple(parts)
         self.max_proposals = max_proposals
+        self.block_stride = block_stride
+        self._blocks = BlockTaps(find_backbone(model), block_stride) if 'blocks' in self.parts else None
 
     @property
     def image_spec(self) -> ImageSpec:
@@ -63,23 +124,64 @@ class TaskModel:
     @property
     def min_size(self) -> int:
         """The least image side, in pixels: one attention window, or one patch under global attention."""
-        patch, window = 1, 1
-        for module in find_backbone(self.model).modules():
-            if isinstance(module, nn.Conv2d):
-                patch = max(module.stride)
-                break
+        patch, window = self._patch, 1
         for module in find_backbone(self.model).modules():
             size = getattr(module, 'window_size', None)
-            if isinstance(size, int):
-                window = size
+            if isinstance(size, (int, tuple)):
+                window = size if isinstance(size, int) else max(size)
                 break
         return patch * window
+
+    @property
+    def _patch(self) -> int:
+        for module in find_backbone(self.model).modules():
+            if isinstance(module, nn.Conv2d):
+                return max(module.stride)
+        return 1
+
+    @property
+    def fixed_size(self) -> Optional[Tuple[int, int]]:
+        """The only (height, width) that the position embedding takes, or None where it takes others too.
+
+        timm's ViT and Swin refuse other sizes than the one they were built for; the Swin of mmdet and mmseg with an absolute
+        position embedding adds it without resizing. ViT of mmpretrain and mmseg resize theirs.
+        """
+        net = _inner(self.model)
+        embed = getattr(net, 'patch_embed', None)
+        size = getattr(embed, 'img_size', None)
+        if getattr(embed, 'strict_img_size', False) and size:
+            return (size, size) if isinstance(size, int) else tuple(size)
+        absolute = getattr(net, 'absolute_pos_embed', None)
+        if getattr(net, 'use_abs_pos_embed', False) and isinstance(absolute, Tensor) and not hasattr(net, 'interpolate_mode'):
+            side = math.isqrt(absolute.shape[1]) * self._patch  # of a square: the backbone does not keep pretrain_img_size
+            return side, side
+        return None
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before those of the patches: 0 for Swin, 1 for ViT and DeiT, 2 for a distilled DeiT."""
+        net = _inner(self.model)
+        for name in ('num_prefix_tokens', 'num_extra_tokens'):
+            if isinstance(getattr(net, name, None), int):
+                return getattr(net, name)
+        if not getattr(net, 'with_cls_token', True):  # mmseg's ViT has the parameter all the same
+            return 0
+        return sum(isinstance(getattr(net, name, None), nn.Parameter) for name in ('cls_token', 'dist_token'))
+
+    @property
+    def num_classes(self) -> Optional[int]:
+        """Classes of a classifier; None for every other task, and for a classifier without a head."""
+        if not _is_classifier(self.model):
+            return None
+        net = find_backbone(self.model)
+        found = getattr(net if _is_timm(net) else getattr(self.model, 'head', None), 'num_classes', None)
+        return found if isinstance(found, int) and found > 0 else None
 
     # ------------------------------------------------------------------ forwards
     def features(self, images: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
         """Outputs of backbone and neck for normalized ``images`` (B, C, H, W); the neck's are the backbone's without one."""
         backbone = find_backbone(self.model)
-        stages = backbone(images)
+        stages = backbone.forward_features(images) if _is_timm(backbone) else backbone(images)
         stages = list(stages) if isinstance(stages, (tuple, list)) else [stages]
         neck = getattr(self.model, 'neck', None)
         if backbone is self.model or neck is None:
@@ -88,6 +190,9 @@ class TaskModel:
         return stages, list(levels) if isinstance(levels, (tuple, list)) else [levels]
 
     def _dense_head(self, levels: List[Tensor]) -> List[Tensor]:
+        backbone = find_backbone(self.model)
+        if _is_timm(backbone):
+            return _tensors(backbone.forward_head(levels[0]))
         for name in ('rpn_head', 'decode_head', 'bbox_head', 'head'):
             head = getattr(self.model, name, None)
             if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList):
@@ -95,26 +200,39 @@ class TaskModel:
         return []
 
     def outputs(self, images: Tensor) -> List[Tensor]:
-        """The tensors that the student learns from the teacher, coarse structure first: stages, neck levels, dense maps.
+        """The tensors that the student learns from the teacher, coarse structure first: blocks, stages, neck levels, dense maps.
 
         Args:
             images: Normalized, (B, C, H, W).
         """
-        stages, levels = self.features(images)
-        found: List[Tensor] = []
+        return self.run(images).parts
+
+    def run(self, images: Tensor, with_logits: bool = False) -> TaskOutputs:
+        """One forward pass: the outputs to distil, and a classifier's logits where ``with_logits`` asks for them.
+
+        Args:
+            images: Normalized, (B, C, H, W).
+            with_logits: Run a classifier's head though it may not be distilled.
+        """
+        recording = nullcontext([]) if self._blocks is None else self._blocks.record(images.requires_grad)
+        with recording as blocks:
+            stages, levels = self.features(images)
+        found: List[Tensor] = list(blocks)
         if 'backbone' in self.parts:
             found += _tensors(stages)
         if 'neck' in self.parts and levels is not stages:
             found += levels
+        wants_logits = with_logits and self.num_classes is not None
+        dense = self._dense_head(levels) if 'head' in self.parts or wants_logits else []
         if 'head' in self.parts:
-            found += self._dense_head(levels)
-        return found
+            found += dense
+        return TaskOutputs(found, _logits(dense) if wants_logits else None)
 
     @torch.no_grad()
     def calibration_forward(self, images: Tensor, scope: str = 'backbone') -> None:
         """Run every layer that ``scope`` quantizes once on ``images`` (B, C, H, W)."""
         if scope == 'backbone':
-            find_backbone(self.model)(images)
+            find_backbone(self.model)(images)  # a timm network holds its head: it runs too
             return
         stages, levels = self.features(images)
         self._dense_head(levels)

@@ -13,11 +13,14 @@ from psaq_mm.synthesis.normalization import ImageSpec
 from psaq_mm.synthesis.priors import VARIATION_RANGE, variation_prior
 from psaq_mm.synthesis.similarity import RangeReducer, patch_similarity_entropy
 from psaq_mm.synthesis.sources import SOURCES
-from psaq_mm.synthesis.taps import AttentionTaps
+from psaq_mm.synthesis.taps import AttentionTaps, find_attention
 
 __all__ = ['GeneratedSamples', 'SampleGenerator']
 
 Weight = Union[float, Callable[[float], float]]
+
+GLOBAL_RATE, WINDOW_RATE = 0.20, 0.25
+"""Learning rates of PSAQ-ViT's released code for global attention (ViT, DeiT) and for attention in windows (Swin)."""
 
 
 @dataclass
@@ -52,7 +55,8 @@ class SampleGenerator:
         batch_size: Number of samples made together.
         steps: Optimizer steps of one round.
         rounds: How often the learning rate schedule runs; the optimizer keeps its state in between.
-        lr: Greatest learning rate of Adam, in standard units a step; PSAQ-ViT takes 0.20 for ViT and DeiT.
+        lr: Greatest learning rate of Adam, in standard units a step. None takes PSAQ-ViT's for the model that
+            :meth:`generate` is given: 0.25 for attention in windows (Swin), 0.20 for global attention (ViT, DeiT).
         betas: Of Adam.
         warmup: Share of a round in which the learning rate rises linearly; it falls as a cosine afterwards.
         entropy_weight: Weight of the patch similarity entropy. 0 switches it off, also for models without attention.
@@ -63,7 +67,8 @@ class SampleGenerator:
         jitter: Greatest roll in pixels, by one offset in both axes; one value, or one a round.
         flip: Probability of a horizontal flip of the batch.
         init: Name of the source of the first images, 'gaussian' or 'pink'.
-        drop_tokens: Leading tokens to leave out of the patch similarity: 1 for a class token.
+        drop_tokens: Leading tokens to leave out of the patch similarity: 1 for a class token. Defaults to None, as many
+            as the model has before its patches, which whoever calls :meth:`generate` knows.
         points: Grid points of the similarity density.
         bandwidth: Bandwidth of the similarity density.
         value_range: Similarities that bound the grid of the density. Defaults to None, those of each batch as in the
@@ -86,7 +91,7 @@ class SampleGenerator:
                  batch_size: int = 8,
                  steps: int = 100,
                  rounds: int = 1,
-                 lr: float = 0.25,
+                 lr: Optional[float] = 0.25,
                  betas: Tuple[float, float] = (0.5, 0.9),
                  warmup: float = 0.2,
                  entropy_weight: float = 1.0,
@@ -97,7 +102,7 @@ class SampleGenerator:
                  jitter: Union[int, Sequence[int]] = 30,
                  flip: float = 0.5,
                  init: str = 'gaussian',
-                 drop_tokens: int = 0,
+                 drop_tokens: Optional[int] = None,
                  points: int = 10,
                  bandwidth: float = 0.01,
                  value_range: Optional[Tuple[float, float]] = None,
@@ -121,7 +126,7 @@ class SampleGenerator:
         for name in ('batch_size', 'steps', 'rounds'):
             if getattr(self, name) < 1:
                 raise DataError(f'{name}={getattr(self, name)} must be at least 1')
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise DataError(f'lr={self.lr} must be positive')
         for name in ('warmup', 'flip'):
             if not 0 <= getattr(self, name) <= 1:
@@ -152,7 +157,8 @@ class SampleGenerator:
                  init: Optional[Tensor] = None,
                  generator: Optional[torch.Generator] = None,
                  progress: Optional[Callable[[Dict[str, float]], None]] = None,
-                 reduce_range: Optional[RangeReducer] = None) -> GeneratedSamples:
+                 reduce_range: Optional[RangeReducer] = None,
+                 prefix_tokens: int = 0) -> GeneratedSamples:
         """Makes one batch of samples.
 
         Only the images are changed: no parameter of the model, or of what ``discrepancy`` calls, gets a gradient, and
@@ -174,6 +180,7 @@ class SampleGenerator:
                 get other samples in each call.
             progress: Called after each step with its entry of the history.
             reduce_range: As for :func:`~psaq_mm.synthesis.patch_similarity_entropy`, in distributed runs.
+            prefix_tokens: Tokens that the model puts before its patches, left out where ``drop_tokens`` is None.
 
         Returns:
             GeneratedSamples: Samples, on the model's device, and history.
@@ -186,15 +193,17 @@ class SampleGenerator:
         device = next((p.device for p in model.parameters()), torch.device('cpu'))
         images = self._first_images(image_spec, init, generator, device)
         level = self.variation[0] + (self.variation[1] - self.variation[0]) * _uniform(generator)
-        taps = AttentionTaps(model, self.drop_tokens) if self.entropy_weight else None
+        dropped = prefix_tokens if self.drop_tokens is None else self.drop_tokens
+        taps = AttentionTaps(model, dropped) if self.entropy_weight else None
+        greatest = self.rate_for(model)
         weight = self.discrepancy_weight if weight is None else weight
         history: List[Dict[str, float]] = []
 
         values = image_spec.to_standard(images).requires_grad_()
-        optimizer = torch.optim.Adam([values], lr=self.lr, betas=self.betas)
+        optimizer = torch.optim.Adam([values], lr=greatest, betas=self.betas)
         with _frozen(model), torch.enable_grad():
             for step in range(self.steps * self.rounds):
-                entry: Dict[str, float] = dict(step=step, lr=self._rate(step % self.steps))
+                entry: Dict[str, float] = dict(step=step, lr=greatest * self._schedule(step % self.steps))
                 moved = self._move(values, self.jitter[step // self.steps], generator)
                 terms = self._terms(model, image_spec, moved, level, forward, discrepancy, class_loss, taps, reduce_range)
                 total = self._total(terms, weight, entry)
@@ -273,12 +282,19 @@ class SampleGenerator:
         entry['total'] = sum(weights[name] * entry[name] for name in terms)
         return sum(weights[name] * term for name, term in terms.items())
 
-    def _rate(self, step: int) -> float:
-        """Learning rate of a step of a round: linear warm-up, then a cosine to zero."""
+    def rate_for(self, model: nn.Module) -> float:
+        """The greatest learning rate for a model: ``lr``, or PSAQ-ViT's for its kind of attention."""
+        if self.lr is not None:
+            return self.lr
+        windows = any(getattr(module, 'window_size', None) is not None for _, module in find_attention(model))
+        return WINDOW_RATE if windows else GLOBAL_RATE
+
+    def _schedule(self, step: int) -> float:
+        """Share of the learning rate in a step of a round: linear warm-up, then a cosine to zero."""
         warm = int(self.warmup * self.steps)
         if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
 
 
 @contextmanager

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What a data-free run leaves behind: checkpoints to resume from, sample sheets, and ``student.pth``."""
+"""What a data-free run leaves behind: checkpoints to resume from, sample sheets, ``student.pth``; its samples, if asked."""
 import os
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 from mmengine.hooks import Hook
 
 from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint
+from psaq_mm.engine.samples import save_samples
 from psaq_mm.registry import HOOKS
 from psaq_mm.visualization import sample_sheet, write_png
 
@@ -58,6 +59,9 @@ class DataFreeQuantHook(Hook):
     def before_train_epoch(self, runner) -> None:
         """The samples that set the ranges."""
         self._draw_sheet(runner)
+        loop = runner.train_loop
+        if loop.save_samples and loop.evolution.latest is not None:  # a resumed run has none of its own
+            self._save_samples(runner)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Checkpoint and sheet, when due."""
@@ -89,6 +93,13 @@ class DataFreeQuantHook(Hook):
         sheet = sample_sheet(newest[:32], evolution.teacher.image_spec)
         write_png(sheet, path)
         runner.visualizer.add_image('samples', sheet, step=runner.iter)
+
+    @master_only
+    def _save_samples(self, runner) -> None:
+        loop, evolution = runner.train_loop, runner.train_loop.evolution
+        path = save_samples(runner.work_dir, evolution.latest, loop.model, evolution.teacher.image_spec, labels=evolution.labels,
+                            seed=loop.seed, settings=loop.summary())
+        print_log(f'Saved {len(evolution.latest)} samples to {path}', 'current')
 
     @master_only
     def _save(self, runner, step: int) -> None:

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from psaq_mm.distillation import CoEvolution, CoEvolutionSettings
 from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
 from psaq_mm.engine.real_images import training_images
+from psaq_mm.engine.samples import SavedSamples, load_samples
 from psaq_mm.errors import CheckpointError, ConfigError
-from psaq_mm.models import TaskModel
+from psaq_mm.models import TaskModel, spec_of
 from psaq_mm.quantization import set_mode
 from psaq_mm.registry import LOOPS, TASK_UTILS
 
@@ -52,9 +53,14 @@ class DataFreeTrainLoop(BaseLoop):
         teacher: ``dict(checkpoint=..., sha256=...)``: the full-precision weights. A key of its own, because resuming
             replaces ``load_from``.
         generator: Config of the sample generator.
-        distil: Which outputs are compared, see :data:`psaq_mm.models.task.PARTS`.
+        distil: Which outputs are compared, see :data:`psaq_mm.models.task.PARTS`; None leaves it to
+            :func:`psaq_mm.models.task.default_parts`.
+        block_stride: Of the part ``blocks``: every how many transformer blocks.
         model_config: The quantized model's config, written into ``student.pth`` for inferencers.
         dropped_hooks: Inherited hooks that were dropped, named in the log.
+        samples: A ``samples.pt`` or a folder of images, see :func:`psaq_mm.engine.samples.load_samples`: the first samples.
+            Of more than ``calibration_samples`` the first are taken; of fewer all, which the log says.
+        save_samples: Whether :class:`~psaq_mm.engine.hooks.DataFreeQuantHook` keeps the first samples.
         seed: Seed of the samples and of their order.
         val_interval: Student steps between validations, where the config has a validation set; the last step is always
             followed by one.
@@ -63,9 +69,10 @@ class DataFreeTrainLoop(BaseLoop):
     """
 
     def __init__(self, runner, dataloader=None, max_iters: int = 200, teacher: Optional[Mapping] = None,
-                 generator: Optional[Mapping] = None, distil: Sequence[str] = ('backbone', 'neck'),
-                 model_config: Optional[Mapping] = None, dropped_hooks: Sequence[str] = (), seed: int = 0,
-                 val_interval: int = 0, log_interval: int = 10, **settings):
+                 generator: Optional[Mapping] = None, distil: Optional[Sequence[str]] = None,
+                 block_stride: int = 3, model_config: Optional[Mapping] = None, dropped_hooks: Sequence[str] = (),
+                 samples: Optional[str] = None, save_samples: bool = False, seed: int = 0, val_interval: int = 0,
+                 log_interval: int = 10, **settings):
         self._pool_dataset = _PoolDataset()
         super().__init__(runner, DataLoader(self._pool_dataset))
         self._max_iters, self._iter, self._epoch = int(max_iters), 0, 0
@@ -74,7 +81,9 @@ class DataFreeTrainLoop(BaseLoop):
         self.stop_training = False
         self.teacher_config = dict(teacher or {})
         self.generator = TASK_UTILS.build(dict(generator or {}, type=(generator or {}).get('type', 'SampleGenerator')))
-        self.settings_given, self.distil = settings, tuple(distil)
+        self.settings_given, self.block_stride = settings, block_stride
+        self.distil = None if distil is None else tuple(distil)
+        self.samples_path, self.save_samples = samples, save_samples
         self.model_config, self.seed, self.log_interval = model_config, seed, log_interval
         self._resumed: Optional[Dict[str, Any]] = None
         self.evolution: Optional[CoEvolution] = None
@@ -112,7 +121,8 @@ class DataFreeTrainLoop(BaseLoop):
         if self._resumed is None:
             load_weights(self.model, checkpoint, path)
         teacher = copy.deepcopy(self.model)
-        load_weights(teacher, checkpoint, path)
+        if self._resumed is not None:
+            load_weights(teacher, checkpoint, path)  # the copy has the weights of a student that has learned
         set_mode(teacher, 'off')
         teacher.requires_grad_(False)
         self._pool_dataset.metainfo = dict(checkpoint['meta'].get('dataset_meta') or {})
@@ -120,23 +130,45 @@ class DataFreeTrainLoop(BaseLoop):
 
     def _prepare(self) -> None:
         teacher, student = self._load_teacher(), _tune(self.model)
-        spec = getattr(student, 'quant_spec', None) or student.backbone.quant_spec
+        spec = spec_of(student)
         settings = CoEvolutionSettings(scope=spec.scope, **{**self.settings_given, 'size': tuple(self.settings_given['size'])})
+        if self.samples_path is not None and settings.source != 'generated':
+            raise ConfigError(f'dfq.samples={self.samples_path} and dfq.source={settings.source!r} contradict each other: '
+                              'leave one of them out')
         real = None
         if settings.source == 'real':
             real = training_images(self.runner.cfg, student, settings.size, self.seed)
-        self.evolution = CoEvolution(TaskModel(teacher, self.distil), TaskModel(student, self.distil), self.generator, settings,
+        teacher, student = (TaskModel(m, self.distil, block_stride=self.block_stride) for m in (teacher, student))
+        self.distil = teacher.parts
+        made_here = settings.source == 'generated' and self.samples_path is None
+        if made_here and settings.classes is not None and teacher.num_classes is None:
+            print_log(f'{type(teacher.model).__name__} is no classifier: samples are made class-free', 'current')
+        self.evolution = CoEvolution(teacher, student, self.generator, settings,
                                      seed=self.seed, real_source=real, progress=self._log_synthesis)
         if self._resumed is not None:
             self.evolution.load_state_dict(self._resumed['evolution'])
             self.seconds = dict(self._resumed['seconds'])
             print_log(f'Resumed at student step {self._iter} of {self._max_iters}', 'current')
             return
-        print_log(f'Synthesizing {settings.calibration_samples} samples of {settings.size[0]} x {settings.size[1]} '
-                  f'({settings.source})', 'current')
+        given = self._given_samples(teacher, settings)
+        if given is None:
+            print_log(f'Synthesizing {settings.calibration_samples} samples of {settings.size[0]} x {settings.size[1]} '
+                      f'({settings.source})', 'current')
         with self._clock('synthesis'):
-            self.evolution.prepare()
+            self.evolution.prepare(*given or ())
         print_log(f'Calibrated {spec.label} on them in {self.seconds["synthesis"]:.1f} s', 'current')
+
+    def _given_samples(self, teacher: TaskModel, settings: CoEvolutionSettings) -> Optional[SavedSamples]:
+        """The samples that the config names, as many as the ranges are set on."""
+        if self.samples_path is None:
+            return None
+        found = load_samples(self.samples_path, settings.size, teacher.model, teacher.image_spec)
+        wanted = settings.calibration_samples
+        taken = SavedSamples(found.samples[:wanted], None if found.labels is None else found.labels[:wanted])
+        self.settings_given['calibration_samples'] = len(taken.samples)
+        few = f'; dfq.calibration_samples asks for {wanted}' if len(taken.samples) < wanted else ''
+        print_log(f'Using {len(taken.samples)} of the {len(found.samples)} samples in {self.samples_path}{few}', 'current')
+        return taken
 
     @contextlib.contextmanager
     def _clock(self, name: str) -> Iterator[None]:
@@ -202,9 +234,23 @@ class DataFreeTrainLoop(BaseLoop):
     def summary(self) -> Dict[str, Any]:
         """JSON types only: what ``student.pth`` says of how it was made."""
         settings: Dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings_given.items()}
-        return dict(settings, max_iters=self._max_iters, seed=self.seed, distil=list(self.distil),
+        return dict(settings, samples=None if self.samples_path is None else str(self.samples_path), max_iters=self._max_iters,
+                    seed=self.seed, distil=list(self.distil or ()), block_stride=self.block_stride,
+                    generator=self._generator_summary(),
                     seconds={k: round(v, 2) for k, v in self.seconds.items()},
                     rounds=self.evolution.rounds if self.evolution else 0)
+
+    def _generator_summary(self) -> Dict[str, Any]:
+        """The generator's settings, with what was chosen by the model in place of None."""
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.generator).items()
+                 if not k.startswith('_') and isinstance(v, (int, float, str, tuple, list, type(None)))}
+        if self.evolution is not None:
+            teacher = self.evolution.teacher
+            if found.get('drop_tokens') is None:
+                found['drop_tokens'] = teacher.prefix_tokens
+            if found.get('lr') is None and hasattr(self.generator, 'rate_for'):
+                found['lr'] = self.generator.rate_for(teacher.model)
+        return found
 
     def history(self) -> List[Dict[str, float]]:
         """Every synthesis step's terms so far."""

@@ -1,0 +1,83 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Whether a config's training set and test set are the same pictures, as far as the config tells without opening them."""
+import os
+from typing import Any, Iterator, List, Mapping, NamedTuple
+
+from psaq_mm.errors import ConfigError
+
+__all__ = ['check_no_overlap', 'dataset_leaves']
+
+
+class _Files(NamedTuple):
+    """Where a dataset reads: annotation file and image folder, absolute (empty: none is named), and a named split of them."""
+    annotations: str
+    images: str
+    split: str
+
+
+def dataset_leaves(dataset: Any) -> Iterator[Mapping]:
+    """The dataset configs inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``; the config itself without one."""
+    if isinstance(dataset, (list, tuple)):
+        for one in dataset:
+            yield from dataset_leaves(one)
+    elif isinstance(dataset, Mapping):
+        inner = dataset.get('dataset') or dataset.get('datasets')
+        if isinstance(inner, (Mapping, list, tuple)):
+            yield from dataset_leaves(inner)
+        else:
+            yield dataset
+
+
+def _path(root: str, name: Any) -> str:
+    name = name if isinstance(name, str) else ''
+    whole = os.path.join(root, name)
+    if not whole or '://' in whole:
+        return whole
+    return os.path.realpath(whole)
+
+
+def _files(leaf: Mapping) -> _Files:
+    root = leaf.get('data_root') or ''
+    prefix = leaf.get('data_prefix') or ''
+    if isinstance(prefix, Mapping):  # mmdet says img, mmseg and mmpretrain img_path
+        prefix = prefix.get('img_path') or prefix.get('img') or ''
+    annotations = _path(root, leaf['ann_file']) if leaf.get('ann_file') else ''
+    return _Files(annotations, _path(root, prefix), str(leaf.get('split') or ''))
+
+
+def _inside(folder: str, other: str) -> bool:
+    return folder == other or folder.startswith(other.rstrip(os.sep) + os.sep)
+
+
+def _same(one: _Files, other: _Files) -> bool:
+    if one.split != other.split:
+        return False
+    if one.annotations and other.annotations:
+        return one.annotations == other.annotations and one.images == other.images
+    if not one.images or not other.images:
+        return False
+    # Without an annotation file every picture below the folder is read.
+    return ((not other.annotations and _inside(one.images, other.images))
+            or (not one.annotations and _inside(other.images, one.images)))
+
+
+def check_no_overlap(config: Mapping) -> None:
+    """Refuse real images from a training set that is the test or validation set under another name.
+
+    Compared are annotation file and image folder (symbolic links followed), inside dataset wrappers too. Without an annotation
+    file a dataset reads every picture below its folder, so that a folder overlaps with all that are inside it.
+
+    Args:
+        config: A config with ``train_dataloader``, and ``test_dataloader`` or ``val_dataloader``; the others may be absent.
+
+    Raises:
+        ConfigError: Both read the same files.
+    """
+    training: List[_Files] = [_files(leaf) for leaf in dataset_leaves((config.get('train_dataloader') or {}).get('dataset'))]
+    for loader in ('test_dataloader', 'val_dataloader'):
+        for leaf in dataset_leaves((config.get(loader) or {}).get('dataset')):
+            found = next((files for files in training if _same(files, _files(leaf))), None)
+            if found is not None:
+                raise ConfigError('real images would come from the set that is evaluated: train_dataloader and '
+                                  f'{loader} both read {found.annotations or found.images}; point train_dataloader.dataset '
+                                  'at training images, or leave out the source \'real\'')

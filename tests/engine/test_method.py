@@ -1,0 +1,91 @@
+"""A published method by name: its data-free preset, and the quantizer that belongs to it."""
+import pytest
+from mmengine.config import Config
+
+from psaq_mm.commands.common import load_config
+from psaq_mm.engine.config import apply_method, quant_holder, quantized_model_config
+from psaq_mm.engine.presets import DFQ_PRESETS, METHODS, resolve_dfq, with_method
+from psaq_mm.errors import ConfigError, SpecError
+from psaq_mm.quantization import RECIPES, QuantSpec
+
+OWN = dict(preset='psaq_v2', size=(64, 96), batch_size=2, iters=77, lr=3e-5, calibration_samples=5, save_samples=True,
+           generator=dict(batch_size=4, steps=9))
+
+
+def quantized(**quant):
+    return Config(dict(model=dict(type='psaq_mm.Quantized', base_type='X', quant=dict(preset='w4a8', scope='full', **quant))))
+
+
+def test_every_method_has_a_preset_and_a_recipe():
+    for method, recipe in METHODS.items():
+        assert method in DFQ_PRESETS and resolve_dfq(method)['method'] == method
+        assert recipe == '' or recipe in RECIPES
+
+
+@pytest.mark.parametrize('method', ['psaq_v1', 'repq'])
+def test_a_method_that_only_calibrates_keeps_what_is_the_machines(method):
+    resolved, plain = resolve_dfq(with_method(OWN, method)), resolve_dfq(method)
+    assert (resolved['size'], resolved['batch_size'], resolved['save_samples']) == ((64, 96), 2, True)
+    assert resolved['generator']['batch_size'] == 4
+    for key in ('iters', 'lr', 'calibration_samples', 'evolve_every', 'source', 'classes'):
+        assert resolved[key] == plain[key], key
+    assert resolved['generator']['steps'] == plain['generator']['steps']
+
+
+def test_a_method_that_trains_takes_the_configs_schedule():
+    resolved = resolve_dfq(with_method(OWN, 'repq_v2'))
+    assert resolved['method'] == 'repq_v2' and resolved['iters'] == 77 and resolved['generator']['steps'] == 9
+    assert resolved['reobserve'] is False
+
+
+def test_a_preset_by_name_gives_way_to_the_method():
+    assert resolve_dfq(with_method('gaussian', 'psaq_v1'))['source'] == 'generated'
+    assert with_method(None, 'repq') == dict(preset='repq')
+
+
+def test_the_quantizer_of_the_method_at_the_bits_of_the_config():
+    model = quantized_model_config(quantized(w_observer='mse'), method='repq')
+    assert model.quant == dict(preset='repq_w4a8', scope='full')
+    assert QuantSpec.parse(model.quant).reparameterize
+    assert quantized_model_config(quantized(), 'w6a6', 'psaq_v1').quant == dict(preset='psaq_v1_w6a6', scope='full')
+    assert quantized_model_config(quantized(), 'repq_w6a6', 'psaq_v1').quant.preset == 'repq_w6a6'
+
+
+def test_psaq_v2_leaves_the_quantizer_of_the_config():
+    assert quantized_model_config(quantized(w_observer='mse'), method='psaq_v2').quant.w_observer == 'mse'
+
+
+def test_a_full_precision_config_gets_the_recipe_too():
+    plain = Config(dict(model=dict(type='X')))
+    assert quantized_model_config(plain, 'w8a8', 'psaq_v1').quant == 'psaq_v1_w8a8'
+
+
+def test_a_quantized_backbone_keeps_its_quantizer_there():
+    config = Config(dict(model=dict(type='X', backbone=dict(type='psaq_mm.QuantSwinTransformer', quant='w8a8'))))
+    model = quantized_model_config(config, 'w4a4', 'repq')
+    assert quant_holder(model) is model.backbone and model.backbone.quant.preset == 'repq_w4a4'
+    assert config.model.backbone.quant == 'w8a8', 'the config stays as it was'
+
+
+def test_wrong_names():
+    with pytest.raises(ConfigError, match="'rep_q' is not known: did you mean repq"):
+        with_method(OWN, 'rep_q')
+    with pytest.raises(SpecError, match='is no preset'):
+        QuantSpec.parse(quantized_model_config(quantized(), 'four', 'repq').quant)
+
+
+def test_a_preset_takes_the_place_of_all_but_the_scope():
+    own = quantized(w_observer='mse')
+    assert apply_method(own, 'w8a8').model.quant == dict(preset='w8a8', scope='full')
+    assert apply_method(own).model.quant == own.model.quant and own.model.quant.preset == 'w4a8'
+    with pytest.raises(ConfigError, match='full-precision'):
+        apply_method(Config(dict(model=dict(type='X'))), method='repq')
+
+
+def test_options_win_over_the_method(tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(f"model = dict(type='psaq_mm.Quantized', base_type='X', quant=dict(preset='w4a8'))\ndfq = {OWN}")
+    config = load_config(str(path), {'dfq.generator.steps': 3, 'model.quant.a_observer': 'mse'}, 'w6a6', 'psaq_v1')
+    resolved = resolve_dfq(config.dfq)
+    assert resolved['generator']['steps'] == 3 and resolved['generator']['rounds'] == 2
+    assert QuantSpec.parse(config.model.quant).a_observer == 'mse' and config.model.quant.preset == 'psaq_v1_w6a6'

@@ -1,0 +1,77 @@
+"""The presets say what the papers' code does, number by number."""
+import pytest
+from mmengine.config import Config
+from swin_models import build_backbone
+from synthesis.toys import ToyTransformer
+
+from psaq_mm.engine.config import sample_size
+from psaq_mm.engine.presets import DFQ_DEFAULTS, DFQ_PRESETS, resolve_dfq
+from psaq_mm.errors import ConfigError
+from psaq_mm.synthesis import SampleGenerator
+from psaq_mm.synthesis.priors import REFERENCE_SHAPE, variation_target
+
+V1_GENERATOR = dict(batch_size=32, steps=500, rounds=2, betas=(0.5, 0.9), warmup=0.2, entropy_weight=1.0, prior_weight=0.05,
+                    class_weight=1.0, variation=(2500.0, 3000.0), jitter=(15, 30), flip=0.5, init='gaussian', drop_tokens=1,
+                    points=10, bandwidth=0.01, value_range=None)
+
+
+def generator_of(preset):
+    settings = dict(resolve_dfq(preset)['generator'])
+    assert settings.pop('type') == 'psaq_mm.SampleGenerator'
+    return SampleGenerator(**settings)
+
+
+def test_psaq_v1_is_the_released_method():
+    dfq = resolve_dfq('psaq_v1')
+    assert (dfq['iters'], dfq['evolve_every'], dfq['calibration_samples']) == (0, 0, 32)
+    assert dfq['source'] == 'generated' and dfq['classes'] == 'random' and dfq['size'] is None
+    generator = generator_of('psaq_v1')
+    assert {k: getattr(generator, k) for k in V1_GENERATOR} == V1_GENERATOR
+    assert generator.rate_for(ToyTransformer()) == 0.20
+    assert generator.rate_for(build_backbone('mmdet')) == 0.25
+
+
+def test_psaq_v1_warms_up_for_100_of_500_steps_and_falls_as_a_cosine():
+    schedule = generator_of('psaq_v1')._schedule
+    assert schedule(0) == pytest.approx(1 / 100) and schedule(99) == 1. and schedule(100) == 1.
+    assert schedule(300) == pytest.approx(0.5) and 0 < schedule(499) < 1e-4
+
+
+def test_psaq_v1_target_of_the_variation_is_the_papers_at_its_batch_and_size():
+    assert REFERENCE_SHAPE == (32, 3, 224, 224)
+    assert variation_target(2750., REFERENCE_SHAPE) == 2750.
+
+
+def test_repq_presets():
+    repq, trained = resolve_dfq('repq'), resolve_dfq('repq_v2')
+    assert (repq['iters'], repq['evolve_every'], repq['source'], repq['calibration_samples']) == (0, 0, 'real', 32)
+    assert not repq['reobserve'] and not trained['reobserve']
+    assert {k for k in trained if trained[k] != DFQ_DEFAULTS[k]} == {'method', 'reobserve'}
+    assert resolve_dfq(dict(preset='repq', source='generated'))['source'] == 'generated'
+
+
+def test_every_preset_builds_a_generator():
+    for preset in DFQ_PRESETS:
+        generator_of(preset)
+
+
+def test_settings_beside_a_preset_win_and_the_rest_of_its_generator_stays():
+    dfq = resolve_dfq(dict(preset='psaq_v1', generator=dict(steps=3)))
+    assert dfq['generator']['steps'] == 3 and dfq['generator']['jitter'] == (15, 30)
+
+
+@pytest.mark.parametrize('pipeline, size', [
+    ([dict(type='ResizeEdge', scale=256, edge='short'), dict(type='CenterCrop', crop_size=224)], (224, 224)),
+    ([dict(type='ResizeEdge', scale=560, edge='short'), dict(type='CenterCrop', crop_size=518)], (518, 518)),
+    ([dict(type='Resize', scale=384)], (384, 384)),
+    ([dict(type='mmpretrain.CenterCrop', crop_size=(64, 96))], (64, 96)),
+    ([dict(type='Resize', scale=(1333, 800), keep_ratio=True)], (800, 1216)),
+])
+def test_size_of_the_samples_from_the_test_pipeline(pipeline, size):
+    assert sample_size(Config(dict(model=dict(), test_pipeline=pipeline))) == size
+    assert sample_size(Config(dict(model=dict(), test_dataloader=dict(dataset=dict(pipeline=pipeline))))) == size
+
+
+def test_a_config_that_tells_no_size():
+    with pytest.raises(ConfigError, match='dfq.size'):
+        sample_size(Config(dict(model=dict(), test_pipeline=[dict(type='PackInputs')])))

@@ -1,0 +1,184 @@
+"""Samples kept by one run and used by another."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from classifier_models import CLASSIFIER, IMAGENET
+from PIL import Image
+from tiny import DETECTOR, Project
+from torch import nn
+
+from psaq_mm.commands.dfq_train import main as dfq_train
+from psaq_mm.engine.checkpoint import read_checkpoint
+from psaq_mm.engine.samples import load_samples, reads_rgb, save_samples
+from psaq_mm.errors import CheckpointError, ConfigError, DataError
+from psaq_mm.synthesis import ImageSpec, gaussian_noise
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+SPEC = ImageSpec(**IMAGENET)
+V1 = dict(preset='psaq_v1', size=None, iters=0, evolve_every=0, calibration_samples=4, generator=dict(batch_size=4, steps=2))
+
+
+class Model(nn.Module):
+    """A model of which only the order of the channels is known."""
+
+    def __init__(self, rgb=True):
+        super().__init__()
+        self.data_preprocessor = nn.Module()
+        self.data_preprocessor.to_rgb = rgb
+
+
+def samples(count=3, size=(6, 8), spec=SPEC):
+    return gaussian_noise(count, size, spec, torch.Generator().manual_seed(0))
+
+
+def test_what_is_saved_is_read_to_the_last_bit(tmp_path):
+    labels = torch.tensor([4, 0, 2])
+    path = save_samples(tmp_path, samples(), Model(), SPEC, labels=labels, seed=7, settings=dict(steps=3))
+    found = load_samples(path, (6, 8), Model(), SPEC)
+    assert torch.equal(found.samples, samples()) and torch.equal(found.labels, labels)
+    content = torch.load(path, weights_only=True)
+    assert content['seed'] == 7 and content['size'] == [6, 8] and content['settings'] == dict(steps=3)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ['samples', 'samples.pt']
+
+
+@pytest.mark.parametrize('rgb', [True, False])
+@pytest.mark.parametrize('spec', [SPEC, ImageSpec(channels=1), ImageSpec((0.5, ) * 3, (0.25, ) * 3, max_value=1.)])
+def test_pictures_are_the_samples_at_8_bits_in_rgb(tmp_path, spec, rgb):
+    made = samples(spec=spec)
+    save_samples(tmp_path, made, Model(rgb), spec)
+    (tmp_path / 'samples' / 'round_001_step_000000.png').write_bytes(b'a sheet')
+    files = sorted((tmp_path / 'samples').glob('0*.png'))
+    assert [f.name for f in files] == ['0000.png', '0001.png', '0002.png']
+    shown = np.array(Image.open(files[1])).reshape(6, 8, -1)
+    raw = (spec.to_raw(made) * 255 / spec.max_value)[1].round().permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(shown, raw if rgb else raw[..., ::-1])
+    half_a_step = max(high - low for low, high in zip(spec.low, spec.high)) / 255 / 2
+    found = load_samples(tmp_path / 'samples', (6, 8), Model(rgb), spec)
+    assert found.labels is None and float((found.samples - made).abs().max()) <= half_a_step * 1.001
+
+
+def test_another_normalization_and_order_of_channels_are_converted(tmp_path):
+    path = save_samples(tmp_path, samples(), Model(rgb=True), SPEC)
+    other = ImageSpec((10., 20., 30.), (1., 2., 3.))
+    found = load_samples(path, (6, 8), Model(rgb=False), other)
+    torch.testing.assert_close(other.to_raw(found.samples), SPEC.to_raw(samples()).flip(1), rtol=0, atol=1e-3)
+    found = load_samples(path, (6, 8), Model(rgb=False), SPEC)
+    torch.testing.assert_close(found.samples, SPEC.to_raw(samples()).flip(1).sub(
+        torch.tensor(IMAGENET['mean']).view(-1, 1, 1)).div(torch.tensor(IMAGENET['std']).view(-1, 1, 1)), rtol=0, atol=1e-5)
+
+
+def test_pictures_of_any_size_are_cropped_at_the_centre(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255
+    Image.fromarray(wide).save(tmp_path / 'b.jpg', quality=95)
+    Image.fromarray(wide[..., 0]).save(tmp_path / 'a.bmp')
+    (tmp_path / 'notes.txt').write_text('none')
+    found = load_samples(tmp_path, (10, 10), Model(), SPEC).samples
+    assert found.shape == (2, 3, 10, 10)
+    for picture in SPEC.to_raw(found):
+        assert float(picture[:, 2:8, 2:8].min()) > 240
+
+
+class Evil:
+
+    def __reduce__(self):
+        import os
+        return os.system, ('touch ran', )
+
+
+@pytest.mark.parametrize('content, error, match', [
+    (dict(state_dict={}), DataError, 'holds no samples'),
+    (dict(samples=torch.zeros(0, 3, 6, 8)), DataError, 'damaged'),
+    (dict(samples=torch.full((1, 3, 6, 8), torch.nan)), DataError, 'not finite'),
+    (dict(samples=torch.zeros(1, 1, 6, 8), image_spec=dict(channels=1)), ConfigError, '1 channels and the model takes 3'),
+    (dict(samples=torch.zeros(1, 3, 8, 6)), ConfigError, r'\(8, 6\) and dfq.size is \(6, 8\)'),
+    (dict(settings=Evil()), CheckpointError, 'could run code'),
+])
+def test_files_that_do_not_fit_are_named(tmp_path, content, error, match):
+    whole = dict(samples=torch.zeros(1, 3, 6, 8), image_spec=dict(**IMAGENET), size=[6, 8], rgb=True)
+    torch.save(content if 'state_dict' in content else {**whole, **content}, tmp_path / 'samples.pt')
+    with pytest.raises(error, match=match) as caught:
+        load_samples(tmp_path / 'samples.pt', (6, 8), Model(), SPEC)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_folders_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(ConfigError, match='does not exist'):
+        load_samples(tmp_path / 'nowhere.pt', (6, 8), Model(), SPEC)
+    with pytest.raises(DataError, match='has no images'):
+        load_samples(tmp_path, (6, 8), Model(), SPEC)
+    (tmp_path / 'cut.png').write_bytes(b'\x89PNG')
+    with pytest.raises(DataError, match='cut.png cannot be read'):
+        load_samples(tmp_path, (6, 8), Model(), SPEC)
+    with pytest.raises(ConfigError, match='takes 5 channels'):
+        load_samples(tmp_path, (6, 8), Model(), ImageSpec(channels=5))
+
+
+def test_order_of_the_channels_as_the_libraries_have_it():
+    pytest.importorskip('mmpretrain')
+    from mmengine.model import ImgDataPreprocessor
+    from mmpretrain.models.utils.data_preprocessor import ClsDataPreprocessor
+    assert reads_rgb(ImgDataPreprocessor(bgr_to_rgb=True)) and not reads_rgb(ImgDataPreprocessor())
+    assert reads_rgb(ClsDataPreprocessor(to_rgb=True)) and not reads_rgb(ClsDataPreprocessor()) and reads_rgb(None)
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    pytest.importorskip('mmpretrain')
+    project = Project(tmp_path_factory.mktemp('samples'), CLASSIFIER)
+    project.student = run(project, 'first', save_samples=True)
+    return project
+
+
+def run(project, name, **dfq):
+    path = project.config(name=f'{name}.py', **{**V1, **dfq})
+    assert dfq_train([str(path), '--work-dir', str(project.folder / name)]) == 0
+    return read_checkpoint(project.folder / name / 'student.pth')
+
+
+def log_of(project, name):
+    return next((project.folder / name).glob('*/*.log')).read_text()
+
+
+def test_ranges_from_saved_samples_are_those_of_the_run_that_made_them(project):
+    saved = project.folder / 'first' / 'samples.pt'
+    content = torch.load(saved, weights_only=True)
+    assert content['samples'].shape == (4, 3, 32, 32) and content['labels'].shape == (4, )
+    assert content['settings']['generator']['jitter'] == [15, 30]
+    again = run(project, 'again', samples=str(saved))
+    for key, value in project.student['state_dict'].items():
+        torch.testing.assert_close(again['state_dict'][key], value, rtol=0, atol=0, equal_nan=True, msg=key)
+    assert again['meta']['psaq_mm']['dfq']['samples'] == str(saved)
+    log = log_of(project, 'again')
+    assert f'Using 4 of the 4 samples in {saved}' in log and 'Samples [' not in log
+
+
+def test_fewer_samples_than_asked_for(project, tmp_path):
+    shutil.copytree(project.folder / 'first' / 'samples', tmp_path / 'samples')
+    few = run(project, 'few', samples=str(tmp_path / 'samples'), calibration_samples=6)
+    assert few['meta']['psaq_mm']['dfq']['calibration_samples'] == 4
+    assert 'Using 4 of the 4' in log_of(project, 'few') and 'asks for 6' in log_of(project, 'few')
+
+
+def test_first_samples_are_given_and_later_ones_are_made(project):
+    student = run(project, 'train', preset='psaq_v2', samples=str(project.folder / 'first' / 'samples.pt'), iters=2,
+                  evolve_every=1, calibration_samples=3)
+    log = log_of(project, 'train')
+    assert 'Using 3 of the 4' in log and 'Samples [' in log and student['meta']['psaq_mm']['dfq']['rounds'] == 2
+
+
+def test_samples_beside_another_source(project, tmp_path, capsys):
+    path = project.config(name='both.py', source='gaussian', samples='here.pt', size=None)
+    assert dfq_train([str(path), '--work-dir', str(tmp_path)]) == 1
+    assert 'here.pt' in (error := capsys.readouterr().err) and 'gaussian' in error
+
+
+def test_a_detector_runs_v1_class_free_and_says_so(tmp_path):
+    pytest.importorskip('mmdet')
+    project = Project(tmp_path, DETECTOR)
+    run(project, 'v1', size=(64, 96), calibration_samples=2, generator=dict(batch_size=2, steps=1), save_samples=True)
+    log = log_of(project, 'v1')
+    assert 'MaskRCNN is no classifier: samples are made class-free' in log and 'class:' not in log
+    assert torch.load(tmp_path / 'v1' / 'samples.pt', weights_only=True)['labels'] is None
