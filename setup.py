@@ -114,6 +114,7 @@ setup(
         'console_scripts': [
             'psaq-dfq-train = psaq_mm.commands.dfq_train:main',
             'psaq-test = psaq_mm.commands.test:main',
+            'psaq-compare = psaq_mm.commands.compare:main',
             'psaq-inspect = psaq_mm.inspect:main',
         ],
     },

@@ -8,7 +8,7 @@ from typing import Callable, Mapping, Optional, Sequence
 
 from psaq_mm.errors import ConfigError, PsaqError
 
-__all__ = ['add_config_arguments', 'add_run_arguments', 'load_config', 'run_command', 'runnable_config']
+__all__ = ['add_config_arguments', 'add_quant_arguments', 'add_run_arguments', 'load_config', 'merge_options', 'run_command', 'runnable_config']
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,21 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
                         help='override settings of the config, e.g. model.quant.w_bits=4')
 
 
-def load_config(path: str, options: Optional[Mapping] = None):
-    """Read a config file and merge ``options`` into it.
+def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--quant`` and ``--method``: another precision, or another method, than the config's own."""
+    from psaq_mm.engine.presets import METHODS
+    parser.add_argument('--quant', metavar='PRESET', help='such as w4a8: quantizes a full-precision config, or takes the place of the '
+                        'config\'s own; the scope stays')
+    parser.add_argument('--method', choices=list(METHODS), help='a published method in place of the config\'s own')
+
+
+def load_config(path: str, options: Optional[Mapping] = None, quant: Optional[str] = None, method: Optional[str] = None):
+    """Read a config file, put another precision or method into it, and merge ``options`` last.
+
+    Args:
+        path: The file.
+        options: As ``--cfg-options`` gives them; they win over everything.
+        quant, method: See :func:`psaq_mm.engine.config.apply_method`.
 
     Raises:
         ConfigError: No such file, a base that does not exist, or an option that has no place.
@@ -30,10 +43,24 @@ def load_config(path: str, options: Optional[Mapping] = None):
         raise ConfigError(f'there is no config file {path}: check the path')
     try:
         config = Config.fromfile(path)
-        if options:
-            config.merge_from_dict(dict(options))
     except (OSError, KeyError, TypeError, AttributeError, SyntaxError, ImportError) as error:
         raise ConfigError(f'the config {path} cannot be read: {error}') from error
+    if quant or method:
+        from psaq_mm.engine.config import apply_method
+        config = apply_method(config, quant, method)
+    return merge_options(config, options)
+
+
+def merge_options(config, options: Optional[Mapping]):
+    """Merge ``--cfg-options`` into a loaded config, in place; the config.
+
+    Raises:
+        ConfigError: An option has no place.
+    """
+    try:
+        config.merge_from_dict(dict(options or {}))
+    except (KeyError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        raise ConfigError(f'--cfg-options do not fit the config {config.filename}: {error}') from error
     return config
 
 
@@ -50,7 +77,7 @@ def runnable_config(args: argparse.Namespace):
     The work dir is the command line's, else the config's, else ``work_dirs/<name of the config>``, as in the libraries' own tools.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = load_config(args.config, args.cfg_options)
+    config = load_config(args.config, args.cfg_options, getattr(args, 'quant', None), getattr(args, 'method', None))
     config.launcher = args.launcher
     if args.work_dir:
         config.work_dir = args.work_dir

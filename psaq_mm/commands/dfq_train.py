@@ -3,7 +3,8 @@
 import argparse
 from typing import Optional, Sequence
 
-from psaq_mm.commands.common import add_config_arguments, add_run_arguments, run_command, runnable_config
+from psaq_mm.commands.common import (add_config_arguments, add_quant_arguments, add_run_arguments, run_command,
+                                    runnable_config)
 from psaq_mm.errors import CheckpointError
 
 __all__ = ['main', 'data_free_runner', 'run_data_free']
@@ -50,10 +51,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_run_arguments(parser)
     parser.add_argument('--resume', action='store_true', help='go on from the newest whole checkpoint in the work dir')
     parser.add_argument('--val', action='store_true', help='validate on the config\'s validation set; without it no dataset is opened')
-    parser.add_argument('--quant', help='a preset such as w4a8, for a config that is full-precision')
+    add_quant_arguments(parser)
 
     def command(args) -> None:
-        run_data_free(runnable_config(args), args.checkpoint, args.val, args.quant, args.resume)
+        run_data_free(runnable_config(args), args.checkpoint, args.val, resume=args.resume)
 
     return run_command(command, parser, argv)
 

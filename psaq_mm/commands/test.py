@@ -6,25 +6,42 @@ import json
 import os
 from typing import Dict, Mapping, Optional, Sequence
 
-from psaq_mm.commands.common import add_config_arguments, add_run_arguments, run_command, runnable_config
+from psaq_mm.commands.common import (add_config_arguments, add_quant_arguments, add_run_arguments, run_command,
+                                    runnable_config)
+from psaq_mm.engine.data_overlap import dataset_leaves
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 
-__all__ = ['main', 'evaluate', 'before_after_table']
+__all__ = ['main', 'evaluate', 'check_test_set', 'before_after_table']
 
 
 def _missing_file(config) -> Optional[str]:
     """The annotation file or image folder of the test set that is not there."""
-    dataset = config.test_dataloader.dataset
-    root = dataset.get('data_root') or ''
-    wanted = [dataset.get('ann_file')] + list((dataset.get('data_prefix') or {}).values())
-    for name in wanted:
-        path = os.path.join(root, name) if name and not os.path.isabs(name) else name
-        if path and isinstance(path, str) and '://' not in path and not os.path.exists(path):
-            return path
+    for dataset in dataset_leaves(config.test_dataloader.dataset):
+        root, prefix = dataset.get('data_root') or '', dataset.get('data_prefix') or {}
+        wanted = [dataset.get('ann_file'), *(prefix.values() if isinstance(prefix, Mapping) else [prefix])]
+        for name in wanted:
+            path = os.path.join(root, name) if isinstance(name, str) and name else None
+            if path and '://' not in path and not os.path.exists(path):
+                return path
     return None
 
 
-def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = False) -> Dict[str, float]:
+def check_test_set(config) -> None:
+    """Whether a config has a test set, and its files are there.
+
+    Raises:
+        ConfigError: The config has no test set.
+        DataError: Its images or annotations are not there.
+    """
+    if not config.get('test_dataloader') or not config.get('test_evaluator'):
+        raise ConfigError(f'the config {config.filename} has no test set: set test_dataloader, test_cfg and test_evaluator')
+    absent = _missing_file(config)
+    if absent:
+        raise DataError(f'the test set is not there: {absent} does not exist; check data_root, or override '
+                        'test_dataloader.dataset.ann_file')
+
+
+def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = False, hooks: Sequence = ()) -> Dict[str, float]:
     """Metrics of a model on its config's test set.
 
     Args:
@@ -32,6 +49,7 @@ def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = Fa
         checkpoint: As read by :func:`psaq_mm.engine.checkpoint.read_checkpoint`.
         source: The checkpoint's path, for messages.
         full_precision: Evaluate the library's own model type instead, with no quantizer in it.
+        hooks: MMEngine hooks that see the run, such as :class:`psaq_mm.commands.agreement.RecordHook`.
 
     Returns:
         The evaluator's metrics under its own keys, such as ``coco/bbox_mAP`` and ``mIoU``.
@@ -47,12 +65,7 @@ def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = Fa
     from psaq_mm.engine.checkpoint import load_weights
     from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
     config = copy.deepcopy(config)
-    if not config.get('test_dataloader') or not config.get('test_evaluator'):
-        raise ConfigError(f'the config {config.filename} has no test set: set test_dataloader, test_cfg and test_evaluator')
-    absent = _missing_file(config)
-    if absent:
-        raise DataError(f'the test set is not there: {absent} does not exist; check data_root, or override '
-                        'test_dataloader.dataset.ann_file')
+    check_test_set(config)
     config.load_from, config.resume = None, False
     for key in ('train_cfg', 'train_dataloader', 'optim_wrapper', 'val_cfg', 'val_dataloader', 'val_evaluator'):
         config[key] = None
@@ -67,11 +80,14 @@ def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = Fa
     if not full_precision:
         _check_spec(model, checkpoint, source)
     load_weights(model, checkpoint, source)
+    for hook in hooks:
+        runner.register_hook(hook)
     return {k: float(v) for k, v in runner.test().items()}
 
 
 def _check_spec(model, checkpoint: Mapping, source: str) -> None:
-    spec = getattr(model, 'quant_spec', None) or model.backbone.quant_spec
+    from psaq_mm.models import spec_of
+    spec = spec_of(model)
     made = (checkpoint['meta'].get('psaq_mm') or {}).get('quant')
     if made and made != spec.to_dict():
         odd = [f'{k}={made.get(k)!r}, the config {spec.to_dict().get(k)!r}' for k in spec.to_dict()
@@ -116,6 +132,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--full-precision', nargs='?', const='', metavar='FP',
                         help='evaluate the full-precision model too (before and after); FP defaults to the one the student '
                         'was made from')
+    add_quant_arguments(parser)
     add_run_arguments(parser)
 
     def command(args) -> None:

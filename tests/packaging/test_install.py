@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     'psaq-dfq-train': 'psaq_mm.commands.dfq_train:main',
     'psaq-test': 'psaq_mm.commands.test:main',
+    'psaq-compare': 'psaq_mm.commands.compare:main',
     'psaq-inspect': 'psaq_mm.inspect:main',
 }
 MODULES = sorted((ROOT / 'psaq_mm').rglob('*.py'))

@@ -1,0 +1,25 @@
+# ImageNet-1k as timm evaluates these checkpoints: shorter side 248, bicubic, centre crop 224.
+default_scope = 'mmpretrain'
+quant = dict(preset='w8a8', scope='full')
+dfq = dict(preset='psaq_v2', size=(224, 224))
+
+pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='ResizeEdge', scale=248, edge='short', backend='pillow', interpolation='bicubic'),
+    dict(type='CenterCrop', crop_size=224),
+    dict(type='PackInputs'),
+]
+# The training set serves only as a control: real images that set ranges, seen as at test time.
+train_dataloader = dict(
+    batch_size=32,
+    num_workers=2,
+    dataset=dict(type='ImageNet', data_root='data/imagenet', split='train', pipeline=pipeline),
+    sampler=dict(type='DefaultSampler', shuffle=True))
+test_dataloader = dict(
+    batch_size=64,
+    num_workers=2,
+    dataset=dict(type='ImageNet', data_root='data/imagenet', split='val', pipeline=pipeline),
+    sampler=dict(type='DefaultSampler', shuffle=False))
+test_cfg = dict()
+test_evaluator = dict(type='Accuracy', topk=(1, 5))
+val_dataloader, val_cfg, val_evaluator = test_dataloader, test_cfg, test_evaluator

@@ -1,0 +1,9 @@
+# Swin-T, the checkpoint of the PSAQ-ViT and RepQ-ViT papers (81.4 top-1): timm's swin_tiny_patch4_window7_224.ms_in1k.
+_base_ = ['./_base_/imagenet_224.py']
+model = dict(
+    type='psaq_mm.Quantized',
+    base_type='mmpretrain.TimmClassifier',
+    quant={{_base_.quant}},
+    model_name='swin_tiny_patch4_window7_224.ms_in1k',
+    data_preprocessor=dict(num_classes=1000, mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True))
+load_from = 'https://huggingface.co/timm/swin_tiny_patch4_window7_224.ms_in1k/resolve/main/model.safetensors'

@@ -1,0 +1,372 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Controls through the same quantizer: ``tools/compare.py CONFIG ... --calibration generated gaussian real --seeds 0 1 2``."""
+import argparse
+import copy
+import dataclasses
+import difflib
+import errno
+import gc
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+from psaq_mm.commands.common import load_config, merge_options, run_command
+from psaq_mm.commands.compare_rows import RowFile, finite, summarize, to_markdown, write_whole
+from psaq_mm.distillation.coevolution import SOURCES
+from psaq_mm.errors import ConfigError, DataError, PsaqError
+from psaq_mm.quantization import QuantSpec
+
+__all__ = ['main', 'compare', 'plan', 'Run']
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_SILENT = ('log_interval', 'dropped_hooks', 'teacher')
+"""Settings of the loop that change no number; the checkpoint counts by its content."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row to be: a config with quantizer, source and seed set, and the key that stands for all that its numbers rest on."""
+    path: str
+    config: Any
+    method: str
+    quant: str
+    source: str
+    seed: int
+    iters: int
+    checkpoint: str
+    key: str
+    full_precision_key: str
+
+    @property
+    def name(self) -> str:
+        """For the progress line and the run's folder."""
+        return f'{Path(self.path).stem} {self.method} {self.quant} {self.source} seed {self.seed}'
+
+
+# ---------------------------------------------------------------------- keys
+def _plain(value: Any) -> Any:
+    """JSON types only, the same for equal settings in every process."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return f'{value.__module__}.{value.__qualname__}' if hasattr(value, '__qualname__') else str(value)
+
+
+def _key(settings: Mapping) -> str:
+    return hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Contents:
+    """SHA-256 of files and of folders of files, each computed once."""
+
+    def __init__(self):
+        self._known: Dict[str, str] = {}
+
+    def __call__(self, path: str) -> str:
+        from psaq_mm.engine.checkpoint import file_sha256
+        if '://' in path:  # OpenMMLab's addresses end with the hash of what they hold
+            return path
+        if path not in self._known:
+            if os.path.isdir(path):
+                files = sorted(p for p in Path(path).rglob('*') if p.is_file())
+                self._known[path] = _key({str(p.relative_to(path)): file_sha256(p) for p in files})
+            else:
+                self._known[path] = file_sha256(path)
+        return self._known[path]
+
+
+def _test_settings(config) -> Dict[str, Any]:
+    loader = config.test_dataloader
+    return dict(dataset=loader.dataset, batch_size=loader.get('batch_size'), collate_fn=loader.get('collate_fn'),
+                evaluator=config.test_evaluator, test_cfg=config.get('test_cfg'),
+                preprocessor=config.get('data_preprocessor'))
+
+
+# ---------------------------------------------------------------------- plan
+def _quant_name(config) -> str:
+    """The preset's name, and what a table must not mix: the scope where it is not the backbone."""
+    from psaq_mm.engine.config import quant_holder
+    quant = quant_holder(config.model).get('quant', 'w8a8')
+    spec = QuantSpec.parse(quant)
+    preset = quant if isinstance(quant, str) else quant.get('preset')
+    return (preset or spec.label).lower() + (f' ({spec.scope})' if spec.scope != 'backbone' else '')
+
+
+def _data_free_settings(config, source: str, seed: int, train: bool, samples: Optional[str]) -> Dict[str, Any]:
+    given = config.get('dfq')
+    dfq = dict(preset=given) if isinstance(given, str) else dict(given or {})
+    dfq.update(source=source, seed=seed, checkpoint_interval=0, sheet_interval=0)
+    if not train:
+        dfq.update(iters=0, evolve_every=0)
+    if source != 'generated':
+        dfq.pop('samples', None)  # a control is made of its own pictures
+    elif samples:
+        dfq['samples'] = samples
+    if 'save_samples' in dfq:
+        dfq['save_samples'] = False  # a run's folder goes when its row is there
+    return dfq
+
+
+def _check_source(source: str) -> None:
+    if source not in SOURCES:
+        near = difflib.get_close_matches(source, SOURCES, 1, cutoff=0.4)
+        hint = f'did you mean {near[0]}? Known are' if near else 'use some of'
+        raise ConfigError(f'--calibration {source} is no source of samples: {hint} {", ".join(SOURCES)}')
+
+
+def plan(configs: Mapping[str, Any], sources: Sequence[str], seeds: Sequence[int], quants: Sequence[Optional[str]] = (None, ),
+         train: bool = False, samples: Optional[str] = None, methods: Sequence[Optional[str]] = (None, ),
+         options: Optional[Mapping] = None) -> List[Run]:
+    """All rows of a comparison, checked before the first of them runs.
+
+    Args:
+        configs: Loaded configs by their paths.
+        sources: Out of :data:`psaq_mm.distillation.coevolution.SOURCES`.
+        seeds: One row each.
+        quants: Presets; None is the config's own.
+        train: Whether the config's own training runs on the samples, else ranges alone are calibrated.
+        samples: File or folder of samples that the source ``generated`` takes instead of making its own.
+        methods: Out of :data:`psaq_mm.engine.presets.METHODS`; each brings its quantizer, and trains or not as it does. None is what
+            the config has, trained if ``train``.
+
+    Raises:
+        ConfigError, SpecError, DataError: A source or preset is not known, a checkpoint or test set is not there, or real images
+            are asked for where there is no training set or it is the test set.
+    """
+    from psaq_mm.commands.test import check_test_set
+    from psaq_mm.engine.config import apply_method, full_precision_model_config, quant_holder, to_data_free
+    from psaq_mm.engine.data_overlap import check_no_overlap
+    from psaq_mm.engine.presets import resolve_dfq
+    for source in sources:
+        _check_source(source)
+    if samples and 'generated' not in sources:
+        raise ConfigError(f'--samples {samples} serves the source generated alone: add it to --calibration, or leave --samples '
+                          'out')
+    if samples and not os.path.exists(samples):
+        raise DataError(f'--samples {samples} does not exist: check the path')
+    content, runs = _Contents(), []
+    for path, given in configs.items():
+        config = merge_options(copy.deepcopy(given), options)
+        check_test_set(config)
+        if 'real' in sources:
+            if not (config.get('train_dataloader') or {}).get('dataset'):
+                raise ConfigError(f'--calibration real needs train_dataloader.dataset in {path}: name the training set, or leave '
+                                  'real out')
+            check_no_overlap(config)
+        for method, quant in itertools.product(methods, quants):
+            quantized = merge_options(apply_method(given, quant, method), options)
+            QuantSpec.parse(quant_holder(quantized.model).get('quant', 'w8a8'))
+            for source in sources:
+                for seed in seeds:
+                    own = copy.deepcopy(quantized)
+                    own.dfq = _data_free_settings(quantized, source, seed, train or bool(method), samples)
+                    free = to_data_free(own)
+                    checkpoint = free.train_cfg.teacher['checkpoint']
+                    test = dict(_test_settings(config), checkpoint=content(checkpoint),
+                                model=full_precision_model_config(own.model))
+                    loop = {k: v for k, v in free.train_cfg.items() if k not in _SILENT}
+                    used = loop.get('samples')
+                    rests_on = dict(test, loop=loop, optimizer=free.optim_wrapper,
+                                    samples=content(used) if used and os.path.exists(used) else used,
+                                    training=config.train_dataloader.dataset if source == 'real' else None)
+                    if used:
+                        loop['samples'] = None  # counts by its content
+                    name = method or (resolve_dfq(own.dfq)['method'] if train else 'calibration')
+                    runs.append(Run(path, own, name, _quant_name(own), source, seed, free.train_cfg.max_iters, checkpoint,
+                                    _key(rests_on), _key(test)))
+    return list({(run.path, run.key): run for run in runs}.values())
+
+
+# ---------------------------------------------------------------------- one row
+def _full_precision(run: Run, work_dir: Path, say: Callable[[str], None], failed: Dict[str, Exception]):
+    """Predictions and metrics of full precision: from the work dir, else evaluated, once, and kept there."""
+    if run.full_precision_key in failed:
+        raise failed[run.full_precision_key]
+    try:
+        return _full_precision_predictions(run, work_dir, say)
+    except Exception as error:
+        failed[run.full_precision_key] = error
+        raise
+
+
+def _full_precision_predictions(run: Run, work_dir: Path, say: Callable[[str], None]):
+    from psaq_mm.commands.agreement import Predictions, RecordHook
+    from psaq_mm.commands.quiet import ProgressHook, isolated, silence
+    from psaq_mm.commands.test import evaluate
+    from psaq_mm.engine.checkpoint import read_checkpoint
+    path = work_dir / f'full_precision_{run.full_precision_key}.npz'
+    if path.is_file():
+        return Predictions.load(path)
+    folder, hook, begun = work_dir / 'runs' / path.stem, RecordHook(), time.perf_counter()
+    with silence():
+        metrics = evaluate(isolated(run.config, folder), read_checkpoint(run.checkpoint), run.checkpoint, full_precision=True,
+                           hooks=[hook, ProgressHook(say)])
+    hook.predictions.metrics = {k: finite(v) for k, v in metrics.items()}
+    hook.predictions.save(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    say(f'{Path(run.path).stem} full precision: {_shown(metrics)}, {time.perf_counter() - begun:.1f} s')
+    return hook.predictions
+
+
+def _samples_used(summary: Mapping) -> int:
+    """Samples that ranges were calibrated on and the student has seen."""
+    return summary['calibration_samples'] + max(summary['rounds'] - 1, 0) * summary['evolve_samples']
+
+
+def _run(run: Run, truth, folder: Path, say: Callable[[str], None]) -> Dict[str, Any]:
+    """Quantize, evaluate and compare; the row's numbers."""
+    from psaq_mm.commands.agreement import AgreementHook
+    from psaq_mm.commands.dfq_train import data_free_runner
+    from psaq_mm.commands.quiet import ProgressHook, isolated, silence
+    from psaq_mm.commands.test import evaluate
+    from psaq_mm.engine.checkpoint import read_checkpoint
+    from psaq_mm.engine.config import to_data_free
+    student, hook = folder / 'student.pth', AgreementHook(truth)
+    with silence():
+        begun = time.perf_counter()
+        runner = data_free_runner(to_data_free(isolated(run.config, folder)))
+        runner.register_hook(ProgressHook(say))
+        runner.train()
+        seconds, samples = time.perf_counter() - begun, _samples_used(runner.train_loop.summary())
+        del runner  # before another model takes its place on the device
+        gc.collect()
+        metrics = evaluate(isolated(run.config, folder), read_checkpoint(student), str(student), hooks=[hook, ProgressHook(say)])
+    return dict(samples=samples, seconds=round(seconds, 2), metrics={k: finite(v) for k, v in metrics.items()}, **hook.result())
+
+
+def _shown(metrics: Mapping[str, Optional[float]]) -> str:
+    wanted = [k for k in metrics if k.endswith(('mAP', 'mIoU', 'top1'))] or list(metrics)[:1]
+    return ', '.join(f'{k} {metrics[k]:.3f}' if metrics[k] is not None else f'{k} -' for k in wanted)
+
+
+def _row_or_error(run: Run, work_dir: Path, keep_students: bool, say: Callable[[str], None],
+                  failed: Dict[str, Exception]) -> Dict[str, Any]:
+    row = dict(key=run.key, config=run.path, method=run.method, quant=run.quant, source=run.source, seed=run.seed, iters=run.iters)
+    folder = work_dir / 'runs' / f'{re.sub("[^A-Za-z0-9.-]+", "_", run.name)}_{run.key[:6]}'
+    shutil.rmtree(folder, ignore_errors=True)  # what a run that was stopped left
+    try:
+        truth = _full_precision(run, work_dir, say, failed)
+        row.update(_run(run, truth, folder, say), full_precision=truth.metrics)
+    except PsaqError as error:
+        return dict(row, error=str(error))
+    except Exception as error:  # what the libraries raise is not ours to foresee, and the other rows do not depend on it
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            raise
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'traceback.txt').write_text(traceback.format_exc())
+        message = (str(error).splitlines() or [''])[0][:300]
+        return dict(row, error=f'{type(error).__name__}: {message}; the whole of it is in {folder / "traceback.txt"}')
+    if not keep_students:
+        shutil.rmtree(folder, ignore_errors=True)
+    return row
+
+
+def compare(runs: Sequence[Run], work_dir: str, keep_students: bool = False,
+            say: Optional[Callable[[str], None]] = None) -> RowFile:
+    """Run all rows that are not there yet; rows and table are in ``compare.json`` and ``compare.md`` of ``work_dir``.
+
+    Args:
+        runs: From :func:`plan`.
+        work_dir: Holds rows, cached predictions of full precision, and the folder of the run that is going on.
+        keep_students: Keep each row's ``student.pth`` and log; those of rows that failed stay in any case.
+        say: Called with a line of progress; prints it by default.
+
+    Returns:
+        The rows, those of earlier calls among them; ``table`` is that of ``runs``.
+    """
+    say = say or _printer()
+    folder = Path(work_dir)
+    (folder / 'runs').mkdir(parents=True, exist_ok=True)
+    file = RowFile(folder / 'compare.json')
+    wanted = {run.key: run for run in runs}  # two configs may say the same
+    missing = [run for key, run in wanted.items() if not file.done(key)]
+    say(f'{len(wanted)} rows, {len(wanted) - len(missing)} of them are there already')
+    begun, failed = time.monotonic(), {}
+    for number, run in enumerate(missing, 1):
+        row = _row_or_error(run, folder, keep_students, say, failed)
+        file.add(row)
+        eta = (time.monotonic() - begun) / number * (len(missing) - number)
+        outcome = f'failed: {row["error"]}' if row.get('error') else ', '.join([
+            _shown(row['metrics']), f'agreement {row["agreement"]:.3f}' if row['agreement'] is not None else 'agreement -',
+            f'{row["seconds"]:.1f} s'])
+        say(f'[{number}/{len(missing)}] {run.name}: {outcome}; {_duration(eta)} left')
+    file.table = summarize([dict(file.rows[run.key], config=run.path, method=run.method, quant=run.quant) for run in runs])
+    file.save()
+    write_whole(folder / 'compare.md', to_markdown(file.table))
+    return file
+
+
+def _printer() -> Callable[[str], None]:
+    console = sys.stdout  # runs are silenced by another standard output
+    return lambda line: print(line, file=console, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
+
+
+# ---------------------------------------------------------------------- command line
+def _parser() -> argparse.ArgumentParser:
+    from mmengine.config import DictAction
+
+    from psaq_mm.engine.presets import METHODS
+    parser = argparse.ArgumentParser(prog='psaq-compare', description=__doc__)
+    parser.add_argument('configs', nargs='+', metavar='CONFIG', help='configs with a test set; load_from is quantized')
+    parser.add_argument('--calibration', nargs='+', default=['generated', 'gaussian'], metavar='SOURCE',
+                        help=f'where samples come from: some of {", ".join(SOURCES)}')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--quant', nargs='+', metavar='PRESET', help='such as w8a8 w4a8; each config\'s own by default')
+    parser.add_argument('--method', nargs='+', choices=list(METHODS), help='published methods, each with its quantizer; they train or '
+                        'not as they do')
+    parser.add_argument('--train', action='store_true', help='train the student too, as the config says, on each '
+                        'source\'s samples')
+    parser.add_argument('--samples', help='saved samples for the source generated: a .pt file or a folder of images')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
+                        help='override settings of every config')
+    parser.add_argument('--work-dir', default=os.path.join('work_dirs', 'compare'), help='where rows and table go')
+    parser.add_argument('--keep-students', action='store_true', help='keep student.pth and log of every row')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line; returns the exit status: 1 where a row failed."""
+    parser, status, say = _parser(), 0, _printer()
+
+    def command(args) -> None:
+        nonlocal status
+        configs = {path: load_config(path) for path in args.configs}
+        runs = plan(configs, list(dict.fromkeys(args.calibration)), list(dict.fromkeys(args.seeds)),
+                    list(dict.fromkeys(args.quant or [None])), args.train, args.samples,
+                    list(dict.fromkeys(args.method or [None])), args.cfg_options)
+        try:
+            file = compare(runs, args.work_dir, args.keep_students, say)
+        except KeyboardInterrupt:
+            print(f'{parser.prog}: interrupted; the same command goes on where it was', file=sys.stderr)
+            status = 130
+            return
+        say('\n' + to_markdown(file.table))
+        say(f'saved to {args.work_dir}: compare.md, compare.json')
+        failed = [run.name for run in runs if not file.done(run.key)]
+        if failed:
+            status = 1
+            print(f'{parser.prog}: {len(failed)} of {len(runs)} rows failed ({failed[0]} first): the reasons are above and in '
+                  f'{os.path.join(args.work_dir, "compare.json")}; the same command tries them again', file=sys.stderr)
+
+    return run_command(command, parser, argv) or status
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,133 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Rows of a comparison: kept on disk as they come, and summed up in one table."""
+import json
+import math
+import os
+import re
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+
+from psaq_mm.errors import DataError
+
+__all__ = ['RowFile', 'summarize', 'to_markdown']
+
+_DETAIL = re.compile(r'_(\d+|s|m|l)$')
+"""Metrics at one overlap or object size: in the JSON file, not in the printed table."""
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinity, which JSON has no word for, as None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    partial = path.with_name(f'.{path.name}.partial')
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+class RowFile:
+    """``compare.json``: one row a run, by a key that stands for its settings.
+
+    Args:
+        path: The file; read where it is there.
+
+    Raises:
+        DataError: It is no such file.
+    """
+
+    def __init__(self, path: Union[str, os.PathLike]):
+        self.path = Path(path)
+        self.rows: Dict[str, Dict] = {}
+        self.table: List[Dict] = []
+        if self.path.is_file():
+            try:
+                content = json.loads(self.path.read_text())
+                self.rows, self.table = {row['key']: row for row in content['rows']}, content['table']
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f'{self.path} holds no rows of a comparison ({type(error).__name__}): move it away or give '
+                                'another --work-dir') from error
+
+    def done(self, key: str) -> bool:
+        """Whether the run is there; one that failed is not."""
+        return key in self.rows and not self.rows[key].get('error')
+
+    def add(self, row: Mapping) -> None:
+        """Keep a row; an earlier one of the same key goes."""
+        self.rows.pop(row['key'], None)
+        self.rows[row['key']] = dict(row)
+        self.save()
+
+    def save(self) -> None:
+        """Write everything."""
+        write_whole(self.path, json.dumps(dict(rows=list(self.rows.values()), table=self.table), indent=1))
+
+
+def _spread(values: Sequence[Optional[float]]) -> Optional[Dict[str, float]]:
+    known = [v for v in values if v is not None]
+    return dict(mean=statistics.fmean(known), min=min(known), max=max(known)) if known else None
+
+
+def summarize(rows: Sequence[Mapping]) -> List[Dict[str, Any]]:
+    """One entry a config, method, quant and source, in the order in which they come: mean, min and max over the seeds.
+
+    Rows with an ``error`` count in ``failed`` and nowhere else.
+    """
+    groups: Dict[tuple, List[Mapping]] = {}
+    for row in rows:
+        groups.setdefault((row['config'], row['method'], row['quant'], row['source']), []).append(row)
+    entries = []
+    for (config, method, quant, source), group in groups.items():
+        good = [r for r in group if not r.get('error')]
+        entry: Dict[str, Any] = dict(config=config, method=method, quant=quant, source=source, seeds=[r['seed'] for r in good],
+                                     failed=len(group) - len(good))
+        if good:
+            entry['metrics'] = {k: _spread([r['metrics'].get(k) for r in good]) for k in good[0]['metrics']}
+            for key in ('agreement', 'difference', 'difference_se', 'seconds', 'samples', 'iters'):
+                entry[key] = _spread([r.get(key) for r in good])
+            entry['full_precision'] = good[0]['full_precision']
+        entries.append(entry)
+    return entries
+
+
+def _cell(spread: Optional[Mapping], digits: int) -> str:
+    if spread is None:
+        return '-'
+    least, mean, most = (f'{spread[k]:.{digits}f}' for k in ('min', 'mean', 'max'))
+    return mean if least == most else f'{mean} ({least} to {most})'
+
+
+def _difference(entry: Mapping) -> str:
+    error = entry.get('difference_se')
+    return _cell(entry.get('difference'), 2) + (f' ± {error["mean"]:.2f}' if error else '')
+
+
+def to_markdown(table: Sequence[Mapping]) -> str:
+    """The table of :func:`summarize`, one a config, full precision first.
+
+    Cells hold the mean and, in brackets, the least and greatest of the seeds. Metrics are in the evaluator's own units.
+    """
+    parts = []
+    for config in dict.fromkeys(entry['config'] for entry in table):
+        parts.append('\n'.join([f'## {config}', '', *_one_config([e for e in table if e['config'] == config])]))
+    return '\n\n'.join(parts) + '\n'
+
+
+def _one_config(entries: Sequence[Mapping]) -> List[str]:
+    full = next((e['full_precision'] for e in entries if e.get('full_precision')), {})
+    keys = [k for k in full if not _DETAIL.search(k)] or list(full)
+    paired = any(e.get('difference') for e in entries)
+    head = ['method', 'quant', 'source', 'seeds', *keys, 'agreement', *(['difference'] if paired else []), 'samples', 'steps', 'seconds']
+    # AP comes as a share, mIoU and top-1 in per cent.
+    digits = {k: 3 if full[k] is None or abs(full[k]) <= 1 else 2 for k in keys}
+    first = ['full precision', '-', '-', '-', *(f'{full[k]:.{digits[k]}f}' if full[k] is not None else '-' for k in keys), '1.000']
+    lines = [head, ['---'] * len(head), first + ['-'] * (len(head) - len(first))] if full else [head, ['---'] * len(head)]
+    for e in entries:
+        metrics = e.get('metrics') or {}
+        seeds = f'{len(e["seeds"])}' + (f' ({e["failed"]} failed)' if e['failed'] else '')
+        lines.append([e['method'], e['quant'], e['source'], seeds, *(_cell(metrics.get(k), digits[k]) for k in keys),
+                      _cell(e.get('agreement'), 3), *([_difference(e)] if paired else []), _cell(e.get('samples'), 0),
+                      _cell(e.get('iters'), 0), _cell(e.get('seconds'), 1)])
+    return ['| ' + ' | '.join(line) + ' |' for line in lines]
