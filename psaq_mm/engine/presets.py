@@ -85,9 +85,9 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
     return settings
 
 
-METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='', repq='repq', repq_v2='repq')
+METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='psaq_v2', repq='repq', repq_v2='repq')
 """Published methods, and the step beyond: each a preset of :data:`DFQ_PRESETS` with the quantizer's recipe that belongs to it
-(:data:`psaq_mm.quantization.RECIPES`; none for V2, whose quantizer is the plain one)."""
+(:data:`psaq_mm.quantization.RECIPES`)."""
 
 _OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
                    'save_samples', 'samples', 'teacher')

@@ -22,6 +22,8 @@ SOFTMAX_QUANTIZERS = ('affine', 'log2', 'log_sqrt2')
 RECIPES: Dict[str, Dict[str, Any]] = {
     # PSAQ-ViT, arXiv 2203.02250, released code: every edge but the attention weights, weights over the whole code range.
     'psaq_v1': dict(points='all', quantize_softmax=False, w_full_range=True),
+    # PSAQ-ViT V2 published no quantizer; as V1 it leaves the attention weights float, and weights are clipped by squared error.
+    'psaq_v2': dict(quantize_softmax=False, w_observer='mse'),
     # RepQ-ViT, arXiv 2212.08254, released code: its weights are asymmetric.
     'repq': dict(w_symmetric=False, w_observer='percentile', a_observer='percentile', softmax_quantizer='log_sqrt2',
                  reparameterize=True),

@@ -18,8 +18,7 @@ def quantized(**quant):
 
 def test_every_method_has_a_preset_and_a_recipe():
     for method, recipe in METHODS.items():
-        assert method in DFQ_PRESETS and resolve_dfq(method)['method'] == method
-        assert recipe == '' or recipe in RECIPES
+        assert method in DFQ_PRESETS and resolve_dfq(method)['method'] == method and recipe in RECIPES
 
 
 @pytest.mark.parametrize('method', ['psaq_v1', 'repq'])
@@ -49,10 +48,6 @@ def test_the_quantizer_of_the_method_at_the_bits_of_the_config():
     assert QuantSpec.parse(model.quant).reparameterize
     assert quantized_model_config(quantized(), 'w6a6', 'psaq_v1').quant == dict(preset='psaq_v1_w6a6', scope='full')
     assert quantized_model_config(quantized(), 'repq_w6a6', 'psaq_v1').quant.preset == 'repq_w6a6'
-
-
-def test_psaq_v2_leaves_the_quantizer_of_the_config():
-    assert quantized_model_config(quantized(w_observer='mse'), method='psaq_v2').quant.w_observer == 'mse'
 
 
 def test_a_full_precision_config_gets_the_recipe_too():
