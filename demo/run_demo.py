@@ -255,11 +255,11 @@ class Demo:
                 Picture(
                     _read(files[-1]), f'The last samples, made also to be hard for the {words} student.',
                     f'Sheet of the last samples of the {words} run'))
-        teacher = evolution.teacher.model
+        teacher, prefix = evolution.teacher.model, evolution.teacher.prefix_tokens
         densities = {
-            'generated samples': similarity_densities(teacher, made),
-            'Gaussian noise': similarity_densities(teacher, noise),
-            'held-out scenes (only to compare)': similarity_densities(teacher, real)
+            'generated samples': similarity_densities(teacher, made, drop_tokens=prefix),
+            'Gaussian noise': similarity_densities(teacher, noise, drop_tokens=prefix),
+            'held-out scenes (only to compare)': similarity_densities(teacher, real, drop_tokens=prefix)
         }
         return sheets, densities
 

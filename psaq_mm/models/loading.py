@@ -8,7 +8,7 @@ library pass through it.
 import contextlib
 import sys
 from collections import OrderedDict
-from typing import Callable, Dict, Iterator, List, Mapping, Optional
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Set
 
 from torch import Tensor, nn
 
@@ -39,6 +39,23 @@ def _own_state(model: nn.Module) -> Dict[str, Tensor]:
         model._state_dict_hooks = hooks
 
 
+_RESIZERS = {'_prepare_pos_embed': 'pos_embed', '_prepare_abs_pos_embed': 'absolute_pos_embed',
+             '_prepare_relative_position_bias_table': 'relative_position_bias_table'}
+"""Methods with which mmpretrain's backbones fit positions of another image size, in a hook that runs after this check, and the
+weights they fit."""
+
+
+def _resized_by_the_library(model: nn.Module) -> Set[str]:
+    """Names of the weights whose number of positions may differ: the model resizes them as it loads them."""
+    names: Set[str] = set()
+    for prefix, module in model.named_modules():
+        for method, weight in _RESIZERS.items():
+            if hasattr(module, method):
+                below = ((f'{prefix}.' if prefix else '') + name for name, _ in module.named_parameters())
+                names.update(name for name in below if name.rpartition('.')[2] == weight)
+    return names
+
+
 def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str = '') -> None:
     """Check that ``state_dict`` has every weight of ``model``, in its shape, under the names of the model's modules.
 
@@ -49,9 +66,11 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
     """
     own = _own_state(model)
     given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    resized = _resized_by_the_library(model)
     wrong = [
         f'{k} is {tuple(given[k].shape)} in the checkpoint and {tuple(own[k].shape)} in the model' for k in own
         if k in given and not is_quantizer_key(k) and given[k].shape != own[k].shape
+        and not (k in resized and given[k].dim() == own[k].dim() and given[k].shape[-1] == own[k].shape[-1])
     ]
     if wrong:
         raise CheckpointError(f'the checkpoint does not fit the model: {_some(wrong)}; use the config that it was trained with')
@@ -69,12 +88,13 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
 
 def guard_loading(model: nn.Module) -> None:
     """Have :func:`check_state_dict` run before anything is copied into ``model``."""
-
-    def check(module, state_dict, prefix, *args):
-        check_state_dict(module, state_dict, prefix)
-
     # with_module: a copy of the model (the teacher) checks itself, and does not hold on to the original.
-    model._register_load_state_dict_pre_hook(check, with_module=True)
+    model._register_load_state_dict_pre_hook(_check_loading, with_module=True)
+
+
+def _check_loading(module: nn.Module, state_dict: Dict[str, Tensor], prefix: str, *args) -> None:
+    # By name, not inside guard_loading: a model with the hook can be pickled.
+    check_state_dict(module, state_dict, prefix)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 """Small line charts as inline SVG: no script, font or picture from elsewhere, colours from the page's style sheet."""
 import html
 import math
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Sequence, Tuple
 
 from psaq_mm.errors import DataError
 
@@ -43,7 +43,8 @@ def area_chart(title: str,
                curves: Sequence[Curve],
                x_range: Sequence[float],
                ticks: Sequence[float],
-               floor: float = 0.) -> str:
+               floor: float = 0.,
+               size: Tuple[int, int] = (WIDTH, HEIGHT)) -> str:
     """Curves over a common axis, each filled down to zero, on one vertical scale.
 
     Args:
@@ -53,6 +54,8 @@ def area_chart(title: str,
         ticks: Where it carries numbers.
         floor: Where above 0, the vertical scale is logarithmic and begins there, so that tails are seen beside peaks a
             thousand times as high.
+        size: Width and height in units of the page's smallest letters, 12 high: a chart that is shown wider than this has
+            larger ones.
 
     Returns:
         An ``<svg>`` element for an HTML page, in classes ``c0``, ``c1``, ... for the curves' styles.
@@ -62,23 +65,23 @@ def area_chart(title: str,
     """
     if not curves or any(len(c.x) != len(c.y) or not len(c.x) for c in curves):
         raise DataError(f'the chart {title!r} lacks curves, or one has values for other positions than its own')
-    low, high = x_range
+    (low, high), (width, height) = x_range, size
     seen = [_within(curve, low, high, floor) for curve in curves]
     top = max((y for curve in seen for y in curve.y), default=0.) or 1.
 
     def across(x: float) -> float:
-        return LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (x - low) / (high - low) * (width - LEFT - RIGHT)
 
     def down(y: float) -> float:
-        return HEIGHT - BOTTOM - y / top * (HEIGHT - TOP - BOTTOM)
+        return height - BOTTOM - y / top * (height - TOP - BOTTOM)
 
     base = _number(down(0))
-    parts = [f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>']
+    parts = [f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{base}" y2="{base}"/>']
     for tick in ticks:
         x = _number(across(tick))
         anchor = 'start' if tick == low else 'end' if tick == high else 'middle'
         parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{base}" y2="{_number(down(0) + 3)}"/>'
-                     f'<text class="tick" x="{x}" y="{HEIGHT - 4}" text-anchor="{anchor}">{tick:g}</text>')
+                     f'<text class="tick" x="{x}" y="{height - 4}" text-anchor="{anchor}">{tick:g}</text>')
     for curve in reversed([curve for curve in seen if curve.x]):
         line = ' '.join(f'{_number(across(x))},{_number(down(y))}' for x, y in zip(curve.x, curve.y))
         first, last = _number(across(curve.x[0])), _number(across(curve.x[-1]))
@@ -86,5 +89,5 @@ def area_chart(title: str,
                      f'<polyline class="c{curve.style} line" points="{line}"/>')
     shown = html.escape(title)
     named = html.escape(', '.join(c.label for c in curves))
-    return (f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{shown}: {named}">'
+    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{shown}: {named}">'
             f'<text class="title" x="{LEFT}" y="14">{shown}</text>{"".join(parts)}</svg>')

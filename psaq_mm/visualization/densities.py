@@ -32,6 +32,17 @@ class BlockDensity(NamedTuple):
     density: Tensor
     entropy: float
 
+    @property
+    def mean(self) -> float:
+        """Mean similarity, up to half a bin."""
+        return float((self.centers * self.density).sum() / self.density.sum())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the similarity, up to half a bin."""
+        second = float((self.centers.square() * self.density).sum() / self.density.sum())
+        return max(second - self.mean**2, 0.)**0.5
+
 
 def pair_histogram(tokens: Tensor, valid: Optional[Tensor], bins: int) -> Tensor:
     """Count pairs of different tokens of a group by their cosine similarity.

@@ -4,20 +4,25 @@ import base64
 import html
 import io
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Sequence, Tuple
 
 import numpy as np
 from PIL import Image
 
 from psaq_mm.visualization.sheets import encode_png
 
-__all__ = ['Picture', 'page', 'picture_grid', 'table', 'text']
+__all__ = ['STYLES', 'Picture', 'legend', 'page', 'picture_grid', 'table', 'text']
+
+STYLES = 8
+"""Number of styles of curves in the style sheet: ``c0`` .. ``c7``."""
 
 STYLE = '''
 :root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --ink: #1d1f21; --soft: #5b6166; --rule: #d9dcde;
-  --c0: #0b62c4; --c1: #b4480a; --c2: #4a7a2a; --mark: #eef4fc }
+  --c0: #0b62c4; --c1: #b4480a; --c2: #4a7a2a; --c3: #8a3fa0; --c4: #00807a; --c5: #b0286a; --c6: #8a6a00; --c7: #5f6a75;
+  --mark: #eef4fc }
 @media (prefers-color-scheme: dark) { :root { --back: #16181a; --card: #1e2124; --ink: #e6e8ea; --soft: #a0a7ad;
-  --rule: #363b40; --c0: #6db1ff; --c1: #ff9a5c; --c2: #9ad06a; --mark: #1d2a3a } }
+  --rule: #363b40; --c0: #6db1ff; --c1: #ff9a5c; --c2: #9ad06a; --c3: #d29ae6; --c4: #5fd0c8; --c5: #ff8fc0; --c6: #e0c050; --c7: #b4bcc4;
+  --mark: #1d2a3a } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--back); color: var(--ink); overflow-wrap: break-word;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
@@ -47,7 +52,9 @@ figcaption { margin-top: 3px; line-height: 1.35 }
 img { display: block; width: 100%; height: auto; border-radius: 4px }
 .grid { display: grid; gap: 10px; margin: 8px 0 18px }
 .grid.two { grid-template-columns: repeat(2, minmax(0, 1fr)) }
+.grid.three { grid-template-columns: repeat(3, minmax(0, 1fr)) }
 .grid.four { grid-template-columns: repeat(4, minmax(0, 1fr)) }
+.grid > div { min-width: 0 }
 .grid.charts { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)) }
 @media (max-width: 700px) { .grid.two { grid-template-columns: minmax(0, 1fr) }
   .grid.four, .grid.charts { grid-template-columns: repeat(2, minmax(0, 1fr)) } main { padding: 12px }
@@ -64,6 +71,11 @@ svg .axis { stroke: var(--rule) }
 .c0.line { stroke: var(--c0) } .c0.fill { fill: var(--c0) }
 .c1.line { stroke: var(--c1); stroke-dasharray: 5 3 } .c1.fill { fill: var(--c1) }
 .c2.line { stroke: var(--c2); stroke-dasharray: 1.5 2.5 } .c2.fill { fill: none }
+.c3.line { stroke: var(--c3); stroke-dasharray: 8 3 1.5 3 } .c3.fill { fill: none }
+.c4.line { stroke: var(--c4) } .c4.fill { fill: none }
+.c5.line { stroke: var(--c5); stroke-dasharray: 9 3 } .c5.fill { fill: none }
+.c6.line { stroke: var(--c6); stroke-dasharray: 3 3 } .c6.fill { fill: none }
+.c7.line { stroke: var(--c7) } .c7.fill { fill: none }
 .legend span { display: inline-block; margin-right: 18px }
 .legend svg { display: inline-block; width: 34px; height: 10px; border: 0; background: none; vertical-align: middle;
   margin-right: 6px }
@@ -108,8 +120,18 @@ def _figure(picture: Picture) -> str:
 
 
 def picture_grid(pictures: Sequence[Picture], columns: str) -> str:
-    """Pictures side by side; ``columns`` is ``'two'`` (one below the other on a phone) or ``'four'`` (two there)."""
+    """Pictures side by side; ``columns`` is ``'two'`` (one below the other on a phone), ``'three'``, or ``'four'`` (two there)."""
     return f'<div class="grid {columns}">{"".join(map(_figure, pictures))}</div>'
+
+
+def legend(curves: Sequence[Tuple[str, int]]) -> str:
+    """Names of curves, each beside a piece of its line; the numbers are those of the styles, below :data:`STYLES`."""
+    swatches = [
+        f'<span><svg viewBox="0 0 34 10" aria-hidden="true"><polyline class="c{style} line" points="1,5 33,5"/></svg>'
+        f'{text(label)}</span>'
+        for label, style in curves
+    ]
+    return f'<p class="legend">{"".join(swatches)}</p>'
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, marked: Sequence[int] = ()) -> str:

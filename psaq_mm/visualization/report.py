@@ -8,7 +8,7 @@ from typing import List, Mapping, Optional, Sequence, Tuple, Union
 from psaq_mm.errors import DataError
 from psaq_mm.visualization.charts import Curve, area_chart
 from psaq_mm.visualization.densities import BlockDensity
-from psaq_mm.visualization.page import Picture, page, picture_grid, table, text
+from psaq_mm.visualization.page import Picture, legend, page, picture_grid, table, text
 from psaq_mm.visualization.sheets import write_whole
 
 __all__ = ['ShownMetric', 'Run', 'Scene', 'ModelReport', 'write_report']
@@ -136,15 +136,6 @@ def _seconds(model: ModelReport) -> str:
                                                    for s in steps] + ['together'], rows, f'Seconds of {model.heading}')
 
 
-def _legend(labels: Sequence[str]) -> str:
-    swatches = [
-        f'<span><svg viewBox="0 0 34 10" aria-hidden="true"><polyline class="c{i} line" points="1,5 33,5"/></svg>'
-        f'{text(label)}</span>'
-        for i, label in enumerate(labels)
-    ]
-    return f'<p class="legend">{"".join(swatches)}</p>'
-
-
 def _densities(model: ModelReport) -> str:
     if not model.densities:
         return ''
@@ -165,11 +156,12 @@ def _densities(model: ModelReport) -> str:
         means.append(f'{label} {mean}')
     return (
         '<h3>Patch similarity in every attention block</h3>'
-        f'<p class="soft">Horizontal: cosine similarity of two patches of one window. Vertical: the density of '
+        '<p class="soft">Horizontal: cosine similarity of two patches of one window, or of one image where attention is '
+        'global. Vertical: the density of '
         f'the pairs that have it, on a logarithmic scale from {FLOOR:g} up. A wide curve means that the model tells '
         'the patches apart, a peak at 1 that they look the same to it; synthesis widens the curve. Entropy of the '
         'densities, mean over the blocks, in nats (at most +0.69): '
-        f'{text(", ".join(means))}.</p>' + _legend([label for label, _ in sets]) +
+        f'{text(", ".join(means))}.</p>' + legend([(label, style) for style, (label, _) in enumerate(sets)]) +
         f'<div class="grid charts">{"".join(charts)}</div>')
 
 
