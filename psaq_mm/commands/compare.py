@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from psaq_mm.commands.common import load_config, merge_options, run_command
-from psaq_mm.commands.compare_rows import RowFile, finite, summarize, to_markdown, write_whole
+from psaq_mm.commands.compare_rows import RowFile, alone_in, finite, summarize, to_markdown, write_whole
 from psaq_mm.distillation.coevolution import SOURCES
 from psaq_mm.errors import ConfigError, DataError, PsaqError
 from psaq_mm.quantization import QuantSpec
@@ -284,10 +284,17 @@ def compare(runs: Sequence[Run], work_dir: str, keep_students: bool = False,
 
     Returns:
         The rows, those of earlier calls among them; ``table`` is that of ``runs``.
+
+    Raises:
+        ConfigError: Another process is at work in ``work_dir``.
     """
-    say = say or _printer()
     folder = Path(work_dir)
     (folder / 'runs').mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        return _compare(runs, folder, keep_students, say or _printer())
+
+
+def _compare(runs: Sequence[Run], folder: Path, keep_students: bool, say: Callable[[str], None]) -> RowFile:
     file = RowFile(folder / 'compare.json')
     wanted = {run.key: run for run in runs}  # two configs may say the same
     missing = [run for key, run in wanted.items() if not file.done(key)]

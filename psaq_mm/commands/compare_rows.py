@@ -1,16 +1,17 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Rows of a comparison: kept on disk as they come, and summed up in one table."""
+import contextlib
 import json
 import math
 import os
 import re
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
-from psaq_mm.errors import DataError
+from psaq_mm.errors import ConfigError, DataError
 
-__all__ = ['RowFile', 'summarize', 'to_markdown']
+__all__ = ['RowFile', 'alone_in', 'summarize', 'to_markdown']
 
 _DETAIL = re.compile(r'_(\d+|s|m|l)$')
 """Metrics at one overlap or object size: in the JSON file, not in the printed table."""
@@ -26,6 +27,28 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f'.{path.name}.partial')
     partial.write_text(text)
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a work dir while the block runs: each would drop the rows that the other has added.
+
+    The lock is the system's, so that one of a process that was killed is gone with it. Without ``fcntl`` (Windows) nothing is locked.
+
+    Raises:
+        ConfigError: Another process is at work there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / '.lock', 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f'another comparison is at work in {folder}: wait for it, or give another --work-dir') from error
+        yield
 
 
 class RowFile:

@@ -47,14 +47,13 @@ def default_parts(model: nn.Module) -> Tuple[str, ...]:
 
     Stages and neck levels where the backbone gives stages of several scales (Swin under a detector or segmentor); the
     transformer blocks where all its tokens are of one width (ViT, DeiT), or where it gives its last stage alone. A classifier's
-    logits always.
+    logits are left out: a student of DeiT-Tiny that learns them beside the blocks does worse, see docs/method.md.
     """
     backbone = find_backbone(model)
     widths = {module.qkv.in_features for _, module in find_attention(backbone)}
     stages = getattr(backbone, 'out_indices', None)
     pyramid = len(widths) != 1 and not _is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
-    head = ('head', ) if _is_classifier(model) else ()
-    return (('backbone', 'neck') if pyramid else ('blocks', )) + head
+    return ('backbone', 'neck') if pyramid else ('blocks', )
 
 
 def _tensors(outputs) -> List[Tensor]:

@@ -86,7 +86,7 @@ def test_the_table_sums_up_the_rows(compared):
 
 def test_nothing_but_rows_table_and_full_precision_stays(compared):
     work_dir = compared[1]
-    assert sorted(p.suffix for p in work_dir.rglob('*') if p.is_file()) == ['.json', '.md', '.npz']
+    assert sorted(p.suffix for p in work_dir.rglob('*') if p.is_file()) == ['', '.json', '.md', '.npz']
 
 
 # ---------------------------------------------------------------------- going on
@@ -227,6 +227,15 @@ def test_a_file_of_other_rows_is_not_overwritten(project, tmp_path, capsys):
     (tmp_path / 'compare.json').write_text('[1, 2]')
     refused(capsys, [project.path, '--calibration', 'gaussian', '--work-dir', tmp_path], 'compare.json', 'move it away')
     assert (tmp_path / 'compare.json').read_text() == '[1, 2]'
+
+
+def test_two_processes_do_not_share_a_work_dir(compared, capsys):
+    from psaq_mm.commands.compare_rows import alone_in
+    arguments, work_dir, before = compared
+    with alone_in(work_dir):
+        refused(capsys, [*arguments, '--seeds', '7'], 'another comparison is at work', str(work_dir))
+    assert content(work_dir)['rows'][:4] == before['rows'], 'nothing was lost'
+    assert main([*arguments, '--seeds', '0']) == 0, 'the lock goes with its holder'
 
 
 # ---------------------------------------------------------------------- methods

@@ -50,13 +50,13 @@ def run(project, name, **dfq):
     return student, student['meta']['psaq_mm']['dfq'], next(work_dir.glob('*/*.log')).read_text()
 
 
-def test_v2_distils_blocks_and_logits(project):
+def test_v2_distils_the_blocks_and_leaves_the_head_as_it_was(project):
     student, dfq, _ = run(project, 'v2', quant=dict(preset='w4a8', scope='full'))
-    assert dfq['distil'] == ['blocks', 'head'] and dfq['size'] == [32, 32]
+    assert dfq['distil'] == ['blocks'] and dfq['size'] == [32, 32]
     assert dfq['generator']['drop_tokens'] == 1 and dfq['generator']['lr'] == 0.25
     plain = read_checkpoint(project.checkpoint)['state_dict']
     moved = {k for k in plain if not torch.equal(plain[k], student['state_dict'][k])}
-    assert 'backbone.layers.0.attn.qkv.weight' in moved and 'head.layers.head.weight' in moved
+    assert 'backbone.layers.0.attn.qkv.weight' in moved and 'head.layers.head.weight' not in moved
 
 
 def test_v1_makes_samples_for_random_classes_of_a_timm_network(timm_project):

@@ -42,22 +42,28 @@ def test_logits_are_the_models_own_whatever_is_distilled(name):
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_default_is_every_third_block_and_the_logits(name):
+def test_default_is_every_third_block(name):
     task = TaskModel(build_classifier(name))
-    assert task.parts == ('blocks', 'head')
+    assert task.parts == ('blocks', )
     with torch.no_grad():
         shapes = [tuple(t.shape) for t in task.outputs(images(name))]
     if 'swin' in name:  # three blocks over two stages: the third is the last
-        assert shapes == [(2, 49, 32), (2, CLASSES)]
+        assert shapes == [(2, 49, 32)]
     else:
         tokens = 16 + task.prefix_tokens
-        assert shapes == [(2, tokens, 32), (2, tokens, 32), (2, CLASSES)]
+        assert shapes == [(2, tokens, 32), (2, tokens, 32)]
+
+
+def test_blocks_and_logits_where_both_are_asked_for():
+    name = next(iter(MODELS))
+    parts = TaskModel(build_classifier(name), ('blocks', 'head')).outputs(images(name))
+    assert parts[-1].shape == (2, CLASSES) and len(parts) > 1
 
 
 def test_a_swin_classifier_with_several_stages_gives_its_stages():
     model = build_classifier('mmpretrain-swin')
     model.backbone.out_indices = (0, 1)
-    assert TaskModel(model).parts == ('backbone', 'neck', 'head')
+    assert TaskModel(model).parts == ('backbone', 'neck')
 
 
 @pytest.mark.parametrize('scope', ['backbone', 'full'])
@@ -75,7 +81,7 @@ def test_calibration_reaches_every_quantized_layer(name, scope):
 
 @pytest.mark.parametrize('name', ['mmpretrain-vit', 'timm-vit', 'timm-swin'])
 def test_the_samples_gradient_flows_through_blocks_and_logits(name):
-    task = TaskModel(build_classifier(name, quant=dict(preset='w8a8', scope='full')))
+    task = TaskModel(build_classifier(name, quant=dict(preset='w8a8', scope='full')), ('blocks', 'head'))
     set_mode(task.model, 'off')
     for index in range(2):
         batch = images(name).requires_grad_()
