@@ -54,7 +54,9 @@ img { display: block; width: 100%; height: auto; border-radius: 4px }
 .grid.two { grid-template-columns: repeat(2, minmax(0, 1fr)) }
 .grid.three { grid-template-columns: repeat(3, minmax(0, 1fr)) }
 .grid.four { grid-template-columns: repeat(4, minmax(0, 1fr)) }
-.grid > div { min-width: 0 }
+.grid.panels { column-gap: 28px }
+.grid.panels > div { min-width: 0 }
+.chart { max-width: 640px; margin: 8px 0 18px }
 .grid.charts { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)) }
 @media (max-width: 700px) { .grid.two { grid-template-columns: minmax(0, 1fr) }
   .grid.four, .grid.charts { grid-template-columns: repeat(2, minmax(0, 1fr)) } main { padding: 12px }

@@ -49,6 +49,21 @@ def test_a_density_integrates_to_one_and_there_is_one_a_block():
             1 - 1 / 64)
 
 
+def test_mean_and_spread_are_those_of_the_pairs():
+    tokens = _images(1).flatten(2).transpose(1, 2)[0].view(20, 2, 4).mean(1)
+    rows, columns = torch.triu_indices(20, 20, 1)
+    pairs = torch.cosine_similarity(tokens[rows], tokens[columns], dim=1)
+    found = similarity_densities(Model(), _images(1), bins=1000)[0]
+    assert found.mean == pytest.approx(float(pairs.mean()), abs=1e-3)
+    assert found.spread == pytest.approx(float(pairs.std(unbiased=False)), abs=1e-3)
+
+
+def test_leading_tokens_that_are_no_patch_are_left_out():
+    images = _images(2)
+    first = similarity_densities(Model(), images.flatten(2)[:, :, None, 3:])[0]
+    assert torch.equal(similarity_densities(Model(), images, drop_tokens=3)[0].density, first.density)
+
+
 def test_counts_are_those_of_the_definition():
     tokens = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1))
     counts = pair_histogram(tokens, None, 20)

@@ -155,6 +155,21 @@ def test_a_curve_lies_where_its_values_are():
     assert y0 > y2 > y1 and y0 - y2 == pytest.approx((y0 - y1) / 2, abs=0.1)
 
 
+def test_a_larger_chart_has_its_curve_all_over_it():
+    chart = area_chart('x', [Curve('a', [-1, 1], [1, 1], 3)], (-1, 1), (-1, 1), size=(360, 240))
+    assert 'viewBox="0 0 360 240"' in chart
+    points = re.search(r'polyline class="c3 line" points="([^"]+)"', chart)[1].split()
+    assert points == ['8,22', '352,22']
+
+
+def test_every_style_has_a_line_of_its_own_in_the_legend():
+    from psaq_mm.visualization.page import STYLE, STYLES, legend
+    for number in range(STYLES):
+        assert f'class="c{number} line"' in legend([('a <b>', number)]) and f'.c{number}.line' in STYLE
+        assert STYLE.count(f'--c{number}:') == 2  # light and dark
+    assert 'a &lt;b&gt;' in legend([('a <b>', 0)])
+
+
 def test_peaks_do_not_hide_tails_and_what_is_outside_the_axis_is_left_out():
     curve = Curve('a', [-1, -.5, 0, .5, 1], [50, 0, .01, 1, 100], 0)
     chart = area_chart('x', [curve], (-.5, 1), (0, ), floor=.01)

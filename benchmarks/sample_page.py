@@ -1,0 +1,368 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Samples beside noise, and how alike their patches are to the model: one page, and one picture for the documentation.
+
+    python benchmarks/sample_page.py CONFIG --samples 'PSAQ-ViT V1=work_dirs/v1/samples.pt' --real 32 --out work_dirs/samples_page
+
+CONFIG is a quantized config with ``load_from``; the full-precision model is what looks at the pictures. Each NAME=PATH is a
+``samples.pt``, as ``dfq.save_samples=True`` leaves it, or a folder of images. Gaussian and 1/f noise are made here. ``--real N``
+adds the curve of N images of the training set: photographs are measured, and never shown nor stored.
+"""
+import argparse
+import io
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from psaq_mm.commands.common import add_config_arguments, load_config, run_command  # noqa: E402
+from psaq_mm.commands.quiet import silence  # noqa: E402
+from psaq_mm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from psaq_mm.models import TaskModel  # noqa: E402
+from psaq_mm.synthesis import gaussian_noise, pink_noise  # noqa: E402
+from psaq_mm.visualization import BlockDensity, Curve, Picture, area_chart, similarity_densities, to_pixels, write_whole  # noqa: E402
+from psaq_mm.visualization.page import legend, page, picture_grid, table, text  # noqa: E402
+
+COLUMNS = 3  # pictures side by side, and classes shown
+NOISES = {'Gaussian noise': gaussian_noise, '1/f noise': pink_noise}
+NOISE_COUNT = 32
+REAL = 'real images'
+FLOOR = 0.01  # least density drawn, on a logarithmic scale
+MINUS = '\u2212'  # as wide as the plus
+
+FIXED_STYLES = {'Gaussian noise': 1, REAL: 2, '1/f noise': 3}
+SAMPLE_STYLES = (0, 4, 5, 6, 7)
+"""Numbers in the page's style sheet: noise and real images look the same on every page."""
+LINES = (('#0b62c4', '-'), ('#b4480a', (0, (5, 3))), ('#4a7a2a', (0, (1.5, 2))), ('#8a3fa0', (0, (8, 3, 1.5, 3))), ('#00807a', '-'),
+         ('#b0286a', (0, (9, 3))), ('#8a6a00', (0, (3, 3))), ('#5f6a75', '-'))
+"""The same styles in the PNG."""
+
+
+class Source(NamedTuple):
+    """A set of images as the model sees it.
+
+    Attributes:
+        name: Shown.
+        style: Of its curve.
+        count: Images measured.
+        pictures: (uint8 picture (H, W, 3) in RGB, caption); none of real images.
+        density: Mean over the blocks; its entropy is the mean of the blocks' entropies.
+        mean, spread: Mean over the blocks of the mean similarity and of its standard deviation.
+        agreement: Share of the labelled samples that the model classifies as their label, or None.
+    """
+    name: str
+    style: int
+    count: int
+    pictures: List[Tuple[np.ndarray, str]]
+    density: BlockDensity
+    mean: float
+    spread: float
+    agreement: Optional[float]
+
+    @property
+    def numbers(self) -> List[str]:
+        """Cells of the table after the name."""
+        share = '\u2013' if self.agreement is None else f'{self.agreement:.1%}'
+        return [str(self.count), _signed(self.mean), f'{self.spread:.2f}', _signed(self.density.entropy), share]
+
+
+def _signed(value: float) -> str:
+    return f'{value:+.2f}'.replace('-', MINUS)
+
+
+# ---------------------------------------------------------------------- what is measured
+def named_paths(given: Sequence[str]) -> Dict[str, Path]:
+    """Paths by name out of ``NAME=PATH``.
+
+    Raises:
+        ConfigError: One has another form, a name is taken, or there are too many to tell apart.
+        DataError: Nothing is there.
+    """
+    found: Dict[str, Path] = {}
+    for entry in given:
+        name, _, path = entry.partition('=')
+        if not name or not path:
+            raise ConfigError(f'--samples {entry} is not of the form NAME=PATH: write for example V1=work_dirs/v1/samples.pt')
+        if name in found or name in FIXED_STYLES:
+            raise ConfigError(f'--samples has the name {name!r} twice, or it stands for noise or real images: give another name')
+        if not Path(path).exists():
+            raise DataError(f'--samples {entry} does not exist: give a samples.pt or a folder of images')
+        found[name] = Path(path)
+    if len(found) > len(SAMPLE_STYLES):
+        raise ConfigError(f'--samples has {len(found)} entries and {len(SAMPLE_STYLES)} can be told apart: make two pages')
+    return found
+
+
+def load_teacher(config) -> Tuple[TaskModel, Tuple[int, int]]:
+    """The full-precision model of a quantized config, and the (height, width) of its samples.
+
+    Raises:
+        PsaqError: The config or its checkpoint does not serve.
+    """
+    from mmengine.registry import MODELS, init_default_scope
+
+    from psaq_mm.engine.checkpoint import is_quantized, load_weights, read_checkpoint
+    from psaq_mm.engine.config import to_data_free
+    from psaq_mm.quantization import set_mode
+    free = to_data_free(config)
+    path = free.train_cfg.teacher['checkpoint']
+    checkpoint = read_checkpoint(path)
+    if is_quantized(checkpoint):
+        raise CheckpointError(f'{path} is quantized already: set load_from to the full-precision checkpoint')
+    init_default_scope(free.get('default_scope', 'mmengine'))
+    with silence():
+        model = MODELS.build(free.model)
+        load_weights(model, checkpoint, path)
+    set_mode(model, 'off')  # and not the library's own model: this one tells which rows are window padding
+    model.eval()
+    return TaskModel(model), tuple(free.train_cfg.size)
+
+
+def picked(count: int, labels: Optional[Tensor], rows: int, classes: Sequence[int], name: str) -> List[Tuple[int, str]]:
+    """Samples to show, with captions: a class a column, the most frequent ones where ``classes`` names none.
+
+    Raises:
+        DataError: There is no sample of any of ``classes``.
+    """
+    if labels is None:
+        return [(number, '') for number in range(min(count, COLUMNS * rows))]
+    known = labels.tolist()
+    frequent = [label for label, _ in Counter(known).most_common(COLUMNS)]  # of equal numbers the first ones
+    chosen = [label for label in classes if label in known] or ([] if classes else frequent)
+    if not chosen:
+        raise DataError(f'{name} has no sample of the classes {", ".join(map(str, classes))}: it has '
+                        f'{", ".join(map(str, sorted(set(known))))}')
+    columns = [[number for number, label in enumerate(known) if label == wanted] for wanted in chosen]
+    return [(column[row], f'class {label}') for row in range(rows) for column, label in zip(columns, chosen) if row < len(column)]
+
+
+@torch.no_grad()
+def share_classified(teacher: TaskModel, samples: Tensor, labels: Optional[Tensor]) -> Optional[float]:
+    """Share of samples whose greatest logit is their label's; None without labels or classes."""
+    if labels is None or teacher.num_classes is None:
+        return None
+    found = torch.cat([teacher.run(batch, with_logits=True).logits.argmax(1) for batch in samples.split(8)])
+    return float((found == labels).float().mean())
+
+
+def measure(teacher: TaskModel, name: str, style: int, samples: Tensor, labels: Optional[Tensor],
+            shown: Sequence[Tuple[int, str]]) -> Source:
+    """Density, table row and pictures of normalized samples, (n, C, H, W)."""
+    from psaq_mm.engine.samples import reads_rgb
+    blocks = similarity_densities(teacher.model, samples, drop_tokens=teacher.prefix_tokens)
+    count = len(blocks)
+    entropy = sum(block.entropy for block in blocks) / count
+    density = BlockDensity(f'mean of {count} blocks', blocks[0].centers, sum(block.density for block in blocks) / count, entropy)
+    pictures: List[Tuple[np.ndarray, str]] = []
+    if shown:
+        pixels = to_pixels(samples[[number for number, _ in shown]], teacher.image_spec)
+        pixels = pixels if reads_rgb(getattr(teacher.model, 'data_preprocessor', None)) else pixels[..., ::-1]
+        pictures = [(np.ascontiguousarray(picture), caption) for picture, (_, caption) in zip(pixels, shown)]
+    return Source(name, style, len(samples), pictures, density, sum(block.mean for block in blocks) / count,
+                  sum(block.spread for block in blocks) / count, share_classified(teacher, samples, labels))
+
+
+def measure_all(config, paths: Dict[str, Path], real: Optional[int] = None, rows: int = 1, classes: Sequence[int] = (), seed: int = 0,
+                say: Callable[[str], None] = print) -> List[Source]:
+    """Every source: the given samples, Gaussian and 1/f noise, and real images last.
+
+    Raises:
+        PsaqError: The config, its checkpoint, its training set or a file of samples does not serve.
+    """
+    from mmengine.runner import set_random_seed
+
+    from psaq_mm.engine.real_images import training_images
+    from psaq_mm.engine.samples import load_samples
+    if rows < 1 or (real is not None and real < 1):
+        raise ConfigError(f'--rows {rows} and --real {real} must be at least 1: give greater numbers')
+    teacher, size = load_teacher(config)
+    spec, found = teacher.image_spec, []
+    loaded = {name: load_samples(path, size, teacher.model, spec) for name, path in paths.items()}  # before anything takes time
+    for style, (name, (samples, labels)) in zip(SAMPLE_STYLES, loaded.items()):
+        shown = picked(len(samples), labels, rows, classes, name)
+        say(f'{name}: {len(samples)} samples')
+        found.append(measure(teacher, name, style, samples, labels, shown))
+    for name, make in NOISES.items():
+        noise = make(max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
+        say(f'{name}: {len(noise)} made')
+        found.append(measure(teacher, name, FIXED_STYLES[name], noise, None, picked(len(noise), None, rows, (), name)))
+    if real:
+        set_random_seed(seed)  # the training pipeline crops and flips at random
+        images = training_images(config, teacher.model, size, seed)(real)
+        say(f'{REAL}: {real} of the training set')
+        found.append(measure(teacher, REAL, FIXED_STYLES[REAL], images, None, ()))
+    return found
+
+
+# ---------------------------------------------------------------------- the page
+HEAD = ('Source', 'Images', 'Mean', 'Spread', 'Entropy', 'As labelled')
+
+
+def page_of(sources: Sequence[Source], model: str) -> str:
+    """The whole page, HTML, with everything inside."""
+    blocks = sources[0].density.name
+    curves = [Curve(s.name, s.density.centers.tolist(), s.density.density.tolist(), s.style) for s in sources]
+    chart = area_chart(f'Patch similarity, {blocks}', curves, (-1, 1), (-1, -.5, 0, .5, 1), floor=FLOOR, size=(360, 240))
+    head = [text(name) for name in HEAD]
+    rows = [[text(source.name), *source.numbers] for source in sources]
+    panels = ''.join(f'<div><h3>{text(s.name)}</h3>' + picture_grid([
+        Picture(picture, caption, f'{s.name}, picture {number + 1}{", " + caption if caption else ""}')
+        for number, (picture, caption) in enumerate(s.pictures)
+    ], 'three') + '</div>' for s in sources if s.pictures)
+    measured = ' Of real images there is a curve only; none is on this page.' if any(s.name == REAL for s in sources) else ''
+    return page('Samples and their patch similarity', '\n'.join([
+        '<h1>Samples and their patch similarity</h1>',
+        f'<p>Samples beside noise without any model in it; {text(model)} at full precision looks at all of them.{measured}</p>',
+        f'<div class="grid two panels">{panels}</div>', '<h2>How alike the patches of an image are to the model</h2>',
+        legend([(s.name, s.style) for s in sources]),
+        f'<div class="chart">{chart}</div>', table(head, rows, 'Patch similarity by source'),
+        '<p class="soft">Horizontal: cosine similarity of two patches in the output of an attention block. Vertical: the density of the '
+        f'pairs that have it, {blocks}, on a logarithmic scale from {FLOOR:g} up. In the table, mean, spread (standard deviation) and '
+        'entropy (of the density, in nats, at most +0.69) of the similarity are taken in each block and averaged over the blocks; as '
+        'labelled: the share of samples that the model classifies as what they were made for. Captions are indices of classes.</p>'
+    ]))
+
+
+# ---------------------------------------------------------------------- the PNG
+WIDTH, GAP, EDGE, TITLE, CAPTION, AXES = 1120, 4, 14, 46, 22, 320  # pixels
+INK, SOFT = '#1d1f21', '#5b6166'
+
+
+def _cells(source: Source, cell: int) -> List[np.ndarray]:
+    """Pictures made as wide as a cell."""
+    return [np.asarray(Image.fromarray(p).resize((cell, max(1, round(cell * p.shape[0] / p.shape[1]))), Image.Resampling.LANCZOS))
+            for p, _ in source.pictures]
+
+
+def draw(sources: Sequence[Source]) -> np.ndarray:
+    """Pictures, two sources a row, and the chart in what is left of the last row or below; (H, 1120, 3), uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    panel = (WIDTH - 3 * EDGE) // 2
+    cell = (panel - (COLUMNS - 1) * GAP) // COLUMNS
+    panels = [(source, _cells(source, cell)) for source in sources if source.pictures]
+    heights = [TITLE + -(-len(cells) // COLUMNS) * (max(len(c) for c in cells) + CAPTION) for _, cells in panels]
+    rows = [max(heights[i:i + 2]) for i in range(0, len(heights), 2)]
+    beside = len(panels) % 2 == 1
+    if beside:
+        rows[-1] = max(rows[-1], TITLE + 200)
+    height = EDGE * (len(rows) + 1) + sum(rows) + (0 if beside else AXES + EDGE)
+    figure = Figure(figsize=(WIDTH / 100, height / 100), dpi=100, facecolor='white')
+    canvas = FigureCanvasAgg(figure)
+
+    def put(x: float, y: float, words: str, size: float, colour: str = INK) -> None:
+        figure.text(x / WIDTH, 1 - y / height, words, fontsize=size, color=colour, va='top', parse_math=False)
+
+    top = EDGE
+    for number, (source, cells) in enumerate(panels):
+        left = EDGE + number % 2 * (panel + EDGE)
+        put(left, top, source.name, 11.5)
+        share = '' if source.agreement is None else f', {source.agreement:.0%} classified as labelled'
+        put(left, top + 21, f'similarity {_signed(source.mean)}, spread {source.spread:.2f}, entropy '
+            f'{_signed(source.density.entropy)}{share}', 8.5, SOFT)
+        tallest = max(len(c) for c in cells)
+        for place, (picture, (_, caption)) in enumerate(zip(cells, source.pictures)):
+            x, y = left + place % COLUMNS * (cell + GAP), top + TITLE + place // COLUMNS * (tallest + CAPTION)
+            figure.figimage(picture, x, height - y - len(picture), origin='upper')
+            put(x, y + len(picture) + 4, caption, 8.5, SOFT)
+        if number % 2:
+            top += rows[number // 2] + EDGE
+    _chart(figure, sources, (EDGE + panel + EDGE, top, panel, rows[-1]) if beside else (EDGE, top, WIDTH - 2 * EDGE, AXES), height)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _chart(figure, sources: Sequence[Source], box: Tuple[int, int, int, int], height: int) -> None:
+    left, top, wide, high = box
+    names = wide // 200  # side by side in the legend
+    above = 28 + 17 * -(-len(sources) // names)
+    axes = figure.add_axes(((left + 46) / WIDTH, 1 - (top + high - 40) / height, (wide - 52) / WIDTH, (high - 40 - above) / height))
+    for source in sources:
+        colour, dashes = LINES[source.style]
+        x, y = source.density.centers.numpy(), source.density.density.numpy()
+        seen = np.where(y > 0, np.maximum(y, FLOOR / 10), np.nan)  # goes down to the axis and ends there
+        axes.plot(x, seen, color=colour, linestyle=dashes, linewidth=1.8,
+                  label=source.name + (' (never shown)' if source.name == REAL else ''))
+        if source.style == 0:
+            axes.fill_between(x, FLOOR, np.maximum(y, FLOOR), color=colour, alpha=.12, linewidth=0)
+    axes.set(yscale='log', xlim=(-1, 1), ylim=(FLOOR, None))
+    axes.set_xlabel('cosine similarity of two patches', fontsize=9, color=SOFT)
+    axes.set_xticks((-1, -.5, 0, .5, 1))
+    axes.tick_params(labelsize=8.5, colors=SOFT)
+    axes.xaxis.set_major_formatter(lambda value, _: f'{value:g}'.replace('-', MINUS))
+    axes.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
+    for side in ('top', 'right'):
+        axes.spines[side].set_visible(False)
+    axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=names, fontsize=8.5, frameon=False, borderpad=0, labelspacing=.3)
+    figure.text((left + 46) / WIDTH, 1 - top / height, f'Density of patch similarity, {sources[0].density.name}', fontsize=11.5,
+                color=INK, va='top')
+
+
+def _drawn_colours() -> List[int]:
+    """Colours of letters and lines, and halfway to white: rare ones, which would be lost among those of the pictures."""
+    exact = [[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in (INK, SOFT, *(colour for colour, _ in LINES))]
+    return [255] * 3 + [round(255 + (value - 255) * share) for share in (1, .5, .12) for colour in exact for value in colour]
+
+
+def encode(picture: np.ndarray, kilobytes: float) -> bytes:
+    """PNG with as many colours, at most 256, as fit into ``kilobytes`` (of 1000 bytes).
+
+    Raises:
+        ConfigError: Not even the fewest colours do.
+    """
+    image, drawn = Image.fromarray(picture), _drawn_colours()
+    for colours in (224, 176, 144, 112, 80, 32):
+        palette = Image.new('P', (1, 1))
+        palette.putpalette(drawn + image.quantize(colours).getpalette()[:3 * colours])
+        buffer = io.BytesIO()
+        image.quantize(palette=palette).save(buffer, format='PNG', optimize=True)
+        if buffer.tell() <= kilobytes * 1000:
+            return buffer.getvalue()
+    raise ConfigError(f'--kilobytes {kilobytes:g} is too little, {buffer.tell() / 1000:.0f} are needed: give more, or fewer --rows')
+
+
+def write(content: bytes, path: Path) -> None:
+    try:
+        write_whole(content, path)
+    except OSError as error:
+        raise DataError(f'{path} cannot be written ({error.strerror}): give another folder') from error
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog='sample_page', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument('--samples', nargs='+', required=True, metavar='NAME=PATH', help='samples.pt files, or folders of images')
+    parser.add_argument('--real', type=int, metavar='N', help='measure this many images of the training set, too; they are not shown')
+    parser.add_argument('--classes', type=int, nargs='+', default=[], help='classes of labelled samples to show (default: three)')
+    parser.add_argument('--rows', type=int, default=1, help='rows of pictures a source (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the noise and of the choice of real images')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/samples_page'), help='folder of page and PNG (default: %(default)s)')
+    parser.add_argument('--png', type=Path, help='where the PNG goes (default: OUT/samples.png)')
+    parser.add_argument('--kilobytes', type=float, default=400., help='greatest size of the PNG (default: %(default)g)')
+
+    def command(args) -> None:
+        paths = named_paths(args.samples)
+        config = load_config(args.config, args.cfg_options)
+        sources = measure_all(config, paths, args.real, args.rows, args.classes, args.seed)
+        picture = encode(draw(sources), args.kilobytes)
+        html, png = args.out / 'index.html', args.png or args.out / 'samples.png'
+        write(page_of(sources, Path(args.config).stem).encode(), html)
+        write(picture, png)
+        print('\n' + '  '.join(f'{name:<24}' if name == HEAD[0] else f'{name:>15}' for name in HEAD))
+        for source in sources:
+            print('  '.join([f'{source.name:<24}', *(f'{number:>15}' for number in source.numbers)]))
+        print(f'\nThe page is {html}, the picture {png} ({len(picture) / 1000:.0f} kB)')
+
+    return run_command(command, parser, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
