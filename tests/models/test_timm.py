@@ -5,7 +5,7 @@ from torch import nn
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import quantize_model_
-from psaq_mm.models.adapters.timm_swin import valid_window_rows
+from psaq_mm.models.adapters.swin import valid_query_rows
 from psaq_mm.models.scope import find_backbone, first_layer_name
 from psaq_mm.quantization import calibrate, quantizers, set_mode
 
@@ -162,12 +162,12 @@ def test_valid_rows_are_what_the_library_keeps(height, width, window, shift):
     block.attn.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     block._attn(torch.ones(1, height, width, 4))
     expected = seen[0][..., 0] > 0
-    torch.testing.assert_close(valid_window_rows(height, width, block.window_size), expected)
+    torch.testing.assert_close(valid_query_rows(height, width, block.window_size), expected)
     assert not expected.all()
 
 
 def test_no_mask_where_nothing_is_padded():
-    assert valid_window_rows(14, 21, (7, 7)) is None
+    assert valid_query_rows(14, 21, (7, 7)) is None
 
 
 def test_padded_queries_take_no_part_in_calibration():

@@ -4,11 +4,11 @@ from typing import Iterable, Optional
 
 from torch import nn
 
-from psaq_mm.quantization import feeds_activation, norm_feeds, quantize_output_
+from psaq_mm.quantization import edge_quantizer, feeds_activation, norm_feeds, quantize_output_
 
 from .match import class_named
 
-__all__ = ['join', 'mark_ffn', 'mark_norm', 'quantize_outputs']
+__all__ = ['add_residual_edges', 'join', 'mark_ffn', 'mark_norm', 'quantize_outputs']
 
 _SEQUENTIAL_FFN = ('mmcv.cnn.bricks.transformer.FFN', 'mmpretrain.models.backbones.deit3.DeiT3FFN')
 _PACKED_GATE = ('mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN', 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFNFused')
@@ -19,6 +19,13 @@ _TIMM_PACKED_GATE = ('timm.layers.mlp.GluMlp', )
 def join(name: str, child: str) -> str:
     """Dotted name of a child; the model itself is called ``''``."""
     return f'{name}.{child}' if name else child
+
+
+def add_residual_edges(block: nn.Module, name: str, spec) -> nn.Module:
+    """Give a transformer block a quantizer for each of its two residual sums, None where the spec has no such points; the block."""
+    block.residual1_quantizer = edge_quantizer(spec, join(name, 'residual1'))
+    block.residual2_quantizer = edge_quantizer(spec, join(name, 'residual2'))
+    return block
 
 
 def mark_norm(norm: nn.Module, layer: nn.Module) -> None:

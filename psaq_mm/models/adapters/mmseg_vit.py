@@ -12,10 +12,10 @@ import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.quantization import (ReparameterizedQuantizer, adopt, apply_edge, attention_products, edge_quantizer,
+from psaq_mm.quantization import (ReparameterizedQuantizer, adopt, apply_edge, attention_products,
                                   is_quantized_layer, register_adapter)
 
-from .edges import join, mark_ffn, mark_norm, quantize_outputs
+from .edges import add_residual_edges, join, mark_ffn, mark_norm, quantize_outputs
 from .match import Architecture, class_named
 
 __all__ = ['MMSEG_VIT_ARCHITECTURES', 'PackedProjection', 'QuantPackedAttentionMixin', 'QuantMMSegEncoderLayerMixin']
@@ -137,9 +137,7 @@ def _convert_layer(module: nn.Module, name: str, spec) -> nn.Module:
     attention.out_proj.__class__ = nn.Linear
     mark_norm(module.norm1, attention.qkv)
     mark_ffn(module.ffn, module.norm2)
-    module.residual1_quantizer = edge_quantizer(spec, join(name, 'residual1'))
-    module.residual2_quantizer = edge_quantizer(spec, join(name, 'residual2'))
-    return module
+    return add_residual_edges(module, name, spec)
 
 
 def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:

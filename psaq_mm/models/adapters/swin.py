@@ -5,20 +5,20 @@ The three libraries share one computation under three module paths. What differs
 handled where it matters. With every quantizer off, each forward below runs the library's own operations in the library's
 own order, so that its output is the library's to the last bit.
 """
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
-from psaq_mm.quantization import (adopt, apply_edge, attention_products, edge_quantizer, feeds_activation, norm_feeds,
-                                  quantize_output_, register_adapter)
+from psaq_mm.quantization import (adopt, apply_edge, attention_products, edge_quantizer, quantize_output_, register_adapter)
 
+from .edges import add_residual_edges, join, mark_ffn, mark_norm
 from .match import class_named
 
 __all__ = ['SWIN_BACKBONES', 'valid_query_rows', 'QuantWindowMSAMixin', 'QuantShiftWindowMSAMixin', 'QuantSwinBlockMixin',
-           'fill_padding']
+           'convert_window_attention', 'fill_padding']
 
 _SWIN_MODULES = ('mmdet.models.backbones.swin', 'mmseg.models.backbones.swin')
 
@@ -32,7 +32,8 @@ _PATCH_MERGING = ('mmdet.models.layers.transformer.utils.PatchMerging', 'mmseg.m
                   'mmcv.cnn.bricks.transformer.PatchMerging')
 
 
-def valid_query_rows(height: int, width: int, window: int, shift: int, device=None) -> Optional[Tensor]:
+def valid_query_rows(height: int, width: int, window: Union[int, Tuple[int, int]], shift: int = 0,
+                     device=None) -> Optional[Tensor]:
     """Which rows of each window are tokens of the image, and not window padding.
 
     Swin pads the token map on the right and at the bottom to a multiple of the window, rolls it by ``-shift`` and cuts it
@@ -42,22 +43,23 @@ def valid_query_rows(height: int, width: int, window: int, shift: int, device=No
     Args:
         height: Rows of the token map.
         width: Columns of the token map.
-        window: Side of a window, in tokens.
-        shift: Cyclic shift, in tokens.
+        window: Side of a window, or its height and width, in tokens.
+        shift: Cyclic shift after the padding, in tokens; timm shifts before it, which moves no padding.
         device: Where the mask is made.
 
     Returns:
-        bool (windows, window * window), row-major windows, or None where nothing is padded.
+        bool (windows, tokens of a window), row-major windows, or None where nothing is padded.
     """
-    pad_right, pad_bottom = -width % window, -height % window
+    rows, columns = (window, window) if isinstance(window, int) else window
+    pad_right, pad_bottom = -width % columns, -height % rows
     if not pad_right and not pad_bottom:
         return None
     valid = torch.ones(height, width, dtype=torch.bool, device=device)
     valid = F.pad(valid, (0, pad_right, 0, pad_bottom))
     if shift:
         valid = torch.roll(valid, shifts=(-shift, -shift), dims=(0, 1))
-    rows, columns = valid.shape[0] // window, valid.shape[1] // window
-    return valid.view(rows, window, columns, window).transpose(1, 2).reshape(rows * columns, window * window)
+    down, across = valid.shape[0] // rows, valid.shape[1] // columns
+    return valid.view(down, rows, across, columns).transpose(1, 2).reshape(down * across, rows * columns)
 
 
 def fill_padding(x: Tensor, valid: Tensor, qkv: nn.Module) -> Tensor:
@@ -91,33 +93,33 @@ class QuantWindowMSAMixin:
         Returns:
             (windows * B, N, C).
         """
-        B, N, C = x.shape
+        B, N, _ = x.shape
         valid = self.valid_rows
         if valid is not None:
             valid = valid.repeat(B // valid.shape[0], 1)
             x = fill_padding(x, valid, self.qkv)
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
         heads_valid = None if valid is None else valid[:, None]
         self.proj.valid_rows = valid
 
-        q = q * self.scale
-        attn = self.matmul_qk(q, k.transpose(-2, -1), valid_rows=heads_valid)
-
-        tokens = self.window_size[0] * self.window_size[1]
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
-        attn = attn + bias.permute(2, 0, 1).contiguous().unsqueeze(0)
+        attn = self.matmul_qk(q * self.scale, k.transpose(-2, -1), valid_rows=heads_valid)
         # Before the mask: its -100 would stretch the range over nothing.
-        attn = apply_edge(self.scores_quantizer, attn, heads_valid)
+        attn = apply_edge(self.scores_quantizer, attn + self._position_bias(), heads_valid)
         if mask is not None:
             windows = mask.shape[0]
             attn = attn.view(B // windows, windows, self.num_heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
             attn = attn.view(-1, self.num_heads, N, N)
         attn = self.attn_drop(self.softmax(attn))
 
-        x = self.matmul_av(attn, v, valid_rows=heads_valid).transpose(1, 2).reshape(B, N, C)
+        x = self.matmul_av(attn, v, valid_rows=heads_valid).transpose(1, 2).reshape(B, N, -1)
         return self.proj_drop(self.proj(x))
+
+    def _position_bias(self) -> Tensor:
+        """What is added to the scores for the relative position of two tokens, (1, heads, N, N)."""
+        tokens = self.window_size[0] * self.window_size[1]
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
+        return bias.permute(2, 0, 1).contiguous().unsqueeze(0)
 
 
 class QuantShiftWindowMSAMixin:
@@ -157,37 +159,33 @@ class QuantSwinBlockMixin:
         return self._block(x, hw_shape)
 
 
-def _convert_window_msa(module: nn.Module, name: str, spec) -> nn.Module:
-    module = adopt(module, QuantWindowMSAMixin)
+def convert_window_attention(module: nn.Module, name: str, spec, mixin: type = QuantWindowMSAMixin) -> nn.Module:
+    """Adopt window attention as ``mixin``, with its products and the edge of its scores."""
+    module = adopt(module, mixin)
     module.matmul_qk, module.matmul_av = attention_products(spec, name)
-    module.scores_quantizer = edge_quantizer(spec, f'{name}.scores')
+    module.scores_quantizer = edge_quantizer(spec, join(name, 'scores'))
     return module
 
 
 def _convert_block(module: nn.Module, name: str, spec) -> nn.Module:
     module = adopt(module, QuantSwinBlockMixin)
-    module.residual1_quantizer = edge_quantizer(spec, f'{name}.residual1')
-    module.residual2_quantizer = edge_quantizer(spec, f'{name}.residual2')
-    fc1 = module.ffn.layers[0][0]
-    feeds_activation(fc1)
-    norm_feeds(module.norm1, module.attn.w_msa.qkv)
-    norm_feeds(module.norm2, fc1)
-    return module
+    mark_norm(module.norm1, module.attn.w_msa.qkv)
+    mark_ffn(module.ffn, module.norm2)
+    return add_residual_edges(module, name, spec)
 
 
 def _convert_merging(module: nn.Module, name: str, spec) -> nn.Module:
-    if module.norm is not None:
-        norm_feeds(module.norm, module.reduction)
+    mark_norm(module.norm, module.reduction)
     return module
 
 
 def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
     # What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is one.
-    quantize_output_(module.drop_after_pos, f'{name}.drop_after_pos' if name else 'drop_after_pos', spec)
+    quantize_output_(module.drop_after_pos, join(name, 'drop_after_pos'), spec)
     return module
 
 
-register_adapter(lambda m: class_named(m, _WINDOW_MSA) is not None, _convert_window_msa)
+register_adapter(lambda m: class_named(m, _WINDOW_MSA) is not None, convert_window_attention)
 register_adapter(lambda m: class_named(m, _SHIFT_WINDOW_MSA) is not None,
                  lambda m, name, spec: adopt(m, QuantShiftWindowMSAMixin))
 register_adapter(lambda m: class_named(m, _SWIN_BLOCK) is not None, _convert_block)

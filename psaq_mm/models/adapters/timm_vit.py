@@ -8,9 +8,9 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from psaq_mm.quantization import adopt, apply_edge, attention_products, edge_quantizer, register_adapter
+from psaq_mm.quantization import adopt, apply_edge, attention_products, register_adapter
 
-from .edges import join, mark_ffn, mark_norm, quantize_outputs
+from .edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
 from .match import Architecture, class_named
 
 __all__ = ['TIMM_VIT_ARCHITECTURES', 'QuantTimmAttentionMixin', 'QuantTimmBlockMixin']
@@ -73,9 +73,7 @@ def _convert_block(module: nn.Module, name: str, spec) -> nn.Module:
     module = adopt(module, QuantTimmBlockMixin)
     mark_norm(module.norm1, module.attn.qkv)
     mark_ffn(module.mlp, module.norm2)
-    module.residual1_quantizer = edge_quantizer(spec, join(name, 'residual1'))
-    module.residual2_quantizer = edge_quantizer(spec, join(name, 'residual2'))
-    return module
+    return add_residual_edges(module, name, spec)
 
 
 def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:

@@ -8,9 +8,9 @@ model).
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psaq_mm.quantization import adopt, apply_edge, attention_products, edge_quantizer, register_adapter
+from psaq_mm.quantization import adopt, apply_edge, attention_products, register_adapter
 
-from .edges import join, mark_ffn, mark_norm, quantize_outputs
+from .edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
 from .match import Architecture, class_named
 
 __all__ = ['VIT_ARCHITECTURES', 'QuantMultiheadAttentionMixin', 'QuantEncoderLayerMixin', 'QuantDeiT3EncoderLayerMixin']
@@ -75,9 +75,7 @@ def _convert_layer(module: nn.Module, name: str, spec) -> nn.Module:
         module = adopt(module, QuantEncoderLayerMixin)
         mark_norm(module.ln1, module.attn.qkv)
         mark_ffn(module.ffn, module.ln2)
-    module.residual1_quantizer = edge_quantizer(spec, join(name, 'residual1'))
-    module.residual2_quantizer = edge_quantizer(spec, join(name, 'residual2'))
-    return module
+    return add_residual_edges(module, name, spec)
 
 
 def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
