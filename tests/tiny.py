@@ -28,7 +28,8 @@ model = dict(
         bbox_head=[dict(
             type='ConvFCBBoxHead', num_shared_convs=4, num_shared_fcs=1, in_channels=16, conv_out_channels=16, fc_out_channels=32,
             roi_feat_size=7, num_classes=80, norm_cfg=norm_cfg, reg_class_agnostic=False, reg_decoded_bbox=True,
-            bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.], target_stds=[0.1 / d, 0.1 / d, 0.2 / d, 0.2 / d]),
+            bbox_coder=dict(
+                type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.], target_stds=[0.1 / d, 0.1 / d, 0.2 / d, 0.2 / d]),
             loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
             loss_bbox=dict(type='GIoULoss', loss_weight=10.0)) for d in (1, 2, 3)],
         mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1)))

@@ -7,6 +7,7 @@ from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from mmengine.config import Config, ConfigDict
 
+from psaq_mm.engine.data_overlap import check_no_overlap
 from psaq_mm.engine.presets import METHODS, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
@@ -169,6 +170,8 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     """
     config = copy.deepcopy(config)
     dfq = resolve_dfq(config.get('dfq'))
+    if dfq['source'] == 'real':  # while the config still has its validation set, and before anything is written
+        check_no_overlap(config)
     config.model = quantized_model_config(config, quant)
     drop_pretrained(config.model)
 

@@ -3,7 +3,7 @@ import pytest
 from mmengine.config import Config
 
 from psaq_mm.commands.common import load_config
-from psaq_mm.engine.config import apply_method, quant_holder, quantized_model_config
+from psaq_mm.engine.config import apply_method, quant_holder, quantized_model_config, to_data_free
 from psaq_mm.engine.presets import DFQ_PRESETS, METHODS, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError, SpecError
 from psaq_mm.quantization import RECIPES, QuantSpec
@@ -84,3 +84,18 @@ def test_options_win_over_the_method(tmp_path):
     resolved = resolve_dfq(config.dfq)
     assert resolved['generator']['steps'] == 3 and resolved['generator']['rounds'] == 2
     assert QuantSpec.parse(config.model.quant).a_observer == 'mse' and config.model.quant.preset == 'psaq_v1_w6a6'
+
+
+@pytest.mark.parametrize('twin', ['val', 'test'])
+def test_a_training_set_that_is_evaluated_is_refused_before_anything_is_built(tmp_path, twin):
+    checkpoint = tmp_path / 'fp.pth'
+    checkpoint.touch()
+    sets = {f'{part}_dataloader': dict(dataset=dict(type='A', data_root=part, ann_file='list.txt')) for part in ('train', 'val', 'test')}
+    config = Config(dict(model=dict(type='psaq_mm.Quantized', base_type='X'), load_from=str(checkpoint), **sets,
+                         dfq=dict(preset='repq', size=(32, 32))))
+    assert to_data_free(config).train_cfg.source == 'real'
+    config.train_dataloader.dataset.data_root = twin
+    with pytest.raises(ConfigError, match='the set that is evaluated'):
+        to_data_free(config)
+    config.dfq.source = 'generated'
+    assert to_data_free(config).train_cfg.source == 'generated'
