@@ -219,12 +219,14 @@ class ChannelHistogram:
         self.rows += len(data)
         if self.rows > torch.iinfo(torch.int32).max:
             self.counts = self.counts.long()
-        per_unit, start = _power_of_two(-self.exponent).float(), self.start.float()
         for part in self._parts():
-            base = torch.arange(len(start[part]), dtype=torch.int32, device=data.device) * self.BINS
+            # Divided by a width above 1, a tiny float32 could underflow, and a negative one would end in the bin of 0.
+            dtype = torch.float64 if bool((self.exponent[part] > 0).any()) else torch.float32
+            per_unit, start = _power_of_two(-self.exponent[part]).to(dtype), self.start[part].to(dtype)
+            base = torch.arange(len(start), dtype=torch.int32, device=data.device) * self.BINS
             for chunk in data[:, part].split(max(self._VALUES // len(base), 1)):
                 # All exact: powers of two, and whole numbers of at most 24 digits.
-                index = (chunk.float() * per_unit[part]).floor_().sub_(start[part]).to(torch.int32).add_(base)
+                index = (chunk.to(dtype) * per_unit).floor_().sub_(start).to(torch.int32).add_(base)
                 found = torch.bincount(index.view(-1), minlength=len(base) * self.BINS)
                 self.counts[part] += found.view(-1, self.BINS).to(self.counts.dtype)
 
