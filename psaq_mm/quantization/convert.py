@@ -280,8 +280,9 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
     """Set all ranges: weights from the tensors, activations from one full-precision run.
 
     Where a layer's input is reparameterized (:attr:`.QuantSpec.reparameterize`), its LayerNorm and weight change as
-    :func:`.reparam.reparameterize_` says. While ``run`` is under way nothing is quantized, so the ranges do not depend on the order of the layers. Quantizers
-    that are switched off stay so. After an error the modes are as before and no activation range has changed.
+    :func:`.reparam.reparameterize_` says. While ``run`` is under way nothing is quantized, so the ranges do not depend on
+    the order of the layers. Quantizers that are switched off stay so. After an error the modes are as before and no
+    activation range has changed.
 
     Args:
         model: Quantized model.
@@ -294,6 +295,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
     """
     weights = {id(m.weight_quantizer): m for _, m in model.named_modules() if is_quantized_layer(m)}
     active = [(n, q) for n, q in quantizers(model) if q.mode != 'off']
+    observed = {id(q) for _, q in active}
     activations = [(n, q) for n, q in active if id(q) not in weights]
     modes = [(q, q.mode) for _, q in active]
     try:
@@ -316,7 +318,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
         for layer in weights.values():
             if isinstance(layer.input_quantizer, ReparameterizedQuantizer) and layer.input_quantizer.saw_data:
                 reparameterize_(layer)
-                if layer.weight_quantizer.mode == 'off' and id(layer.weight_quantizer) in {id(q) for _, q in active}:
+                if id(layer.weight_quantizer) in observed:  # the weight has moved
                     layer.weight_quantizer.calibrate_from(layer.weight)
     finally:
         for quantizer, mode in modes:
