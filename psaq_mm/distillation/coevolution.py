@@ -16,7 +16,7 @@ from psaq_mm.distillation.discrepancy import normalized_l1
 from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.quantization import calibrate
+from psaq_mm.quantization import RoundedLayer, calibrate, round_weights_
 from psaq_mm.synthesis import ImageSpec, SampleGenerator
 from psaq_mm.synthesis.sources import SOURCES as NOISES
 
@@ -63,6 +63,9 @@ class CoEvolutionSettings:
         augment: Whether the student sees pool samples flipped and rolled at random.
         classes: ``'random'`` makes each sample for a class of its own, drawn once, where the model is a classifier (the one-hot
             term of PSAQ-ViT, arXiv 2203.02250, section 3.3); None is class-free.
+        rounding: How weights come to their first codes: ``'nearest'``, or ``'compensated'``, on the first samples, as
+            :func:`psaq_mm.quantization.round_weights_` says. Training, where there is any, goes on from there.
+        damping: Of the compensated rounding: how little the samples are trusted.
     """
     size: Tuple[int, int] = (224, 224)
     batch_size: int = 8
@@ -75,8 +78,14 @@ class CoEvolutionSettings:
     scope: str = 'backbone'
     augment: bool = True
     classes: Optional[str] = None
+    rounding: str = 'nearest'
+    damping: float = 0.1
 
     def __post_init__(self):
+        if self.rounding not in ('nearest', 'compensated'):
+            raise ConfigError(f'dfq.rounding={self.rounding!r} is not known: use nearest or compensated')
+        if not 0 < self.damping < float('inf'):
+            raise ConfigError(f'dfq.damping={self.damping} must be positive: 0.1 is the usual value')
         if self.source not in SOURCES:
             raise ConfigError(f'dfq.source={self.source!r} is no source of samples: use one of {", ".join(SOURCES)}')
         if self.classes not in (None, 'random'):
@@ -131,6 +140,7 @@ class CoEvolution:
         self.labels: Optional[Tensor] = None  # classes that the latest samples were made for, (n,)
         self.random = torch.Generator().manual_seed(seed)
         self.rounds = 0
+        self.rounded: List[RoundedLayer] = []
         self.history: List[Dict[str, float]] = []
 
     @property
@@ -188,7 +198,7 @@ class CoEvolution:
 
     # ------------------------------------------------------------------ rounds
     def prepare(self, given: Optional[Tensor] = None, labels: Optional[Tensor] = None) -> None:
-        """First samples, without competition (there is no student yet), then the student's ranges on them.
+        """First samples, without competition (there is no student yet), then the student's ranges and first codes on them.
 
         Args:
             given: Samples (n, C, H, W) in the model's units, n within the pool's size, instead of making some.
@@ -200,6 +210,8 @@ class CoEvolution:
             self.latest, self.labels = given, labels
             self._keep()
         self.observe(self.latest)
+        if self.settings.rounding == 'compensated':
+            self.rounded = round_weights_(self.student.model, self._passing(self.latest), self.settings.damping)
 
     def _renew(self, count: int, compete: bool) -> None:
         self.latest = self.make_samples(count, compete)
@@ -211,12 +223,16 @@ class CoEvolution:
 
     def observe(self, samples: Tensor) -> None:
         """Calibrate all ranges of the student on ``samples`` (n, C, H, W), batch by batch."""
+        calibrate(self.student.model, self._passing(samples))
+
+    def _passing(self, samples: Tensor) -> Callable[[], None]:
+        """What puts ``samples`` through the student, batch by batch."""
 
         def run() -> None:
             for batch in samples.split(self.settings.batch_size):
                 self.student.calibration_forward(batch.to(self.device), self.settings.scope)
 
-        calibrate(self.student.model, run)
+        return run
 
     def due(self, step: int) -> bool:
         """Whether a round of synthesis comes before student step ``step``."""

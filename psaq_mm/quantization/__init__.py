@@ -11,6 +11,7 @@ from .observers import MinMaxObserver, MSEObserver, PercentileObserver, build_ob
 from .primitives import choose_qparams, dequantize, fake_quantize, qrange, quantize
 from .quantizers import AffineQuantizer, LogQuantizer, Quantizer
 from .reparam import ReparameterizedQuantizer, norm_before, norm_feeds, reparameterize_
+from .rounding import RoundedLayer, compensated_rounding, round_weights_
 from .spec import RECIPES, LayerSpec, Override, QuantSpec
 
 __all__ = [
@@ -18,9 +19,10 @@ __all__ = [
     'ChannelPercentileObserver', 'ConversionReport', 'FloatLayer', 'LayerSpec', 'LogObserver', 'LogQuantizer',
     'MSEObserver', 'MinMaxObserver', 'Override', 'PercentileObserver', 'QuantConv2d', 'QuantConvTranspose2d',
     'QuantLinear', 'QuantMatMul', 'QuantSpec', 'QuantizedLayer', 'Quantizer', 'RECIPES', 'ReparameterizedQuantizer',
-    'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge', 'attention_products',
-    'build_channel_observer', 'build_observer', 'calibrate', 'choose_qparams', 'dequantize', 'edge_quantizer',
-    'fake_log_quantize', 'fake_quantize', 'feeds_activation', 'is_quantized_layer', 'is_quantizer_key', 'log2_form',
-    'log_dequantize', 'log_quantize', 'norm_before', 'norm_feeds', 'qrange', 'quantize', 'quantize_',
-    'quantize_output_', 'quantizer_state_keys', 'quantizers', 'register_adapter', 'reparameterize_', 'set_mode'
+    'RoundedLayer', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge',
+    'attention_products', 'build_channel_observer', 'build_observer', 'calibrate', 'choose_qparams',
+    'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation',
+    'is_quantized_layer', 'is_quantizer_key', 'log2_form', 'log_dequantize', 'log_quantize', 'norm_before',
+    'norm_feeds', 'qrange', 'quantize', 'quantize_', 'quantize_output_', 'quantizer_state_keys', 'quantizers',
+    'register_adapter', 'reparameterize_', 'round_weights_', 'set_mode'
 ]

@@ -1,0 +1,220 @@
+"""Weights rounded one input at a time, each error carried over into the inputs that are still to come.
+
+Rounding every weight to its nearest code is the best there is only if the inputs of a layer are uncorrelated; those of a transformer are anything but.
+With the Gram matrix of the layer's inputs the error of one weight can be made up for by the weights after it: optimal brain
+compression (Frantar & Alistarh, arXiv 2208.11580) in the order and with the Cholesky form of GPTQ (Frantar et al., arXiv
+2210.17323, section 3). Scales and codes stay those of the weight's own quantizer: what runs afterwards is the same integer
+model with better codes in it.
+"""
+import contextlib
+import math
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DataError
+from .layers import QuantConv2dMixin, QuantLinearMixin, is_quantized_layer
+from .observers import valid_rows_of
+from .primitives import fake_quantize
+
+__all__ = ['RoundedLayer', 'compensated_rounding', 'round_weights_']
+
+BLOCK = 128
+"""Columns that are worked through before the rest of the matrix hears of their errors (GPTQ's lazy batch)."""
+
+
+class RoundedLayer(NamedTuple):
+    """What rounding did to a layer.
+
+    Attributes:
+        name: Of the layer.
+        nearest: Squared error of its output with every weight at its nearest code, relative to the squared output.
+        compensated: The same error after compensation.
+        reason: Why it stayed at its nearest codes; empty if it did not.
+    """
+    name: str
+    nearest: float
+    compensated: float
+    reason: str = ''
+
+
+def compensated_rounding(weight: Tensor, gram: Tensor, round_columns: Callable[[Tensor], Tensor],
+                         damping: float = 0.1) -> Tensor:
+    """Round a matrix so that its products with given inputs change little.
+
+    Source: GPTQ, arXiv 2210.17323, section 3 (Cholesky form, lazy batches, inputs of greatest energy first).
+
+    Args:
+        weight: (outputs, inputs).
+        gram: X^T X of the inputs X (rows, inputs): (inputs, inputs), symmetric, finite.
+        round_columns: Rounds columns (outputs, n) to the grid; works on each output by itself.
+        damping: Added to the diagonal, as a multiple of its mean; positive. Much of it trusts the inputs less: 0 would fit the
+            rows of X alone, and infinity is rounding to the nearest.
+
+    Returns:
+        (outputs, inputs), on the grid, in the dtype of ``weight``; not differentiable.
+
+    Raises:
+        DataError: The shapes do not fit, a value is not finite, or the damping is not positive.
+    """
+    inputs = weight.shape[-1]
+    if weight.dim() != 2 or gram.shape != (inputs, inputs):
+        raise DataError(f'A weight of shape {tuple(weight.shape)} and a Gram matrix of shape {tuple(gram.shape)} do not fit: '
+                        'the matrix has one row and column an input.')
+    if not damping > 0 or not math.isfinite(damping):
+        raise DataError(f'damping={damping} must be positive and finite: 0.1 is the usual value')
+    if not bool(torch.isfinite(gram).all()) or not bool(torch.isfinite(weight).all()):
+        raise DataError('The weight or the inputs of the layer hold NaN or infinity: look for what made them before rounding.')
+    left, energy = weight.double(), gram.diagonal().double()
+    order = torch.argsort(energy, descending=True, stable=True)
+    factor = _inverse_factor(gram.double()[order][:, order], damping * max(float(energy.mean()), torch.finfo(torch.float32).tiny))
+    left = left[:, order].clone()
+    rounded = torch.empty_like(left)
+    for start in range(0, inputs, BLOCK):
+        stop = min(start + BLOCK, inputs)
+        errors = left.new_empty(len(left), stop - start)
+        for i in range(start, stop):
+            column = left[:, i:i + 1]
+            rounded[:, i:i + 1] = round_columns(column.to(weight.dtype)).double()
+            errors[:, i - start:i - start + 1] = (column - rounded[:, i:i + 1]) / factor[i, i]
+            left[:, i + 1:stop] -= errors[:, i - start:i - start + 1] @ factor[i:i + 1, i + 1:stop]
+        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    out = torch.empty_like(rounded)
+    out[:, order] = rounded
+    return out.to(weight.dtype)
+
+
+def _inverse_factor(gram: Tensor, shift: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of ``gram`` + ``shift`` on the diagonal."""
+    damped = gram.clone()
+    damped.diagonal().add_(shift)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+@torch.no_grad()
+def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0.1, memory: int = 2**30,
+                   max_inputs: int = 8192) -> List[RoundedLayer]:
+    """Round the weights of every quantized Linear and convolution to codes that fit the layer's own quantized inputs, in place.
+
+    The model has to be calibrated; ranges, codes and scales stay. The samples go through the quantized model, so a layer's weights also
+    answer for what the quantization before it did to the inputs. Gram matrices of several layers are gathered in one pass, as
+    many as ``memory`` holds; later passes see the weights rounded before.
+
+    Args:
+        model: Calibrated quantized model.
+        run: Puts the samples through the model; called once a pass, without gradients.
+        damping: See :func:`compensated_rounding`.
+        memory: Bytes for the Gram matrices of one pass.
+        max_inputs: Layers with more inputs (channels times kernel) stay at their nearest codes: time grows with the third power.
+
+    Returns:
+        One entry a layer whose weight is quantized. A layer that compensation would not help stays as it was.
+
+    Raises:
+        DataError: An input holds NaN or infinity (names the layer).
+
+    Example:
+        >>> calibrate(model, lambda: model(samples))
+        >>> report = round_weights_(model, lambda: model(samples))
+    """
+    done: Dict[str, RoundedLayer] = {}
+    waiting: List[Tuple[str, nn.Module]] = []
+    layers = [(n, m) for n, m in model.named_modules() if is_quantized_layer(m) and m.weight_quantizer.mode == 'on']
+    for name, layer in layers:
+        reason = _reason_to_leave(layer, max_inputs)
+        if reason:
+            done[name] = RoundedLayer(name, math.nan, math.nan, reason)
+        else:
+            waiting.append((name, layer))
+    while waiting:
+        batch, used = [], 0
+        while waiting and (not batch or used + 4 * _inputs(waiting[0][1])**2 <= memory):
+            used += 4 * _inputs(waiting[0][1])**2
+            batch.append(waiting.pop(0))
+        grams = _gather(batch, run)
+        for name, layer in batch:
+            gram = grams.pop(name, None)
+            if gram is None:
+                done[name] = RoundedLayer(name, math.nan, math.nan, 'no sample went through it')
+                continue
+            try:
+                done[name] = _round_layer(name, layer, gram, damping)
+            except DataError as error:
+                raise DataError(f'Layer {name!r}: {error}') from error
+    return [done[name] for name, _ in layers]
+
+
+def _inputs(layer: nn.Module) -> int:
+    return layer.weight[0].numel()
+
+
+def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
+    if isinstance(layer, QuantConv2dMixin):
+        if layer.groups != 1:
+            return f'{layer.groups} groups'
+        if isinstance(layer.padding, str) or layer.padding_mode != 'zeros':
+            return f'padding {layer.padding!r}, {layer.padding_mode}'
+    elif not isinstance(layer, QuantLinearMixin):
+        return type(layer).__name__
+    return f'{_inputs(layer)} inputs, more than {max_inputs}' if _inputs(layer) > max_inputs else ''
+
+
+def _gather(layers: List[Tuple[str, nn.Module]], run: Callable[[], None]) -> Dict[str, Tensor]:
+    """Gram matrices of the quantized inputs of ``layers`` over one run."""
+    grams: Dict[str, Tensor] = {}
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers:
+            # On the input's quantizer: layers whose owner multiplies for them (packed projections) are seen as well.
+            handle = layer.input_quantizer.register_forward_hook(_gram_hook(grams, name, layer))
+            hooks.callback(handle.remove)
+        run()
+    return grams
+
+
+def _gram_hook(grams: Dict[str, Tensor], name: str, layer: nn.Module):
+
+    def hook(quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
+        valid = args[1] if len(args) > 1 else None
+        for rows in _rows(layer, output, valid):
+            rows = rows.float()
+            found = grams.get(name)
+            if found is None:
+                grams[name] = rows.t() @ rows
+            else:
+                found.addmm_(rows.t(), rows)
+
+    return hook
+
+
+def _rows(layer: nn.Module, x: Tensor, valid: Optional[Tensor]) -> Iterator[Tensor]:
+    """The vectors (rows, inputs) that the layer multiplies with, an image of a convolution at a time."""
+    if isinstance(layer, QuantConv2dMixin):
+        for image in (x if x.dim() == 4 else x[None]).split(1):
+            unfolded = F.unfold(image, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            yield unfolded[0].t()
+        return
+    yield valid_rows_of(x, valid) if valid is not None else x.reshape(-1, x.shape[-1])
+
+
+def _round_layer(name: str, layer: nn.Module, gram: Tensor, damping: float) -> RoundedLayer:
+    quantizer, weight = layer.weight_quantizer, layer.weight.flatten(1)
+    nearest = quantizer.fake_quantize(layer.weight).flatten(1)
+
+    def round_columns(columns: Tensor) -> Tensor:
+        return fake_quantize(columns, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, 0)
+
+    better = compensated_rounding(weight, gram, round_columns, damping)
+    energy = _squared(weight, gram)
+    before, after = (_squared(rounded - weight, gram) / max(energy, 1e-30) for rounded in (nearest, better))
+    if after >= before:
+        return RoundedLayer(name, before, before, 'nothing gained')
+    layer.weight.copy_(better.view_as(layer.weight))
+    return RoundedLayer(name, before, after)
+
+
+def _squared(weight: Tensor, gram: Tensor) -> float:
+    """Squared norm of X weight^T over the rows of X that ``gram`` was made of."""
+    weight = weight.double()
+    return float(((weight @ gram.double()) * weight).sum())
