@@ -116,6 +116,8 @@ setup(
             'psaq-test = psaq_mm.commands.test:main',
             'psaq-compare = psaq_mm.commands.compare:main',
             'psaq-inspect = psaq_mm.inspect:main',
+            'psaq-convert-checkpoint = psaq_mm.commands.convert_checkpoint:main',
+            'psaq-sensitivity = psaq_mm.commands.sensitivity:main',
         ],
     },
     cmdclass={'build_py': BuildWithConfigs},

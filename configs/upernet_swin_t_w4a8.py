@@ -1,4 +1,2 @@
-_base_ = ['mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py', './_base_/quant/w4a8.py', './_base_/dfq/psaq_v2_ade20k.py']
+_base_ = ['./full_precision/upernet_swin_t.py', './_base_/quant/w4a8.py', './_base_/dfq/psaq_v2_ade20k.py']
 model = dict(type='psaq_mm.Quantized', base_type={{_base_.model.type}}, quant={{_base_.quant}})
-load_from = ('https://download.openmmlab.com/mmsegmentation/v0.5/swin/upernet_swin_tiny_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K/'
-             'upernet_swin_tiny_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K_20210531_112542-e380ad3e.pth')

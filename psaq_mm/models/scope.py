@@ -1,20 +1,30 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which parts of a model a scope covers, and whether its backbone is one that can be quantized."""
-from typing import Callable, List
+import inspect
+from typing import Callable, Iterator, List, Optional, Tuple
 
 from torch import nn
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters import ARCHITECTURES, SUPPORTED_BACKBONES
 from psaq_mm.models.adapters.match import class_named, qualified_name
+from psaq_mm.quantization import ADAPTERS
+from psaq_mm.quantization.layers import quant_class_of
 
-__all__ = ['scope_filter', 'find_backbone', 'first_layer_name', 'check_backbone']
+__all__ = ['scope_filter', 'find_backbone', 'first_layer_name', 'check_backbone', 'check_scope', 'dense_head_name',
+           'is_query_based']
 
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
 """Parts that are not used at test time: they stay float in every scope."""
 
 CLASSIFIER_HEADS = ('head', 'head_dist')
 """Parts of a timm network that are no backbone: OpenMMLab's backbones end before their head, timm's networks hold it."""
+
+DENSE_HEADS = ('rpn_head', 'decode_head', 'bbox_head', 'head')
+"""Heads that read all levels of the neck at once; a model has one of them."""
+
+_ROI_PARTS = ('bbox_head', 'mask_head', 'bbox_roi_extractor', 'mask_roi_extractor', 'shared_head')
+_DETECTION_TRANSFORMER = 'mmdet.models.detectors.base_detr.DetectionTransformer'
 
 _TIMM_CLASSIFIER = ('mmpretrain.models.classifiers.timm.TimmClassifier', )
 _TIMM_BACKBONE = ('mmpretrain.models.backbones.timm_backbone.TIMMBackbone', )
@@ -72,6 +82,87 @@ def check_backbone(model: nn.Module) -> None:
             'in floating point: build the backbone without it')
 
 
+def is_query_based(model: nn.Module) -> bool:
+    """Whether a detector is one of the DETR family, whose head reads queries and not the levels of the neck."""
+    return any(qualified_name(base) == _DETECTION_TRANSFORMER for base in type(model).__mro__)
+
+
+def dense_head_name(model: nn.Module) -> Optional[str]:
+    """Which of :data:`DENSE_HEADS` a model has; several in a row (a cascade of decode heads) are none."""
+    for name in DENSE_HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList):
+            return name
+    return None
+
+
+def _quantizable(part: nn.Module) -> bool:
+    return any(quant_class_of(module)[0] is not None for module in part.modules())
+
+
+def _never_run(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    """Parts of a model, with layers to quantize, that a calibration of the full scope does not reach."""
+    reached = ('neck', dense_head_name(model), 'roi_head') + TRAINING_ONLY
+    backbone = find_backbone(model)
+    for name, part in model.named_children():
+        if part is not backbone and name not in reached:
+            yield name, part
+        if name == 'roi_head':
+            yield from ((f'{name}.{key}', child) for key, child in part.named_children() if key not in _ROI_PARTS)
+
+
+def _unknown_attention(model: nn.Module) -> Optional[str]:
+    """Name of an attention of PyTorch's own that no adapter takes apart, outside the backbone; None without."""
+    known: Tuple[str, ...] = ()
+    backbone = find_backbone(model)
+    inside = tuple(f'{name}.' for name, part in model.named_children() if part is backbone or name in TRAINING_ONLY)
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if any(adapter.matcher(module) for adapter in ADAPTERS):
+            known += (f'{name}.', )
+        if isinstance(module, nn.MultiheadAttention) and not name.startswith(known):
+            return name
+    return None
+
+
+def check_scope(model: nn.Module, scope: str) -> None:
+    """Refuse at build time what ``scope='full'`` cannot quantize or calibrate; every supported backbone can be alone.
+
+    Raises:
+        UnsupportedModelError: The detector is of the DETR family; a part of the model would see no sample; or an attention would
+            stay in floating point without a word. The message names it.
+    """
+    if scope == 'backbone' or find_backbone(model) is model or class_named(model, _TIMM_CLASSIFIER):
+        return
+    kind, way_out = type(model).__name__, 'use scope=\'backbone\' for this model'
+    if is_query_based(model):
+        raise UnsupportedModelError(
+            f'scope=\'full\' does not cover {kind}, whose encoder and decoder attend with layers that are not known '
+            f'here and would stay in floating point: {way_out}')
+    for name, part in _never_run(model):
+        if _quantizable(part):
+            raise UnsupportedModelError(
+                f'scope=\'full\' cannot run {name} of {kind} ({type(part).__name__}), whose ranges would never be '
+                f'set: {way_out}')
+    attention = _unknown_attention(model)
+    if attention:
+        raise UnsupportedModelError(
+            f'{attention} of {kind} is torch.nn.MultiheadAttention, which would stay in floating point under '
+            f'scope=\'full\': {way_out}')
+    roi_head = getattr(model, 'roi_head', None)
+    if roi_head is not None and not hasattr(model, 'rpn_head'):
+        raise UnsupportedModelError(f'scope=\'full\' cannot run {kind}, whose RoI head has no RPN to give it boxes: {way_out}')
+    if roi_head is not None:
+        staged = () if getattr(roi_head, 'num_stages', None) is None else (0, )
+        try:
+            inspect.signature(roi_head._bbox_forward).bind(*staged, (), ())
+        except (AttributeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f'scope=\'full\' cannot run the RoI head {type(roi_head).__name__} of {kind}, whose boxes need more '
+                f'than levels and RoIs: {way_out}') from error
+
+
 def scope_filter(model: nn.Module, scope: str) -> Callable[[str, nn.Module], bool]:
     """A filter over (dotted name, module) that keeps what ``scope`` covers.
 
@@ -79,7 +170,11 @@ def scope_filter(model: nn.Module, scope: str) -> Callable[[str, nn.Module], boo
         model: The model about to be quantized.
         scope: ``'backbone'`` (without the classification head that a timm network holds) or ``'full'`` (backbone, neck and
             heads; auxiliary heads, unused at test time, stay float).
+
+    Raises:
+        UnsupportedModelError: See :func:`check_scope`.
     """
+    check_scope(model, scope)
     if scope != 'backbone':
         return lambda name, module: name.split('.')[0] not in TRAINING_ONLY
     path = _backbone_path(model)

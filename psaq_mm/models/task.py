@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What a data-free run needs to know of a detector, segmentor or classifier, whichever library it comes from."""
+import inspect
 import math
 from contextlib import nullcontext
 from typing import List, NamedTuple, Optional, Sequence, Tuple
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from psaq_mm.distillation.blocks import BlockTaps
 from psaq_mm.errors import ConfigError, UnsupportedModelError
-from psaq_mm.models.scope import find_backbone
+from psaq_mm.models.scope import dense_head_name, find_backbone, is_query_based
 from psaq_mm.synthesis import ImageSpec, find_attention
 
 __all__ = ['TaskModel', 'TaskOutputs', 'PARTS', 'default_parts']
@@ -95,7 +96,7 @@ class TaskModel:
 
     Raises:
         ConfigError: A part that does not exist.
-        UnsupportedModelError: ``blocks`` of a model that has none.
+        UnsupportedModelError: ``blocks`` of a model that has none, or ``head`` of a detector of the DETR family.
     """
 
     def __init__(self, model: nn.Module, parts: Optional[Sequence[str]] = None, max_proposals: int = 100,
@@ -104,6 +105,10 @@ class TaskModel:
         unknown = [p for p in parts if p not in PARTS]
         if unknown:
             raise ConfigError(f'distil={list(parts)} names no part {unknown[0]!r} of a model: use some of {", ".join(PARTS)}')
+        if 'head' in parts and is_query_based(model):
+            raise UnsupportedModelError(
+                f'distil={list(parts)} asks for the head of {type(model).__name__}, which reads queries and gives no '
+                'dense maps: distil its backbone and neck')
         self.model = model
         self.parts = tuple(parts)
         self.max_proposals = max_proposals
@@ -192,11 +197,17 @@ class TaskModel:
         backbone = find_backbone(self.model)
         if _is_timm(backbone):
             return _tensors(backbone.forward_head(levels[0]))
-        for name in ('rpn_head', 'decode_head', 'bbox_head', 'head'):
-            head = getattr(self.model, name, None)
-            if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList):
-                return _tensors(head(tuple(levels)))
-        return []
+        name = dense_head_name(self.model)
+        if name is None:
+            return []
+        head = getattr(self.model, name)
+        try:
+            inspect.signature(head.forward).bind(tuple(levels))
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f'{name} of {type(self.model).__name__} ({type(head).__name__}) needs more than the levels of the '
+                'neck: distil backbone and neck, and use scope=\'backbone\'') from error
+        return _tensors(head(tuple(levels)))
 
     def outputs(self, images: Tensor) -> List[Tensor]:
         """The tensors that the student learns from the teacher, coarse structure first: blocks, stages, neck levels, dense maps.
@@ -237,7 +248,7 @@ class TaskModel:
         self._dense_head(levels)
         roi_head = getattr(self.model, 'roi_head', None)
         if roi_head is not None:
-            self._roi_forward(images, tuple(levels), roi_head)
+            self._roi_forward(images, tuple(levels), roi_head, self._proposals(images, tuple(levels)))
 
     # ------------------------------------------------------------------ RoI heads
     def _proposals(self, images: Tensor, levels: Tuple[Tensor, ...]) -> List[Tensor]:
@@ -252,23 +263,36 @@ class TaskModel:
         whole = images.new_tensor([[0., 0., width, height]])
         return [b if len(b) else whole for b in boxes]
 
-    def _roi_forward(self, images: Tensor, levels: Tuple[Tensor, ...], roi_head: nn.Module) -> None:
+    @torch.no_grad()
+    def proposals(self, images: Tensor) -> Optional[List[Tensor]]:
+        """The RPN's best boxes for ``images`` (B, C, H, W), (n, 4) an image; None without RoI heads."""
+        if getattr(self.model, 'roi_head', None) is None:
+            return None
+        return self._proposals(images, tuple(self.features(images)[1]))
+
+    @torch.no_grad()
+    def roi_outputs(self, images: Tensor, proposals: List[Tensor]) -> List[Tensor]:
+        """Class scores, box deltas and masks of every stage of the RoI heads on given boxes, one row a RoI."""
+        return self._roi_forward(images, tuple(self.features(images)[1]), self.model.roi_head, proposals)
+
+    def _roi_forward(self, images: Tensor, levels: Tuple[Tensor, ...], roi_head: nn.Module,
+                     proposals: List[Tensor]) -> List[Tensor]:
         from mmdet.structures.bbox import bbox2roi
-        rois = bbox2roi(self._proposals(images, levels))
+        rois = bbox2roi(proposals)
         stages = getattr(roi_head, 'num_stages', None)
         if not hasattr(roi_head, '_bbox_forward'):
             raise UnsupportedModelError(f'scope=\'full\' cannot run the RoI head {type(roi_head).__name__}: '
                                         'use scope=\'backbone\' for this detector')
-        if stages is None:
-            roi_head._bbox_forward(levels, rois)
+        found: List[Tensor] = []
+        for stage in range(stages or 1):
+            which = () if stages is None else (stage, )
+            result = roi_head._bbox_forward(*which, levels, rois)
+            found += [result['cls_score'], result['bbox_pred']]
             if roi_head.with_mask:
-                roi_head._mask_forward(levels, rois)
-            return
-        for stage in range(stages):
-            result = roi_head._bbox_forward(stage, levels, rois)
-            if roi_head.with_mask:
-                roi_head._mask_forward(stage, levels, rois)
-            rois = self._refine(roi_head.bbox_head[stage], rois, result, images.shape[-2:])
+                found.append(roi_head._mask_forward(*which, levels, rois)['mask_preds'])
+            if stages is not None:
+                rois = self._refine(roi_head.bbox_head[stage], rois, result, images.shape[-2:])
+        return found
 
     @staticmethod
     def _refine(head: nn.Module, rois: Tensor, result: dict, shape: Sequence[int]) -> Tensor:

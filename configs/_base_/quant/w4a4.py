@@ -1,0 +1,1 @@
+quant = dict(preset='w4a4', scope='backbone')

@@ -1,0 +1,1 @@
+quant = dict(preset='w6a6', scope='backbone')

@@ -1,0 +1,2 @@
+_base_ = ['./full_precision/cascade_mask_rcnn_swin_s.py', './_base_/quant/w4a4.py', './_base_/dfq/psaq_v2_coco.py']
+model = dict(type='psaq_mm.Quantized', base_type={{_base_.model.type}}, quant={{_base_.quant}})

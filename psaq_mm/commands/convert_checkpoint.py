@@ -1,0 +1,92 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""A Swin checkpoint of another release for today's libraries: ``tools/convert_checkpoint.py CONFIG SOURCE --out OUT``."""
+import argparse
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+
+from psaq_mm.commands.common import add_config_arguments, load_config, run_command
+from psaq_mm.errors import ConfigError
+
+__all__ = ['main', 'convert_checkpoint', 'dataset_meta_of']
+
+
+def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:
+    """Classes and palette as OpenMMLab 2 keeps them, from a ``meta`` of either generation; empty where it has none."""
+    if meta.get('dataset_meta'):
+        return dict(meta['dataset_meta'])
+    return {new: meta[old] for old, new in (('CLASSES', 'classes'), ('PALETTE', 'palette')) if meta.get(old) is not None}
+
+
+def convert_checkpoint(config, source: str, backbone_only: bool = False, drop: Sequence[str] = ()) -> Tuple[Dict, Any, Any]:
+    """Convert ``source`` for the full-precision model of a loaded config; nothing is written, and misfits are not raised.
+
+    Args:
+        config: Of a full-precision or a quantized model.
+        source: File or URL, ``.pth`` or ``.safetensors``.
+        backbone_only, drop: See :func:`psaq_mm.models.conversion.fit_weights`.
+
+    Returns:
+        The checkpoint to be saved, and how it came about: :class:`~psaq_mm.models.conversion.Renamed`,
+        :class:`~psaq_mm.models.conversion.Conversion`.
+
+    Raises:
+        CheckpointError: ``source`` cannot be read, holds no Swin or is quantized.
+        UnsupportedModelError: The config's model has no Swin of OpenMMLab as its backbone.
+    """
+    from mmengine.registry import MODELS, init_default_scope
+
+    from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
+    from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
+    from psaq_mm.errors import CheckpointError
+    from psaq_mm.models.conversion import fit_weights, rename_swin
+    checkpoint = read_checkpoint(source)
+    if is_quantized(checkpoint):
+        raise CheckpointError(f'{source} is quantized: convert the full-precision checkpoint and quantize that')
+    renamed = rename_swin(checkpoint['state_dict'])
+    model_config = full_precision_model_config(config.model)
+    drop_pretrained(model_config)
+    init_default_scope(config.get('default_scope', 'mmengine'))
+    conversion = fit_weights(renamed, MODELS.build(model_config), backbone_only, drop)
+    meta = dict(dataset_meta=dataset_meta_of(checkpoint['meta']),
+                converted_from=dict(checkpoint=str(source), naming=renamed.naming))
+    return dict(meta=meta, state_dict=conversion.state_dict), renamed, conversion
+
+
+def _say(renamed, conversion) -> None:
+    """Every weight that was not simply carried over, by name."""
+    print(f'naming of the checkpoint: {renamed.naming}; {len(conversion.state_dict)} weights placed, {len(renamed.derived)} '
+          'position indices and masks made anew')
+    for what, names in (('found no place', conversion.unplaced), ('is not in the checkpoint', conversion.missing),
+                        ('does not fit', conversion.wrong), ('left out', conversion.left_out),
+                        ('is not in the checkpoint and stays 1 or 0', conversion.untrained)):
+        for name in names:
+            print(f'  {what}: {name}')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog='psaq-convert-checkpoint', description=__doc__)
+    add_config_arguments(parser)
+    parser.add_argument('source', help='a file or URL, .pth or .safetensors: Swin\'s own releases, timm\'s, mmpretrain\'s')
+    parser.add_argument('--out', required=True, help='the .pth to be written, whole or not at all')
+    parser.add_argument('--backbone-only', action='store_true', help='the backbone alone, as from a classifier to a detector; what '
+                        'reads it as init_cfg wants convert_weights=False')
+    parser.add_argument('--drop', nargs='+', default=[], metavar='PATTERN', help='leave weights out by their name in the source')
+
+    def command(args) -> None:
+        from psaq_mm.engine.checkpoint import save_atomic
+        if not args.out.endswith('.pth'):
+            raise ConfigError(f'--out {args.out} must end with .pth: OpenMMLab reads nothing else')
+        config = load_config(args.config, args.cfg_options)
+        if not config.get('model'):
+            raise ConfigError(f'the config {args.config} has no model: give a full model config, not one of its bases')
+        checkpoint, renamed, conversion = convert_checkpoint(config, args.source, args.backbone_only, args.drop)
+        _say(renamed, conversion)
+        conversion.check()
+        save_atomic(checkpoint, args.out)
+        print(f'saved to {args.out}')
+
+    return run_command(command, parser, argv)
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

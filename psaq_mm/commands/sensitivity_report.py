@@ -1,0 +1,103 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What :mod:`psaq_mm.commands.sensitivity` shows and leaves: a table, a page with a plot, and a config with mixed precision."""
+import os
+import pprint
+from pathlib import Path
+from typing import Any, Dict, List, Mapping
+
+from psaq_mm.visualization import Curve, area_chart
+from psaq_mm.visualization.page import page, table, text
+
+__all__ = ['mixed_precision_config', 'sensitivity_page', 'to_text']
+
+_TITLES = dict(weights='its weights alone', activations='its activations alone')
+
+
+def _bits(layer: Mapping) -> str:
+    letters = dict(weights='W', activations='A')
+    return ' '.join(f'{letter}{layer["bits"][kind]}' for kind, letter in letters.items() if kind in layer['bits'])
+
+
+def _mixed_line(report: Mapping) -> str:
+    mixed = report['mixed_precision']
+    average = ', '.join(f'{kind} {before:.2f} -> {after:.2f} bits' for kind, (before, after) in mixed['average'].items())
+    return (f'{len(mixed["overrides"])} layers raised to 8 bits: {average} on average; error of the outputs '
+            f'{report["error"]:.5f} -> {mixed["error"]:.5f}')
+
+
+def to_text(report: Mapping, shown: int) -> str:
+    """The first rows of the ranking, for a terminal."""
+    layers = report['layers'][:shown]
+    metrics = sorted({key for layer in layers for key in layer['metrics']})
+    width = max(len(layer['name']) for layer in layers)
+    lines = [f'{"rank":>4}  {"layer":<{width}}  {"bits":>6}  {"error":>8}' + ''.join(f'  {key}' for key in metrics)]
+    for layer in layers:
+        values = ''.join(f'  {layer["metrics"].get(key, float("nan")):>{len(key)}.3f}' for key in metrics)
+        lines.append(f'{layer["rank"]:>4}  {layer["name"]:<{width}}  {_bits(layer):>6}  {layer["error"]:>8.5f}{values}')
+    lines.append(f'all {len(report["layers"])} layers together: {report["error"]:.5f}')
+    for name, found in report.get('metrics', {}).items():
+        lines.append(f'{name}: ' + ', '.join(f'{key} {value:.3f}' for key, value in found.items()))
+    if 'mixed_precision' in report:
+        lines.append(_mixed_line(report))
+    return '\n'.join(lines)
+
+
+def sensitivity_page(report: Mapping) -> str:
+    """A page with the errors in the order of the network, and the ranking."""
+    layers = report['layers']
+    ordered = sorted(layers, key=lambda layer: layer['position'])
+    positive = [layer['error'] for layer in layers if layer['error'] > 0]
+    curves = [Curve('the layer alone', range(len(ordered)), [layer['error'] for layer in ordered], 0)]
+    for style, kind in enumerate(_TITLES, 1):
+        known = [layer for layer in ordered if kind in layer['parts']]
+        if known:
+            curves.append(Curve(_TITLES[kind], [layer['position'] for layer in known],
+                                [layer['parts'][kind] for layer in known], style))
+    last = max(1, len(ordered) - 1)
+    chart = area_chart('Error of the outputs by layer, in the order of the network (logarithmic)', curves, (0, last), (0, last),
+                       floor=min(positive, default=0.), size=(640, 240))
+    metrics = sorted({key for layer in layers for key in layer['metrics']})
+    rows = [[f'{layer["rank"]}. <code>{text(layer["name"])}</code>', text(layer['kind']), _bits(layer), f'{layer["error"]:.5f}']
+            + [f'{layer["metrics"][key]:.3f}' if key in layer['metrics'] else '' for key in metrics] for layer in layers]
+    raised = {override['pattern'] for override in report.get('mixed_precision', {}).get('overrides', ())}
+    marked = [number for number, layer in enumerate(layers) if layer['name'] in raised]
+    height, width = report['size']
+    body = [f'<h1>What quantization hurts: {text(Path(report["config"]).name)}</h1>',
+            f'<p>Each layer quantized alone, on {report["samples"]} samples of {height} x {width} ({text(report["source"])}). The '
+            'error is the mean absolute difference of the outputs from full precision, in units of their own spread.</p>',
+            f'<p>All {len(layers)} layers together: {report["error"]:.5f}.</p>']
+    if raised:
+        body.append(f'<p>{text(_mixed_line(report))}; they stand out below.</p>')
+    body += [f'<div class="chart">{chart}</div>',
+             table(['Layer', 'Kind', 'Bits', 'Error'] + [text(key) for key in metrics], rows, 'Layers, the most sensitive first',
+                   marked)]
+    return page('Sensitivity of layers', '\n'.join(body))
+
+
+def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping, folder: Path) -> str:
+    """A config that inherits ``path`` and differs in what ``quant`` says.
+
+    Args:
+        path: The config that was analysed, relative to the current folder or not.
+        config: It, loaded, its model quantized.
+        settings: Under ``quant``.
+        report: See :func:`psaq_mm.commands.sensitivity.analyse`.
+        folder: Where the text will stand.
+    """
+    from mmengine.config import Config
+
+    from psaq_mm.engine.config import is_quantized_config, quant_holder
+    own = Config.fromfile(path).get('model') or {}
+    inherits = is_quantized_config(own)
+    quant: Dict[str, Any] = {**(dict(_delete_=True) if inherits and 'quant' in quant_holder(own) else {}), **settings}
+    model: Dict[str, Any] = dict(quant=quant)
+    if not inherits:
+        model = dict(type=config.model.type, base_type=config.model.base_type, quant=quant)
+    elif quant_holder(config.model) is not config.model:
+        model = dict(backbone=model)
+    checkpoint = os.path.abspath(report['checkpoint']) if os.path.isfile(report['checkpoint']) else report['checkpoint']
+    lines: List[str] = ['# Written by tools/sensitivity.py: ' + _mixed_line(report) + '.',
+                        f'_base_ = [{os.path.relpath(os.path.abspath(path), os.path.abspath(folder))!r}]',
+                        f'model = {pprint.pformat(model, width=110, sort_dicts=False)}',
+                        f'load_from = {checkpoint!r}']
+    return '\n'.join(lines) + '\n'

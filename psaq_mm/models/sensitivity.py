@@ -1,0 +1,247 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What quantizing one layer alone does to a model's outputs, and which layers to give more bits for it.
+
+A layer's error is the mean absolute difference of the outputs from full precision in units of their own spread
+(:func:`psaq_mm.distillation.discrepancy.normalized_l1`). Bits are chosen by it under a budget as in the mixed precision of HAWQ
+(arXiv 1905.03696), with a measured error in place of a second-order estimate. That errors of layers add up is an assumption, which
+the error of the whole model under the choice is there to check.
+"""
+import contextlib
+from dataclasses import dataclass
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.distillation.discrepancy import normalized_l1
+from psaq_mm.errors import ConfigError, UnsupportedModelError
+from psaq_mm.models.scope import find_backbone
+from psaq_mm.models.task import TaskModel
+from psaq_mm.quantization import Override, QuantMatMul, QuantSpec, Quantizer, quantizers
+
+__all__ = ['Choice', 'LayerError', 'choose_bits', 'layer_quantizers', 'mean_error', 'measure_layers', 'only_quantized',
+           'outputs_to_compare', 'quantized_part', 'with_overrides']
+
+_OF_A_LAYER = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rhs_quantizer')
+
+KINDS = ('weights', 'activations')
+
+
+@dataclass
+class LayerError:
+    """A row of the ranking.
+
+    Attributes:
+        name: As overrides know it, see :class:`psaq_mm.quantization.Override`.
+        position: In the network, from 0.
+        kind: Class of the layer, or ``'activation'``.
+        bits: Of ``'weights'`` and ``'activations'``; without the one it has none of.
+        elements: Numbers at those bits: of the weight, and of the activations of one sample.
+        error: Of the outputs, with this layer alone quantized.
+        parts: The same with its weights alone, and its activations alone, where a budget asked for it.
+        metrics: Of the test set, where asked for.
+    """
+    name: str
+    position: int
+    kind: str
+    bits: Dict[str, int]
+    elements: Dict[str, int]
+    error: float
+    parts: Dict[str, float]
+    metrics: Dict[str, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Layers that get more bits.
+
+    Attributes:
+        overrides: To be added to a spec's.
+        average: Average bits before and after, of weights and activations.
+    """
+    overrides: Tuple[Override, ...]
+    average: Dict[str, Tuple[float, float]]
+
+
+def quantized_part(model: nn.Module) -> nn.Module:
+    """What overrides' names are relative to: the model, or its backbone where that alone was built quantized."""
+    for part in (model, find_backbone(model)):
+        if getattr(part, 'quant_spec', None) is not None:
+            return part
+    raise UnsupportedModelError(f'{type(model).__name__} is not quantized: give a config of a quantized model, or --quant')
+
+
+def layer_quantizers(model: nn.Module) -> Dict[str, Dict[str, List[Quantizer]]]:
+    """Quantizers by layer and by what they quantize, in the order of the network.
+
+    Returns:
+        Name of a layer, product or edge, as overrides know it, to ``'weights'`` and ``'activations'``.
+    """
+    part = quantized_part(model)
+    modules, found = dict(part.named_modules()), {}
+    for name, quantizer in quantizers(part):
+        owner, _, attribute = name.rpartition('.')
+        edge = attribute not in _OF_A_LAYER and not isinstance(modules[owner], QuantMatMul)
+        row = f'{owner}.{attribute[:-len("_quantizer")]}'.lstrip('.') if edge else owner
+        kinds = found.setdefault(row, dict(weights=[], activations=[]))
+        kinds['weights' if attribute == 'weight_quantizer' else 'activations'].append(quantizer)
+    return found
+
+
+@contextlib.contextmanager
+def only_quantized(model: nn.Module, chosen: Sequence[Quantizer]) -> Iterator[None]:
+    """Inside, ``chosen`` are on and every other quantizer is off; as before afterwards."""
+    modes = [(quantizer, quantizer.mode) for _, quantizer in quantizers(model)]
+    try:
+        for quantizer, _ in modes:
+            quantizer.mode = 'off'
+        for quantizer in chosen:
+            quantizer.mode = 'on'
+        yield
+    finally:
+        for quantizer, mode in modes:
+            quantizer.mode = mode
+
+
+def outputs_to_compare(model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], List[List[Tensor]]]:
+    """A function that runs the model on all samples and gives the outputs that are compared, a list a batch.
+
+    They are those that a student learns by default; under ``scope='full'`` those of all heads too, RoI heads on the RoIs that the
+    model as it is now proposes.
+
+    Args:
+        model: Calibrated; its quantizers should be off while this is called.
+        batches: Normalized samples, (B, C, H, W) each.
+    """
+    task, part = TaskModel(model), quantized_part(model)
+    rois: List[Optional[List[Tensor]]] = [None] * len(batches)
+    if part is model and part.quant_spec.scope == 'full':
+        task = TaskModel(model, (*task.parts, 'head'))
+        rois = [task.proposals(batch) for batch in batches]
+
+    @torch.no_grad()
+    def run() -> List[List[Tensor]]:
+        return [task.outputs(batch) + ([] if own is None else task.roi_outputs(batch, own)) for batch, own in zip(batches, rois)]
+
+    return run
+
+
+def mean_error(found: List[List[Tensor]], reference: List[List[Tensor]]) -> float:
+    """:func:`~psaq_mm.distillation.discrepancy.normalized_l1` averaged over batches."""
+    return sum(float(normalized_l1(ours, theirs)) for ours, theirs in zip(found, reference)) / len(reference)
+
+
+def _count_activations(model: nn.Module, run: Callable[[], List], samples: int) -> Dict[int, int]:
+    """Elements a sample that each quantizer reads, by its id."""
+    counts: Dict[int, int] = {}
+
+    def count(module, inputs) -> None:
+        counts[id(module)] = counts.get(id(module), 0) + inputs[0].numel()
+
+    handles = [quantizer.register_forward_pre_hook(count) for _, quantizer in quantizers(model)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {key: value // samples for key, value in counts.items()}
+
+
+def measure_layers(model: nn.Module, batches: Sequence[Tensor], kinds: Sequence[str] = (),
+                   progress: Optional[Callable[[int, int, LayerError], None]] = None) -> Tuple[List[LayerError], float]:
+    """Quantize each layer alone and see what the outputs become.
+
+    Args:
+        model: Quantized and calibrated, in eval mode.
+        batches: Normalized samples, (B, C, H, W) each.
+        kinds: Out of :data:`KINDS`: measure these alone too.
+        progress: Called with number, count and row after each layer.
+
+    Returns:
+        Rows, the most sensitive first; and the error with every layer quantized.
+    """
+    grouped = layer_quantizers(model)
+    with only_quantized(model, ()):
+        run = outputs_to_compare(model, batches)
+        reference = run()
+        counts = _count_activations(model, run, sum(len(batch) for batch in batches))
+    modules = dict(quantized_part(model).named_modules())
+    rows: List[LayerError] = []
+    for name, groups in grouped.items():
+        owner, measured = modules.get(name), {}
+        for kind in ('both', *kinds):
+            chosen = groups['weights'] + groups['activations'] if kind == 'both' else groups[kind]
+            alone = kind != 'both' and len(chosen) == len(groups['weights']) + len(groups['activations'])
+            if chosen and not alone:
+                with only_quantized(model, chosen):
+                    measured[kind] = mean_error(run(), reference)
+            elif chosen:
+                measured[kind] = measured['both']
+        bits = {kind: min(q.bits for q in found) for kind, found in groups.items() if found}
+        elements = {'activations': sum(counts.get(id(q), 0) for q in groups['activations'])} if groups['activations'] else {}
+        if groups['weights']:
+            elements['weights'] = owner.weight.numel()
+        kind = 'activation' if owner is None else type(owner).__name__
+        rows.append(LayerError(name, len(rows), kind, bits, elements, measured.pop('both'), measured, {}))
+        if progress:
+            progress(len(rows), len(grouped), rows[-1])
+    every = [q for groups in grouped.values() for found in groups.values() for q in found]
+    with only_quantized(model, every):
+        whole = mean_error(run(), reference)
+    return sorted(rows, key=lambda row: -row.error), whole
+
+
+def _average(rows: Sequence[LayerError], kind: str, raised: Dict[str, int]) -> float:
+    counted = [(raised.get(row.name, row.bits[kind]), row.elements[kind]) for row in rows if kind in row.bits]
+    return sum(bits * count for bits, count in counted) / max(1, sum(count for _, count in counted))
+
+
+def choose_bits(rows: Sequence[LayerError], budgets: Dict[str, float], high: int = 8) -> Choice:
+    """Which layers to raise to ``high`` bits so that the average bits stay within a budget.
+
+    Greedy: the layers in the order of error removed for a bit more an element, each that still fits.
+
+    Args:
+        rows: From :func:`measure_layers`, measured for the kinds of ``budgets``.
+        budgets: Average bits of ``'weights'`` (over the weights of all quantized layers) and of ``'activations'`` (over what a
+            sample puts through all quantizers), of those that are to change.
+        high: Bits of a raised layer.
+
+    Raises:
+        ConfigError: A budget is below what the config has already, or above ``high``.
+    """
+    raised: Dict[str, Dict[str, int]] = {kind: {} for kind in budgets}
+    average: Dict[str, Tuple[float, float]] = {}
+    for kind, budget in budgets.items():
+        option = '--budget' if kind == 'weights' else '--activation-budget'
+        before = _average(rows, kind, {})
+        if not before <= budget <= high:
+            raise ConfigError(
+                f'{option} {budget:g} is outside of what can be had: {kind} have {before:.2f} bits on average now and at '
+                f'most {high}')
+        candidates = [row for row in rows if row.bits.get(kind, high) < high and row.elements[kind]]
+        total = sum(row.elements[kind] for row in rows if kind in row.bits)
+        room = (budget - before) * total + 1e-6 * total
+        for row in sorted(candidates, key=lambda r: -r.parts[kind] / (r.elements[kind] * (high - r.bits[kind]))):
+            cost = row.elements[kind] * (high - row.bits[kind])
+            if cost <= room and row.parts[kind] > 0:
+                room -= cost
+                raised[kind][row.name] = high
+        average[kind] = (before, _average(rows, kind, raised[kind]))
+    names = [row.name for row in rows if any(row.name in chosen for chosen in raised.values())]
+    overrides = tuple(
+        Override(_literal(name), raised.get('weights', {}).get(name), raised.get('activations', {}).get(name)) for name in names)
+    return Choice(overrides, average)
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches ``name`` alone."""
+    return ''.join(f'[{c}]' if c in '*?[' else c for c in name)
+
+
+def with_overrides(spec: QuantSpec, choice: Choice) -> Dict:
+    """The settings of ``spec`` that are no defaults, with the choice's overrides after its own; fit for a config."""
+    plain, settings = QuantSpec().to_dict(), spec.to_dict()
+    kept = {key: value for key, value in settings.items() if key in ('w_bits', 'a_bits') or value != plain[key]}
+    kept['overrides'] = settings['overrides'] + [override.to_dict() for override in choice.overrides]
+    return kept

@@ -1,0 +1,25 @@
+"""What makes configs and models of full size quick to read and to build, for tests that look at many of them."""
+import contextlib
+import functools
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class WeightsWithoutMemory(TorchFunctionMode):
+    """Weights are made on the meta device, where they have a shape and are never initialized; all else is as ever."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {}, **(dict(device='meta') if function is torch.empty else {}))
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def metafiles_read_once():
+    """A base ``mmdet::...`` has MMEngine read every metafile of mmdet, each time; inside, it reads each once."""
+    with pytest.MonkeyPatch.context() as patch:
+        with contextlib.suppress(ImportError):
+            import mmengine.config.utils as utils
+            patch.setattr(utils, 'load', functools.lru_cache(None)(utils.load))
+        yield
