@@ -78,8 +78,8 @@ EXTRAS = {
     'mmseg': [*MM, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex'],
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
     'timm': ['timm>=1.0'],
-    'deploy': ['onnx', 'onnxruntime', 'openvino'],
-    'test': ['pytest>=7', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime'],
+    'deploy': ['onnx>=1.15', 'onnxruntime>=1.18', 'openvino>=2024.4'],
+    'test': ['pytest>=7', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino'],
 }
 EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name != 'test' for line in lines})
 
@@ -115,6 +115,7 @@ setup(
             'psaq-dfq-train = psaq_mm.commands.dfq_train:main',
             'psaq-test = psaq_mm.commands.test:main',
             'psaq-compare = psaq_mm.commands.compare:main',
+            'psaq-export = psaq_mm.commands.export:main',
             'psaq-inspect = psaq_mm.inspect:main',
             'psaq-convert-checkpoint = psaq_mm.commands.convert_checkpoint:main',
             'psaq-sensitivity = psaq_mm.commands.sensitivity:main',

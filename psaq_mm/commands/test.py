@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Box and mask AP, mIoU or top-1 of a quantized model: ``tools/test.py CONFIG CKPT [--full-precision [FP]]``."""
+"""Box and mask AP, mIoU or top-1 of a quantized model: ``tools/test.py CONFIG CKPT [--full-precision [FP]]``; of an exported one:
+``tools/test.py CONFIG --deployed DIR``."""
 import argparse
 import copy
 import json
@@ -41,15 +42,18 @@ def check_test_set(config) -> None:
                         'test_dataloader.dataset.ann_file')
 
 
-def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = False, hooks: Sequence = ()) -> Dict[str, float]:
+def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision: bool = False, hooks: Sequence = (),
+             runtime: Optional[str] = None, threads: Optional[int] = None) -> Dict[str, float]:
     """Metrics of a model on its config's test set.
 
     Args:
         config: A loaded config of a quantized model.
-        checkpoint: As read by :func:`psaq_mm.engine.checkpoint.read_checkpoint`.
-        source: The checkpoint's path, for messages.
+        checkpoint: As read by :func:`psaq_mm.engine.checkpoint.read_checkpoint`; None for an exported model.
+        source: The checkpoint's path, for messages; an exported model's directory with ``runtime``.
         full_precision: Evaluate the library's own model type instead, with no quantizer in it.
         hooks: MMEngine hooks that see the run, such as :class:`psaq_mm.commands.agreement.RecordHook`.
+        runtime: Evaluate the exported model at ``source`` in ``'openvino'`` or ``'onnxruntime'``.
+        threads: Of the runtime.
 
     Returns:
         The evaluator's metrics under its own keys, such as ``coco/bbox_mAP`` and ``mIoU``.
@@ -64,6 +68,7 @@ def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = Fa
 
     from psaq_mm.engine.checkpoint import load_weights
     from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
+    from psaq_mm.models import deploy_model_
     config = copy.deepcopy(config)
     check_test_set(config)
     config.load_from, config.resume = None, False
@@ -77,9 +82,12 @@ def evaluate(config, checkpoint: Mapping, source: str, full_precision: bool = Fa
     init_default_scope(config.get('default_scope', 'mmengine'))
     runner = Runner.from_cfg(config)
     model = getattr(runner.model, 'module', runner.model)
-    if not full_precision:
-        _check_spec(model, checkpoint, source)
-    load_weights(model, checkpoint, source)
+    if runtime is not None:
+        deploy_model_(model, source, runtime, threads)
+    else:
+        if not full_precision:
+            _check_spec(model, checkpoint, source)
+        load_weights(model, checkpoint, source)
     for hook in hooks:
         runner.register_hook(hook)
     return {k: float(v) for k, v in runner.test().items()}
@@ -95,17 +103,17 @@ def _check_spec(model, checkpoint: Mapping, source: str) -> None:
         raise CheckpointError(f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with')
 
 
-def before_after_table(before: Optional[Mapping], after: Optional[Mapping], label: str) -> str:
-    """A table of metrics, one row a metric, full precision beside quantized."""
+def before_after_table(before: Optional[Mapping], after: Optional[Mapping], label: str, first: str = 'full precision') -> str:
+    """A table of metrics, one row a metric, full precision (or what ``first`` names) beside quantized."""
     keys = [k for k in (after or before)]
     width = max(len(k) for k in keys)
-    head = f'{"metric":<{width}}' + ('  full precision' if before else '') + (f'  {label:>10}' if after else '')
+    head = f'{"metric":<{width}}' + (f'  {first:>14}' if before else '') + (f'  {label:>10}' if after else '')
     head += '  difference' if before and after else ''
     rows = [head, '-' * len(head)]
     for key in keys:
         row = f'{key:<{width}}'
         row += f'  {before[key]:>14.3f}' if before else ''
-        row += f'  {after[key]:>10.3f}' if after else ''
+        row += f'  {after[key]:>{max(len(label), 10)}.3f}' if after else ''
         row += f'  {after[key] - before[key]:>+10.3f}' if before and after else ''
         rows.append(row)
     return '\n'.join(rows)
@@ -124,20 +132,50 @@ def _teacher_of(checkpoint: Mapping, given: Optional[str], path: str) -> str:
     return where
 
 
+def _test_deployed(config, args) -> None:
+    """Metrics of an exported model, beside those of the fake-quantized one where its checkpoint is given too."""
+    from psaq_mm.deploy import load
+    from psaq_mm.engine.checkpoint import read_checkpoint
+    if args.full_precision is not None:
+        raise ConfigError('--deployed and --full-precision do not go together: evaluate one after the other')
+    label = f'{load(args.deployed, args.runtime).manifest["label"]} {args.runtime}'  # before the test set is opened
+    fake = evaluate(config, read_checkpoint(args.checkpoint), args.checkpoint) if args.checkpoint else None
+    found = evaluate(config, None, args.deployed, runtime=args.runtime, threads=args.threads)
+    print(before_after_table(fake, found, label, 'fake-quantized'), flush=True)
+    _save(config, dict(deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=fake, integer=found))
+
+
+def _save(config, results: Mapping) -> None:
+    out = os.path.join(config.work_dir, 'test_results.json')
+    os.makedirs(config.work_dir, exist_ok=True)
+    with open(out, 'w') as file:
+        json.dump(results, file, indent=2)
+    print(f'saved to {out}')
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog='psaq-test', description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument('checkpoint', help='student.pth, or a full-precision checkpoint with --full-precision')
+    parser.add_argument('checkpoint', nargs='?', help='student.pth, or a full-precision checkpoint with --full-precision; not needed with '
+                        '--deployed')
     parser.add_argument('--full-precision', nargs='?', const='', metavar='FP',
                         help='evaluate the full-precision model too (before and after); FP defaults to the one the student '
                         'was made from')
+    parser.add_argument('--deployed', metavar='DIR', help='evaluate the integer model that tools/export.py wrote')
+    parser.add_argument('--runtime', default='openvino', metavar='NAME', help='of --deployed: openvino (default) or onnxruntime')
+    parser.add_argument('--threads', type=int, help='of the runtime; defaults to its own choice')
     add_quant_arguments(parser)
     add_run_arguments(parser)
 
     def command(args) -> None:
         from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
         config = runnable_config(args)
+        if args.deployed:
+            _test_deployed(config, args)
+            return
+        if not args.checkpoint:
+            raise CheckpointError('there is no checkpoint to evaluate: give student.pth after the config, or --deployed DIR')
         checkpoint = read_checkpoint(args.checkpoint)
         before = after = None
         if args.full_precision is not None:
@@ -152,11 +190,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             after = evaluate(config, checkpoint, args.checkpoint)
         label = (checkpoint['meta'].get('psaq_mm') or {}).get('label', 'quantized')
         print(before_after_table(before, after, label), flush=True)
-        out = os.path.join(config.work_dir, 'test_results.json')
-        os.makedirs(config.work_dir, exist_ok=True)
-        with open(out, 'w') as file:
-            json.dump(dict(checkpoint=args.checkpoint, full_precision=before, quantized=after), file, indent=2)
-        print(f'saved to {out}')
+        _save(config, dict(checkpoint=args.checkpoint, full_precision=before, quantized=after))
 
     return run_command(command, parser, argv)
 

@@ -22,6 +22,7 @@ COMMANDS = {
     'psaq-inspect': 'psaq_mm.inspect:main',
     'psaq-convert-checkpoint': 'psaq_mm.commands.convert_checkpoint:main',
     'psaq-sensitivity': 'psaq_mm.commands.sensitivity:main',
+    'psaq-export': 'psaq_mm.commands.export:main',
 }
 MODULES = sorted((ROOT / 'psaq_mm').rglob('*.py'))
 # Files that only this test puts into its copy of the tree: one of each kind that must travel, and one of each that must not.

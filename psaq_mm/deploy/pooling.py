@@ -1,0 +1,48 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Adaptive average pooling as two matrix products: ONNX has it only where the cells are equal."""
+from typing import Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['LinearPooling', 'pooling_matrix']
+
+
+def pooling_matrix(size: int, cells: int) -> Tensor:
+    """The averages of adaptive pooling along one axis.
+
+    Cell i covers the positions ``floor(i * size / cells)`` to ``ceil((i + 1) * size / cells) - 1``, as PyTorch's
+    ``adaptive_avg_pool2d``; cells may overlap.
+
+    Returns:
+        float32 (cells, size); each row sums to 1.
+    """
+    matrix = torch.zeros(cells, size, dtype=torch.float64)
+    for i in range(cells):
+        begin, end = i * size // cells, -(-(i + 1) * size // cells)
+        matrix[i, begin:end] = 1 / (end - begin)
+    return matrix.float()
+
+
+class LinearPooling(nn.Module):
+    """``nn.AdaptiveAvgPool2d`` for inputs whose size is known when it is traced.
+
+    Args:
+        output_size: As the pooling has it; None in one axis keeps its size.
+    """
+
+    def __init__(self, output_size: Union[int, Tuple]):
+        super().__init__()
+        self.output_size = tuple(output_size) if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, h, w)."""
+        height, width = (int(s) for s in x.shape[-2:])
+        rows, columns = self.output_size
+        if rows == columns == 1:
+            return x.mean((2, 3), keepdim=True)
+        if rows is not None:
+            x = torch.matmul(pooling_matrix(height, rows).to(x.device), x)
+        if columns is not None:
+            x = torch.matmul(x, pooling_matrix(width, columns).t().contiguous().to(x.device))
+        return x

@@ -1,0 +1,146 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Which tensors of an exported graph are integer and which stay float, and why."""
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Tuple
+
+from psaq_mm.quantization import ConversionReport
+
+from .bundle import REST
+from .exportable import ExportableModel
+
+__all__ = ['execution', 'sizes_of', 'summary', 'tensor_rows']
+
+_PRODUCTS = ('MatMul', 'Gemm', 'Conv', 'ConvTranspose')
+
+_FLOAT_OPERATIONS = {
+    'LayerNormalization': 'normalization: mean and variance need more than 8 bits',
+    'Softmax': 'its output is quantized where the spec says so',
+    'Erf': 'GELU: its output is quantized where a layer reads it',
+    'BatchNormalization': 'follows a convolution that it could not be folded into',
+    'Resize': 'interpolation between levels',
+}
+
+
+def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[Dict[str, Any]]:
+    """One row a weight, a quantized activation, and a product that is not integer on both sides.
+
+    Args:
+        graph: A :class:`.lowering.LoweredGraph`.
+        made: What it was made of.
+        report: Of the model's conversion, which knows why a layer stays float.
+
+    Returns:
+        Dicts with ``name``, ``kind``, ``type`` and, where it is float, ``reason``.
+    """
+    rows: List[Dict[str, Any]] = []
+    for name, weight in made.weights.items():
+        rows.append(dict(name=f'{name}.weight', kind='weight', type=str(weight.codes.dtype).replace('torch.', ''), bits=weight.bits))
+    for name, codes in made.quantizers.items():
+        if name not in graph.values:
+            continue  # outside the graph (RoI heads)
+        bits = (codes.high - codes.low + 1).bit_length() - 1
+        if codes.log_base:
+            reason = f'{codes.log_base} codes have no integer product in the runtimes: ordinary operations give their values'
+            rows.append(dict(name=name, kind='activation', type='float32', bits=bits, reason=reason))
+        else:
+            rows.append(dict(name=name, kind='activation', type='int8' if codes.low < 0 else 'uint8', bits=bits))
+    rows += [dict(name=row.name, kind=row.kind, type='float32', reason=row.reason) for row in report.floats]
+    rows += [dict(name=name, kind='layer', type='float32', reason=note) for name, note in made.notes.items()]
+    rows += _float_products(graph)
+    counts = Counter(node.op_type for node in graph.model.graph.node)
+    rows += [dict(name=kind, kind=f'{counts[kind]} operations', type='float32', reason=reason)
+             for kind, reason in _FLOAT_OPERATIONS.items() if counts[kind]]
+    return rows
+
+
+def _float_products(graph) -> Iterable[Dict[str, Any]]:
+    producer = {output: node for node in graph.model.graph.node for output in node.output}
+    for node in graph.model.graph.node:
+        if node.op_type not in _PRODUCTS:
+            continue
+        sides = [_is_integer(name, producer) for name in node.input[:2]]
+        if any(sides) and not all(sides):
+            side = 'left' if sides[1] else 'right'
+            yield dict(name=node.name, kind=node.op_type, type='float32',
+                       reason=f'its {side} operand is not quantized, so that the other one is widened for the product')
+
+
+def _is_integer(name: str, producer) -> bool:
+    node = producer.get(name)
+    while node is not None and node.op_type in ('Transpose', 'Reshape', 'Unsqueeze', 'Squeeze', 'Flatten', 'Slice', 'Concat'):
+        node = producer.get(node.input[0])
+    return node is not None and node.op_type == 'DequantizeLinear'
+
+
+def summary(rows: List[Dict[str, Any]]) -> str:
+    """A table for the console: counts of what is integer, and every reason for which something is not."""
+    kinds = Counter((row['kind'], row['type'], row['bits']) for row in rows if 'reason' not in row)
+    lines = [f'{count} {kind}s as {type_}, {bits} bits' for (kind, type_, bits), count in sorted(kinds.items())]
+    reasons: Dict[str, List[Dict[str, Any]]] = {}
+    for row in rows:
+        if 'reason' in row:
+            reasons.setdefault(row['reason'], []).append(row)
+    for reason, found in reasons.items():
+        names = ', '.join(row['name'] for row in found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
+        lines.append(f'float: {names}: {reason}')
+    return '\n'.join(lines)
+
+
+def sizes_of(model, exported) -> Tuple[int, int]:
+    """Bytes of an export (graphs and weights, without :data:`.bundle.REST`), and of the same weights in float32."""
+    on_disk = sum(path.stat().st_size for path in Path(exported.directory).iterdir() if path.name != REST)
+    prefixes = tuple(f'{p}.' if p else '' for p in exported.manifest['replaced'])
+    float32 = sum(4 * p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
+    return on_disk, float32
+
+
+def execution(deployed, size: Tuple[int, int]) -> str:
+    """How a runtime executes the products of a graph: how many as integers, and which ones not.
+
+    Args:
+        deployed: A :class:`.runtime.DeployedModel`.
+        size: One of its sizes.
+    """
+    rows = (_openvino_products if deployed.runtime == 'openvino' else _onnxruntime_products)(deployed, size)
+    counts = Counter(row[2] for row in rows)
+    told = [f'{counts["integer"]} of {len(rows)} products are integer']
+    told += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
+    lines = [f'{deployed.runtime}, {size[0]} x {size[1]}: ' + ', '.join(told)]
+    lines += [f'  float: {name} ({kind})' for name, kind, how in rows if how == 'float']
+    return '\n'.join(lines)
+
+
+def _openvino_products(deployed, size) -> List[Tuple[str, str, str]]:
+    """Name, kind, and ``'integer'``, ``'float'`` or ``'fused'``, of each product in the compiled graph: the name of the primitive
+    ends in its precision."""
+    rows = []
+    for node in deployed.session(size).compiled.get_runtime_model().get_ordered_ops():
+        info = {key: value.astype(str) for key, value in node.get_rt_info().items()
+                if key in ('layerType', 'primitiveType', 'originalLayersNames')}
+        kind, primitive = info.get('layerType', ''), info.get('primitiveType', '')
+        if kind == 'Subgraph':
+            names = info.get('originalLayersNames', '').split(',')
+            if sum(name.rpartition('/')[2].startswith('MatMul') for name in names) > 1:
+                rows.append((node.get_friendly_name(), f'{kind}, {primitive}', 'fused'))
+        elif kind in ('MatMul', 'FullyConnected', 'Convolution', 'Deconvolution'):
+            how = 'integer' if primitive.lower().endswith(('i8', 'u8')) else 'float'
+            rows.append((node.get_friendly_name(), f'{kind}, {primitive}', how))
+    return rows
+
+
+def _onnxruntime_products(deployed, size) -> List[Tuple[str, str, str]]:
+    import tempfile
+
+    import onnx
+    import onnxruntime
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / 'optimized.onnx')
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = path
+        onnxruntime.InferenceSession(deployed.graph(size), options, disabled_optimizers=['MatMulAddFusion'])
+        nodes = onnx.load(path).graph.node
+    integer = ('MatMulIntegerToFloat', 'MatMulInteger', 'QLinearMatMul', 'QLinearConv', 'ConvInteger', 'QGemm')
+    return [(node.name, node.op_type, 'integer' if node.op_type in integer else 'float') for node in nodes
+            if node.op_type in integer or node.op_type in (*_PRODUCTS, 'FusedMatMul', 'FusedConv', 'FusedGemm')]

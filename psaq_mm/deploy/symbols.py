@@ -1,0 +1,102 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Operations that stand in a traced graph for what ``lowering.py`` writes out: quantizers, integer weights, attention masks.
+
+Traced as they are, a quantizer would become six float operations and a weight a float one, and constants of the same value would
+be merged whatever they belong to. Each of these carries a name instead, under which the export keeps the real thing.
+"""
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['DOMAIN', 'mark_tap', 'position_bias', 'quantizer', 'weight', 'window_mask']
+
+DOMAIN = 'psaq_mm'
+
+
+class _Quantizer(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, name):
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g, x, name):
+        return g.op(f'{DOMAIN}::Quantizer', x, name_s=name).setType(x.type())
+
+
+class _Tap(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, name):
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g, x, name):
+        return g.op(f'{DOMAIN}::Tap', x, name_s=name).setType(x.type())
+
+
+class _Weight(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, one, name, shape):
+        return one.new_zeros(shape)
+
+    @staticmethod
+    def symbolic(g, one, name, shape):
+        return g.op(f'{DOMAIN}::Weight', name_s=name).setType(one.type().with_sizes(list(shape)))
+
+
+class _PositionBias(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, scores, name):
+        return scores.clone()
+
+    @staticmethod
+    def symbolic(g, scores, name):
+        return g.op(f'{DOMAIN}::PositionBias', scores, name_s=name).setType(scores.type())
+
+
+class _WindowMask(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, scores, windows, value):
+        return scores.clone()
+
+    @staticmethod
+    def symbolic(g, scores, windows, value):
+        return g.op(f'{DOMAIN}::WindowMask', scores, windows_i=list(windows), value_f=value).setType(scores.type())
+
+
+def quantizer(x: Tensor, name: str) -> Tensor:
+    """``x`` quantized and dequantized by the quantizer ``name``."""
+    return _Quantizer.apply(x, name)
+
+
+def mark_tap(x: Tensor, name: str) -> Tensor:
+    """``x``, a tensor that verification feeds: a layer's exact input, whatever rounding came before it."""
+    return _Tap.apply(x, name)
+
+
+def weight(x: Tensor, name: str, shape: Tuple[int, ...]) -> Tensor:
+    """The integer weight ``name`` of this shape, dequantized, to be multiplied with ``x``."""
+    # Traced from one value of the input: a tensor of the weight's size would be copied with each node of the graph.
+    return _Weight.apply(x.reshape(-1)[0], name, shape)
+
+
+def position_bias(scores: Tensor, name: str) -> Tensor:
+    """Attention scores (windows, heads, N, N) with the relative position bias of the attention ``name`` added."""
+    # As a tensor it would be folded into (heads, N, N) values for each block, fourteen times what its table has.
+    return _PositionBias.apply(scores, name)
+
+
+def window_mask(scores: Tensor, windows: Tuple[int, ...], value: float) -> Tensor:
+    """Attention scores with ``value`` added between two tokens of a window that come from different parts of the image.
+
+    Args:
+        scores: (windows, heads, N, N).
+        windows: Height and width of the padded token map, of a window, and the shift down and across.
+        value: Such as -100.
+    """
+    return _WindowMask.apply(scores, windows, value)

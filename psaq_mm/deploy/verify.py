@@ -1,0 +1,247 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Whether an exported model gives the integer codes of the fake-quantized one.
+
+Layer by layer: a copy of the graph is cut behind every quantizer and before every LayerNorm, each cut is fed what the fake-quantized model
+has there, and the codes that come out are compared. So each layer sees the same inputs, and a difference belongs to the layer that
+shows it; end to end the layers' differences add up, which is reported beside it.
+"""
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from psaq_mm.quantization import LogQuantizer, Quantizer, log_quantize, quantize
+
+from .bundle import read_manifest, read_weights
+from .export import ExportedModel, _Graph, graph_parts
+from .lowering import LoweredGraph, with_weights
+from .runtime import load, start
+
+__all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
+
+LEAST_SHARE = 0.999
+GREATEST_STEP = 1
+_FALSE_CUT = '.given'
+
+
+class LayerAgreement(NamedTuple):
+    """Codes of one quantizer: how many, the share that is equal, and the greatest difference in steps."""
+    name: str
+    elements: int
+    equal: float
+    step: int
+
+    @property
+    def good(self) -> bool:
+        """Whether 99.9 % agree, and none is further off than one step."""
+        return self.equal >= LEAST_SHARE and self.step <= GREATEST_STEP
+
+
+class OutputAgreement(NamedTuple):
+    """An output of the whole graph: its error relative to the fake-quantized one (L2), and the share of positions whose greatest channel
+    is the same."""
+    name: str
+    error: float
+    same_class: float
+
+
+class Verification(NamedTuple):
+    """What :func:`verify` returns.
+
+    Attributes:
+        runtime: Its name.
+        layers: One row a quantizer.
+        outputs: One row an output of the graph.
+        weights: Names of integer weights that are not the fake-quantized model's.
+    """
+    runtime: str
+    layers: List[LayerAgreement]
+    outputs: List[OutputAgreement]
+    weights: List[str]
+
+    @property
+    def good(self) -> bool:
+        """Whether every layer and every weight is."""
+        return not self.weights and all(layer.good for layer in self.layers)
+
+    def to_table(self) -> str:
+        """Text: one line a layer, the worst first, then the outputs."""
+        width = max([len(layer.name) for layer in self.layers] + [8])
+        lines = [f'{"codes in " + self.runtime:<{width}}  {"elements":>10}  {"equal":>9}  greatest step']
+        for layer in sorted(self.layers, key=lambda l: (l.equal, -l.step)):
+            mark = '' if layer.good else '  <- too far'
+            lines.append(f'{layer.name:<{width}}  {layer.elements:>10}  {layer.equal:>9.4%}  {layer.step:>13}{mark}')
+        total = sum(layer.elements for layer in self.layers)
+        equal = sum(layer.elements * layer.equal for layer in self.layers) / max(total, 1)
+        lines.append(f'{"all layers":<{width}}  {total:>10}  {equal:>9.4%}  {max([l.step for l in self.layers] + [0]):>13}')
+        lines += [f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of positions'
+                  for o in self.outputs]
+        lines.append('integer weights: all as in the fake-quantized model' if not self.weights else
+                     f'integer weights that differ: {", ".join(self.weights)}')
+        return '\n'.join(lines)
+
+
+# ---------------------------------------------------------------------- the fake-quantized side
+class _Recorder:
+    """What enters every quantizer and every LayerNorm in one forward, call by call."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.inputs: Dict[str, List[Tensor]] = {}
+
+    def __enter__(self):
+        self.handles = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, (Quantizer, nn.LayerNorm)):
+                self.handles.append(module.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def _hook(self, name: str):
+        return lambda module, args: self.inputs.setdefault(name, []).append(args[0].detach().clone())
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+
+def _codes_of(quantizer: Quantizer, x: Tensor) -> np.ndarray:
+    if isinstance(quantizer, LogQuantizer):
+        return log_quantize(x, quantizer.scale, quantizer.bits, quantizer.base).numpy().astype(np.float32)
+    codes = quantize(x, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax)
+    return codes.numpy().astype(np.int8 if quantizer.qmin < 0 else np.uint8)
+
+
+def _reordered(x: Tensor, order: Optional[Tensor]) -> Tensor:
+    return x if order is None else x[..., order]
+
+
+# ---------------------------------------------------------------------- the graph, cut
+def _cut(graph: LoweredGraph, exported: ExportedModel, given: Dict[str, Tuple[str, np.ndarray]]) -> onnx.ModelProto:
+    """A whole graph that reads the tensors of ``given`` instead of working them out, and has all codes as outputs.
+
+    Args:
+        given: By the name of the tensor, a name for the input and its content.
+    """
+    model = with_weights(graph, exported.weights)
+    codes = {code for names in graph.codes.values() for code in names}
+    for node in model.graph.node:
+        inputs = [given[name][0] if name in given else name for name in node.input]
+        del node.input[:]
+        node.input.extend(inputs)
+    for input_name, value in given.values():
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        model.graph.input.append(helper.make_tensor_value_info(input_name, kind, value.shape))
+    del model.graph.output[:]
+    kinds = {node.output[0]: node.op_type for node in model.graph.node}
+    for code in sorted(codes):
+        value = given[code][1] if code in given else None
+        kind = TensorProto.FLOAT if kinds[code] != 'QuantizeLinear' else helper.np_dtype_to_tensor_dtype(value.dtype)
+        model.graph.output.append(helper.make_tensor_value_info(code, kind, None))
+    return model
+
+
+def _records(model: nn.Module, image: Tensor) -> Dict[str, List[Tensor]]:
+    with torch.no_grad(), _Recorder(model) as recorder:
+        _Graph(model, graph_parts(model))(image)
+    return recorder.inputs
+
+
+def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads) -> Iterator[LayerAgreement]:
+    size = tuple(images.shape[-2:])
+    graph = exported.graphs[size]
+    modules = dict(model.named_modules())
+    counts: Dict[str, List[int]] = {}
+    session = None
+    for i in range(len(images)):
+        records = _records(model, images[i:i + 1])
+        expected: Dict[str, Tuple[str, np.ndarray]] = {}
+        given: Dict[str, Tuple[str, np.ndarray]] = {}
+        for name, codes in graph.codes.items():
+            for x, code, value in zip(records[name], codes, graph.values[name]):
+                found = _codes_of(modules[name], _reordered(x, exported.made.orders.get(name)))
+                expected[code] = name, found
+                if isinstance(modules[name], LogQuantizer):
+                    given[value] = value + _FALSE_CUT, modules[name](x).detach().numpy()
+                else:
+                    given[code] = code + _FALSE_CUT, found
+        values = {value for names in graph.values.values() for value in names}
+        for name, tensors in graph.taps.items():
+            for x, tensor in zip(records[name], tensors):
+                if tensor not in values:
+                    given[tensor] = tensor + _FALSE_CUT, _reordered(x, exported.made.orders.get(name)).numpy()
+        inputs = {input_name: value for input_name, value in given.values()}
+        inputs['images'] = images[i:i + 1].numpy()
+        if session is None:
+            session = start(_cut(graph, exported, given).SerializeToString(), runtime, threads)
+        found = session.run(_of_session(session, inputs))
+        for code, (name, wanted) in expected.items():
+            gap = np.abs(found[code].astype(np.int32) - wanted.astype(np.int32)).reshape(-1)
+            row = counts.setdefault(name, [0, 0, 0])
+            row[0] += gap.size
+            row[1] += int((gap == 0).sum())
+            row[2] = max(row[2], int(gap.max()))
+    for name, (elements, equal, step) in counts.items():
+        yield LayerAgreement(name, elements, equal / elements, step)
+
+
+def _of_session(session, inputs: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+    """The inputs that a graph still has: a runtime may drop what nothing reads."""
+    known = getattr(session, 'input_names', None)
+    return inputs if known is None else {k: v for k, v in inputs.items() if k in known}
+
+
+# ---------------------------------------------------------------------- weights and outputs
+def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
+    """Names of layers whose integer weight on disk is not the one that the fake-quantized layer multiplies with.
+
+    A channel may have its sign on the other side: folded batch normalization moves it from the scale into the codes.
+    """
+    weights = read_weights(exported.directory, read_manifest(exported.directory))
+    modules, wrong = dict(model.named_modules()), []
+    for name, integer in exported.made.weights.items():
+        codes = weights.get(f'{name}.weight.codes', integer.codes.numpy())
+        layer = modules[name]
+        order = exported.made.orders.get(f'{name}.input_quantizer')
+        weight = _reordered(layer.weight.detach(), order)
+        quantizer = layer.weight_quantizer
+        wanted = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis)
+        wanted = wanted.t() if isinstance(layer, nn.Linear) else wanted
+        zero = integer.zero_point.int().reshape([-1 if axis == integer.axis else 1 for axis in range(wanted.dim())])
+        gap, other = torch.from_numpy(codes.astype(np.int32)) - zero, wanted - zero
+        if not bool(((gap == other) | (gap == -other)).all()):
+            wrong.append(name)
+    return wrong
+
+
+def _output_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads) -> Iterator[OutputAgreement]:
+    found = load(exported.directory, runtime, threads).run(images.numpy())
+    graph = _Graph(model, graph_parts(model))
+    with torch.no_grad():
+        rows = [graph(images[i:i + 1]) for i in range(len(images))]
+    for i, name in enumerate(graph.names):
+        wanted = torch.cat([row[i] for row in rows]).numpy()
+        error = np.linalg.norm(found[name] - wanted) / max(np.linalg.norm(wanted), 1e-12)
+        yield OutputAgreement(name, float(error), float((found[name].argmax(1) == wanted.argmax(1)).mean()))
+
+
+def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads: Optional[int] = None) -> Verification:
+    """Compare an exported model with the fake-quantized one it was made of.
+
+    Args:
+        model: The fake-quantized model.
+        exported: What :func:`.export.export_model` returned.
+        images: Normalized, (N, C, H, W), of an exported size.
+        runtime: ``'openvino'`` or ``'onnxruntime'``.
+        threads: Of the runtime.
+    """
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        return Verification(runtime, list(_layer_rows(model, exported, images, runtime, threads)),
+                            list(_output_rows(model, exported, images, runtime, threads)), wrong_weights(model, exported))
+    finally:
+        for module in was_training:
+            module.training = True

@@ -1,0 +1,224 @@
+"""Exported models against the fake-quantized ones they were made of: codes layer by layer, outputs, size, and what is refused."""
+import numpy as np
+import pytest
+import torch
+
+from psaq_mm.deploy import export_model, load
+from psaq_mm.deploy.bundle import read_manifest
+from psaq_mm.deploy.report import execution, sizes_of, summary
+from psaq_mm.deploy.verify import verify, wrong_weights
+from psaq_mm.errors import ConfigError, DataError, NotCalibratedError, UnsupportedModelError
+from psaq_mm.models import quantize_model_
+from psaq_mm.quantization import calibrate
+
+from swin_models import build_backbone
+from vit_models import build as build_other
+
+RUNTIMES = ('onnxruntime', 'openvino')
+SIZE = (57, 75)  # pads the image, the windows of each stage and the patches to be merged
+SWIN = dict(depths=[2, 1], num_heads=[1, 2], strides=(4, 2), out_indices=(0, 1))
+
+
+def calibrated(model, quant, size, batch=2):
+    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2))
+    quantize_model_(model, quant)
+    calibrate(model, lambda: model(images))
+    return model, images
+
+
+@pytest.fixture(scope='module')
+def swin(tmp_path_factory):
+    """A small Swin for two sizes, padded both, and its images."""
+    model, images = calibrated(build_backbone('mmdet', **SWIN), 'w8a8', SIZE)
+    return model, images, export_model(model, tmp_path_factory.mktemp('swin') / 'out', [SIZE, (28, 28)])
+
+
+def check_codes(model, exported, images, runtime):
+    pytest.importorskip(runtime)
+    found = verify(model, exported, images, runtime, threads=1)
+    assert found.good, found.to_table()
+    return found
+
+
+# ---------------------------------------------------------------------- exactness
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_codes_of_every_layer_are_those_of_the_fake_quantized_model(swin, runtime):
+    model, images, exported = swin
+    found = check_codes(model, exported, images, runtime)
+    names = {n for n, m in model.named_modules() if n.endswith(('input_quantizer', 'lhs_quantizer', 'rhs_quantizer'))}
+    assert {layer.name for layer in found.layers} == names
+    assert all(output.error < .05 for output in found.outputs)
+
+
+def test_verification_tells_a_wrong_scale_and_a_wrong_weight(swin):
+    pytest.importorskip('onnxruntime')
+    model, images, exported = swin
+    name = 'stages.0.blocks.0.ffn.layers.1'
+    layer = dict(model.named_modules())[name]
+    scale, weight = layer.input_quantizer.scale.clone(), layer.weight.detach().clone()
+    try:
+        layer.input_quantizer.scale.mul_(1.02)
+        found = verify(model, exported, images[:1], 'onnxruntime', 1)
+        assert [row.name for row in found.layers if not row.good] == [f'{name}.input_quantizer']
+        assert 'too far' in found.to_table()
+        with torch.no_grad():
+            layer.weight[0, 0] += 3 * layer.weight_quantizer.scale[0]
+        assert wrong_weights(model, exported) == [name]
+    finally:
+        layer.input_quantizer.scale.copy_(scale)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+
+
+CASES = {
+    'repq': ('mmdet', 'repq_w4a4', SWIN),  # logarithmic softmax, folded LayerNorm, asymmetric weights, fill of padded windows
+    'every edge': ('mmseg', 'psaq_v1_w8a8', SWIN),
+    'mmpretrain': ('mmpretrain', 'w4a8', dict(arch=dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2]), out_indices=(0, 1))),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_other_quantizers_and_libraries(case, tmp_path):
+    library, quant, more = CASES[case]
+    model, images = calibrated(build_backbone(library, **more), quant, SIZE)
+    exported = export_model(model, tmp_path / 'out', [SIZE])
+    assert wrong_weights(model, exported) == []
+    for runtime in RUNTIMES:
+        pytest.importorskip(runtime)
+        found = verify(model, exported, images[:1], runtime, 1)
+        total = sum(layer.elements for layer in found.layers)
+        # So few elements a layer that one at a tie may be more than a thousandth of them.
+        assert sum(layer.elements * layer.equal for layer in found.layers) / total >= .999, found.to_table()
+        assert max(layer.step for layer in found.layers) <= 1
+
+
+OTHERS = ('timm-vit', 'timm-swin', 'mmpretrain-vit', 'mmseg-vit')
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_backbones(name, tmp_path):
+    pytest.importorskip('onnxruntime')
+    model = build_other(name)
+    size = (56, 72) if name == 'timm-swin' else (32, 32)
+    model, images = calibrated(model, 'w8a8', size)
+    exported = export_model(model, tmp_path / 'out', [size])
+    assert exported.manifest['task'] == ('classification' if name.startswith('timm') else 'backbone')
+    check_codes(model, exported, images, 'onnxruntime')
+
+
+# ---------------------------------------------------------------------- running it
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_products_are_integer(swin, runtime):
+    pytest.importorskip(runtime)
+    model, _, exported = swin
+    deployed = load(exported.directory, runtime, 1)
+    told = execution(deployed, SIZE)
+    linears = sum(1 for row in exported.manifest['tensors'] if row['kind'] == 'weight')
+    assert int(told.split(': ')[1].split(' of ')[0]) >= linears - 1, told  # the patch embedding is the runtime's own choice
+    assert 'qkv' not in told and 'ffn' not in told
+
+
+def test_a_smaller_image_is_padded_as_the_libraries_pad_a_batch(swin):
+    pytest.importorskip('onnxruntime')
+    model, images, exported = swin
+    deployed = load(exported.directory, 'onnxruntime', 1)
+    small = images[:, :, :50, :70]
+    found = deployed.run(small.numpy())
+    with torch.no_grad():
+        wanted = model(torch.nn.functional.pad(small, (0, 5, 0, 7)))
+    for i, (height, width) in enumerate([(13, 18), (7, 9)]):
+        assert found[f'level_{i}'].shape[2:] == (height, width)
+        error = np.abs(found[f'level_{i}'] - wanted[i][..., :height, :width].numpy())
+        assert error.mean() < .01 * wanted[i].abs().mean()
+
+
+def test_an_image_that_is_too_large_is_refused_in_one_sentence(swin):
+    pytest.importorskip('onnxruntime')
+    deployed = load(swin[2].directory, 'onnxruntime', 1)
+    with pytest.raises(DataError, match='an image of 58 x 70 is larger than what the model was exported for .28 x 28, 57 x 75.'):
+        deployed.run(np.zeros((1, 3, 58, 70), np.float32))
+
+
+def test_the_sizes_share_their_weights(swin):
+    manifest = read_manifest(swin[2].directory)
+    assert [g['size'] for g in manifest['graphs']] == [list(SIZE), [28, 28]]
+    names = [{n for n in g['weights'] if n.endswith('.codes')} for g in manifest['graphs']]
+    assert names[0] == names[1] and names[0]
+
+
+def test_the_report_tells_every_tensor(swin):
+    model, _, exported = swin
+    rows = exported.manifest['tensors']
+    weights = {row['name']: row['type'] for row in rows if row['kind'] == 'weight'}
+    layers = {row.name for row in model.quant_report.layers if row.w_bits}
+    assert weights == {f'{name}.weight': 'int8' for name in layers}
+    assert all(row['type'] == 'uint8' or row.get('reason') for row in rows if row['kind'] == 'activation')
+    assert 'float: ' in summary(rows)
+
+
+def test_what_stays_float_has_a_reason(tmp_path):
+    model, _ = calibrated(build_backbone('mmdet', **SWIN), dict(
+        preset='w8a8', quantize_softmax=False, overrides=[dict(pattern='*.reduction', float=True)]), (28, 28))
+    exported = export_model(model, tmp_path / 'out', [(28, 28)])
+    reasons = {row['name']: row['reason'] for row in exported.manifest['tensors'] if 'reason' in row}
+    assert reasons['stages.0.downsample.reduction'] == 'override'
+    assert sum('left operand is not quantized' in reason for reason in reasons.values()) == 3  # softmax times v
+
+
+def test_the_graph_has_no_control_flow_and_each_normalization_once(swin):
+    kinds = [node.op_type for node in swin[2].graphs[SIZE].model.graph.node]
+    assert kinds.count('LayerNormalization') == len([m for m in swin[0].modules() if isinstance(m, torch.nn.LayerNorm)])
+    assert not {'If', 'Loop', 'Scan', 'NonZero', 'ScatterND', 'GatherND'} & set(kinds)
+
+
+# ---------------------------------------------------------------------- size
+@pytest.mark.parametrize('quant, most', [('w8a8', .27), ('w4a8', .15)])
+def test_size_beside_float32(quant, most, tmp_path):
+    # Wide enough for the weights to outweigh scales and graph, as in a real model: the last stages of Swin-T.
+    wide = dict(embed_dims=96, depths=[1, 1, 1, 1], num_heads=[3, 6, 12, 24], strides=(4, 2, 2, 2), out_indices=(3, ))
+    model, _ = calibrated(build_backbone('mmdet', **wide), quant, (56, 56), batch=1)
+    on_disk, float32 = sizes_of(model, export_model(model, tmp_path / 'out', [(56, 56)]))
+    assert on_disk / float32 <= most
+
+
+# ---------------------------------------------------------------------- bad input
+def test_an_old_opset_is_refused(swin, tmp_path):
+    with pytest.raises(ConfigError, match='opset=11 is too old'):
+        export_model(swin[0], tmp_path / 'out', [SIZE], opset=11)
+    with pytest.raises(ConfigError, match='opset=99 is newer'):
+        export_model(swin[0], tmp_path / 'out', [SIZE], opset=99)
+
+
+def test_a_model_without_ranges_or_quantizers_is_refused(tmp_path):
+    model = build_backbone('mmdet', **SWIN)
+    with pytest.raises(UnsupportedModelError, match='is not quantized'):
+        export_model(model, tmp_path / 'out', [SIZE])
+    quantize_model_(model, 'w8a8')
+    with pytest.raises(NotCalibratedError, match='has no range'):
+        export_model(model, tmp_path / 'out', [SIZE])
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('size', [(0, 32), (32, )])
+def test_a_size_that_is_none_is_refused(swin, size, tmp_path):
+    with pytest.raises(ConfigError, match='is no image size'):
+        export_model(swin[0], tmp_path / 'out', [size])
+
+
+def test_a_size_that_the_position_embedding_does_not_take_is_refused(tmp_path):
+    model = build_other('timm-vit')
+    model, _ = calibrated(model, 'w8a8', (32, 32))
+    with pytest.raises(ConfigError, match='takes 32 x 32 alone'):
+        export_model(model, tmp_path / 'out', [(64, 64)])
+
+
+def test_the_exported_model_is_not_changed(swin):
+    model, images, _ = swin
+    with torch.no_grad():
+        before = model(images)
+        after = build_backbone('mmdet', **SWIN)
+        quantize_model_(after, 'w8a8')
+        after.load_state_dict(model.state_dict())
+        after.eval()
+        assert all(torch.equal(a, b) for a, b in zip(before, after(images)))
+    assert 'forward' not in vars(model.stages[0].blocks[0].attn.w_msa.qkv)

@@ -1,0 +1,226 @@
+"""An exported model without PyTorch, and inside the library's own detector and segmentor."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import DETECTOR, SEGMENTOR, Project
+
+from psaq_mm.commands.common import load_config
+from psaq_mm.commands.export import default_sizes, export
+from psaq_mm.commands.export import main as export_command
+from psaq_mm.commands.test import main as evaluate_command
+from psaq_mm.deploy import load
+from psaq_mm.errors import CheckpointError, ConfigError, DataError
+from psaq_mm.models import deploy_model_
+from psaq_mm.quantization import calibrate
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = (64, 96)
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+def student_of(project, quant):
+    """A calibrated student's config and checkpoint."""
+    from psaq_mm.engine.checkpoint import load_weights, read_checkpoint, save_atomic, student_checkpoint
+    from psaq_mm.engine.config import drop_pretrained
+    from psaq_mm.models import TaskModel
+    config = load_config(str(project.config(quant)))
+    from mmengine.registry import MODELS, init_default_scope
+    init_default_scope(config.default_scope)
+    drop_pretrained(config.model)
+    model = MODELS.build(config.model)
+    load_weights(model, read_checkpoint(project.checkpoint), project.checkpoint)
+    model.eval()
+    images = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    calibrate(model, lambda: TaskModel(model).calibration_forward(images, model.quant_spec.scope), allow_unseen=True)
+    path = project.folder / 'student.pth'
+    save_atomic(student_checkpoint(model, config.pretty_text, dict(classes=('bolt', 'nut')), (project.checkpoint, ''), {}), path)
+    return config, path, model
+
+
+@pytest.fixture(scope='module')
+def detector(tmp_path_factory):
+    pytest.importorskip('mmdet')
+    project = Project(tmp_path_factory.mktemp('detector'), DETECTOR)
+    config, checkpoint, _ = student_of(project, 'w8a8')
+    model, exported = export(config, str(checkpoint), str(project.folder / 'out'), [SIZE])
+    return project, config, model, exported
+
+
+@pytest.fixture(scope='module')
+def segmentor(tmp_path_factory):
+    pytest.importorskip('mmseg')
+    project = Project(tmp_path_factory.mktemp('segmentor'), SEGMENTOR)
+    config, checkpoint, _ = student_of(project, dict(preset='w4a8', scope='full'))
+    model, exported = export(config, str(checkpoint), str(project.folder / 'out'), [SIZE])
+    return project, config, model, exported
+
+
+def built(config):
+    """The config's model with random weights."""
+    from mmengine.registry import MODELS, init_default_scope
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    model.eval()
+    return model
+
+
+# ---------------------------------------------------------------------- in the library's model
+def test_a_detector_takes_features_and_proposals_from_the_graph(detector):
+    pytest.importorskip('onnxruntime')
+    _, config, model, exported = detector
+    images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(5))
+    deployed = deploy_model_(built(config), exported.directory, 'onnxruntime', 1)
+    with torch.no_grad():
+        levels, wanted = deployed.extract_feat(images), model.extract_feat(images)
+        assert [tuple(a.shape) for a in levels] == [tuple(b.shape) for b in wanted]
+        assert all((a - b).norm() < .05 * b.norm() for a, b in zip(levels, wanted))
+        for found, expected in zip(deployed.rpn_head(levels), model.rpn_head(wanted)):
+            assert all((a - b).norm() < .05 * b.norm() for a, b in zip(found, expected))
+        # The RoI heads run in PyTorch, with the weights that came along.
+        rois = torch.tensor([[0., 4., 4., 40., 50.]])
+        found, expected = (m.roi_head._bbox_forward(levels, rois)['cls_score'] for m in (deployed, model))
+        assert torch.equal(found, expected)
+
+
+def test_a_segmentor_predicts_from_the_graph(segmentor):
+    pytest.importorskip('openvino')
+    _, config, model, exported = segmentor
+    images = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(5))
+    deployed = deploy_model_(built(config), exported.directory, 'openvino', 1)
+    metas = [dict(img_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE)] * 2
+    with torch.no_grad():
+        found, wanted = deployed.inference(images, metas), model.inference(images, metas)
+    assert found.shape == wanted.shape
+    assert (found.argmax(1) == wanted.argmax(1)).float().mean() > .95
+
+
+def test_heads_of_the_full_scope_are_integer_too(segmentor):
+    pytest.importorskip('onnxruntime')
+    from psaq_mm.deploy.verify import verify
+    _, _, model, exported = segmentor
+    images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(6))
+    weights = [row['name'] for row in exported.manifest['tensors'] if row['kind'] == 'weight']
+    assert 'decode_head.fpn_bottleneck.conv.weight' in weights and 'decode_head.conv_seg.weight' in weights
+    kinds = [node.op_type for node in exported.graphs[SIZE].model.graph.node]
+    assert 'BatchNormalization' not in kinds or exported.made.notes
+    found = verify(model, exported, images, 'onnxruntime', 1)
+    assert not found.weights
+    assert max(layer.step for layer in found.layers) <= 1
+    assert sum(layer.elements * layer.equal for layer in found.layers) / sum(layer.elements for layer in found.layers) >= .999
+
+
+def test_another_models_config_is_refused(detector, segmentor):
+    pytest.importorskip('onnxruntime')
+    with pytest.raises(CheckpointError, match='was exported from a EncoderDecoder and the config builds a MaskRCNN'):
+        deploy_model_(built(detector[1]), segmentor[3].directory, 'onnxruntime')
+
+
+# ---------------------------------------------------------------------- without PyTorch
+WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, *args):
+        if name.split('.')[0] in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'onnx'):
+            raise ImportError(f'{{name}} is not here')
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+import psaq_mm.deploy
+model = psaq_mm.deploy.load({directory!r}, runtime={runtime!r}, threads=1)
+images = np.load({images!r})
+found = model(images)
+np.savez({result!r}, **found)
+"""
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_pictures_to_classes_with_numpy_and_the_runtime_alone(segmentor, runtime, tmp_path):
+    pytest.importorskip(runtime)
+    _, _, model, exported = segmentor
+    images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3)).astype(np.uint8)
+    np.save(tmp_path / 'images.npy', images)
+    script = WITHOUT.format(directory=str(exported.directory), runtime=runtime, images=str(tmp_path / 'images.npy'),
+                            result=str(tmp_path / 'found.npz'))
+    subprocess.run([sys.executable, '-c', script], check=True, cwd=ROOT)
+    found = np.load(tmp_path / 'found.npz')
+    data = model.data_preprocessor(dict(inputs=[torch.from_numpy(i.transpose(2, 0, 1).copy()) for i in images]))
+    metas = [dict(img_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE)] * 2
+    with torch.no_grad():
+        wanted = model.inference(torch.stack(list(data['inputs'])), metas).argmax(1).numpy()
+    assert found['labels'].shape == wanted.shape
+    assert (found['labels'] == wanted).mean() > .9
+
+
+def test_normalization_is_the_preprocessors(segmentor):
+    pytest.importorskip('onnxruntime')
+    model, exported = segmentor[2:]
+    image = np.random.default_rng(1).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+    wanted = model.data_preprocessor(dict(inputs=[torch.from_numpy(image.transpose(2, 0, 1).copy())]))['inputs']
+    found = load(exported.directory, 'onnxruntime').normalize(image)
+    assert np.allclose(found, torch.stack(list(wanted)).numpy(), atol=1e-5)
+
+
+def test_pictures_that_do_not_fit_are_refused(segmentor):
+    pytest.importorskip('onnxruntime')
+    model = load(segmentor[3].directory, 'onnxruntime')
+    with pytest.raises(DataError, match='no pictures of 3 channels'):
+        model(np.zeros((*SIZE, 4), np.uint8))
+    with pytest.raises(DataError, match='call the model once for each size'):
+        model([np.zeros((8, 8, 3)), np.zeros((9, 8, 3))])
+    with pytest.raises(DataError, match='larger than what the model was exported for .64 x 96.'):
+        model(np.zeros((65, 96, 3), np.uint8))
+
+
+def test_an_unknown_and_an_absent_runtime_are_refused(segmentor, monkeypatch):
+    with pytest.raises(ConfigError, match="runtime='tensorrt' is not known: choose one of 'openvino', 'onnxruntime'"):
+        load(segmentor[3].directory, 'tensorrt')
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    with pytest.raises(ConfigError, match=r'openvino is not installed .*pip install psaq_mm\[deploy\]'):
+        load(segmentor[3].directory, 'openvino')
+
+
+# ---------------------------------------------------------------------- the commands
+def fails(capsys, command, arguments, *words):
+    assert command([str(a) for a in arguments]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in error for word in words), error
+
+
+def test_exporting_a_full_precision_checkpoint_is_refused(detector, capsys, tmp_path):
+    project = detector[0]
+    fails(capsys, export_command, [project.folder / 'quantized.py', project.checkpoint, '--out', tmp_path / 'out'],
+          'is a full-precision checkpoint', 'tools/dfq_train.py')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_wrong_arguments_are_refused_before_anything_is_built(detector, capsys, tmp_path):
+    project = detector[0]
+    arguments = [project.folder / 'quantized.py', project.folder / 'student.pth', '--out', tmp_path / 'out']
+    fails(capsys, export_command, [*arguments, '--runtime', 'tensorrt'], "runtime='tensorrt' is not known")
+    fails(capsys, export_command, [*arguments, '--opset', '9'], 'opset=9 is too old')
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'notes.txt').write_text('mine')
+    fails(capsys, evaluate_command, [arguments[0], '--deployed', tmp_path / 'full'], 'holds no exported model')
+    fails(capsys, evaluate_command, [arguments[0]], 'there is no checkpoint to evaluate')
+
+
+def test_the_command_exports_and_verifies(segmentor, capsys, tmp_path):
+    pytest.importorskip('onnxruntime')
+    project = segmentor[0]
+    status = export_command([str(project.folder / 'quantized.py'), str(project.folder / 'student.pth'), '--out', str(tmp_path / 'out'),
+                             '--size', '64', '96', '--runtime', 'onnxruntime', '--verify', '--threads', '1'])
+    told = capsys.readouterr()
+    assert 'products are integer' in told.out and 'codes in onnxruntime' in told.out and 'of its weights in float32' in told.out
+    # So small a model may have a layer with one tie in a few hundred elements: then the command says so.
+    assert status == 0 or 'further from the fake-quantized' in told.err
+    assert load(tmp_path / 'out', 'onnxruntime').sizes == [(64, 96)]
+
+
+def test_default_sizes_hold_what_the_test_pipeline_makes(detector, segmentor):
+    sizes = default_sizes(detector[1])
+    assert (800, 1088) in sizes and (800, 1344) in sizes and (1344, 800) in sizes
+    assert default_sizes(segmentor[1]) == [SIZE]
