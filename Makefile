@@ -6,6 +6,7 @@
 #   ARGS             more arguments for pytest or the demo           MAX_JOBS  compilers at a time while mmcv is built
 #   MMCV_FIND_LINKS  folder or address with prebuilt mmcv wheels: OpenMMLab publishes an index for every torch and CUDA
 #                    version (see the installation page of MMCV); PIP_FIND_LINKS is read too
+#   WORKERS          processes that share the tests, 2 if not set
 #   PSAQ_MM_WHEELS   where a wheel compiled here is kept, ~/.cache/psaq_mm/wheels if not set
 #   PSAQ_MM_DATA     folder of real weights and images for the tests that measure on them; they are skipped without
 # Packages come from where pip is told to look: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf.
@@ -18,9 +19,11 @@ TORCH  ?= $(REFERENCE_TORCH)
 VENV      ?= $(if $(filter $(TORCH),$(REFERENCE_TORCH)),.venv,.venv-torch$(TORCH))
 VENV_CORE ?= .venv-core-torch$(TORCH)
 ARGS   ?=
+WORKERS ?= 2
 DATA   ?=
 
-# Two threads: the tests' models are small, and more of them only wait for each other.
+# Two threads: the models are small, and more of them only wait for each other. Tests: a process a core beats threads, with one each.
+THREADS_GIVEN := $(OMP_NUM_THREADS)
 OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS MMCV_FIND_LINKS PSAQ_MM_WHEELS PSAQ_MM_DATA
 
@@ -47,8 +50,10 @@ venv-core: python
 demo: venv
 	"$(VENV)/bin/python" demo/run_demo.py $(ARGS)
 
+# A file stays in one process, whose fixtures its tests share.
+test: export OMP_NUM_THREADS := $(or $(THREADS_GIVEN),1)
 test: venv
-	"$(VENV)/bin/python" -m pytest -q $(ARGS)
+	"$(VENV)/bin/python" -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 # The floors that need PyTorch alone, where nothing else is installed; TORCH names any version.
 test-core: venv-core

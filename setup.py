@@ -79,7 +79,7 @@ EXTRAS = {
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
     'timm': ['timm>=1.0'],
     'deploy': ['onnx>=1.15', 'onnxruntime>=1.18', 'openvino>=2024.4'],
-    'test': ['pytest>=7', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino'],
+    'test': ['pytest>=7', 'pytest-xdist', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino'],
 }
 EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name != 'test' for line in lines})
 

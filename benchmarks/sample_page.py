@@ -2,10 +2,14 @@
 """Samples beside noise, and how alike their patches are to the model: one page, and one picture for the documentation.
 
     python benchmarks/sample_page.py CONFIG --samples 'PSAQ-ViT V1=work_dirs/v1/samples.pt' --real 32 --out work_dirs/samples_page
+    python benchmarks/sample_page.py CONFIG --sources gaussian pink dead_leaves mixture --samples best=work_dirs/best/samples.pt --real 32 \
+        --results docs/results/samples.json
 
 CONFIG is a quantized config with ``load_from``; the full-precision model is what looks at the pictures. Each NAME=PATH is a
-``samples.pt``, as ``dfq.save_samples=True`` leaves it, or a folder of images. Gaussian and 1/f noise are made here. ``--real N``
-adds the curve of N images of the training set: photographs are measured, and never shown nor stored.
+``samples.pt``, as ``dfq.save_samples=True`` leaves it, or a folder of images. Procedural sources are made here. ``--real N``
+adds the curve of N images of the training set: photographs are measured, and never shown nor stored. With ``--results``, each source
+says what a student got out of it: the rows of ``tools/compare.py ... --rows`` for this model whose source has the same name
+(``gaussian``, ``pink``, ..., ``real``, or the NAME of ``--samples``).
 """
 import argparse
 import io
@@ -26,20 +30,21 @@ from psaq_mm.commands.common import add_config_arguments, load_config, run_comma
 from psaq_mm.commands.quiet import silence  # noqa: E402
 from psaq_mm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
-from psaq_mm.synthesis import gaussian_noise, pink_noise  # noqa: E402
+from psaq_mm.synthesis.sources import SOURCES  # noqa: E402
 from psaq_mm.visualization import BlockDensity, Curve, Picture, area_chart, similarity_densities, to_pixels, write_whole  # noqa: E402
 from psaq_mm.visualization.page import legend, page, picture_grid, table, text  # noqa: E402
 
 COLUMNS = 3  # pictures side by side, and classes shown
-NOISES = {'Gaussian noise': gaussian_noise, '1/f noise': pink_noise}
+TITLES = dict(gaussian='Gaussian noise', pink='1/f noise', dead_leaves='Dead leaves', mixture='Half 1/f noise, half dead leaves')
+MADE_HERE = ('gaussian', 'pink')
 NOISE_COUNT = 32
 REAL = 'real images'
 FLOOR = 0.01  # least density drawn, on a logarithmic scale
 MINUS = '\u2212'  # as wide as the plus
 
-FIXED_STYLES = {'Gaussian noise': 1, REAL: 2, '1/f noise': 3}
+FIXED_STYLES = {'Gaussian noise': 1, REAL: 2, '1/f noise': 3, 'Dead leaves': 6, 'Half 1/f noise, half dead leaves': 7}
 SAMPLE_STYLES = (0, 4, 5, 6, 7)
-"""Numbers in the page's style sheet: noise and real images look the same on every page."""
+"""Numbers in the page's style sheet: procedural sources and real images look the same on every page; samples take what is free."""
 LINES = (('#0b62c4', '-'), ('#b4480a', (0, (5, 3))), ('#4a7a2a', (0, (1.5, 2))), ('#8a3fa0', (0, (8, 3, 1.5, 3))), ('#00807a', '-'),
          ('#b0286a', (0, (9, 3))), ('#8a6a00', (0, (3, 3))), ('#5f6a75', '-'))
 """The same styles in the PNG."""
@@ -56,6 +61,7 @@ class Source(NamedTuple):
         density: Mean over the blocks; its entropy is the mean of the blocks' entropies.
         mean, spread: Mean over the blocks of the mean similarity and of its standard deviation.
         agreement: Share of the labelled samples that the model classifies as their label, or None.
+        student: What a student got out of it, in words; empty where that is not known.
     """
     name: str
     style: int
@@ -65,6 +71,7 @@ class Source(NamedTuple):
     mean: float
     spread: float
     agreement: Optional[float]
+    student: str = ''
 
     @property
     def numbers(self) -> List[str]:
@@ -78,8 +85,8 @@ def _signed(value: float) -> str:
 
 
 # ---------------------------------------------------------------------- what is measured
-def named_paths(given: Sequence[str]) -> Dict[str, Path]:
-    """Paths by name out of ``NAME=PATH``.
+def named_paths(given: Sequence[str], sources: Sequence[str] = MADE_HERE) -> Dict[str, Path]:
+    """Paths by name out of ``NAME=PATH``; ``sources`` are the procedural ones beside them.
 
     Raises:
         ConfigError: One has another form, a name is taken, or there are too many to tell apart.
@@ -95,9 +102,51 @@ def named_paths(given: Sequence[str]) -> Dict[str, Path]:
         if not Path(path).exists():
             raise DataError(f'--samples {entry} does not exist: give a samples.pt or a folder of images')
         found[name] = Path(path)
-    if len(found) > len(SAMPLE_STYLES):
-        raise ConfigError(f'--samples has {len(found)} entries and {len(SAMPLE_STYLES)} can be told apart: make two pages')
+    free = len(_free_styles(sources))
+    if len(found) > free:
+        raise ConfigError(f'--samples has {len(found)} entries and {free} can be told apart beside the sources: make two pages')
     return found
+
+
+def _free_styles(sources: Sequence[str]) -> List[int]:
+    taken = [FIXED_STYLES[TITLES[name]] for name in sources]
+    return [style for style in SAMPLE_STYLES if style not in taken]
+
+
+def students(path: Optional[Path], model: str, bits: Sequence[str] = ()) -> Dict[str, str]:
+    """What students got, in words, by the name of their source.
+
+    Args:
+        path: Rows that ``tools/compare.py --rows`` wrote; None: nothing is known.
+        model: Of the rows.
+        bits: Precisions to tell of, such as ``'W4A8'``; all by default. Of each, the longest training counts.
+
+    Raises:
+        ConfigError: The file holds nothing of this model at these precisions.
+        DataError: It holds something else.
+    """
+    from psaq_mm.commands.sample_rows import read_rows
+    if path is None:
+        return {}
+    rows = [row for row in read_rows(path) if row['model'] == model and (not bits or row['bits'] in bits)]
+    if not rows:
+        raise ConfigError(f'--results {path} has no rows of {model}{" at " + ", ".join(bits) if bits else ""}: run tools/compare.py with '
+                          f'--rows {path}, or name another file, --model or --bits')
+    said: Dict[str, List[str]] = {}
+    for name, precision in dict.fromkeys((row['source'], row['bits']) for row in rows):
+        own = [row for row in rows if (row['source'], row['bits']) == (name, precision)]
+        most = max(row['steps'] for row in own)
+        own = [row for row in own if row['steps'] == most]
+        agreement = list({row['seed']: row['agreement'] for row in own if row['agreement'] is not None}.values())
+        values = [f'{key.rpartition("/")[2]} {np.mean([row["value"] for row in own if row["metric"] == key]):.4g}'
+                  for key in dict.fromkeys(row['metric'] for row in own) if all(row['value'] is not None for row in own)]
+        shown = [f'agreement {np.mean(agreement):.3f}'] if agreement else []
+        if len(agreement) > 1:
+            shown[0] += f' ({min(agreement):.3f} to {max(agreement):.3f})'
+        how = f'{most} steps' if most else 'calibrated'
+        seeds = len({row['seed'] for row in own})
+        said.setdefault(name, []).append(f'{precision}, {how}: {", ".join(shown + values)}' + (f', {seeds} seeds' if seeds > 1 else ''))
+    return {name: '; '.join(lines) for name, lines in said.items()}
 
 
 def load_teacher(config) -> Tuple[TaskModel, Tuple[int, int]]:
@@ -170,8 +219,19 @@ def measure(teacher: TaskModel, name: str, style: int, samples: Tensor, labels: 
 
 
 def measure_all(config, paths: Dict[str, Path], real: Optional[int] = None, rows: int = 1, classes: Sequence[int] = (), seed: int = 0,
-                say: Callable[[str], None] = print) -> List[Source]:
-    """Every source: the given samples, Gaussian and 1/f noise, and real images last.
+                say: Callable[[str], None] = print, sources: Sequence[str] = MADE_HERE,
+                learned: Optional[Dict[str, str]] = None) -> List[Source]:
+    """Every source: the given samples, procedural ones, and real images last.
+
+    Args:
+        config: A quantized config.
+        paths: Samples by name.
+        real: Images of the training set that are measured; None: none.
+        rows, classes: Pictures shown of each, see :func:`picked`.
+        seed: Of procedural sources and of the choice of real images.
+        say: Called with a line of progress.
+        sources: Names of :data:`TITLES`.
+        learned: From :func:`students`.
 
     Raises:
         PsaqError: The config, its checkpoint, its training set or a file of samples does not serve.
@@ -183,21 +243,24 @@ def measure_all(config, paths: Dict[str, Path], real: Optional[int] = None, rows
     if rows < 1 or (real is not None and real < 1):
         raise ConfigError(f'--rows {rows} and --real {real} must be at least 1: give greater numbers')
     teacher, size = load_teacher(config)
+    learned = learned or {}
     spec, found = teacher.image_spec, []
     loaded = {name: load_samples(path, size, teacher.model, spec) for name, path in paths.items()}  # before anything takes time
-    for style, (name, (samples, labels)) in zip(SAMPLE_STYLES, loaded.items()):
+    for style, (name, (samples, labels)) in zip(_free_styles(sources), loaded.items()):
         shown = picked(len(samples), labels, rows, classes, name)
         say(f'{name}: {len(samples)} samples')
-        found.append(measure(teacher, name, style, samples, labels, shown))
-    for name, make in NOISES.items():
-        noise = make(max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
-        say(f'{name}: {len(noise)} made')
-        found.append(measure(teacher, name, FIXED_STYLES[name], noise, None, picked(len(noise), None, rows, (), name)))
+        found.append(measure(teacher, name, style, samples, labels, shown)._replace(student=learned.get(name, '')))
+    for name in sources:
+        title = TITLES[name]
+        noise = SOURCES[name](max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
+        say(f'{title}: {len(noise)} made')
+        seen = measure(teacher, title, FIXED_STYLES[title], noise, None, picked(len(noise), None, rows, (), title))
+        found.append(seen._replace(student=learned.get(name, '')))
     if real:
         set_random_seed(seed)  # the training pipeline crops and flips at random
         images = training_images(config, teacher.model, size, seed)(real)
         say(f'{REAL}: {real} of the training set')
-        found.append(measure(teacher, REAL, FIXED_STYLES[REAL], images, None, ()))
+        found.append(measure(teacher, REAL, FIXED_STYLES[REAL], images, None, ())._replace(student=learned.get('real', '')))
     return found
 
 
@@ -210,9 +273,10 @@ def page_of(sources: Sequence[Source], model: str) -> str:
     blocks = sources[0].density.name
     curves = [Curve(s.name, s.density.centers.tolist(), s.density.density.tolist(), s.style) for s in sources]
     chart = area_chart(f'Patch similarity, {blocks}', curves, (-1, 1), (-1, -.5, 0, .5, 1), floor=FLOOR, size=(360, 240))
-    head = [text(name) for name in HEAD]
-    rows = [[text(source.name), *source.numbers] for source in sources]
-    panels = ''.join(f'<div><h3>{text(s.name)}</h3>' + picture_grid([
+    taught = any(source.student for source in sources)
+    head = [text(name) for name in HEAD] + (['Student'] if taught else [])
+    rows = [[text(source.name), *source.numbers, *([text(source.student or '\u2013')] if taught else [])] for source in sources]
+    panels = ''.join(f'<div><h3>{text(s.name)}</h3>' + (f'<p class="soft">{text(s.student)}</p>' if s.student else '') + picture_grid([
         Picture(picture, caption, f'{s.name}, picture {number + 1}{", " + caption if caption else ""}')
         for number, (picture, caption) in enumerate(s.pictures)
     ], 'three') + '</div>' for s in sources if s.pictures)
@@ -226,7 +290,9 @@ def page_of(sources: Sequence[Source], model: str) -> str:
         '<p class="soft">Horizontal: cosine similarity of two patches in the output of an attention block. Vertical: the density of the '
         f'pairs that have it, {blocks}, on a logarithmic scale from {FLOOR:g} up. In the table, mean, spread (standard deviation) and '
         'entropy (of the density, in nats, at most +0.69) of the similarity are taken in each block and averaged over the blocks; as '
-        'labelled: the share of samples that the model classifies as what they were made for. Captions are indices of classes.</p>'
+        'labelled: the share of samples that the model classifies as what they were made for. Captions are indices of classes.'
+        + (' Student: what a quantized student reached on the test set after calibration or training on such samples; agreement is '
+           'that with full precision.' if taught else '') + '</p>'
     ]))
 
 
@@ -248,11 +314,12 @@ def draw(sources: Sequence[Source]) -> np.ndarray:
     panel = (WIDTH - 3 * EDGE) // 2
     cell = (panel - (COLUMNS - 1) * GAP) // COLUMNS
     panels = [(source, _cells(source, cell)) for source in sources if source.pictures]
-    heights = [TITLE + -(-len(cells) // COLUMNS) * (max(len(c) for c in cells) + CAPTION) for _, cells in panels]
+    above = TITLE + (16 if any(source.student for source in sources) else 0)
+    heights = [above + -(-len(cells) // COLUMNS) * (max(len(c) for c in cells) + CAPTION) for _, cells in panels]
     rows = [max(heights[i:i + 2]) for i in range(0, len(heights), 2)]
     beside = len(panels) % 2 == 1
     if beside:
-        rows[-1] = max(rows[-1], TITLE + 200)
+        rows[-1] = max(rows[-1], above + 200)
     height = EDGE * (len(rows) + 1) + sum(rows) + (0 if beside else AXES + EDGE)
     figure = Figure(figsize=(WIDTH / 100, height / 100), dpi=100, facecolor='white')
     canvas = FigureCanvasAgg(figure)
@@ -267,9 +334,11 @@ def draw(sources: Sequence[Source]) -> np.ndarray:
         share = '' if source.agreement is None else f', {source.agreement:.0%} classified as labelled'
         put(left, top + 21, f'similarity {_signed(source.mean)}, spread {source.spread:.2f}, entropy '
             f'{_signed(source.density.entropy)}{share}', 8.5, SOFT)
+        if source.student:
+            put(left, top + 37, source.student, 8.5, SOFT)
         tallest = max(len(c) for c in cells)
         for place, (picture, (_, caption)) in enumerate(zip(cells, source.pictures)):
-            x, y = left + place % COLUMNS * (cell + GAP), top + TITLE + place // COLUMNS * (tallest + CAPTION)
+            x, y = left + place % COLUMNS * (cell + GAP), top + above + place // COLUMNS * (tallest + CAPTION)
             figure.figimage(picture, x, height - y - len(picture), origin='upper')
             put(x, y + len(picture) + 4, caption, 8.5, SOFT)
         if number % 2:
@@ -282,7 +351,8 @@ def draw(sources: Sequence[Source]) -> np.ndarray:
 def _chart(figure, sources: Sequence[Source], box: Tuple[int, int, int, int], height: int) -> None:
     left, top, wide, high = box
     names = wide // 200  # side by side in the legend
-    above = 28 + 17 * -(-len(sources) // names)
+    unseen = next((source.student for source in sources if source.name == REAL), '')
+    above = (44 if unseen else 28) + 17 * -(-len(sources) // names)
     axes = figure.add_axes(((left + 46) / WIDTH, 1 - (top + high - 40) / height, (wide - 52) / WIDTH, (high - 40 - above) / height))
     for source in sources:
         colour, dashes = LINES[source.style]
@@ -301,6 +371,8 @@ def _chart(figure, sources: Sequence[Source], box: Tuple[int, int, int, int], he
     for side in ('top', 'right'):
         axes.spines[side].set_visible(False)
     axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=names, fontsize=8.5, frameon=False, borderpad=0, labelspacing=.3)
+    if unseen:
+        figure.text((left + 46) / WIDTH, 1 - (top + 19) / height, f'{REAL}: {unseen}', fontsize=8.5, color=SOFT, va='top', parse_math=False)
     figure.text((left + 46) / WIDTH, 1 - top / height, f'Density of patch similarity, {sources[0].density.name}', fontsize=11.5,
                 color=INK, va='top')
 
@@ -339,7 +411,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog='sample_page', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    parser.add_argument('--samples', nargs='+', required=True, metavar='NAME=PATH', help='samples.pt files, or folders of images')
+    parser.add_argument('--samples', nargs='+', default=[], metavar='NAME=PATH', help='samples.pt files, or folders of images')
+    parser.add_argument('--sources', nargs='*', choices=list(TITLES), default=list(MADE_HERE), help='made here (default: %(default)s)')
+    parser.add_argument('--results', type=Path, metavar='FILE', help='rows of tools/compare.py --rows: what students got out of them')
+    parser.add_argument('--model', help='of the rows (default: the name of the config)')
+    parser.add_argument('--bits', nargs='+', default=[], help='precisions of the rows, such as W4A8 (default: all)')
     parser.add_argument('--real', type=int, metavar='N', help='measure this many images of the training set, too; they are not shown')
     parser.add_argument('--classes', type=int, nargs='+', default=[], help='classes of labelled samples to show (default: three)')
     parser.add_argument('--rows', type=int, default=1, help='rows of pictures a source (default: %(default)s)')
@@ -349,9 +425,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--kilobytes', type=float, default=400., help='greatest size of the PNG (default: %(default)g)')
 
     def command(args) -> None:
-        paths = named_paths(args.samples)
+        args.sources = list(dict.fromkeys(args.sources))
+        if not args.samples and not args.sources:
+            raise ConfigError('there is nothing to show: give --samples or --sources')
+        paths = named_paths(args.samples, args.sources)
+        learned = students(args.results, args.model or Path(args.config).stem, args.bits)
         config = load_config(args.config, args.cfg_options)
-        sources = measure_all(config, paths, args.real, args.rows, args.classes, args.seed)
+        sources = measure_all(config, paths, args.real, args.rows, args.classes, args.seed, print, args.sources, learned)
         picture = encode(draw(sources), args.kilobytes)
         html, png = args.out / 'index.html', args.png or args.out / 'samples.png'
         write(page_of(sources, Path(args.config).stem).encode(), html)

@@ -18,7 +18,7 @@ from mmengine.hooks import Hook
 
 from psaq_mm.errors import DataError, UnsupportedModelError
 
-__all__ = ['Predictions', 'RecordHook', 'AgreementHook', 'matched_boxes', 'MIN_IOU', 'MIN_SCORE']
+__all__ = ['Agreement', 'AgreementHook', 'MIN_IOU', 'MIN_SCORE', 'Predictions', 'RecordHook', 'matched_boxes']
 
 MIN_IOU = 0.5
 """Least intersection over union of two boxes that are one detection."""
@@ -195,8 +195,8 @@ class RecordHook(Hook):
             self.predictions.add(sample)
 
 
-class AgreementHook(Hook):
-    """Compares the predictions of a test run with those of another model, as they come; none of them is kept.
+class Agreement:
+    """Compares predictions with those of another model, one picture at a time; none of them is kept.
 
     Args:
         truth: The other model's, usually full precision's, on the same test set.
@@ -204,22 +204,16 @@ class AgreementHook(Hook):
 
     def __init__(self, truth: Predictions):
         self.truth = truth
-        self._position = 0
         self._same, self._of = 0., 0.
         self._differences: List[int] = []
 
-    def after_test_iter(self, runner, batch_idx: int, data_batch=None, outputs: Optional[Sequence] = None) -> None:
-        """Called by the runner after each batch.
+    def add(self, index: int, sample) -> None:
+        """Compare what the model predicted for picture ``index`` of the test set; ``sample`` is an OpenMMLab data sample.
 
         Raises:
             DataError: The picture is not the one that the other model saw at this place.
         """
-        for sample in outputs or ():
-            self._compare(sample)
-            self._position += 1
-
-    def _compare(self, sample) -> None:
-        index, truth, name = self._position, self.truth, _name(sample)
+        truth, name = self.truth, _name(sample)
         if index >= len(truth) or truth.names[index] != name:
             expected = truth.names[index] if index < len(truth) else 'none'
             raise DataError(f'picture {index} of the test set is {name}, that of full precision was {expected}: the test set has '
@@ -250,6 +244,32 @@ class AgreementHook(Hook):
             error = 100 * math.sqrt(squares / (count - 1) / count)
         return dict(agreement=self._same / self._of if self._of else None,
                     difference=None if mean is None else 100 * mean, difference_se=error)
+
+
+class AgreementHook(Hook):
+    """Compares the predictions of a test run with those of another model, as they come.
+
+    Args:
+        truth: As for :class:`Agreement`.
+    """
+
+    def __init__(self, truth: Predictions):
+        self._agreement = Agreement(truth)
+        self._position = 0
+
+    def after_test_iter(self, runner, batch_idx: int, data_batch=None, outputs: Optional[Sequence] = None) -> None:
+        """Called by the runner after each batch.
+
+        Raises:
+            DataError: The picture is not the one that the other model saw at this place.
+        """
+        for sample in outputs or ():
+            self._agreement.add(self._position, sample)
+            self._position += 1
+
+    def result(self) -> Dict[str, Optional[float]]:
+        """See :meth:`Agreement.result`."""
+        return self._agreement.result()
 
 
 def _agreed(kind: str, found, truth, name: str) -> Tuple[float, float]:

@@ -4,9 +4,10 @@
 The paper gives the principle (no class label, samples that compete with the student, a student that learns the teacher);
 its code was never released. Every figure below is this project's decision, see docs/method.md.
 """
+import contextlib
 import dataclasses
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Protocol, Tuple
+from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.quantization import RoundedLayer, calibrate, round_weights_
+from psaq_mm.quantization.reduction import WholeBatch, broadcast_, gathered, own_part, ranks, sum_
 from psaq_mm.synthesis import ImageSpec, SampleGenerator
 from psaq_mm.synthesis.sources import SOURCES as NOISES
 
@@ -52,7 +54,7 @@ class CoEvolutionSettings:
 
     Args:
         size: Height and width of the samples, in pixels.
-        batch_size: Samples in a student step.
+        batch_size: Samples in a student step; of each rank, in a distributed run, as the generator's is.
         calibration_samples: Samples that set the ranges.
         pool_size: Samples kept; from a full pool some leave at random, so that the student does not forget.
         evolve_every: Student steps between two rounds of synthesis; 0: the first samples are the only ones.
@@ -66,6 +68,8 @@ class CoEvolutionSettings:
         rounding: How weights come to their first codes: ``'nearest'``, or ``'compensated'``, on the first samples, as
             :func:`psaq_mm.quantization.round_weights_` says. Training, where there is any, goes on from there.
         damping: Of the compensated rounding: how little the samples are trusted.
+        logits_weight: Of the Kullback-Leibler divergence of the teacher's and the student's class probabilities (Hinton et al., arXiv
+            1503.02531, temperature 1), beside the discrepancy, where the model is a classifier. 0 leaves it out.
     """
     size: Tuple[int, int] = (224, 224)
     batch_size: int = 8
@@ -80,12 +84,15 @@ class CoEvolutionSettings:
     classes: Optional[str] = None
     rounding: str = 'nearest'
     damping: float = 0.1
+    logits_weight: float = 0.
 
     def __post_init__(self):
         if self.rounding not in ('nearest', 'compensated'):
             raise ConfigError(f'dfq.rounding={self.rounding!r} is not known: use nearest or compensated')
         if not 0 < self.damping < float('inf'):
             raise ConfigError(f'dfq.damping={self.damping} must be positive: 0.1 is the usual value')
+        if not 0 <= self.logits_weight < float('inf'):
+            raise ConfigError(f'dfq.logits_weight={self.logits_weight} must be 0 (off) or more')
         if self.source not in SOURCES:
             raise ConfigError(f'dfq.source={self.source!r} is no source of samples: use one of {", ".join(SOURCES)}')
         if self.classes not in (None, 'random'):
@@ -106,13 +113,17 @@ class CoEvolutionSettings:
 class CoEvolution:
     """The pool of samples, the student's ranges, and the loss of a student step.
 
+    In a distributed run every rank holds the whole pool and makes every random choice, and works on its part of each batch: what
+    comes out is what one rank with batches as many times as large would have.
+
     Args:
         teacher: Full precision, frozen.
         student: The same network with quantizers.
         generator: How samples are synthesized.
         settings: See :class:`CoEvolutionSettings`.
         seed: Seed of every random choice made here; the global random state is neither read nor set.
-        real_source: Count to images (count, C, H, W), normalized; only for ``source='real'``.
+        real_source: Count to images (count, C, H, W), normalized; only for ``source='real'``. In a distributed run it takes ``only`` too,
+            as :class:`~psaq_mm.synthesis.SampleStream` does.
         progress: Called with a dict after each synthesis step.
 
     Raises:
@@ -156,13 +167,21 @@ class CoEvolution:
         if source in NOISES:
             return NOISES[source](count, size, spec, generator=self.random)
         if source == 'real':
-            return self.real_source(count)
+            return self._real(count)
         first = NOISES[self.generator.init](count, size, spec, generator=self.random)
         self.labels = self._random_classes(count)
-        starts = range(0, count, self.generator.batch_size)
-        parts = [slice(start, start + self.generator.batch_size) for start in starts]
+        together = self.generator.batch_size * ranks()[1]
+        parts = [slice(start, start + together) for start in range(0, count, together)]
         return torch.cat([self._synthesize(first[part], None if self.labels is None else self.labels[part], compete)
                           for part in parts])
+
+    def _real(self, count: int) -> Tensor:
+        if ranks()[1] == 1:
+            return self.real_source(count)
+        if count < ranks()[1]:
+            return broadcast_(self.real_source(count))
+        own = own_part(count)
+        return gathered(self.real_source(count, only=range(own.start, own.stop)), count)
 
     def _random_classes(self, count: int) -> Optional[Tensor]:
         if self.settings.classes is None or self.teacher.num_classes is None:
@@ -170,6 +189,16 @@ class CoEvolution:
         return torch.randint(0, self.teacher.num_classes, (count, ), generator=self.random)
 
     def _synthesize(self, first: Tensor, labels: Optional[Tensor], compete: bool) -> Tensor:
+        count, world = len(first), ranks()[1]
+        if world == 1:
+            return self._synthesize_part(first, labels, compete, None)
+        if count < world:  # a rank without an image has nothing to run: each makes all of them, and rank 0's count
+            return broadcast_(self._synthesize_part(first, labels, compete, None))
+        own = own_part(count)
+        whole = WholeBatch(own.stop - own.start)
+        return gathered(self._synthesize_part(first[own], None if labels is None else labels[own], compete, whole), count)
+
+    def _synthesize_part(self, first: Tensor, labels: Optional[Tensor], compete: bool, whole: Optional[WholeBatch]) -> Tensor:
         taught: List[Tensor] = []
         begun, steps = time.perf_counter(), self.generator.steps * self.generator.rounds
 
@@ -192,7 +221,8 @@ class CoEvolution:
         rival = discrepancy if compete and self.generator.discrepancy_weight > 0 else None
         made = self.generator.generate(self.teacher.model, self.teacher.image_spec, forward=forward, discrepancy=rival,
                                        class_loss=None if labels is None else class_loss, weight=self.weight, init=first,
-                                       generator=self.random, progress=report, prefix_tokens=self.teacher.prefix_tokens)
+                                       generator=self.random, progress=report, prefix_tokens=self.teacher.prefix_tokens,
+                                       whole=whole)
         self.history.extend(dict(step, round=self.rounds) for step in made.history)
         return made.samples.cpu()
 
@@ -226,10 +256,11 @@ class CoEvolution:
         calibrate(self.student.model, self._passing(samples))
 
     def _passing(self, samples: Tensor) -> Callable[[], None]:
-        """What puts ``samples`` through the student, batch by batch."""
+        """What puts this rank's part of ``samples`` through the student, batch by batch."""
+        own = samples[own_part(len(samples))]
 
         def run() -> None:
-            for batch in samples.split(self.settings.batch_size):
+            for batch in own.split(self.settings.batch_size) if len(own) else ():
                 self.student.calibration_forward(batch.to(self.device), self.settings.scope)
 
         return run
@@ -250,36 +281,86 @@ class CoEvolution:
         return samples
 
     # ------------------------------------------------------------------ student
-    def draw(self) -> Tensor:
-        """A batch for the student, (batch_size, C, H, W), flipped and rolled at random where ``augment`` is set."""
-        batch = self._drawn(self.settings.batch_size)
+    def draw(self, batches: int = 1) -> Tensor:
+        """Samples for the student, (batches * batch_size, C, H, W), flipped and rolled at random where ``augment`` is set.
+
+        Args:
+            batches: Batches that one step is made of.
+        """
+        world = ranks()[1]
+        count = min(self.settings.batch_size * batches * world, len(self.pool))
+        own = range(count) if count < world else range(ranks()[0], count, world)
+        batch, _ = self.pool.draw(count, generator=self.random, only=own)
         if self.settings.augment:
             height, width = batch.shape[-2:]
-            flip = torch.rand(len(batch), generator=self.random) < 0.5
+            flip = torch.rand(count, generator=self.random)[list(own)] < 0.5
             batch = torch.where(flip.view(-1, 1, 1, 1), batch.flip(-1), batch)
             shift = [int(torch.randint(0, n, (1, ), generator=self.random)) for n in (height, width)]
             batch = batch.roll(shifts=shift, dims=(-2, -1))
         return batch.to(self.device)
 
     def loss(self, images: Tensor) -> Tensor:
-        """Discrepancy of the student to the teacher on normalized ``images``; a scalar with the student's gradient.
+        """What the student lowers on normalized ``images``: the discrepancy, and the divergence of its logits where that has a weight.
+
+        Returns:
+            A scalar with the student's gradient, of these images alone.
 
         Raises:
             DataError: It is NaN or infinite.
         """
-        with torch.no_grad():
-            taught = self.teacher.outputs(images)
-        value = normalized_l1(self.student.outputs(images), taught)
-        if not torch.isfinite(value):
-            raise DataError(f'the discrepancy of the student became {float(value)}: lower dfq.lr')
-        self.weight.observe(float(value))
+        value, discrepancy = self._loss(images)
+        self._note(value, discrepancy)
         return value
+
+    def learn(self, images: Tensor, backward: Callable[[Tensor], None], batches: int = 1,
+              context: Callable[[], ContextManager] = contextlib.nullcontext) -> Tensor:
+        """Gradients of the loss on a batch whose images lie on several ranks, and go through the student in several parts.
+
+        Args:
+            images: This rank's, normalized, (n, C, H, W).
+            backward: Called with the loss of each part at its weight in the whole: the gradients that it adds up, summed over the
+                ranks, are those of the loss on the whole batch.
+            batches: How many parts.
+            context: Of each forward pass, such as autocast.
+
+        Returns:
+            The loss on the whole batch, a scalar without gradient, the same on every rank.
+
+        Raises:
+            DataError: It is NaN or infinite.
+        """
+        total, sums = WholeBatch(len(images)).total, 0
+        for part in images.chunk(batches):
+            with context():
+                found = self._loss(part)
+            backward(found[0] * (len(part) / total))
+            sums = sums + torch.stack([term.detach().double() for term in found]) * len(part)
+        value, discrepancy = sum_(sums) / total
+        self._note(value, discrepancy)
+        return value
+
+    def _note(self, value: Tensor, discrepancy: Tensor) -> None:
+        if not torch.isfinite(value):
+            raise DataError(f'the loss of the student became {float(value)}: lower dfq.lr')
+        self.weight.observe(float(discrepancy))  # what samples compete for is the discrepancy alone
+
+    def _loss(self, images: Tensor) -> Tuple[Tensor, Tensor]:
+        """The loss and, of it, the discrepancy."""
+        wanted = self.settings.logits_weight > 0 and self.teacher.num_classes is not None
+        with torch.no_grad():
+            taught = self.teacher.run(images, with_logits=wanted)
+        found = self.student.run(images, with_logits=wanted)
+        value = discrepancy = normalized_l1(found.parts, taught.parts)
+        if wanted:
+            value = value + self.settings.logits_weight * _divergence(found.logits, taught.logits)
+        return value, discrepancy
 
     # ------------------------------------------------------------------ state
     def state_dict(self) -> Dict[str, Any]:
         """What a resumed run needs beside weights and optimizer."""
+        real = self.real_source.state_dict() if hasattr(self.real_source, 'state_dict') else None
         return dict(pool=self.pool.state_dict(), weight=self.weight.state_dict(), random=self.random.get_state(),
-                    rounds=self.rounds, history=list(self.history))
+                    rounds=self.rounds, history=list(self.history), real=real)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
@@ -287,3 +368,10 @@ class CoEvolution:
         self.weight.load_state_dict(state['weight'])
         self.random.set_state(state['random'].cpu())
         self.rounds, self.history = state['rounds'], list(state['history'])
+        if state.get('real') is not None and hasattr(self.real_source, 'load_state_dict'):
+            self.real_source.load_state_dict(state['real'])
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of the class probabilities of logits (B, classes), in nats an image."""
+    return F.kl_div(student.float().log_softmax(1), teacher.float().log_softmax(1), reduction='batchmean', log_target=True)

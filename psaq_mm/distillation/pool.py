@@ -1,13 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The samples a student learns from, a bounded number of them."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from psaq_mm.errors import DataError
 
-__all__ = ['SamplePool']
+__all__ = ['FreshPool', 'SamplePool']
 
 POLICIES = ('oldest', 'random', 'easiest')
 
@@ -109,12 +109,15 @@ class SamplePool:
             raise DataError(f'indices {indices.tolist()} must be within a pool of {self._size} samples')
         self._store(indices, None if samples is None else self._checked(samples), scores)
 
-    def draw(self, batch: int, generator: Optional[torch.Generator] = None) -> Tuple[Tensor, Tensor]:
+    def draw(self, batch: int, generator: Optional[torch.Generator] = None,
+             only: Optional[Sequence[int]] = None) -> Tuple[Tensor, Tensor]:
         """Draws different samples with equal probability.
 
         Args:
             batch: How many, no more than the pool holds.
             generator: Source of randomness, on the CPU. Defaults to None, the pool's own.
+            only: Places in the batch, in rising order, whose samples are returned, such as those of one rank; the randomness is that
+                of the whole batch. Defaults to None, all.
 
         Returns:
             Samples (batch, C, H, W), float32 copies, and their indices (batch,).
@@ -126,6 +129,8 @@ class SamplePool:
         if not 1 <= batch <= self._size:
             raise DataError(f'batch={batch} cannot be drawn from a pool of {self._size} samples; add samples first')
         indices = torch.randperm(self._size, generator=generator or self.generator)[:batch]
+        if only is not None:
+            indices = indices[list(only)]
         return self._samples[indices].float(), indices
 
     def state_dict(self) -> Dict[str, Any]:
@@ -189,3 +194,73 @@ class SamplePool:
     def _filled(self) -> None:
         if not self._size:
             raise DataError('the pool is empty; add samples first')
+
+
+class Stream(Protocol):
+    """What makes new samples: :class:`psaq_mm.synthesis.SampleStream` is one."""
+
+    take: Callable[..., Tensor]
+    state_dict: Callable[[], Dict[str, Any]]
+    load_state_dict: Callable[[Dict[str, Any]], None]
+
+
+class FreshPool(SamplePool):
+    """A pool of which only a part of each batch is replayed: the rest is made for it and never seen again.
+
+    A replayed sample is learned by heart sooner or later; one that costs next to nothing need not be kept.
+
+    Args:
+        capacity: As for :class:`SamplePool`.
+        stream: Makes the fresh samples, by number, so that a resumed run goes on with the next one.
+        share: Fresh part of a batch, above 0 and at most 1, rounded to whole samples; of a share below 1 at least one of two or
+            more is replayed, and one fresh.
+        **kwargs: As for :class:`SamplePool`.
+
+    Raises:
+        DataError: ``share`` is out of range.
+
+    Example:
+        >>> pool = FreshPool(64, SampleStream(PinkNoise(), (224, 224), ImageSpec()), share=1.0)
+        >>> images, indices = pool.draw(8)   # 8 pictures that nobody has seen; their indices are -1
+    """
+
+    def __init__(self, capacity: int, stream: Stream, share: float = 1.0, **kwargs) -> None:
+        super().__init__(capacity, **kwargs)
+        if not 0 < share <= 1:
+            raise DataError(f'share={share} of fresh samples must be above 0 and at most 1')
+        self.stream, self.share, self.made = stream, float(share), 0
+
+    def draw(self, batch: int, generator: Optional[torch.Generator] = None,
+             only: Optional[Sequence[int]] = None) -> Tuple[Tensor, Tensor]:
+        """Fresh samples and replayed ones, the fresh ones first.
+
+        Args:
+            batch: How many; of those to replay no more than the pool holds.
+            generator: Of the choice of those that are replayed.
+            only: As for :meth:`SamplePool.draw`; other fresh samples are not made.
+
+        Returns:
+            Samples (batch, C, H, W), float32, and their indices (batch,), -1 for fresh ones.
+
+        Raises:
+            DataError: If the pool holds fewer samples than are to be replayed, or ``batch`` is below 1.
+        """
+        fresh = min(max(round(self.share * batch), 1), batch if self.share == 1 or batch < 2 else batch - 1)
+        own = None if only is None else [place for place in only if place < fresh]
+        images = (self.stream.take(fresh) if own is None else self.stream.take(fresh, only=own)).float()
+        self.made += fresh
+        indices = torch.full((len(images), ), -1)
+        if fresh == batch:
+            return images, indices
+        replayed, places = super().draw(batch - fresh, generator, None if only is None else [p - fresh for p in only if p >= fresh])
+        return torch.cat([images, replayed]), torch.cat([indices, places])
+
+    def state_dict(self) -> Dict[str, Any]:
+        """State, to be saved in a checkpoint."""
+        return dict(super().state_dict(), stream=self.stream.state_dict(), made=self.made)
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        super().load_state_dict(state)
+        self.stream.load_state_dict(state['stream'])
+        self.made = int(state['made'])

@@ -1,28 +1,36 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Checkpoints: read without running code, written whole or not at all."""
+import _compat_pickle
+import contextlib
+import errno
 import hashlib
 import os
 import pickle
 import re
 import types
 import urllib.parse
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import torch
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 import psaq_mm
-from psaq_mm.errors import CheckpointError
+from psaq_mm.errors import CheckpointError, PsaqError
 from psaq_mm.models import spec_of
 from psaq_mm.models.loading import convert_timm_keys, whole_loading
 from psaq_mm.quantization import is_quantizer_key
 
-__all__ = ['file_sha256', 'load_restricted', 'read_checkpoint', 'is_quantized', 'load_weights', 'save_atomic',
-           'student_checkpoint']
+__all__ = ['file_sha256', 'load_restricted', 'read_checkpoint', 'is_quantized', 'load_weights', 'RESTRICTED', 'save_atomic',
+           'student_checkpoint', 'whole_file']
 
 PathLike = Union[str, os.PathLike]
+
+RESTRICTED = 'psaq_mm://'
+"""Before a path that a runner of MMEngine loads from: it is then read as here, and not by an unrestricted ``torch.load``."""
 
 _ALLOWED = {
     ('collections', 'OrderedDict'), ('collections', 'defaultdict'), ('collections', 'deque'), ('builtins', 'set'),
@@ -56,9 +64,11 @@ class _Unpickler(pickle.Unpickler):
     """Finds the types of a checkpoint, and nothing that would run code."""
 
     def find_class(self, module: str, name: str):
+        # torch pickles as Python 2 does: its set is __builtin__.set, its subprocess is commands.
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name))
         plain_torch = module in ('torch', 'torch.storage') and (name.endswith('Storage') or isinstance(
             getattr(torch, name, None), torch.dtype))
-        if (module, name) in (('__builtin__', 'getattr'), ('builtins', 'getattr')):
+        if (module, name) == ('builtins', 'getattr'):
             return _history_method
         numpy_types = module.split('.')[0] == 'numpy' and name.endswith('DType') or module == 'numpy' and name in (
             'int64', 'int32', 'float64', 'float32', 'bool_', 'uint8')
@@ -69,14 +79,39 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _pickle_module() -> types.ModuleType:
-    # torch.load takes a module in pickle's shape; weights_only=True refuses the logger's histories, which every
-    # OpenMMLab checkpoint has, and the allow-list that would admit them is new in torch 2.4.
+    # torch.load takes a module in pickle's shape.
     module = types.ModuleType('psaq_mm_restricted_pickle')
     module.Unpickler = _Unpickler
     module.load = lambda file, **kwargs: _Unpickler(file, **kwargs).load()
     module.loads = lambda data, **kwargs: (_ for _ in ()).throw(CheckpointError('nested pickles are not read'))
     module.UnpicklingError = pickle.UnpicklingError
     return module
+
+
+def _load(path: str) -> Any:
+    """``torch.load``, weights only where that is enough, else under the allow-list above."""
+    # Before 2.6, torch's weights_only does not hold for files of its oldest format, which are no zip archives.
+    if zipfile.is_zipfile(path) or tuple(int(n) for n in re.findall(r'\d+', torch.__version__)[:2]) >= (2, 6):
+        try:
+            return torch.load(path, map_location='cpu', weights_only=True)
+        except Exception:  # of many types; what is wrong the second reading tells, and names
+            # It refuses the histories of the logger, which every OpenMMLab checkpoint has. torch's own list of further types is new in
+            # 2.4, holds for the whole process, and takes no stand-in for getattr, which those histories need, before 2.6.
+            pass
+    return torch.load(path, map_location='cpu', pickle_module=_pickle_module(), weights_only=False)
+
+
+def _check_sums(path: str) -> None:
+    """Whether every part of a zip archive is what was written; torch itself only notices an end that is missing."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise CheckpointError(f'{path} is damaged (its part {damaged} does not fit its checksum): save it again')
+
+
+def _is_own(content: Any) -> bool:
+    """Whether a run of psaq_mm wrote a file; others may have been written without checksums."""
+    return isinstance(content, dict) and ('psaq_mm' in content or 'psaq_mm' in (content.get('meta') or {}))
 
 
 def file_sha256(path: PathLike) -> str:
@@ -119,13 +154,16 @@ def load_restricted(path: PathLike) -> Any:
         if path.endswith('.safetensors'):
             from safetensors.torch import load_file
             return load_file(path)
-        return torch.load(path, map_location='cpu', pickle_module=_pickle_module(), weights_only=False)
+        content = _load(path)
     except CheckpointError as error:
         raise CheckpointError(f'{path} is not read: {error}') from error
     except Exception as error:  # torch, zip and safetensors raise a dozen types for a damaged file
         first = (str(error).splitlines() or [''])[0]
         raise CheckpointError(f'{path} is damaged or no checkpoint ({type(error).__name__}: {first}): '
                               'fetch or save it again') from error
+    if _is_own(content) and zipfile.is_zipfile(path):
+        _check_sums(path)
+    return content
 
 
 def read_checkpoint(path: PathLike) -> Dict:
@@ -154,6 +192,11 @@ def read_checkpoint(path: PathLike) -> Dict:
     return content
 
 
+@CheckpointLoader.register_scheme(prefixes=RESTRICTED, force=True)
+def _for_runner(path: str, map_location: Any = None) -> Dict:
+    return read_checkpoint(path[len(RESTRICTED):])
+
+
 def is_quantized(checkpoint: Dict) -> bool:
     """Whether a checkpoint carries quantizer state."""
     return any(is_quantizer_key(k) for k in checkpoint['state_dict'])
@@ -177,25 +220,41 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
         raise CheckpointError(f'{source}: {error}') from error
 
 
-def save_atomic(content: Dict, path: PathLike) -> None:
-    """Write ``content`` beside ``path`` and move it there: what stood at ``path`` is whole at every moment.
+@contextlib.contextmanager
+def whole_file(path: PathLike) -> Iterator[Path]:
+    """Where to write a file, so that what stands at ``path`` is whole at every moment: beside it, to be moved there at the end.
 
     Raises:
-        OSError: The disk is full or not writable; the partial file is removed and ``path`` is as it was.
+        OSError: The disk is full or not writable (it names ``path``); the partial file is removed and ``path`` is as it was.
+
+    Example:
+        >>> with whole_file('student.pth') as partial:
+        ...     torch.save(content, partial)
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.name}.partial')
     try:
-        with open(partial, 'wb') as file:
-            torch.save(content, file)
-            file.flush()
+        yield partial
+        with open(partial, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except PsaqError:
+        raise
     except RuntimeError as error:  # torch reports a failed write of its zip archive so, without an errno
-        raise OSError(28, 'no space left or the write failed', str(path)) from error
+        raise OSError(errno.ENOSPC, 'no space left or the write failed', str(path)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(errno.ENOSPC, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_atomic(content: Dict, path: PathLike) -> None:
+    """Write ``content`` beside ``path`` and move it there, see :func:`whole_file`."""
+    with whole_file(path) as partial, open(partial, 'wb') as file:
+        torch.save(content, file)
 
 
 def student_checkpoint(model: nn.Module, config_text: str, dataset_meta: Optional[Dict], teacher: Tuple[str, str],

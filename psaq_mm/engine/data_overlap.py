@@ -5,7 +5,7 @@ from typing import Any, Iterator, List, Mapping, NamedTuple
 
 from psaq_mm.errors import ConfigError
 
-__all__ = ['check_no_overlap', 'dataset_leaves']
+__all__ = ['check_folder', 'check_no_overlap', 'dataset_leaves']
 
 
 class _Files(NamedTuple):
@@ -81,3 +81,27 @@ def check_no_overlap(config: Mapping) -> None:
                 raise ConfigError('real images would come from the set that is evaluated: train_dataloader and '
                                   f'{loader} both read {found.annotations or found.images}; point train_dataloader.dataset '
                                   'at training images, or leave out the source \'real\'')
+
+
+def check_folder(config: Mapping, folder: Any) -> None:
+    """Refuse a folder of images that a config's test or validation set reads.
+
+    A folder inside that of a set is refused too, with or without an annotation file: which of its pictures an annotation file lists
+    is not told by the config.
+
+    Args:
+        config: A config with ``test_dataloader`` or ``val_dataloader``; both may be absent.
+        folder: The folder; a file has no overlap.
+
+    Raises:
+        ConfigError: A set that is evaluated reads its pictures.
+    """
+    if not os.path.isdir(folder):
+        return
+    given = os.path.realpath(folder)
+    for loader in ('test_dataloader', 'val_dataloader'):
+        for leaf in dataset_leaves((config.get(loader) or {}).get('dataset')):
+            read = _files(leaf).images
+            if read and _inside(given, read):
+                raise ConfigError(f'the samples in {folder} would come from the set that is evaluated: {loader} reads its pictures in '
+                                  f'{read}; give a folder that is not inside it')

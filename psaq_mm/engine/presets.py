@@ -18,16 +18,24 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     evolve_every=50,
     evolve_samples=16,
     source='generated',
-    samples=None,  # a samples.pt or a folder of images: the first samples, instead of making them
+    samples=None,  # a source, as a dict or a list of dicts (a mixture), in place of one named by source; or the path of a samples.pt
+    # or of a folder of images: the first samples, instead of making them
+    fresh=0.,  # share of each of the student's batches that is made for it instead of drawn from the pool; or dict(share=, samples=)
     save_samples=False,  # samples.pt and samples/NNNN.png in the work dir
     reobserve=True,
+    rounding='nearest',  # or 'compensated': weights rounded so that errors of correlated inputs cancel, on the first samples
+    damping=0.1,  # of the compensated rounding
+    logits_weight=0.,  # of the divergence of a classifier's probabilities, beside the discrepancy
     augment=True,
     classes=None,  # 'random': one class a sample, for classifiers
     distil=None,  # parts of the model, see psaq_mm.models.task.PARTS; None: chosen by the model
     block_stride=3,  # of the part 'blocks'
     iters=200,
+    max_seconds=None,  # wall time of the run, samples included: the student's steps and their learning rate end with it
     lr=1e-4,
     clip_grad=1.0,
+    accumulative_counts=1,  # batches of batch_size that one student step is made of, one after the other
+    amp=None,  # 'bfloat16' or 'float16': the student's steps under autocast; quantizers stay in float32
     seed=0,
     log_interval=10,
     checkpoint_interval=50,
@@ -55,7 +63,16 @@ DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     'gaussian': dict(method='gaussian', source='gaussian', iters=0, evolve_every=0),
     # Ranges from samples of the patch similarity alone, nothing trained: V2 without its second half.
     'calibrate': dict(method='calibrate', iters=0, evolve_every=0),
+    # No synthesis and no training: dead leaves set the ranges, and the codes of the weights.
+    'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='compensated', fresh=1., iters=0, evolve_every=0,
+                 reobserve=False, calibration_samples=32, pool_size=32),
+    # V2 whose samples begin as dead leaves, from compensated rounding.
+    'best': dict(method='best', rounding='compensated', reobserve=False, generator=dict(init=dict(type='psaq_mm.DeadLeaves'))),
 }
+
+
+_MERGED = ('generator', 'teacher')
+"""Settings that are dicts, of which a config may give some keys."""
 
 
 def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
@@ -71,22 +88,27 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
     preset = given.pop('preset', 'psaq_v2')
     if preset not in DFQ_PRESETS:
         raise ConfigError(f'dfq preset {preset!r} is not known: use one of {", ".join(DFQ_PRESETS)}')
-    settings = copy.deepcopy(DFQ_DEFAULTS)
-    for source in (DFQ_PRESETS[preset], given):
+    settings, named = copy.deepcopy(DFQ_DEFAULTS), dict(DFQ_PRESETS[preset])
+    # Where samples come from is one setting under two names: what is given takes the place of the preset's under either.
+    if given.get('samples') is not None:
+        named.pop('source', None)
+    if given.get('source', 'generated') != 'generated':
+        named.pop('samples', None)
+    for source in (named, given):
         for key, value in source.items():
             if key not in settings:
                 near = difflib.get_close_matches(key, settings, 1)
                 hint = f'did you mean {near[0]}?' if near else f'known are {", ".join(settings)}'
                 raise ConfigError(f'dfq.{key} is no setting: {hint}')
-            if isinstance(settings[key], dict) and isinstance(value, Mapping):
+            if key in _MERGED and isinstance(value, Mapping):
                 settings[key] = {**settings[key], **value}
             else:
                 settings[key] = value
     return settings
 
 
-METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='psaq_v2', repq='repq', repq_v2='repq')
-"""Published methods, and the step beyond: each a preset of :data:`DFQ_PRESETS` with the quantizer's recipe that belongs to it
+METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='psaq_v2', repq='repq', repq_v2='repq', fast='psaq_v2', best='psaq_v2')
+"""Published methods, and the steps beyond: each a preset of :data:`DFQ_PRESETS` with the quantizer's recipe that belongs to it
 (:data:`psaq_mm.quantization.RECIPES`)."""
 
 _OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
@@ -96,8 +118,8 @@ _OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_int
 def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]:
     """A config's ``dfq`` key under another method.
 
-    A method that trains takes every setting that the config has. One that calibrates alone takes those of the machine (size,
-    batches, seed, intervals) and of the samples' memory (``generator.batch_size``); the others are the method itself.
+    A method that trains takes every setting that the config has. One that calibrates alone takes those of the machine (size, batches,
+    seed, intervals) and of the samples' memory (``generator.batch_size``); the others are the method itself.
 
     Args:
         given: As for :func:`resolve_dfq`.
@@ -114,5 +136,7 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
     if resolve_dfq(method)['iters']:
         return {**given, 'preset': method}
     kept = {key: given[key] for key in _OF_THE_MACHINE if key in given}
+    if method == 'fast':
+        kept.pop('samples', None)  # its own are what it is
     batch = (given.get('generator') or {}).get('batch_size')
     return {**kept, 'preset': method, **(dict(generator=dict(batch_size=batch)) if batch else {})}

@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Real images as a control: only on request, and only from a config's own training set."""
-from typing import Callable, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -9,10 +9,44 @@ from torch import Tensor, nn
 from psaq_mm.engine.data_overlap import check_no_overlap
 from psaq_mm.errors import ConfigError, DataError
 
-__all__ = ['training_images']
+__all__ = ['TrainingImages', 'training_images']
 
 
-def training_images(config, model: nn.Module, size: Tuple[int, int], seed: int) -> Callable[[int], Tensor]:
+class TrainingImages:
+    """Images of a dataset in a random order, each call going on where the last one stopped; see :func:`training_images`."""
+
+    def __init__(self, dataset, model: nn.Module, size: Tuple[int, int], seed: int) -> None:
+        self.dataset, self.model, self.size, self.position = dataset, model, tuple(size), 0
+        self.order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def take(self, count: int, only: Optional[Sequence[int]] = None) -> Tensor:
+        """The next ``count`` images, normalized, (count, C, height, width); past the last one, the first again.
+
+        Args:
+            count: How many.
+            only: Which of them, from 0, instead of all; without any the tensor is empty.
+        """
+        images, (height, width) = [], self.size
+        first, self.position = self.position, self.position + count
+        for place in range(count) if only is None else only:
+            item = self.dataset[self.order[(first + place) % len(self.order)]]
+            batch = self.model.data_preprocessor(dict(inputs=[item['inputs']], data_samples=[item['data_samples']]), training=False)
+            image = batch['inputs'][0].detach().cpu()[:, :height, :width]
+            images.append(F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])))
+        return torch.stack(images) if images else torch.empty(0)
+
+    __call__ = take
+
+    def state_dict(self) -> Dict[str, Any]:
+        """State, to be saved in a checkpoint."""
+        return dict(position=self.position)
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        self.position = int(state['position'])
+
+
+def training_images(config, model: nn.Module, size: Tuple[int, int], seed: int) -> TrainingImages:
     """A source of real images through the config's own training pipeline and preprocessor.
 
     Args:
@@ -41,18 +75,4 @@ def training_images(config, model: nn.Module, size: Tuple[int, int], seed: int) 
         raise DataError(f'the training set cannot be opened ({error}): check data_root, or use dfq.source=\'generated\'') from error
     if len(dataset) == 0:
         raise DataError('the training set is empty: check data_root and the annotation file')
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    position = 0
-
-    def take(count: int) -> Tensor:
-        nonlocal position
-        images = []
-        for _ in range(count):
-            item = dataset[order[position % len(order)]]
-            position += 1
-            batch = model.data_preprocessor(dict(inputs=[item['inputs']], data_samples=[item['data_samples']]), training=False)
-            image = batch['inputs'][0].detach().cpu()[:, :size[0], :size[1]]
-            images.append(F.pad(image, (0, size[1] - image.shape[2], 0, size[0] - image.shape[1])))
-        return torch.stack(images)
-
-    return take
+    return TrainingImages(dataset, model, size, seed)

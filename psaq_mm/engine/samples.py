@@ -1,8 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Samples kept after a run, and used again by another: ``dfq.save_samples=True`` and ``dfq.samples=PATH``."""
+"""Samples kept after a run and used again by another (``dfq.save_samples=True``, ``dfq.samples=PATH``), and sources of samples out of
+a config (``dfq.samples=dict(type='psaq_mm.PinkNoise')``)."""
 import re
 from pathlib import Path
-from typing import Any, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 
 from psaq_mm.engine.checkpoint import load_restricted, save_atomic
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.synthesis import ImageSpec
+from psaq_mm.registry import TASK_UTILS
+from psaq_mm.synthesis import ImageSpec, Mixture, Source, source_of
+from psaq_mm.synthesis.sources.base import Make, checked_size, mixed
+from psaq_mm.synthesis.sources.mixture import PLAIN
 from psaq_mm.visualization import write_png
 
-__all__ = ['SavedSamples', 'load_samples', 'reads_rgb', 'save_samples']
+__all__ = ['Folder', 'SavedSamples', 'build_source', 'folders_in', 'load_samples', 'procedural_of', 'reads_rgb',
+           'save_samples']
 
 _SHEET = re.compile(r'round_\d+_step_\d+\.png')
 """Sample sheets, which a run writes into the same folder."""
@@ -93,10 +98,14 @@ def load_samples(path, size: Tuple[int, int], model: nn.Module, image_spec: Imag
         DataError: The folder has no images, or a file is damaged or none of ours.
         CheckpointError: The file would run code.
     """
-    path = Path(path)
-    rgb = reads_rgb(getattr(model, 'data_preprocessor', None))
+    return _load(Path(path), tuple(size), image_spec, reads_rgb(getattr(model, 'data_preprocessor', None)))
+
+
+def _load(path: Path, size: Tuple[int, int], image_spec: ImageSpec, rgb: bool) -> SavedSamples:
     if path.is_dir():
-        return SavedSamples(_read_folder(path, tuple(size), image_spec, rgb), None)
+        files, mode = _images_of(path, image_spec)
+        pictures = torch.stack([_read_picture(file, size, mode) for file in files])
+        return SavedSamples(_from_unit(pictures if rgb else pictures.flip(1), image_spec), None)
     if not path.is_file():
         raise ConfigError(f'dfq.samples={path} does not exist: give a samples.pt or a folder of images')
     content = load_restricted(path)
@@ -127,7 +136,8 @@ def _from_unit(images: Tensor, image_spec: ImageSpec) -> Tensor:
     return low + images * (high - low)
 
 
-def _read_folder(folder: Path, size: Tuple[int, int], image_spec: ImageSpec, rgb: bool) -> Tensor:
+def _images_of(folder: Path, image_spec: ImageSpec) -> Tuple[List[Path], str]:
+    """Images of a folder in the order of their names, and Pillow's mode that they are read in."""
     modes = {1: 'L', 3: 'RGB'}
     if image_spec.channels not in modes:
         raise ConfigError(f'dfq.samples={folder} is a folder of images, and the model takes {image_spec.channels} channels: '
@@ -136,8 +146,7 @@ def _read_folder(folder: Path, size: Tuple[int, int], image_spec: ImageSpec, rgb
     files: List[Path] = sorted(p for p in folder.iterdir() if p.suffix.lower() in known and not _SHEET.fullmatch(p.name))
     if not files:
         raise DataError(f'dfq.samples={folder} has no images: give a folder of pictures, or a samples.pt')
-    pictures = torch.stack([_read_picture(file, size, modes[image_spec.channels]) for file in files])
-    return _from_unit(pictures if rgb else pictures.flip(1), image_spec)
+    return files, modes[image_spec.channels]
 
 
 def _read_picture(file: Path, size: Tuple[int, int], mode: str) -> Tensor:
@@ -155,3 +164,106 @@ def _read_picture(file: Path, size: Tuple[int, int], mode: str) -> Tensor:
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     array = np.array(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
     return torch.from_numpy(array / 255.).reshape(height, width, -1).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------- sources
+@TASK_UTILS.register_module()
+class Folder(Source):
+    """Images of a folder, or the samples of a ``samples.pt``, in an order of their own for each seed; then in another one.
+
+    Images are read when their number comes; of one larger than the samples, the centre is taken, as :func:`load_samples` does.
+
+    Args:
+        path: A folder of images in any format that Pillow reads, or a file that ``dfq.save_samples=True`` wrote.
+        rgb: Whether the model takes its channels as RGB; :func:`build_source` fills it in.
+        seed: As for :class:`~psaq_mm.synthesis.Source`.
+
+    Raises:
+        ConfigError: Nothing is there.
+    """
+
+    def __init__(self, path: str, rgb: bool = True, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.path, self.rgb = str(path), rgb
+        if not Path(path).exists():
+            raise ConfigError(f'the folder of samples {path} does not exist: check the path')
+        self._known: Dict[Tuple, Any] = {}
+
+    def draw(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int = 0,
+             generated: Optional[Make] = None) -> Tensor:
+        """See :meth:`psaq_mm.synthesis.Source.draw`."""
+        size = checked_size(len(numbers), size)
+        if Path(self.path).is_dir():
+            files, mode = self._once((image_spec.channels, ), lambda: _images_of(Path(self.path), image_spec))
+            places = self._places(numbers, len(files), seed)
+            pictures = torch.stack([_read_picture(files[place], size, mode) for place in places])
+            return _from_unit(pictures if self.rgb else pictures.flip(1), image_spec)
+        samples = self._once((size, image_spec), lambda: _load(Path(self.path), size, image_spec, self.rgb).samples)
+        return samples[self._places(numbers, len(samples), seed)]
+
+    def _once(self, key: Tuple, read) -> Any:
+        if key not in self._known:
+            self._known = {key: read()}
+        return self._known[key]
+
+    def _places(self, numbers: Sequence[int], count: int, seed: int) -> List[int]:
+        """Each image once among the first ``count`` numbers, once among the next, and so on."""
+        found, orders = [], {}
+        for number in numbers:
+            turn = number // count
+            if turn not in orders:
+                generator = torch.Generator().manual_seed(mixed(seed, self.seed, turn) % 2**32)
+                orders[turn] = torch.randperm(count, generator=generator).tolist()
+            found.append(orders[turn][number % count])
+        return found
+
+
+def build_source(given: Union[str, Mapping, Sequence, Source], rgb: bool = True) -> Source:
+    """A source out of what a config says, through the registry.
+
+    Args:
+        given: As for :func:`psaq_mm.synthesis.source_of`; a type may be any that is registered in
+            :data:`psaq_mm.registry.TASK_UTILS`, and :class:`Folder`.
+        rgb: Whether the model takes its channels as RGB.
+
+    Raises:
+        ConfigError: It is no source, or its type or a setting is not known.
+        DataError: A setting is out of range.
+    """
+
+    def build(config: Mapping) -> Any:
+        settings = dict(config)
+        name = str(settings['type']).rpartition('.')[2]
+        if TASK_UTILS.get(f'psaq_mm.{name}' if '.' not in str(settings['type']) else settings['type']) is None:
+            known = sorted({*PLAIN, 'Folder'})
+            raise ConfigError(f'dfq.samples has type={settings["type"]!r}, which is no source of samples: use one of '
+                              f'{", ".join("psaq_mm." + one for one in known)}')
+        if name == 'Folder':
+            settings.setdefault('rgb', rgb)
+        if '.' not in str(settings['type']):
+            settings['type'] = f'psaq_mm.{name}'
+        try:
+            return TASK_UTILS.build(settings)
+        except TypeError as error:
+            raise ConfigError(f'dfq.samples: {error}; see the settings of {name}') from error
+
+    return source_of(given, build)
+
+
+def folders_in(given: Any) -> List[str]:
+    """Paths that a config of sources reads, in mixtures too; a path itself is one."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, Mapping):
+        own = [str(given['path'])] if given.get('path') else []
+        return own + [path for one in given.get('sources') or () for path in folders_in(one)]
+    if isinstance(given, Sequence):
+        return [path for one in given for path in folders_in(one)]
+    return []
+
+
+def procedural_of(source: Source) -> Optional[Source]:
+    """What of a source needs no model; None where all of it does."""
+    if isinstance(source, Mixture):
+        return source.procedural_part()
+    return source if source.procedural else None

@@ -2,7 +2,10 @@
 """Sample sources by name in a config: the floor below knows no registry, so they are registered here."""
 from psaq_mm.registry import TASK_UTILS
 from psaq_mm.synthesis import SampleGenerator
+from psaq_mm.synthesis.sources.mixture import PLAIN
 
-__all__ = ['SampleGenerator']
+__all__ = ['PLAIN', 'SampleGenerator']
 
 TASK_UTILS.register_module(name='SampleGenerator', module=SampleGenerator)
+for _name, _source in PLAIN.items():
+    TASK_UTILS.register_module(name=_name, module=_source)

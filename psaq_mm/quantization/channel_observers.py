@@ -13,6 +13,7 @@ from ..errors import DataError, NotCalibratedError, SpecError
 from .histograms import ChannelHistogram, Distribution, refuse_non_finite
 from .observers import FACTORS, PERCENTILES, valid_rows_of, widest_first
 from .primitives import MIN_SCALE, qrange
+from .reduction import maximum_, minimum_
 
 
 def channel_qparams(low: Tensor, high: Tensor, bits: int) -> Tuple[Tensor, Tensor]:
@@ -70,6 +71,31 @@ class ChannelMinMaxObserver:
     def saw_data(self) -> bool:
         """Whether any value took part."""
         return self.low is not None
+
+    @property
+    def channels(self) -> int:
+        """How many there are; -1 before any data."""
+        return len(self.low) if self.saw_data else -1
+
+    def reduce(self, channels: int) -> None:
+        """Take in what this observer's namesakes on the other ranks saw; all ranks call it, see :mod:`.reduction`.
+
+        Args:
+            channels: Those of a rank that saw data.
+
+        Raises:
+            DataError: The ranks saw different numbers of channels.
+        """
+        if self.saw_data and len(self.low) != channels:
+            raise DataError(f'This rank observed {len(self.low)} channels and another one {channels}: all need the same model.')
+        self._reduce(channels)
+
+    def _reduce(self, channels: int) -> None:
+        if not self.saw_data:
+            self.low = torch.full((channels, ), torch.inf)
+            self.high = -self.low
+        minimum_(self.low)
+        maximum_(self.high)
 
     @property
     def constant(self) -> Tensor:
@@ -134,6 +160,10 @@ class _ChannelSearchObserver(ChannelMinMaxObserver):
 
     def _update(self, rows: Tensor) -> None:
         self.histogram.update(rows)
+        self.low, self.high = self.histogram.min, self.histogram.max
+
+    def _reduce(self, channels: int) -> None:
+        self.histogram.reduce(channels)
         self.low, self.high = self.histogram.min, self.histogram.max
 
     def _candidates(self, values: Distribution) -> Tuple[Tensor, Tensor]:

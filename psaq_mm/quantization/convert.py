@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import DataError, SpecError
 from .layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
 from .quantizers import STATE_NAMES, Quantizer
+from .reduction import reduce_observers
 from .reparam import ReparameterizedQuantizer, reparameterize_
 from .spec import Override, QuantSpec, names_asked, nearest
 
@@ -281,8 +282,8 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
 
     Where a layer's input is reparameterized (:attr:`.QuantSpec.reparameterize`), its LayerNorm and weight change as
     :func:`.reparam.reparameterize_` says. While ``run`` is under way nothing is quantized, so the ranges do not depend on
-    the order of the layers. Quantizers that are switched off stay so. After an error the modes are as before and no
-    activation range has changed.
+    the order of the layers. In a distributed run each rank puts samples of its own through, and all get the ranges of all samples.
+    Quantizers that are switched off stay so. After an error the modes are as before and no activation range has changed.
 
     Args:
         model: Quantized model.
@@ -307,6 +308,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
                 else:
                     quantizer.begin_observing()
             run()
+        reduce_observers([q.observer for _, q in activations])
         unseen = [n for n, q in activations if not q.saw_data]
         if unseen and not allow_unseen:
             names = ', '.join(unseen[:5]) + (f' and {len(unseen) - 5} more' if len(unseen) > 5 else '')

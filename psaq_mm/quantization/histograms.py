@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from .reduction import maximum_, minimum_, sum_
 
 
 def refuse_non_finite(low: Tensor, high: Tensor) -> None:
@@ -135,6 +136,18 @@ class Histogram:
             index = (chunk * per_unit).floor_().to(torch.int32).add_(self.BINS // 2)
             self.counts += torch.bincount(index, minlength=self.BINS)
 
+    def reduce(self) -> None:
+        """Add the counts of the other ranks, some of which may have none; all ranks call it."""
+        if self.counts is None:
+            self.counts = torch.zeros(self.BINS, dtype=torch.int64)
+            self.min = torch.tensor(torch.inf)
+            self.max = -self.min
+        minimum_(self.min)
+        maximum_(self.max)
+        # To the width that all values ask for; merging bins is exact, so this is the histogram of one rank that saw all.
+        self._widen(int(maximum_(torch.tensor([self.exponent]))))
+        sum_(self.counts)
+
     def _widen(self, exponent: int) -> None:
         shift = exponent - self.exponent
         if shift <= 0:
@@ -230,6 +243,20 @@ class ChannelHistogram:
                 found = torch.bincount(index.view(-1), minlength=len(base) * self.BINS)
                 self.counts[part] += found.view(-1, self.BINS).to(self.counts.dtype)
 
+    def reduce(self, channels: int) -> None:
+        """Add the counts of the other ranks, some of which may have none; all ranks call it."""
+        seen = self.counts is not None
+        low = minimum_(self.min.clone() if seen else torch.full((channels, ), torch.inf))
+        high = maximum_(self.max.clone() if seen else torch.full((channels, ), -torch.inf))
+        self._cover(low, high)
+        # Bins lie where the ends alone say, on every rank: where they lay before depends on what a rank saw first.
+        exponent = self._least_exponent(low, high)
+        start = self._first_bin(low, high, exponent)
+        for part in torch.arange(channels, device=low.device).split(self._CHANNELS):
+            self._move(part, exponent[part], start[part])
+        self.rows = int(sum_(torch.tensor([self.rows])))
+        self.counts = sum_(self.counts.long())
+
     def distributions(self) -> Iterator[Distribution]:
         """The distribution of some channels at a time, in order: bounds the memory of the float64 sums."""
         for part in self._parts():
@@ -243,10 +270,9 @@ class ChannelHistogram:
     def _cover(self, low: Tensor, high: Tensor) -> None:
         """Make every value between two ends per channel have a bin."""
         exponent = self._least_exponent(low, high)
+        start = self._first_bin(low, high, exponent)
         per_unit = _power_of_two(-exponent)
         first, last = (low * per_unit).floor().long(), (high * per_unit).floor().long()
-        # In the middle, so that there is room on both sides and bins move seldom.
-        start = torch.div(first + last + 1 - self.BINS, 2, rounding_mode='floor')
         self.min, self.max = low, high
         if self.counts is None:
             self.counts = torch.zeros(len(low), self.BINS, dtype=torch.int32, device=low.device)
@@ -255,6 +281,12 @@ class ChannelHistogram:
         moved = (exponent > self.exponent) | (first < self.start) | (last >= self.start + self.BINS)
         for channels in moved.nonzero().squeeze(1).split(self._CHANNELS):
             self._move(channels, exponent[channels], start[channels])
+
+    def _first_bin(self, low: Tensor, high: Tensor, exponent: Tensor) -> Tensor:
+        # The ends in the middle, so that there is room on both sides and bins move seldom.
+        per_unit = _power_of_two(-exponent)
+        first, last = (low * per_unit).floor().long(), (high * per_unit).floor().long()
+        return torch.div(first + last + 1 - self.BINS, 2, rounding_mode='floor')
 
     def _least_exponent(self, low: Tensor, high: Tensor) -> Tensor:
         # A function of the two ends alone that never falls as they part: this is what makes batches not matter.

@@ -184,6 +184,15 @@ class LogObserver:
         """Whether any value took part."""
         return self.histogram.counts is not None
 
+    @property
+    def channels(self) -> int:
+        """0 for one range over everything, -1 before any data."""
+        return self.saw_data - 1
+
+    def reduce(self, channels: int) -> None:
+        """As :meth:`.observers.Observer.reduce`."""
+        self.histogram.reduce()
+
     def update(self, x: Tensor, valid: Optional[Tensor] = None) -> None:
         """Take in one tensor.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import DataError, NotCalibratedError, SpecError
 from .histograms import Histogram, refuse_non_finite
 from .primitives import choose_qparams, fake_quantize, qrange
+from .reduction import maximum_, minimum_
 
 PERCENTILES = (.999, .9999, .99999, 1.0)
 FACTORS = tuple(1 - 0.02 * i for i in range(41))
@@ -106,6 +107,19 @@ class Observer:
         """Whether any value took part."""
         raise NotImplementedError
 
+    @property
+    def channels(self) -> int:
+        """How many ranges there are: 0 for one over everything, -1 before any data."""
+        raise NotImplementedError
+
+    def reduce(self, channels: int) -> None:
+        """Take in what this observer's namesakes on the other ranks saw; all ranks call it, see :mod:`.reduction`.
+
+        Args:
+            channels: Those of a rank that saw data.
+        """
+        raise NotImplementedError
+
     def _update(self, data: Tensor) -> None:
         raise NotImplementedError
 
@@ -124,6 +138,17 @@ class MinMaxObserver(Observer):
     @property
     def saw_data(self) -> bool:
         return self.min is not None
+
+    @property
+    def channels(self) -> int:
+        return len(self.min) if self.saw_data and self.min.dim() else self.saw_data - 1
+
+    def reduce(self, channels: int) -> None:
+        if not self.saw_data:
+            self.min = torch.full((channels, ) if channels else (), torch.inf)
+            self.max = -self.min
+        minimum_(self.min)
+        maximum_(self.max)
 
     def _update(self, data: Tensor) -> None:
         low, high = torch.aminmax(data) if self.channel_axis is None else torch.aminmax(data, dim=1)
@@ -145,6 +170,13 @@ class _HistogramData:
     def saw_data(self) -> bool:
         return self.histogram.counts is not None
 
+    @property
+    def channels(self) -> int:
+        return self.saw_data - 1
+
+    def reduce(self, channels: int) -> None:
+        self.histogram.reduce()
+
     def add(self, data: Tensor) -> None:
         self.histogram.update(data)
 
@@ -164,6 +196,14 @@ class _ExactData:
     @property
     def saw_data(self) -> bool:
         return self.values is not None
+
+    @property
+    def channels(self) -> int:
+        return len(self.values) if self.saw_data else -1
+
+    def reduce(self, channels: int) -> None:
+        raise SpecError('All values of each channel are kept for weights alone, which every rank has: for activations use the '
+                        'observers of channel_observers.py.')
 
     def add(self, data: Tensor) -> None:
         refuse_non_finite(*torch.aminmax(data))
@@ -191,6 +231,13 @@ class _SearchObserver(Observer):
     @property
     def saw_data(self) -> bool:
         return self.data.saw_data
+
+    @property
+    def channels(self) -> int:
+        return self.data.channels
+
+    def reduce(self, channels: int) -> None:
+        self.data.reduce(channels)
 
     def _update(self, data: Tensor) -> None:
         self.data.add(data)

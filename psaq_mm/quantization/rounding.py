@@ -18,6 +18,7 @@ from ..errors import DataError
 from .layers import QuantConv2dMixin, QuantLinearMixin, is_quantized_layer
 from .observers import valid_rows_of
 from .primitives import fake_quantize
+from .reduction import broadcast_, maximum_, sum_
 
 __all__ = ['RoundedLayer', 'compensated_rounding', 'round_weights_']
 
@@ -104,7 +105,8 @@ def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0
 
     Args:
         model: Calibrated quantized model.
-        run: Puts the samples through the model; called once a pass, without gradients.
+        run: Puts the samples through the model; called once a pass, without gradients. In a distributed run each rank puts samples of
+            its own through, and all round alike.
         damping: See :func:`compensated_rounding`.
         memory: Bytes for the Gram matrices of one pass.
         max_inputs: Layers with more inputs (channels times kernel) stay at their nearest codes: time grows with the third power.
@@ -170,6 +172,16 @@ def _gather(layers: List[Tuple[str, nn.Module]], run: Callable[[], None]) -> Dic
             handle = layer.input_quantizer.register_forward_hook(_gram_hook(grams, name, layer))
             hooks.callback(handle.remove)
         run()
+    return _reduced(layers, grams)
+
+
+def _reduced(layers: List[Tuple[str, nn.Module]], grams: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Gram matrices of the samples of all ranks; a rank may have sent none through a layer."""
+    seen = maximum_(torch.tensor([name in grams for name, _ in layers], dtype=torch.int32))
+    for (name, layer), anywhere in zip(layers, seen.tolist()):
+        if anywhere:
+            inputs = _inputs(layer)
+            sum_(grams.setdefault(name, torch.zeros(inputs, inputs, device=layer.weight.device)))
     return grams
 
 
@@ -205,7 +217,8 @@ def _round_layer(name: str, layer: nn.Module, gram: Tensor, damping: float) -> R
     def round_columns(columns: Tensor) -> Tensor:
         return fake_quantize(columns, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, 0)
 
-    better = compensated_rounding(weight, gram, round_columns, damping)
+    # Of rank 0: one error decides over all codes after it, so ranks that differed in a last digit would drift apart.
+    better = broadcast_(compensated_rounding(weight, gram, round_columns, damping))
     energy = _squared(weight, gram)
     before, after = (_squared(rounded - weight, gram) / max(energy, 1e-30) for rounded in (nearest, better))
     if after >= before:

@@ -3,16 +3,17 @@
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import DataError
+from psaq_mm.quantization.reduction import WholeBatch, sum_
 from psaq_mm.synthesis.normalization import ImageSpec
 from psaq_mm.synthesis.priors import VARIATION_RANGE, variation_prior
-from psaq_mm.synthesis.similarity import RangeReducer, patch_similarity_entropy
-from psaq_mm.synthesis.sources import SOURCES
+from psaq_mm.synthesis.similarity import patch_similarity_entropy
+from psaq_mm.synthesis.sources import SOURCES, Source, source_of
 from psaq_mm.synthesis.taps import AttentionTaps, find_attention
 
 __all__ = ['GeneratedSamples', 'SampleGenerator']
@@ -66,7 +67,8 @@ class SampleGenerator:
         variation: Range the target of the total variation is drawn from, once a call of ``generate``.
         jitter: Greatest roll in pixels, by one offset in both axes; one value, or one a round.
         flip: Probability of a horizontal flip of the batch.
-        init: Name of the source of the first images, 'gaussian' or 'pink'.
+        init: Source of the first images: a name of :data:`~psaq_mm.synthesis.sources.SOURCES` such as 'gaussian', 'pink' and
+            'dead_leaves', or what :func:`~psaq_mm.synthesis.source_of` takes, such as ``dict(type='psaq_mm.DeadLeaves')``.
         drop_tokens: Leading tokens to leave out of the patch similarity: 1 for a class token. Defaults to None, as many
             as the model has before its patches, which whoever calls :meth:`generate` knows.
         points: Grid points of the similarity density.
@@ -101,7 +103,7 @@ class SampleGenerator:
                  variation: Tuple[float, float] = VARIATION_RANGE,
                  jitter: Union[int, Sequence[int]] = 30,
                  flip: float = 0.5,
-                 init: str = 'gaussian',
+                 init: Union[str, Source, Mapping, Sequence] = 'gaussian',
                  drop_tokens: Optional[int] = None,
                  points: int = 10,
                  bandwidth: float = 0.01,
@@ -114,7 +116,8 @@ class SampleGenerator:
         self.lr, self.betas, self.warmup = lr, tuple(betas), warmup
         self.entropy_weight, self.prior_weight = entropy_weight, prior_weight
         self.discrepancy_weight, self.class_weight = discrepancy_weight, class_weight
-        self.variation, self.flip, self.init, self.drop_tokens = tuple(variation), flip, init, drop_tokens
+        self.variation, self.flip, self.drop_tokens = tuple(variation), flip, drop_tokens
+        self.init = init if isinstance(init, str) else source_of(init)
         self.jitter = (jitter,) * rounds if isinstance(jitter, int) else tuple(jitter)
         self.points, self.bandwidth, self.seed = points, bandwidth, seed
         self.value_range = None if value_range is None else tuple(value_range)
@@ -138,8 +141,11 @@ class SampleGenerator:
             raise DataError(f'variation={self.variation} must be a nonnegative (least, greatest)')
         if self.value_range is not None and not (len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]):
             raise DataError(f'value_range={self.value_range} must be (least, greatest) similarity, or None')
-        if self.init not in SOURCES:
-            raise DataError(f'init={self.init!r} must be one of {sorted(SOURCES)}; pass a tensor to generate() instead')
+        if isinstance(self.init, str) and self.init not in SOURCES:
+            raise DataError(f'init={self.init!r} must be one of {sorted(SOURCES)}, or a source; pass a tensor to generate() instead')
+        if isinstance(self.init, Source) and not self.init.procedural:
+            raise DataError('init holds generated samples, which the synthesis cannot begin with: take a procedural source, such as '
+                            "dict(type='psaq_mm.PinkNoise')")
         self._check_size(*self.size)
 
     def _check_size(self, height: int, width: int) -> None:
@@ -157,8 +163,8 @@ class SampleGenerator:
                  init: Optional[Tensor] = None,
                  generator: Optional[torch.Generator] = None,
                  progress: Optional[Callable[[Dict[str, float]], None]] = None,
-                 reduce_range: Optional[RangeReducer] = None,
-                 prefix_tokens: int = 0) -> GeneratedSamples:
+                 prefix_tokens: int = 0,
+                 whole: Optional[WholeBatch] = None) -> GeneratedSamples:
         """Makes one batch of samples.
 
         Only the images are changed: no parameter of the model, or of what ``discrepancy`` calls, gets a gradient, and
@@ -179,8 +185,9 @@ class SampleGenerator:
             generator: Source of randomness, on the CPU. Defaults to None, a new one seeded with ``seed``. Pass one to
                 get other samples in each call.
             progress: Called after each step with its entry of the history.
-            reduce_range: As for :func:`~psaq_mm.synthesis.patch_similarity_entropy`, in distributed runs.
             prefix_tokens: Tokens that the model puts before its patches, left out where ``drop_tokens`` is None.
+            whole: The batch that ``init`` is this rank's part of, in distributed runs: samples and history are those of one rank with
+                the whole batch. All ranks then have to pass a ``generator`` in one state. Defaults to None, ``init`` is all of it.
 
         Returns:
             GeneratedSamples: Samples, on the model's device, and history.
@@ -205,10 +212,10 @@ class SampleGenerator:
             for step in range(self.steps * self.rounds):
                 entry: Dict[str, float] = dict(step=step, lr=greatest * self._schedule(step % self.steps))
                 moved = self._move(values, self.jitter[step // self.steps], generator)
-                terms = self._terms(model, image_spec, moved, level, forward, discrepancy, class_loss, taps, reduce_range)
+                terms = self._terms(model, image_spec, moved, level, forward, discrepancy, class_loss, taps, whole)
                 total = self._total(terms, weight, entry)
                 values.grad, = torch.autograd.grad(total, values)
-                entry['grad_norm'] = _finite(values.grad.norm().item(), 'the gradient of the samples', step)
+                entry['grad_norm'] = _finite(_norm(values.grad, whole), 'the gradient of the samples', step)
                 optimizer.param_groups[0]['lr'] = entry['lr']
                 optimizer.step()
                 with torch.no_grad():
@@ -238,7 +245,7 @@ class SampleGenerator:
     def _terms(self, model: nn.Module, image_spec: ImageSpec, moved: Tensor, level: float,
                forward: Optional[Callable[[Tensor], Any]], discrepancy: Optional[Callable[[Tensor], Tensor]],
                class_loss: Optional[Callable[[Any], Tensor]], taps: Optional[AttentionTaps],
-               reduce_range: Optional[RangeReducer]) -> Dict[str, Tensor]:
+               whole: Optional[WholeBatch]) -> Dict[str, Tensor]:
         """Terms of the loss that take part, by name and without their weights."""
         images = image_spec.from_standard(moved)
         run = model if forward is None else forward
@@ -254,11 +261,11 @@ class SampleGenerator:
                     self.bandwidth,
                     value_range=self.value_range,
                     groups_per_image=tap.groups_per_image,
-                    reduce_range=reduce_range) for tap in record)
+                    reduce_range=None if whole is None else whole.range) for tap in record)
         elif class_loss is not None or forward is not None:
             output = run(images)
         if self.prior_weight:
-            terms['prior'] = variation_prior(moved, level)
+            terms['prior'] = variation_prior(moved, level, whole)
         if discrepancy is not None:
             terms['discrepancy'] = discrepancy(images)
         if class_loss is not None:
@@ -268,6 +275,8 @@ class SampleGenerator:
         for name, term in terms.items():
             if term.dim():
                 raise DataError(f'the {name} term has shape {tuple(term.shape)} but must be a scalar')
+            if whole is not None and name != 'prior':
+                terms[name] = whole.mean(term)
         return terms
 
     def _total(self, terms: Dict[str, Tensor], weight: Weight, entry: Dict[str, float]) -> Tensor:
@@ -312,6 +321,10 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def _uniform(generator: torch.Generator) -> float:
     return float(torch.rand((), generator=generator))
+
+
+def _norm(gradient: Tensor, whole: Optional[WholeBatch]) -> float:
+    return gradient.norm().item() if whole is None else float(sum_(gradient.double().square().sum()).sqrt())
 
 
 def _finite(value: float, name: str, step: Union[int, float]) -> float:

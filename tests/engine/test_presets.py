@@ -5,9 +5,9 @@ from swin_models import build_backbone
 from synthesis.toys import ToyTransformer
 
 from psaq_mm.engine.config import sample_size
-from psaq_mm.engine.presets import DFQ_DEFAULTS, DFQ_PRESETS, resolve_dfq
+from psaq_mm.engine.presets import DFQ_DEFAULTS, DFQ_PRESETS, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError
-from psaq_mm.synthesis import SampleGenerator
+from psaq_mm.synthesis import SampleGenerator, source_of
 from psaq_mm.synthesis.priors import REFERENCE_SHAPE, variation_target
 
 V1_GENERATOR = dict(batch_size=32, steps=500, rounds=2, betas=(0.5, 0.9), warmup=0.2, entropy_weight=1.0, prior_weight=0.05,
@@ -48,6 +48,34 @@ def test_repq_presets():
     assert not repq['reobserve'] and not trained['reobserve']
     assert {k for k in trained if trained[k] != DFQ_DEFAULTS[k]} == {'method', 'reobserve'}
     assert resolve_dfq(dict(preset='repq', source='generated'))['source'] == 'generated'
+
+
+def test_fast_makes_nothing_out_of_the_model():
+    fast = resolve_dfq('fast')
+    assert type(source_of(fast['samples'])).__name__ == 'DeadLeaves'
+    assert fast['rounding'] == 'compensated' and not fast['iters'] and not fast['evolve_every']
+
+
+def test_best_begins_its_synthesis_with_procedural_pictures():
+    assert resolve_dfq('best')['evolve_every'] and generator_of('best').init.procedural
+
+
+def test_where_samples_come_from_is_one_setting_under_two_names():
+    assert resolve_dfq(dict(preset='fast', source='pink'))['samples'] is None
+    assert resolve_dfq(dict(preset='fast', source='generated'))['samples'] == resolve_dfq('fast')['samples']
+    assert resolve_dfq(dict(preset='fast', samples=None))['samples'] is None
+    repq = resolve_dfq(dict(preset='repq', samples=dict(type='psaq_mm.DeadLeaves')))
+    assert repq['source'] == 'generated' and repq['samples'] == dict(type='psaq_mm.DeadLeaves')
+    whole = resolve_dfq(dict(preset='fast', samples=dict(type='psaq_mm.PinkNoise')))
+    assert whole['samples'] == dict(type='psaq_mm.PinkNoise'), 'a source given is not mixed with that of the preset'
+
+
+def test_fast_as_a_method_keeps_its_steps_and_best_takes_the_configs():
+    own = dict(size=(64, 96), iters=300, evolve_every=60, samples='saved.pt', generator=dict(steps=9))
+    fast, best = (resolve_dfq(with_method(own, method)) for method in ('fast', 'best'))
+    assert fast['iters'] == resolve_dfq('fast')['iters'] and fast['samples'] == resolve_dfq('fast')['samples']
+    assert (best['iters'], best['generator']['steps'], fast['size']) == (300, 9, (64, 96))
+    assert best['generator']['init'] == resolve_dfq('best')['generator']['init']
 
 
 def test_every_preset_builds_a_generator():

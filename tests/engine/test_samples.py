@@ -1,4 +1,5 @@
 """Samples kept by one run and used by another."""
+import re
 import shutil
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import nn
 
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.engine.checkpoint import read_checkpoint
-from psaq_mm.engine.samples import load_samples, reads_rgb, save_samples
+from psaq_mm.engine.data_overlap import check_folder
+from psaq_mm.engine.samples import Folder, build_source, folders_in, load_samples, reads_rgb, save_samples
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
-from psaq_mm.synthesis import ImageSpec, gaussian_noise
+from psaq_mm.synthesis import ImageSpec, SampleStream, gaussian_noise
+from psaq_mm.synthesis.sources.base import mixed
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 SPEC = ImageSpec(**IMAGENET)
@@ -182,3 +185,161 @@ def test_a_detector_runs_v1_class_free_and_says_so(tmp_path):
     log = log_of(project, 'v1')
     assert 'MaskRCNN is no classifier: samples are made class-free' in log and 'class:' not in log
     assert torch.load(tmp_path / 'v1' / 'samples.pt', weights_only=True)['labels'] is None
+
+
+# ---------------------------------------------------------------------- sources
+MIXED = [dict(type='psaq_mm.PinkNoise', weight=3), dict(type='psaq_mm.DeadLeaves'), dict(type='psaq_mm.Generated')]
+TRAINED = dict(preset='psaq_v2', iters=3, evolve_every=2, evolve_samples=4, calibration_samples=10, pool_size=12,
+               generator=dict(batch_size=4, steps=1), save_samples=True)
+
+
+def test_a_mixture_of_procedural_and_generated_samples(project):
+    student = run(project, 'mixture', samples=MIXED, **TRAINED)
+    summary = student['meta']['psaq_mm']['dfq']
+    assert summary['samples'] == MIXED and summary['fresh'] == 0 and summary['fresh_samples'] == 0 and summary['rounds'] == 2
+    log = log_of(project, 'mixture')
+    assert '(PinkNoise, DeadLeaves, Generated)' in log and 'discrepancy: ' in log, 'the generated ones compete'
+    made = torch.load(project.folder / 'mixture' / 'samples.pt', weights_only=True)
+    assert len(made['samples']) == 10 and made['labels'] is None
+    stream = SampleStream(build_source(MIXED), (32, 32), SPEC, seed=0)
+    chosen = stream.source.members(range(10), stream.seed)
+    wanted = torch.stack([build_source(MIXED[:2]).sources[int(k)].draw([i], (32, 32), SPEC, mixed(stream.seed, 0))[0]
+                          for i, k in enumerate(chosen) if k < 2])
+    torch.testing.assert_close(made['samples'][chosen < 2], wanted, rtol=0, atol=1e-6)
+
+
+def test_the_name_of_a_source_and_its_dict_are_two_spellings(project):
+    for name, dfq in dict(named=dict(source='dead_leaves'), spelled=dict(samples=dict(type='psaq_mm.DeadLeaves'))).items():
+        student = run(project, name, save_samples=True, classes=None, **dfq)
+        assert student['meta']['psaq_mm']['dfq']['source'] == dfq.get('source', 'generated')
+        samples = torch.load(project.folder / name / 'samples.pt', weights_only=True)['samples']
+        assert len(samples.flatten(1).unique(dim=0)) == 4 and 'Samples [' not in log_of(project, name)
+
+
+def test_fresh_batches_are_not_those_of_the_pool(project, monkeypatch):
+    from psaq_mm.distillation import CoEvolution
+    seen = []
+    draw = CoEvolution.draw
+    monkeypatch.setattr(CoEvolution, 'draw', lambda self: seen.append((self, draw(self))) or seen[-1][1])
+    options = dict(preset='fast', samples=None, source='pink', iters=4, augment=False, calibration_samples=4, pool_size=4)
+    student = run(project, 'fresh', fresh=1., **options)
+    assert student['meta']['psaq_mm']['dfq']['fresh_samples'] == 8
+    pool = seen[0][0].pool.samples
+    batches = torch.cat([batch for _, batch in seen])
+    assert len(batches.flatten(1).unique(dim=0)) == 8
+    assert not any(torch.equal(one, kept) for one in batches for kept in pool)
+    seen.clear()
+    run(project, 'half', fresh=dict(share=0.5, samples=[dict(type='psaq_mm.DeadLeaves')]), **options)
+    for _, batch in seen:
+        assert any(torch.equal(batch[1], kept) for kept in pool) and not any(torch.equal(batch[0], kept) for kept in pool)
+
+
+def test_a_resumed_run_goes_on_with_the_next_fresh_samples(project, tmp_path):
+    options = dict(preset='fast', iters=4, calibration_samples=4, pool_size=4, checkpoint_interval=2)
+    whole = run(project, 'whole', **options)
+    path = project.folder / 'whole.py'
+    shutil.copytree(project.folder / 'whole', tmp_path / 'w')
+    (tmp_path / 'w' / 'iter_4.pth').unlink()
+    assert dfq_train([str(path), '--work-dir', str(tmp_path / 'w'), '--resume']) == 0
+    again = read_checkpoint(tmp_path / 'w' / 'student.pth')['state_dict']
+    assert all(torch.equal(again[k], v) or not torch.isfinite(v).all() for k, v in whole['state_dict'].items())
+
+
+def test_synthesis_that_begins_with_a_source(project):
+    student = run(project, 'begin', preset='best', iters=0, calibration_samples=4, generator=dict(batch_size=4, steps=1, init=dict(
+        type='Folder', path=str(project.folder / 'first' / 'samples'))))
+    assert 'Folder' in student['meta']['psaq_mm']['dfq']['generator']['init']
+
+
+class Clock:
+    """A clock on which every look takes a quarter of a second: seconds that are the same on every machine."""
+
+    def __init__(self):
+        self.now = 0.
+
+    def perf_counter(self):
+        self.now += 0.25
+        return self.now
+
+
+def test_a_budget_of_seconds_ends_the_run_and_its_learning_rate(project, monkeypatch):
+    from psaq_mm.engine.runner import loop
+    monkeypatch.setattr(loop, 'time', Clock())
+    options = dict(preset='fast', iters=100000, calibration_samples=4, pool_size=4, lr=1e-3)
+    student = run(project, 'budget', max_seconds=20., log_interval=1, **options)
+    steps = student['meta']['psaq_mm']['dfq']['steps']
+    rates = [float(rate) for rate in re.findall(r'lr: (\S+)', log_of(project, 'budget'))]
+    assert 8 < steps < 40 and len(rates) == steps
+    assert rates == sorted(rates, reverse=True) and rates[0] > 9e-4 and rates[-1] < 3e-5
+    none = run(project, 'nothing', max_seconds=0.5, **options)
+    assert none['meta']['psaq_mm']['dfq']['steps'] == 0 and 'No time is left' in log_of(project, 'nothing')
+
+
+def test_a_round_of_synthesis_that_does_not_fit_is_left_out(project, monkeypatch):
+    from psaq_mm.engine.runner import loop
+    clock, evolve = Clock(), loop.CoEvolution.evolve
+    monkeypatch.setattr(loop, 'time', clock)
+    monkeypatch.setattr(loop.CoEvolution, 'evolve', lambda self: setattr(clock, 'now', clock.now + 30) or evolve(self))
+    options = dict(preset='psaq_v2', iters=100000, evolve_every=2, calibration_samples=4, pool_size=4, evolve_samples=2,
+                   generator=dict(batch_size=4, steps=1))
+    student = run(project, 'rounds', max_seconds=50., **options)['meta']['psaq_mm']['dfq']
+    assert student['rounds'] == 2 and student['steps'] > 8
+
+
+def test_a_pause_is_no_time_of_the_run(monkeypatch):
+    from psaq_mm.engine.runner import loop
+    run_loop = loop.DataFreeTrainLoop.__new__(loop.DataFreeTrainLoop)
+    clock = Clock()
+    monkeypatch.setattr(loop, 'time', clock)
+    run_loop._begun, run_loop._stopped, run_loop.seconds_paused = 0., None, 0.
+    before = run_loop.elapsed
+    with run_loop.paused():
+        clock.now += 100
+        inside = run_loop.elapsed
+    assert inside - before <= 0.5 and run_loop.elapsed - before <= 1 and 100 <= run_loop.seconds_paused <= 101
+
+
+@pytest.mark.parametrize('dfq, words', [
+    (dict(samples=dict(type='psaq_mm.Pink')), ["'psaq_mm.Pink'", 'psaq_mm.PinkNoise']),
+    (dict(samples=dict(type='psaq_mm.PinkNoise', exponents=1)), ['exponents']),
+    (dict(samples=[dict(type='psaq_mm.PinkNoise')], source='real'), ['contradict', 'real']),
+    (dict(samples=dict(type='psaq_mm.Folder', path='/nowhere/at/all')), ['/nowhere/at/all']),
+    (dict(preset='psaq_v2', iters=1, fresh=0.5), ['dfq.fresh=0.5', 'samples=dict']),
+    (dict(iters=1, fresh=1.5), ['dfq.fresh=1.5', '0 .. 1']),
+    (dict(iters=1, fresh=dict(part=1)), ["'part'"]),
+    (dict(iters=1, max_seconds=0), ['dfq.max_seconds=0']),
+    (dict(source='dead_leafs'), ['dead_leafs']),
+])
+def test_sources_that_do_not_fit_are_named(project, tmp_path, capsys, dfq, words):
+    path = project.config(name='bad.py', **{**V1, **dfq})
+    assert dfq_train([str(path), '--work-dir', str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and 'Traceback' not in error
+    for word in words:
+        assert word in error, error
+
+
+def test_a_folder_gives_each_of_its_images_once_a_turn(tmp_path):
+    for number in range(5):
+        Image.fromarray(np.full((8, 8, 3), 50 * number, np.uint8)).save(tmp_path / f'{number}.png')
+    folder = build_source(dict(type='Folder', path=str(tmp_path)))
+    shades = SPEC.to_raw(folder.draw(range(10), (8, 8), SPEC, seed=3)).mean((1, 2, 3)).round().tolist()
+    assert sorted(shades[:5]) == sorted(shades[5:]) == [0, 50, 100, 150, 200] and shades[:5] != shades[5:]
+    assert shades == [float(SPEC.to_raw(folder.draw([i], (8, 8), SPEC, seed=3)).mean().round()) for i in range(10)]
+    other = SPEC.to_raw(folder.draw(range(10), (8, 8), SPEC, seed=4)).mean((1, 2, 3)).round().tolist()
+    assert other != shades
+    saved = Folder(str(save_samples(tmp_path / 's', samples(), Model(), SPEC)), rgb=True)
+    drawn = saved.draw([2, 0, 1], (6, 8), SPEC)
+    assert sorted(drawn.sum((1, 2, 3)).tolist()) == sorted(samples().sum((1, 2, 3)).tolist())
+
+
+def test_a_folder_that_is_evaluated_is_refused(tmp_path):
+    (tmp_path / 'test' / 'a').mkdir(parents=True)
+    (tmp_path / 'other').mkdir()
+    config = dict(test_dataloader=dict(dataset=dict(data_root=str(tmp_path), data_prefix='test')))
+    for folder in ('test', 'test/a'):
+        with pytest.raises(ConfigError, match='test_dataloader reads its pictures'):
+            check_folder(config, tmp_path / folder)
+    check_folder(config, tmp_path / 'other')
+    check_folder(config, tmp_path / 'samples.pt')
+    assert folders_in([dict(type='Folder', path='a'), dict(type='Mixture', sources=[dict(path='b')]), dict(type='P')]) == ['a', 'b']

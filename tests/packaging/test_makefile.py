@@ -74,11 +74,11 @@ def test_status_of_the_tests_is_the_status_of_make(tree):
 
 def test_arguments_and_environment_reach_pytest(tree):
     result = make('test', PYTHON, 'ARGS=-k "one or two"', cwd=tree, PSAQ_MM_DATA='/some/data')
-    assert 'RAN -m pytest -q -k one or two, threads ' in result.stdout
+    assert 'RAN -m pytest -q -n 2 --dist loadfile -k one or two, threads ' in result.stdout
     assert result.stdout.strip().endswith('data /some/data')
 
 
-@pytest.mark.parametrize('given,threads', [({}, '2'), ({'OMP_NUM_THREADS': '7'}, '7')])
+@pytest.mark.parametrize('given,threads', [({}, '1'), ({'OMP_NUM_THREADS': '7'}, '7')])
 def test_threads_are_bounded_unless_the_user_says_otherwise(tree, monkeypatch, given, threads):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     assert f'threads {threads},' in make('test', PYTHON, cwd=tree, **given).stdout

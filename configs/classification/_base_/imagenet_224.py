@@ -1,9 +1,11 @@
 # ImageNet-1k as timm evaluates these checkpoints: shorter side 248, bicubic, centre crop 224.
 default_scope = 'mmpretrain'
 quant = dict(preset='psaq_v2_w8a8', scope='full')
-# Logits are not distilled: on DeiT-Tiny at W4A8 the tokens of every third block alone give the better student (docs/method.md).
-dfq = dict(preset='psaq_v2', size=(224, 224), distil=('blocks', ), batch_size=16, generator=dict(batch_size=32, steps=25), pool_size=256,
-           evolve_every=60, evolve_samples=32, reobserve=False, iters=300, lr=1e-4)
+# From compensated rounding; tokens of every third block and the class probabilities are learned, as the samples are synthesized ones, which the
+# model has an opinion on (docs/method.md).
+dfq = dict(preset='psaq_v2', size=(224, 224), distil=('blocks', ), rounding='compensated', logits_weight=1., batch_size=16,
+           generator=dict(batch_size=32, steps=50), calibration_samples=64, pool_size=256, evolve_every=100, evolve_samples=32, reobserve=False,
+           iters=200, lr=5e-5)
 
 pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,6 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What a data-free run leaves behind: checkpoints to resume from, sample sheets, ``student.pth``; its samples, if asked."""
-import os
 import re
 from pathlib import Path
 from typing import List
@@ -10,8 +9,9 @@ from mmengine.dist import is_main_process, master_only
 from mmengine.logging import print_log
 from mmengine.hooks import Hook
 
-from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint
+from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint, whole_file
 from psaq_mm.engine.samples import save_samples
+from psaq_mm.quantization.reduction import barrier
 from psaq_mm.registry import HOOKS
 from psaq_mm.visualization import sample_sheet, write_png
 
@@ -31,10 +31,11 @@ class DataFreeQuantHook(Hook):
     """Saves atomically, and draws the samples.
 
     MMEngine's CheckpointHook removes the old checkpoint before it writes the new one, and writes in place: a run killed
-    in between has none. Here the new one is moved into place whole, and only then does an old one go.
+    in between has none. Here the new one is moved into place whole, and only then does an old one go. In a distributed run rank 0
+    writes, and the others wait.
 
     Args:
-        checkpoint_interval: Student steps between two ``iter_N.pth``; 0: none.
+        checkpoint_interval: Student steps between two ``iter_N.pth``, beside ``iter_0.pth`` once samples and ranges are there; 0: none.
         keep_checkpoints: How many of them stay.
         sheet_interval: Student steps between two sample sheets; 0: none but the first.
     """
@@ -56,12 +57,22 @@ class DataFreeQuantHook(Hook):
             runner.train_loop.load_state_dict(checkpoint['psaq_mm'])
 
     # ------------------------------------------------------------------ steps
+    @master_only
+    def before_train(self, runner) -> None:
+        """What a run left that was killed while it wrote goes."""
+        for name in ('iter_*.pth', 'student.pth', 'samples.pt', 'last_checkpoint'):
+            for partial in Path(runner.work_dir).glob(f'.{name}.partial'):
+                partial.unlink(missing_ok=True)
+
     def before_train_epoch(self, runner) -> None:
         """The samples that set the ranges."""
         self._draw_sheet(runner)
         loop = runner.train_loop
         if loop.save_samples and loop.evolution.latest is not None:  # a resumed run has none of its own
             self._save_samples(runner)
+        if self.checkpoint_interval and loop.max_iters and not loop.resumed:
+            self._save(runner, 0)
+        barrier()
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Checkpoint and sheet, when due."""
@@ -70,21 +81,25 @@ class DataFreeQuantHook(Hook):
             self._draw_sheet(runner)
         if self.checkpoint_interval and (step % self.checkpoint_interval == 0 or step == runner.max_iters):
             self._save(runner, step)
+            barrier()
 
     def after_train(self, runner) -> None:
         """``student.pth``."""
-        if not is_main_process():
-            return
+        if is_main_process():
+            self._save_student(runner)
+        barrier()
+
+    # ------------------------------------------------------------------ parts
+    def _save_student(self, runner) -> None:
         loop = runner.train_loop
         config = Config(dict(default_scope=runner.cfg.get('default_scope'), model=loop.model_config,
                              **{k: runner.cfg[k] for k in ('test_pipeline', 'test_dataloader') if runner.cfg.get(k)}))
         teacher = (loop.teacher_config['checkpoint'], loop.teacher_config.get('sha256') or '')
-        path = os.path.join(runner.work_dir, 'student.pth')
+        path = Path(runner.work_dir) / 'student.pth'
         save_atomic(student_checkpoint(loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher,
                                        loop.summary()), path)
         print_log(f'Saved the quantized model to {path}', 'current')
 
-    # ------------------------------------------------------------------ parts
     @master_only
     def _draw_sheet(self, runner) -> None:
         evolution = runner.train_loop.evolution
@@ -103,15 +118,10 @@ class DataFreeQuantHook(Hook):
 
     @master_only
     def _save(self, runner, step: int) -> None:
-        name = f'iter_{step}.pth'
-        partial, final = Path(runner.work_dir) / f'.{name}.partial', Path(runner.work_dir) / name
-        try:
-            runner.save_checkpoint(runner.work_dir, partial.name, by_epoch=False)
-            os.replace(partial, final)
-        except RuntimeError as error:  # torch reports a failed write of its archive without an errno
-            raise OSError(28, 'no space left or the write failed', str(final)) from error
-        finally:
-            partial.unlink(missing_ok=True)
-        (Path(runner.work_dir) / 'last_checkpoint').write_text(str(final))
+        final = Path(runner.work_dir) / f'iter_{step}.pth'
+        with whole_file(final) as partial:
+            runner.save_checkpoint(runner.work_dir, partial.name, by_epoch=False, meta=dict(iter=step))
+        with whole_file(final.with_name('last_checkpoint')) as partial:
+            partial.write_text(str(final))
         for old in checkpoints_in(runner.work_dir)[:-self.keep_checkpoints]:
             old.unlink()

@@ -2,8 +2,9 @@
 """The training loop whose data are samples that it makes itself."""
 import contextlib
 import copy
+import math
 import time
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, ContextManager, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 import torch
 from mmengine.logging import print_log
@@ -11,14 +12,17 @@ from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from psaq_mm.distillation import CoEvolution, CoEvolutionSettings
+from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, FreshPool, SourcedEvolution
 from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
-from psaq_mm.engine.real_images import training_images
-from psaq_mm.engine.samples import SavedSamples, load_samples
+from psaq_mm.engine.data_overlap import check_folder
+from psaq_mm.engine.real_images import TrainingImages, training_images
+from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, reads_rgb
 from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.models import TaskModel, spec_of
 from psaq_mm.quantization import set_mode
+from psaq_mm.quantization.reduction import broadcast_, ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
+from psaq_mm.synthesis import SampleStream, Source
 
 __all__ = ['DataFreeTrainLoop']
 
@@ -42,9 +46,46 @@ def _tune(model: nn.Module) -> nn.Module:
     return model
 
 
+class _Fresh(NamedTuple):
+    """``dfq.fresh``: the share of a batch that is made for it, and the config of a source for that, or None."""
+    share: float
+    samples: Any = None
+
+    @classmethod
+    def parse(cls, given: Union[float, Mapping]) -> '_Fresh':
+        settings = dict(given) if isinstance(given, Mapping) else dict(share=given)
+        share, samples = settings.pop('share', 1.), settings.pop('samples', None)
+        if settings:
+            raise ConfigError(f'dfq.fresh has the key {next(iter(settings))!r}, which is not known: give a number, or '
+                              'dict(share=..., samples=...)')
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ConfigError(f'dfq.fresh={share!r} must be a share of the student\'s batches, within 0 .. 1')
+        return cls(float(share), samples)
+
+    def summary(self) -> Union[float, Dict[str, Any]]:
+        """JSON types only."""
+        return self.share if self.samples is None else dict(share=self.share, samples=_plain(self.samples))
+
+
+def _plain(config: Any) -> Any:
+    """A config of sources in JSON types."""
+    if isinstance(config, Mapping):
+        return {str(k): _plain(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [_plain(v) for v in config]
+    return config if config is None or isinstance(config, (bool, int, float, str)) else repr(config)
+
+
+def _kinds(source: Source) -> List[str]:
+    return [type(one).__name__ for one in getattr(source, 'sources', [source])]
+
+
 @LOOPS.register_module()
 class DataFreeTrainLoop(BaseLoop):
     """PSAQ-ViT V2 as an iteration loop: synthesis and calibration first, then student steps with synthesis between.
+
+    In a distributed run each rank works on its part of every batch, and the loop itself reduces what couples the batch: statistics of
+    samples, ranges, gradients. The forward of a DistributedDataParallel around the model is not called.
 
     Args:
         runner: The runner.
@@ -59,20 +100,31 @@ class DataFreeTrainLoop(BaseLoop):
         model_config: The quantized model's config, written into ``student.pth`` for inferencers.
         dropped_hooks: Inherited hooks that were dropped, named in the log.
         samples: A ``samples.pt`` or a folder of images, see :func:`psaq_mm.engine.samples.load_samples`: the first samples.
-            Of more than ``calibration_samples`` the first are taken; of fewer all, which the log says.
+            Of more than ``calibration_samples`` the first are taken; of fewer all, which the log says. Or a dict, or a list of
+            dicts, that :func:`psaq_mm.engine.samples.build_source` builds: the source of all samples.
+        fresh: Share of each of the student's batches that is made for it, instead of drawn from the pool, by what of the source needs
+            no synthesis; or ``dict(share=..., samples=...)`` with a source of its own. 0: every batch comes from the pool.
+        max_seconds: Wall time of the run, samples included. The student's steps end with it, or with ``max_iters`` if that is sooner,
+            and their learning rate falls as a cosine to 0 on the way there, in place of the runner's own schedule. A round of
+            synthesis that would last longer than what is left is left out. None: no bound.
         save_samples: Whether :class:`~psaq_mm.engine.hooks.DataFreeQuantHook` keeps the first samples.
         seed: Seed of the samples and of their order.
         val_interval: Student steps between validations, where the config has a validation set; the last step is always
             followed by one.
         log_interval: Synthesis steps between two lines of the log.
+        accumulative_counts: Batches of ``batch_size`` that one student step is made of, for a device that cannot hold them at once; as
+            many times as large a batch gives the same step.
+        amp: ``'bfloat16'`` or ``'float16'`` runs teacher and student under autocast in the student's steps; synthesis, calibration and
+            all quantizers stay in float32. float16 needs an ``AmpOptimWrapper``, which scales the loss.
         **settings: Fields of :class:`psaq_mm.distillation.CoEvolutionSettings`.
     """
 
     def __init__(self, runner, dataloader=None, max_iters: int = 200, teacher: Optional[Mapping] = None,
                  generator: Optional[Mapping] = None, distil: Optional[Sequence[str]] = None,
                  block_stride: int = 3, model_config: Optional[Mapping] = None, dropped_hooks: Sequence[str] = (),
-                 samples: Optional[str] = None, save_samples: bool = False, seed: int = 0, val_interval: int = 0,
-                 log_interval: int = 10, **settings):
+                 samples: Union[None, str, Mapping, Sequence] = None, save_samples: bool = False, seed: int = 0,
+                 val_interval: int = 0, log_interval: int = 10, fresh: Union[float, Mapping] = 0.,
+                 max_seconds: Optional[float] = None, accumulative_counts: int = 1, amp: Optional[str] = None, **settings):
         self._pool_dataset = _PoolDataset()
         super().__init__(runner, DataLoader(self._pool_dataset))
         self._max_iters, self._iter, self._epoch = int(max_iters), 0, 0
@@ -80,14 +132,27 @@ class DataFreeTrainLoop(BaseLoop):
         self.val_begin, self.val_interval = 1, val_interval
         self.stop_training = False
         self.teacher_config = dict(teacher or {})
-        self.generator = TASK_UTILS.build(dict(generator or {}, type=(generator or {}).get('type', 'SampleGenerator')))
+        self.generator = self._build_generator(generator or {})
         self.settings_given, self.block_stride = settings, block_stride
         self.distil = None if distil is None else tuple(distil)
-        self.samples_path, self.save_samples = samples, save_samples
+        self.source_config = samples if isinstance(samples, (Mapping, list, tuple)) else None
+        self.samples_path = samples if self.source_config is None else None
+        self.fresh, self.max_seconds, self.save_samples = _Fresh.parse(fresh), max_seconds, save_samples
+        if max_seconds is not None and not max_seconds > 0:
+            raise ConfigError(f'dfq.max_seconds={max_seconds} must be above 0, or None for no bound')
+        if amp not in (None, 'bfloat16', 'float16'):
+            raise ConfigError(f'dfq.amp={amp!r} is not known: use bfloat16, float16, or None for float32 throughout')
+        if accumulative_counts < 1:
+            raise ConfigError(f'dfq.accumulative_counts={accumulative_counts} must be at least 1')
+        self.amp, self.accumulative_counts = amp, int(accumulative_counts)
         self.model_config, self.seed, self.log_interval = model_config, seed, log_interval
         self._resumed: Optional[Dict[str, Any]] = None
         self.evolution: Optional[CoEvolution] = None
         self.seconds: Dict[str, float] = dict(synthesis=0., student=0.)
+        self._begun, self._rates = time.perf_counter(), []
+        self._last_round = 0.  # seconds
+        self._stopped: Optional[float] = None
+        self.seconds_paused = 0.
         if dropped_hooks:
             print_log(f'Dropped inherited hooks that need the real dataset: {", ".join(dropped_hooks)}', 'current')
 
@@ -96,6 +161,11 @@ class DataFreeTrainLoop(BaseLoop):
     max_epochs = property(lambda self: self._max_epochs)
     iter = property(lambda self: self._iter)
     epoch = property(lambda self: self._epoch)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the run goes on from a checkpoint of its own."""
+        return self._resumed is not None
 
     @property
     def model(self) -> nn.Module:
@@ -132,19 +202,29 @@ class DataFreeTrainLoop(BaseLoop):
         teacher, student = self._load_teacher(), _tune(self.model)
         spec = spec_of(student)
         settings = CoEvolutionSettings(scope=spec.scope, **{**self.settings_given, 'size': tuple(self.settings_given['size'])})
-        if self.samples_path is not None and settings.source != 'generated':
-            raise ConfigError(f'dfq.samples={self.samples_path} and dfq.source={settings.source!r} contradict each other: '
+        given = self.source_config if self.samples_path is None else self.samples_path
+        if given is not None and settings.source != 'generated':
+            raise ConfigError(f'dfq.samples={given} and dfq.source={settings.source!r} contradict each other: '
                               'leave one of them out')
+        source = None if self.source_config is None else self._build_source(self.source_config)
         real = None
         if settings.source == 'real':
             real = training_images(self.runner.cfg, student, settings.size, self.seed)
         teacher, student = (TaskModel(m, self.distil, block_stride=self.block_stride) for m in (teacher, student))
         self.distil = teacher.parts
-        made_here = settings.source == 'generated' and self.samples_path is None
+        made_here = settings.source == 'generated' and self.samples_path is None and (source is None or not source.procedural)
         if made_here and settings.classes is not None and teacher.num_classes is None:
             print_log(f'{type(teacher.model).__name__} is no classifier: samples are made class-free', 'current')
-        self.evolution = CoEvolution(teacher, student, self.generator, settings,
-                                     seed=self.seed, real_source=real, progress=self._log_synthesis)
+        arguments = (teacher, student, self.generator, settings)
+        options = dict(seed=self.seed, real_source=real, progress=self._log_synthesis)
+        if source is None:
+            self.evolution = CoEvolution(*arguments, **options)
+        else:
+            stream = SampleStream(source, settings.size, teacher.image_spec, self.seed)
+            self.evolution = SourcedEvolution(stream, *arguments, **options)
+        if self.fresh.share and self._max_iters:
+            stream = self._fresh_stream(source, settings, real)
+            self.evolution.pool = FreshPool(settings.pool_size, stream, self.fresh.share, replace='random', seed=self.seed)
         if self._resumed is not None:
             self.evolution.load_state_dict(self._resumed['evolution'])
             self.seconds = dict(self._resumed['seconds'])
@@ -152,11 +232,39 @@ class DataFreeTrainLoop(BaseLoop):
             return
         given = self._given_samples(teacher, settings)
         if given is None:
+            shown = settings.source if source is None else ', '.join(_kinds(source))
             print_log(f'Synthesizing {settings.calibration_samples} samples of {settings.size[0]} x {settings.size[1]} '
-                      f'({settings.source})', 'current')
+                      f'({shown})', 'current')
         with self._clock('synthesis'):
             self.evolution.prepare(*given or ())
         print_log(f'Calibrated {spec.label} on them in {self.seconds["synthesis"]:.1f} s', 'current')
+
+    def _build_generator(self, config: Mapping) -> Any:
+        settings = dict(config, type=config.get('type', 'SampleGenerator'))
+        if isinstance(settings.get('init'), (Mapping, list, tuple)):
+            settings['init'] = self._build_source(settings['init'])
+        return TASK_UTILS.build(settings)
+
+    def _build_source(self, config: Any) -> Source:
+        """A source out of a config, or of a name; it may read no picture that is evaluated."""
+        for folder in [] if isinstance(config, str) else folders_in(config):
+            check_folder(self.runner.cfg, folder)
+        return build_source(config, reads_rgb(getattr(self.model, 'data_preprocessor', None)))
+
+    def _fresh_stream(self, source: Optional[Source], settings: CoEvolutionSettings,
+                      real: Optional[TrainingImages]) -> Union[SampleStream, TrainingImages]:
+        """What the fresh part of the student's batches comes from."""
+        if self.fresh.samples is not None:
+            found = self._build_source(self.fresh.samples)
+        elif real is not None:
+            return real
+        else:
+            found = self._build_source(settings.source) if source is None else source
+        found = procedural_of(found)
+        if found is None:
+            raise ConfigError(f'dfq.fresh={self.fresh.share:g} has nothing to make samples of for each batch, as synthesized ones take '
+                              'too long: name a source, such as dfq.fresh=dict(share=0.5, samples=dict(type=\'psaq_mm.PinkNoise\'))')
+        return SampleStream(found, settings.size, self.evolution.teacher.image_spec, self.seed, name='fresh')
 
     def _given_samples(self, teacher: TaskModel, settings: CoEvolutionSettings) -> Optional[SavedSamples]:
         """The samples that the config names, as many as the ranges are set on."""
@@ -190,41 +298,113 @@ class DataFreeTrainLoop(BaseLoop):
     # ------------------------------------------------------------------ run
     def run(self) -> nn.Module:
         """Make samples, calibrate, train the student against the teacher."""
+        if self.amp == 'float16' and not hasattr(self.runner.optim_wrapper, 'loss_scaler'):
+            raise ConfigError("dfq.amp='float16' needs a GPU and optim_wrapper.type='AmpOptimWrapper', which scales the loss: use "
+                              "dfq.amp='bfloat16'")
         self.runner.call_hook('before_train')
+        self._begun = time.perf_counter()
+        if self.max_seconds is not None:
+            self._begun -= (self._resumed or {}).get('elapsed', 0.)
+            self.runner.param_schedulers = []
+            self._rates = [group.get('initial_lr', group['lr']) for group in self.runner.optim_wrapper.param_groups]
         self._prepare()
         self.runner.call_hook('before_train_epoch')
-        while self._iter < self._max_iters and not self.stop_training:
+        over = over_at_once = self._over()
+        if over and self.max_seconds is not None and self._iter < self._max_iters:
+            print_log(f'No time is left for the student: its samples took {self.elapsed:.1f} of dfq.max_seconds={self.max_seconds:g}; '
+                      'its ranges are calibrated', 'current')
+        while not over:
             self._step()
-            last = self._iter >= self._max_iters
+            over = self._over()
             due = self.val_interval and self._iter % self.val_interval == 0
-            if self.runner.val_loop is not None and (last or due):
-                self.runner.val_loop.run()
-                _tune(self.model)
-        if self._max_iters == 0 and self.runner.val_loop is not None:
-            self.runner.val_loop.run()
+            if self.runner.val_loop is not None and (over or due):
+                self._validate()
+        if over_at_once and self.runner.val_loop is not None:  # nothing to train, or killed between the last step and here
+            self._validate()
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
         return self.runner.model
 
+    def _validate(self) -> None:
+        with self.paused():
+            self.runner.val_loop.run()
+            _tune(self.model)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run so far, samples included, what was :meth:`paused` left out."""
+        return (time.perf_counter() if self._stopped is None else self._stopped) - self._begun
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not the run's own: for whoever looks at the student in between."""
+        self._stopped = time.perf_counter()
+        yield
+        pause, self._stopped = time.perf_counter() - self._stopped, None
+        self._begun += pause
+        self.seconds_paused += pause
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, 0 to 1: of its steps, or of its time where that is further on."""
+        steps = self._iter / self._max_iters if self._max_iters else 1.
+        return min(1., steps if self.max_seconds is None else max(steps, self._agreed / self.max_seconds))
+
+    @property
+    def _agreed(self) -> float:
+        """The seconds of the run by the clock of rank 0: ranks that went by their own would not end at the same step."""
+        return float(broadcast_(torch.tensor(self.elapsed, dtype=torch.float64)))
+
+    def _over(self) -> bool:
+        return self.stop_training or self.progress >= 1
+
+    def _round_is_due(self) -> bool:
+        if not self.evolution.due(self._iter):
+            return False
+        return self.max_seconds is None or self._agreed + self._last_round < self.max_seconds
+
     def _step(self) -> None:
         evolution = self.evolution
-        if evolution.due(self._iter):  # before the step, so that a checkpoint never falls between a round and its step
+        if self._round_is_due():  # before the step, so that a checkpoint never falls between a round and its step
+            begun = time.perf_counter()
             with self._clock('synthesis'):
                 evolution.evolve()
+            self._last_round = float(broadcast_(torch.tensor(time.perf_counter() - begun, dtype=torch.float64)))
+        share = 0.5 * (1 + math.cos(math.pi * self.progress))
+        for group, rate in zip(self.runner.optim_wrapper.param_groups, self._rates):
+            group['lr'] = rate * share
         self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
         with self._clock('student'):
-            images = evolution.draw()
-            with self.runner.optim_wrapper.optim_context(self.runner.model):
-                loss = evolution.loss(images)
-            self.runner.optim_wrapper.update_params(loss)
-        outputs = dict(loss=loss.detach(), discrepancy=loss.detach(), discrepancy_weight=evolution.weight.weight)
+            wrapper, batches = self.runner.optim_wrapper, self._batches
+            loss = evolution.learn(evolution.draw(batches), wrapper.backward, batches, self._precision)
+            # Not update_params: between its backward and its step the ranks have to add up their gradients.
+            sum_gradients_(self.model.parameters())
+            wrapper.step()
+            wrapper.zero_grad()
+        outputs = dict(loss=loss, discrepancy=loss, discrepancy_weight=evolution.weight.weight)
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1
+
+    @property
+    def _batches(self) -> int:
+        """Batches of a student step: the loop's own number, or what a config says of its optimizer wrapper."""
+        return max(self.accumulative_counts, getattr(self.runner.optim_wrapper, '_accumulative_counts', 1))
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        with self.runner.optim_wrapper.optim_context(self.runner.model), self._autocast():
+            yield
+
+    def _autocast(self) -> ContextManager:
+        if self.amp is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.evolution.device.type, getattr(torch, self.amp))
 
     # ------------------------------------------------------------------ state
     def state_dict(self) -> Dict[str, Any]:
         """What ``iter_N.pth`` carries beside weights, optimizer and schedule."""
-        return dict(evolution=self.evolution.state_dict(), teacher=dict(self.teacher_config), seconds=dict(self.seconds))
+        return dict(evolution=self.evolution.state_dict(), teacher=dict(self.teacher_config), seconds=dict(self.seconds),
+                    elapsed=self.elapsed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Kept until :meth:`run`: MMEngine sets the random state anew after loading a checkpoint."""
@@ -234,8 +414,11 @@ class DataFreeTrainLoop(BaseLoop):
     def summary(self) -> Dict[str, Any]:
         """JSON types only: what ``student.pth`` says of how it was made."""
         settings: Dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings_given.items()}
-        return dict(settings, samples=None if self.samples_path is None else str(self.samples_path), max_iters=self._max_iters,
+        return dict(settings, samples=_plain(self.source_config) if self.samples_path is None else str(self.samples_path),
+                    max_iters=self._max_iters, steps=self._iter, max_seconds=self.max_seconds, fresh=self.fresh.summary(),
+                    fresh_samples=getattr(self.evolution.pool, 'made', 0) if self.evolution else 0,
                     seed=self.seed, distil=list(self.distil or ()), block_stride=self.block_stride,
+                    ranks=ranks()[1], accumulative_counts=self._batches, amp=self.amp,
                     generator=self._generator_summary(),
                     seconds={k: round(v, 2) for k, v in self.seconds.items()},
                     rounds=self.evolution.rounds if self.evolution else 0)
@@ -244,6 +427,8 @@ class DataFreeTrainLoop(BaseLoop):
         """The generator's settings, with what was chosen by the model in place of None."""
         found = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.generator).items()
                  if not k.startswith('_') and isinstance(v, (int, float, str, tuple, list, type(None)))}
+        if isinstance(self.generator.__dict__.get('init'), Source):
+            found['init'] = repr(self.generator.init)
         if self.evolution is not None:
             teacher = self.evolution.teacher
             if found.get('drop_tokens') is None:

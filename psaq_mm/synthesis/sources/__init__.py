@@ -1,0 +1,29 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""Pictures from nothing: where synthesis starts from, what it has to beat, and what a student can learn from without it."""
+from typing import Callable, Dict
+
+from torch import Tensor
+
+from psaq_mm.synthesis.sources.base import Generated, SampleStream, Source, of_rank
+from psaq_mm.synthesis.sources.leaves import DeadLeaves
+from psaq_mm.synthesis.sources.mixture import NAMED, Mixture, source_of
+from psaq_mm.synthesis.sources.noise import GaussianNoise, PinkNoise, gaussian_noise, pink_noise
+
+__all__ = [
+    'DeadLeaves', 'GaussianNoise', 'Generated', 'Mixture', 'NAMED', 'PinkNoise', 'SOURCES', 'SampleStream', 'Source', 'gaussian_noise',
+    'of_rank', 'pink_noise', 'source_of'
+]
+
+
+class _Sources(dict):
+    """Sources by name. One that is given itself stands for itself, so that nobody has to ask which of both a setting holds."""
+
+    def __missing__(self, key):
+        if isinstance(key, Source):
+            return key
+        raise KeyError(key)
+
+
+SOURCES: Dict[str, Callable[..., Tensor]] = _Sources(gaussian=gaussian_noise, pink=pink_noise, dead_leaves=DeadLeaves(),
+                                                     mixture=NAMED['mixture']())
+"""Procedural sources by name, called as :func:`gaussian_noise` is."""

@@ -1,0 +1,86 @@
+"""Compensated rounding and the divergence of the logits, as parts of a data-free run."""
+import copy
+
+import pytest
+import torch
+from classifier_models import CLASSIFIER, SIZES, build_classifier
+from tiny import Project
+
+from psaq_mm.commands.dfq_train import main as dfq_train
+from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, normalized_l1
+from psaq_mm.engine.checkpoint import read_checkpoint
+from psaq_mm.errors import ConfigError
+from psaq_mm.models import TaskModel
+from psaq_mm.quantization import set_mode
+from psaq_mm.synthesis import SampleGenerator
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+NAMES = ('timm-vit', 'mmpretrain-swin', 'mmpretrain-vit')
+
+
+def evolution_of(name, quant='w4a8', **settings):
+    student = build_classifier(name, quant=dict(preset=quant, scope='full'))
+    teacher = copy.deepcopy(student)
+    set_mode(teacher, 'off')
+    teacher.requires_grad_(False)
+    pair = (TaskModel(m, ('blocks', ), block_stride=1) for m in (teacher, student))
+    settings = CoEvolutionSettings(**{**dict(size=(SIZES[name], ) * 2, source='pink', scope='full', calibration_samples=16), **settings})
+    return CoEvolution(*pair, SampleGenerator(), settings, seed=0)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('quant', ['psaq_v2_w4a8', 'repq_w4a8'])
+def test_students_start_nearer_to_their_teacher(name, quant):
+    errors = {}
+    for rounding in ('nearest', 'compensated'):
+        evolution = evolution_of(name, quant, rounding=rounding)
+        evolution.prepare()
+        unseen = CoEvolution.make_samples(evolution_of(name, calibration_samples=32), 32, compete=False)[16:]
+        with torch.no_grad():
+            errors[rounding] = float(normalized_l1(evolution.student.outputs(unseen), evolution.teacher.outputs(unseen)))
+        assert bool(evolution.rounded) == (rounding == 'compensated')
+    assert errors['compensated'] < 0.95 * errors['nearest'], errors
+
+
+def test_logits_are_learned_beside_the_blocks():
+    plain, with_logits = evolution_of('timm-vit'), evolution_of('timm-vit', logits_weight=2.)
+    for evolution in (plain, with_logits):
+        evolution.prepare()
+    images = plain.draw()
+    with torch.no_grad():
+        taught = plain.teacher.run(images, with_logits=True).logits.softmax(1)
+        found = plain.student.run(images, with_logits=True).logits.softmax(1)
+    divergence = float((taught * (taught / found).log()).sum(1).mean())
+    assert divergence > 1e-4
+    assert float(with_logits.loss(images)) == pytest.approx(float(plain.loss(images)) + 2 * divergence, rel=1e-3)
+    # Samples compete for the discrepancy: the divergence takes no part in the weight that adapts.
+    assert with_logits.weight.state_dict() == plain.weight.state_dict()
+    with_logits.loss(images).backward()
+    heads = [p for n, p in with_logits.student.model.named_parameters() if 'head' in n]
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
+
+
+@pytest.mark.parametrize('settings, match', [
+    (dict(rounding='up'), "dfq.rounding='up' is not known"),
+    (dict(damping=0.), 'dfq.damping=0.0 must be positive'),
+    (dict(logits_weight=-1.), 'dfq.logits_weight=-1.0'),
+])
+def test_settings_out_of_range_are_named(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        CoEvolutionSettings(**settings)
+
+
+def test_a_run_moves_weights_and_leaves_ranges(tmp_path_factory):
+    pytest.importorskip('mmpretrain')
+    project = Project(tmp_path_factory.mktemp('rounding'), CLASSIFIER)
+    states = {}
+    for name, rounding in (('nearest', 'nearest'), ('compensated', 'compensated')):
+        path = project.config(name=f'{name}.py', size=None, quant=dict(preset='w4a8', scope='full'), iters=0, evolve_every=0,
+                              source='pink', rounding=rounding)
+        assert dfq_train([str(path), '--work-dir', str(project.folder / name)]) == 0
+        states[name] = read_checkpoint(project.folder / name / 'student.pth')
+    assert states['compensated']['meta']['psaq_mm']['dfq']['rounding'] == 'compensated'
+    plain, rounded = (states[name]['state_dict'] for name in ('nearest', 'compensated'))
+    moved = {k for k in plain if not torch.equal(plain[k], rounded[k])}
+    assert any(k.endswith('qkv.weight') for k in moved) and not any('quantizer' in k for k in moved)
