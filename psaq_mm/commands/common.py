@@ -83,6 +83,9 @@ def runnable_config(args: argparse.Namespace):
         config.work_dir = args.work_dir
     elif not config.get('work_dir'):
         config.work_dir = os.path.join('work_dirs', os.path.splitext(os.path.basename(args.config))[0])
+    if args.launcher != 'none':
+        from psaq_mm.engine.ranks import join_ranks
+        join_ranks(config)
     return config
 
 

@@ -11,6 +11,7 @@ from psaq_mm.commands.common import (add_config_arguments, add_quant_arguments, 
                                     runnable_config)
 from psaq_mm.engine.data_overlap import dataset_leaves
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
+from psaq_mm.quantization.reduction import ranks
 
 __all__ = ['main', 'evaluate', 'check_test_set', 'before_after_table']
 
@@ -141,11 +142,15 @@ def _test_deployed(config, args) -> None:
     label = f'{load(args.deployed, args.runtime).manifest["label"]} {args.runtime}'  # before the test set is opened
     fake = evaluate(config, read_checkpoint(args.checkpoint), args.checkpoint) if args.checkpoint else None
     found = evaluate(config, None, args.deployed, runtime=args.runtime, threads=args.threads)
-    print(before_after_table(fake, found, label, 'fake-quantized'), flush=True)
-    _save(config, dict(deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=fake, integer=found))
+    _show(config, before_after_table(fake, found, label, 'fake-quantized'),
+          dict(deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=fake, integer=found))
 
 
-def _save(config, results: Mapping) -> None:
+def _show(config, table: str, results: Mapping) -> None:
+    """Print and save; of several ranks, which all have the same metrics, the first."""
+    if ranks()[0]:
+        return
+    print(table, flush=True)
     out = os.path.join(config.work_dir, 'test_results.json')
     os.makedirs(config.work_dir, exist_ok=True)
     with open(out, 'w') as file:
@@ -189,8 +194,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if is_quantized(checkpoint):
             after = evaluate(config, checkpoint, args.checkpoint)
         label = (checkpoint['meta'].get('psaq_mm') or {}).get('label', 'quantized')
-        print(before_after_table(before, after, label), flush=True)
-        _save(config, dict(checkpoint=args.checkpoint, full_precision=before, quantized=after))
+        _show(config, before_after_table(before, after, label),
+              dict(checkpoint=args.checkpoint, full_precision=before, quantized=after))
 
     return run_command(command, parser, argv)
 

@@ -6,6 +6,7 @@ import re
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from mmengine.config import Config, ConfigDict
+from mmengine.device import is_cuda_available
 
 from psaq_mm.engine.data_overlap import check_no_overlap
 from psaq_mm.engine.presets import METHODS, resolve_dfq, with_method
@@ -200,6 +201,8 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
         config.train_dataloader = ConfigDict(batch_size=dfq['batch_size'])
     config.optim_wrapper = ConfigDict(type='OptimWrapper', optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
                                       clip_grad=dict(max_norm=clip) if clip else None)
+    if dfq['amp'] == 'float16' and is_cuda_available():  # its small gradients vanish unless the loss is scaled; bfloat16's do not
+        config.optim_wrapper.update(type='AmpOptimWrapper', dtype='float16')
     config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', T_max=iters, eta_min=0, by_epoch=False)] if iters else []
     config.pop('auto_scale_lr', None)
     if not val:
