@@ -220,7 +220,7 @@ def test_fresh_batches_are_not_those_of_the_pool(project, monkeypatch):
     from psaq_mm.distillation import CoEvolution
     seen = []
     draw = CoEvolution.draw
-    monkeypatch.setattr(CoEvolution, 'draw', lambda self: seen.append((self, draw(self))) or seen[-1][1])
+    monkeypatch.setattr(CoEvolution, 'draw', lambda self, *given: seen.append((self, draw(self, *given))) or seen[-1][1])
     options = dict(preset='fast', samples=None, source='pink', iters=4, augment=False, calibration_samples=4, pool_size=4)
     student = run(project, 'fresh', fresh=1., **options)
     assert student['meta']['psaq_mm']['dfq']['fresh_samples'] == 8
