@@ -14,26 +14,16 @@ __all__ = ['DOMAIN', 'mark_tap', 'position_bias', 'quantizer', 'weight', 'window
 DOMAIN = 'psaq_mm'
 
 
-class _Quantizer(torch.autograd.Function):
+class _Named(torch.autograd.Function):
+    """An operation on one tensor whose result has its shape; ``kind`` is what the graph calls it."""
 
     @staticmethod
-    def forward(ctx, x, name):
+    def forward(ctx, x, kind, name):
         return x.clone()
 
     @staticmethod
-    def symbolic(g, x, name):
-        return g.op(f'{DOMAIN}::Quantizer', x, name_s=name).setType(x.type())
-
-
-class _Tap(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, x, name):
-        return x.clone()
-
-    @staticmethod
-    def symbolic(g, x, name):
-        return g.op(f'{DOMAIN}::Tap', x, name_s=name).setType(x.type())
+    def symbolic(g, x, kind, name):
+        return g.op(f'{DOMAIN}::{kind}', x, name_s=name).setType(x.type())
 
 
 class _Weight(torch.autograd.Function):
@@ -45,17 +35,6 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def symbolic(g, one, name, shape):
         return g.op(f'{DOMAIN}::Weight', name_s=name).setType(one.type().with_sizes(list(shape)))
-
-
-class _PositionBias(torch.autograd.Function):
-
-    @staticmethod
-    def forward(ctx, scores, name):
-        return scores.clone()
-
-    @staticmethod
-    def symbolic(g, scores, name):
-        return g.op(f'{DOMAIN}::PositionBias', scores, name_s=name).setType(scores.type())
 
 
 class _WindowMask(torch.autograd.Function):
@@ -71,12 +50,12 @@ class _WindowMask(torch.autograd.Function):
 
 def quantizer(x: Tensor, name: str) -> Tensor:
     """``x`` quantized and dequantized by the quantizer ``name``."""
-    return _Quantizer.apply(x, name)
+    return _Named.apply(x, 'Quantizer', name)
 
 
 def mark_tap(x: Tensor, name: str) -> Tensor:
     """``x``, a tensor that verification feeds: a layer's exact input, whatever rounding came before it."""
-    return _Tap.apply(x, name)
+    return _Named.apply(x, 'Tap', name)
 
 
 def weight(x: Tensor, name: str, shape: Tuple[int, ...]) -> Tensor:
@@ -88,7 +67,7 @@ def weight(x: Tensor, name: str, shape: Tuple[int, ...]) -> Tensor:
 def position_bias(scores: Tensor, name: str) -> Tensor:
     """Attention scores (windows, heads, N, N) with the relative position bias of the attention ``name`` added."""
     # As a tensor it would be folded into (heads, N, N) values for each block, fourteen times what its table has.
-    return _PositionBias.apply(scores, name)
+    return _Named.apply(scores, 'PositionBias', name)
 
 
 def window_mask(scores: Tensor, windows: Tuple[int, ...], value: float) -> Tensor:
