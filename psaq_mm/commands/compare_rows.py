@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 from psaq_mm.errors import ConfigError, DataError
 
-__all__ = ['RowFile', 'alone_in', 'summarize', 'to_markdown']
+__all__ = ['RowFile', 'alone_in', 'locked', 'summarize', 'to_markdown']
 
 _DETAIL = re.compile(r'_(\d+|s|m|l)$')
 """Metrics at one overlap or object size: in the JSON file, not in the printed table."""
@@ -30,22 +30,34 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a work dir while the block runs: each would drop the rows that the other has added.
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file while the block runs.
 
     The lock is the system's, so that one of a process that was killed is gone with it. Without ``fcntl`` (Windows) nothing is locked.
 
     Raises:
-        ConfigError: Another process is at work there.
+        BlockingIOError: Another process holds it, and ``wait`` is False.
     """
     try:
         import fcntl
     except ImportError:
         yield
         return
-    with open(folder / '.lock', 'w') as file:
+    with open(path, 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a work dir while the block runs: each would drop the rows that the other has added.
+
+    Raises:
+        ConfigError: Another process is at work there.
+    """
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(folder / '.lock', wait=False))
         except BlockingIOError as error:
             raise ConfigError(f'another comparison is at work in {folder}: wait for it, or give another --work-dir') from error
         yield

@@ -1,12 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Rows of all comparisons in one JSON list, for tables and pages: ``tools/compare.py ... --rows docs/results/samples.json``."""
-import contextlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
-from psaq_mm.commands.compare_rows import write_whole
+from psaq_mm.commands.compare_rows import locked, write_whole
 from psaq_mm.errors import DataError
 
 __all__ = ['FIELDS', 'bits_of', 'merge_rows', 'principal_metrics', 'read_rows', 'rows_of']
@@ -74,21 +73,8 @@ def merge_rows(path: Path, rows: Sequence[Mapping], by_time: bool = False) -> No
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     same = [key for key in ('model', 'bits', 'source', 'seed', 'metric', 'steps') if key != 'steps' or not by_time]
-    with _one_at_a_time(path):
+    with locked(path.with_name(f'.{path.name}.lock')):
         new = {tuple(row[key] for key in same): dict(row) for row in rows}
         kept = [row for row in read_rows(path) if tuple(row[key] for key in same) not in new]
         lines = ',\n'.join(' ' + json.dumps(row) for row in [*kept, *new.values()])
         write_whole(path, f'[\n{lines}\n]\n')
-
-
-@contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing is locked
-        yield
-        return
-    lock = path.with_name(f'.{path.name}.lock')
-    with open(lock, 'w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

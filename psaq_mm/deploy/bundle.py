@@ -12,7 +12,6 @@
 
 NumPy and the standard library alone.
 """
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Union
 import numpy as np
 
 from ..errors import CheckpointError, ConfigError
+from ..files import file_sha256
 
 __all__ = ['MANIFEST', 'WEIGHTS', 'REST', 'Weight', 'pack', 'read_manifest', 'read_weights', 'unpack', 'write_bundle']
 
@@ -59,14 +59,6 @@ def unpack(data: bytes, count: int, low: int, dtype: str) -> np.ndarray:
     pairs = np.frombuffer(data, np.uint8)
     nibbles = np.stack([pairs & 0xf, pairs >> PACKED_BITS], axis=1).reshape(-1)[:count]
     return (nibbles.astype(np.int16) + low).astype(dtype)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write_weights(path: Path, weights: Mapping[str, Weight]) -> Iterable[Dict[str, Any]]:
@@ -108,7 +100,7 @@ def write_bundle(out: PathLike, manifest: Mapping, graphs: Mapping[str, bytes], 
         rows = _write_weights(partial / WEIGHTS, weights)
         if rest:
             np.savez(partial / REST, **rest)
-        files = {p.name: dict(bytes=p.stat().st_size, sha256=_sha256(p)) for p in sorted(partial.iterdir())}
+        files = {p.name: dict(bytes=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(partial.iterdir())}
         whole = dict(format=FORMAT, version=VERSION, **manifest, weights=rows, files=files)
         (partial / MANIFEST).write_text(json.dumps(whole, indent=1), encoding='utf-8')
         os.chmod(partial, 0o755)  # mkdtemp keeps others out
@@ -159,7 +151,7 @@ def _check_file(path: Path, expected: Mapping) -> None:
     if size != expected['bytes']:
         raise CheckpointError(f'{path.parent} is not whole: {path.name} has {size} bytes and should have {expected["bytes"]}; copy the '
                               'directory again, or export it again')
-    if _sha256(path) != expected['sha256']:
+    if file_sha256(path) != expected['sha256']:
         raise CheckpointError(f'{path} has changed since it was written: copy the directory again, or export it again')
 
 

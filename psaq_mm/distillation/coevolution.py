@@ -299,19 +299,6 @@ class CoEvolution:
             batch = batch.roll(shifts=shift, dims=(-2, -1))
         return batch.to(self.device)
 
-    def loss(self, images: Tensor) -> Tensor:
-        """What the student lowers on normalized ``images``: the discrepancy, and the divergence of its logits where that has a weight.
-
-        Returns:
-            A scalar with the student's gradient, of these images alone.
-
-        Raises:
-            DataError: It is NaN or infinite.
-        """
-        value, discrepancy = self._loss(images)
-        self._note(value, discrepancy)
-        return value
-
     def learn(self, images: Tensor, backward: Callable[[Tensor], None], batches: int = 1,
               context: Callable[[], ContextManager] = contextlib.nullcontext) -> Tensor:
         """Gradients of the loss on a batch whose images lie on several ranks, and go through the student in several parts.
@@ -336,13 +323,10 @@ class CoEvolution:
             backward(found[0] * (len(part) / total))
             sums = sums + torch.stack([term.detach().double() for term in found]) * len(part)
         value, discrepancy = sum_(sums) / total
-        self._note(value, discrepancy)
-        return value
-
-    def _note(self, value: Tensor, discrepancy: Tensor) -> None:
         if not torch.isfinite(value):
             raise DataError(f'the loss of the student became {float(value)}: lower dfq.lr')
         self.weight.observe(float(discrepancy))  # what samples compete for is the discrepancy alone
+        return value
 
     def _loss(self, images: Tensor) -> Tuple[Tensor, Tensor]:
         """The loss and, of it, the discrepancy."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import psaq_mm
 from psaq_mm.errors import CheckpointError, PsaqError
+from psaq_mm.files import file_sha256
 from psaq_mm.models import spec_of
 from psaq_mm.models.loading import convert_timm_keys, whole_loading
 from psaq_mm.quantization import is_quantizer_key
@@ -112,15 +113,6 @@ def _check_sums(path: str) -> None:
 def _is_own(content: Any) -> bool:
     """Whether a run of psaq_mm wrote a file; others may have been written without checksums."""
     return isinstance(content, dict) and ('psaq_mm' in content or 'psaq_mm' in (content.get('meta') or {}))
-
-
-def file_sha256(path: PathLike) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _downloaded(url: str) -> str:

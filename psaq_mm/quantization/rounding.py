@@ -211,7 +211,7 @@ def _rows(layer: nn.Module, x: Tensor, valid: Optional[Tensor]) -> Iterator[Tens
 
 
 def _round_layer(name: str, layer: nn.Module, gram: Tensor, damping: float) -> RoundedLayer:
-    quantizer, weight = layer.weight_quantizer, layer.weight.flatten(1)
+    quantizer, weight, gram = layer.weight_quantizer, layer.weight.flatten(1), gram.double()
     nearest = quantizer.fake_quantize(layer.weight).flatten(1)
 
     def round_columns(columns: Tensor) -> Tensor:
@@ -228,6 +228,6 @@ def _round_layer(name: str, layer: nn.Module, gram: Tensor, damping: float) -> R
 
 
 def _squared(weight: Tensor, gram: Tensor) -> float:
-    """Squared norm of X weight^T over the rows of X that ``gram`` was made of."""
+    """Squared norm of X weight^T over the rows of X that ``gram``, in float64, was made of."""
     weight = weight.double()
-    return float(((weight @ gram.double()) * weight).sum())
+    return float(((weight @ gram) * weight).sum())
