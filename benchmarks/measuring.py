@@ -1,0 +1,189 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What the benchmarks of this folder share: calls timed in turn, peak memory in a process of its own, rows and tables.
+
+A claim is a *row*: ``dict(name, ratio, bound, ok)``. A script has a function ``rows(quick, device)`` that measures, prints its table
+and returns its rows; ``benchmarks/all.py`` collects them.
+"""
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+import torch
+
+Row = Dict[str, Any]
+
+
+class Memory(NamedTuple):
+    """Peak memory of a call, in bytes.
+
+    Attributes:
+        grown: Above what was held when the call began.
+        total: All that the process (CPU) or PyTorch on the device held at most while it ran.
+        result: What the call returned.
+    """
+    grown: int
+    total: int
+    result: Any = None
+
+
+# ---------------------------------------------------------------------- time
+def synchronise(device: str) -> None:
+    """Wait for the device, which works on its own otherwise."""
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def in_turn(calls: Dict[str, Callable[[], Any]], repeats: int, device: str = 'cpu', warm_up: int = 1) -> Dict[str, List[float]]:
+    """Seconds of each call, one after the other and then again, so that a slow moment of the machine meets all of them.
+
+    Args:
+        calls: By name, in the order in which they run: one may use what the one before it left behind, such as the backward pass of
+            a forward pass.
+        repeats: Of each call.
+        device: Waited for at the beginning and at the end of each call.
+        warm_up: Rounds that are not counted.
+
+    Returns:
+        ``repeats`` seconds a name; the n-th ones belong together.
+    """
+    found: Dict[str, List[float]] = {name: [] for name in calls}
+    for turn in range(warm_up + repeats):
+        for name, call in calls.items():
+            gc.collect()
+            synchronise(device)
+            begun = time.perf_counter()
+            call()
+            synchronise(device)
+            if turn >= warm_up:
+                found[name].append(time.perf_counter() - begun)
+    return found
+
+
+def ratio_of(ours: Sequence[float], control: Sequence[float]) -> float:
+    """Median of the ratios of what was measured in the same turn."""
+    return statistics.median(a / b for a, b in zip(ours, control))
+
+
+# ---------------------------------------------------------------------- memory
+def resident(kind: str = 'VmRSS') -> int:
+    """Bytes of memory of this process (Linux): ``'VmRSS'`` now, ``'VmHWM'`` at most since it began or :func:`forget_peak`."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind + ':'))
+
+
+def forget_peak() -> None:
+    """Start the high-water mark of this process anew, and give what the allocator holds unused back to the system."""
+    gc.collect()
+    try:
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library: what it holds counts as held
+    Path('/proc/self/clear_refs').write_text('5')
+
+
+def peak_of(call: Callable[[], Any], device: str = 'cpu') -> Memory:
+    """Peak memory of a call in this process; what the process did before it may have left memory to be used again."""
+    if torch.device(device).type == 'cuda':
+        gc.collect()
+        synchronise(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        synchronise(device)
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        forget_peak()
+        before = resident()
+        result = call()
+        peak = resident('VmHWM')
+    return Memory(peak - before, peak, result)
+
+
+def peak_apart(build: Callable[..., Callable[[], Any]], *arguments: Any, device: str = 'cpu', threads: Optional[int] = None) -> Memory:
+    """Peak memory of ``build(*arguments)()`` in a new process; what ``build`` itself takes does not count as growth.
+
+    Args:
+        build: Function of a module (the new process imports it by name): makes all that the call needs, and the call. The call's
+            result has to be picklable.
+        *arguments: Picklable.
+        device: Whose memory counts.
+        threads: Of PyTorch; as many as here if None.
+    """
+    context = multiprocessing.get_context('spawn')
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measured_apart, args=(sender, build, arguments, device, threads or torch.get_num_threads()))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        found = None
+    process.join()
+    if found is None:
+        raise RuntimeError(f'the process that measured {build.__name__}{arguments} ended with exit code {process.exitcode}')
+    return Memory(*found)
+
+
+def _measured_apart(sender, build: Callable, arguments: Sequence, device: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    sender.send(tuple(peak_of(build(*arguments), device)))
+    sender.close()
+
+
+# ---------------------------------------------------------------------- rows and tables
+def row(name: str, ratio: float, bound: float, **more: Any) -> Row:
+    """A claim and whether it holds: ``ratio`` is at most ``bound``. ``more`` is written beside it."""
+    return dict(name=name, ratio=round(float(ratio), 4), bound=bound, ok=bool(ratio <= bound), **more)
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """Markdown; numbers are aligned to the right."""
+    texts = [[cell if isinstance(cell, str) else f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in line]
+             for line in lines]
+    widths = [max(len(text[i]) for text in [list(header), *texts]) for i in range(len(header))]
+    numeric = [bool(lines) and all(not isinstance(line[i], str) for line in lines) for i in range(len(header))]
+
+    def shown(cells: Sequence[str]) -> str:
+        return '| ' + ' | '.join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric)) + ' |'
+
+    rule = '|' + '|'.join('-' * (w + 1) + ':' if n else '-' * (w + 2) for w, n in zip(widths, numeric)) + '|'
+    return '\n'.join([shown(list(header)), rule, *map(shown, texts)])
+
+
+def table_of(rows: Sequence[Row]) -> str:
+    """The rows alone: name, ratio, bound, and whether it holds."""
+    return table(('claim', 'ratio', 'bound', 'holds'), [(r['name'], r['ratio'], f'{r["bound"]:g}', 'yes' if r['ok'] else 'no') for r in rows])
+
+
+def machine(device: str = 'cpu') -> str:
+    """One line: PyTorch, threads, and the device."""
+    name = f'{os.cpu_count()} cores' if torch.device(device).type == 'cpu' else torch.cuda.get_device_name(device)
+    return f'torch {torch.__version__}, {torch.get_num_threads()} threads, {name}'
+
+
+def run_script(rows: Callable[[bool, str], List[Row]], description: str, argv: Optional[Sequence[str]] = None) -> int:
+    """The command line of a benchmark: ``--quick``, ``--device``, ``--threads``.
+
+    Returns:
+        1 where a row does not hold, else 0. With ``--quick`` always 0: small sizes show that it runs, and nothing is judged.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--quick', action='store_true', help='small sizes and few repeats')
+    parser.add_argument('--device', default='cpu', help='cpu or cuda (default: %(default)s)')
+    parser.add_argument('--threads', type=int, default=2, help='of PyTorch (default: %(default)s)')
+    args = parser.parse_args(argv)
+    if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
+        print(f'--device {args.device}: PyTorch sees no such device here, take --device cpu', file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    print(machine(args.device), flush=True)
+    found = rows(args.quick, args.device)
+    print(table_of(found), flush=True)
+    return int(not args.quick and not all(r['ok'] for r in found))
