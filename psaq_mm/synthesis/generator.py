@@ -3,7 +3,7 @@
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -206,24 +206,33 @@ class SampleGenerator:
         weight = self.discrepancy_weight if weight is None else weight
         history: List[Dict[str, float]] = []
 
-        values = image_spec.to_standard(images).requires_grad_()
+        values = image_spec.to_standard(images)
+        del images  # the same tensor, or one that is not needed again
+        bounds = torch.tensor([image_spec.low, image_spec.high], device=device)[..., None, None]
+        low, high = image_spec.to_standard(bounds)
         optimizer = torch.optim.Adam([values], lr=greatest, betas=self.betas)
-        with _frozen(model), torch.enable_grad():
+        with _frozen(model):
             for step in range(self.steps * self.rounds):
                 entry: Dict[str, float] = dict(step=step, lr=greatest * self._schedule(step % self.steps))
-                moved = self._move(values, self.jitter[step // self.steps], generator)
-                terms = self._terms(model, image_spec, moved, level, forward, discrepancy, class_loss, taps, whole)
-                total = self._total(terms, weight, entry)
-                values.grad, = torch.autograd.grad(total, values)
-                entry['grad_norm'] = _finite(_norm(values.grad, whole), 'the gradient of the samples', step)
+                move = self._draw_move(self.jitter[step // self.steps], generator)
+                moved = move.apply(values).requires_grad_()
+                with torch.enable_grad():
+                    terms = self._terms(model, image_spec, moved, level, forward, discrepancy, class_loss, taps, whole)
+                    total = self._total(terms, weight, entry)
+                    # By the moved images, and not by the values: the move's own copies need no graph.
+                    grad, = torch.autograd.grad(total, moved)
+                entry['grad_norm'] = _finite(_norm(grad, whole), 'the gradient of the samples', step)
+                values.grad = move.undo(grad)
+                del moved, grad, terms, total
                 optimizer.param_groups[0]['lr'] = entry['lr']
                 optimizer.step()
+                values.grad = None  # the next forward pass needs the room
                 with torch.no_grad():
-                    values.copy_(image_spec.to_standard(image_spec.clamp(image_spec.from_standard(values))))
+                    torch.minimum(torch.maximum(values, low, out=values), high, out=values)
                 history.append(entry)
                 if progress is not None:
                     progress(entry)
-        samples = image_spec.clamp(image_spec.from_standard(values.detach()))
+        samples = image_spec.clamp(image_spec.from_standard(values))
         return GeneratedSamples(samples, history)
 
     def _first_images(self, image_spec: ImageSpec, init: Optional[Tensor], generator: torch.Generator,
@@ -235,12 +244,10 @@ class SampleGenerator:
         self._check_size(*init.shape[2:])
         return image_spec.clamp(init.detach().to(device, torch.float32, copy=True))
 
-    def _move(self, values: Tensor, jitter: int, generator: torch.Generator) -> Tensor:
-        """Rolls by one offset in both axes and flips, the whole batch alike."""
+    def _draw_move(self, jitter: int, generator: torch.Generator) -> '_Move':
+        """A roll by one offset in both axes and a flip, for the whole batch alike."""
         offset = int(torch.randint(-jitter, jitter + 1, (), generator=generator))
-        flip = _uniform(generator) < self.flip
-        values = torch.roll(values, (offset, offset), (2, 3))
-        return values.flip(3) if flip else values
+        return _Move(offset, _uniform(generator) < self.flip)
 
     def _terms(self, model: nn.Module, image_spec: ImageSpec, moved: Tensor, level: float,
                forward: Optional[Callable[[Tensor], Any]], discrepancy: Optional[Callable[[Tensor], Tensor]],
@@ -250,6 +257,8 @@ class SampleGenerator:
         images = image_spec.from_standard(moved)
         run = model if forward is None else forward
         terms: Dict[str, Tensor] = {}
+        # Before the forward pass, so that autograd comes to it last: its gradient is not held while the network's is computed.
+        prior = variation_prior(moved, level, whole) if self.prior_weight else None
         if taps is not None:
             with taps.record(images) as record:
                 output = run(images)
@@ -264,8 +273,8 @@ class SampleGenerator:
                     reduce_range=None if whole is None else whole.range) for tap in record)
         elif class_loss is not None or forward is not None:
             output = run(images)
-        if self.prior_weight:
-            terms['prior'] = variation_prior(moved, level, whole)
+        if prior is not None:
+            terms['prior'] = prior
         if discrepancy is not None:
             terms['discrepancy'] = discrepancy(images)
         if class_loss is not None:
@@ -304,6 +313,22 @@ class SampleGenerator:
         if step < warm:
             return (step + 1) / warm
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / (self.steps - warm)))
+
+
+class _Move(NamedTuple):
+    """A roll by one offset in both axes, then a horizontal flip."""
+    offset: int
+    flip: bool
+
+    def apply(self, images: Tensor) -> Tensor:
+        """A moved copy of images (B, C, H, W)."""
+        moved = torch.roll(images, (self.offset, self.offset), (2, 3))
+        return moved.flip(3) if self.flip else moved
+
+    def undo(self, images: Tensor) -> Tensor:
+        """What :meth:`apply` made, moved back."""
+        back = images.flip(3) if self.flip else images
+        return torch.roll(back, (-self.offset, -self.offset), (2, 3))
 
 
 @contextmanager

@@ -90,13 +90,17 @@ class ImageSpec:
         return torch.minimum(torch.maximum(images, low), high)
 
     def from_standard(self, values: Tensor) -> Tensor:
-        """Standard units (..., C, H, W) to the model's units."""
+        """Standard units (..., C, H, W) to the model's units; ``values`` itself where they are the same."""
         center, unit = self._standard()
+        if self._is_standard(values):
+            return values
         return values * self._column(unit, values) + self._column(center, values)
 
     def to_standard(self, images: Tensor) -> Tensor:
-        """The model's units (..., C, H, W) to standard units."""
+        """The model's units (..., C, H, W) to standard units; ``images`` themselves where they are the same."""
         center, unit = self._standard()
+        if self._is_standard(images):
+            return images
         return (images - self._column(center, images)) / self._column(unit, images)
 
     def to_raw(self, images: Tensor) -> Tensor:
@@ -114,6 +118,11 @@ class ImageSpec:
         if self.mean and all(2 <= width <= 10 for width in widths):
             return (0.0,) * self.channels, (1.0,) * self.channels
         return tuple((a + b) / 2 for a, b in zip(low, high)), tuple(width / 4 for width in widths)
+
+    def _is_standard(self, like: Tensor) -> bool:
+        """Whether the model's units are the standard units."""
+        center, unit = self._standard()
+        return not any(center) and set(unit) == {1.0} and like.shape[-3] == self.channels
 
     def _column(self, values: Tuple[float, ...], like: Tensor) -> Tensor:
         if like.shape[-3] != self.channels:

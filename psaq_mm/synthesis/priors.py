@@ -1,10 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Priors on what a picture looks like, independent of task and model."""
 import math
-from typing import Optional, Sequence
+from typing import Any, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from psaq_mm.errors import DataError
 from psaq_mm.quantization.reduction import WholeBatch
@@ -32,14 +33,62 @@ def total_variation(images: Tensor, whole: Optional[WholeBatch] = None) -> Tenso
     """
     if images.dim() != 4:
         raise DataError(f'images must be (batch, channels, height, width), not of shape {tuple(images.shape)}')
-    right = images[..., :, :-1] - images[..., :, 1:]
-    below = images[..., :-1, :] - images[..., 1:, :]
-    falling = images[..., :-1, :-1] - images[..., 1:, 1:]
-    rising = images[..., 1:, :-1] - images[..., :-1, 1:]
-    if whole is None:
-        return right.norm() + below.norm() + falling.norm() + rising.norm()
-    squares = torch.stack([difference.square().sum() for difference in (right, below, falling, rising)])
-    return whole.sum(squares).sqrt().sum()
+    squares = _Squares.apply(images)
+    if whole is not None:
+        squares = whole.sum(squares)
+    # Without a difference there is a root, but no slope of it.
+    least = torch.finfo(squares.dtype).tiny
+    return torch.where(squares > 0, squares.clamp(min=least).sqrt(), torch.zeros_like(squares)).sum().to(images.dtype)
+
+
+_NEIGHBOURS = (
+    (..., slice(None), slice(None, -1)), (..., slice(None), slice(1, None)),  # right
+    (..., slice(None, -1), slice(None)), (..., slice(1, None), slice(None)),  # below
+    (..., slice(None, -1), slice(None, -1)), (..., slice(1, None), slice(1, None)),  # falling
+    (..., slice(1, None), slice(None, -1)), (..., slice(None, -1), slice(1, None)),  # rising
+)
+_PIXELS = 1 << 17
+"""Pixels worked on together: their differences stay in the cache, where those of all images would be written out and read again."""
+
+
+class _Squares(torch.autograd.Function):
+    """Sums of the squared differences of images (B, C, H, W) to their four neighbours, float64 of shape (4,).
+
+    Written out because autograd would keep four pictures' worth of differences for each picture.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)
+        sums = images.new_zeros(4, dtype=torch.float64)
+        for planes in _planes(images):
+            sums += torch.stack([torch.linalg.vector_norm(a - b) for a, b in _pairs(planes)]).double().square()
+        return sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        images, = ctx.saved_tensors
+        factors = (2 * grad).to(images.dtype).unbind()
+        result = torch.zeros_like(images, memory_format=torch.contiguous_format)
+        for planes, slopes in zip(_planes(images), _planes(result)):
+            for (a, b), (slope_a, slope_b), factor in zip(_pairs(planes), _pairs(slopes), factors):
+                difference = (a - b).mul_(factor)
+                slope_a += difference
+                slope_b -= difference
+        return result
+
+
+def _planes(images: Tensor) -> Sequence[Tensor]:
+    """Views (n, H, W) of a few channels of the images; a copy where those do not lie together."""
+    height, width = images.shape[2:]
+    return images.reshape(-1, height, width).split(max(1, _PIXELS // max(1, height * width)))
+
+
+def _pairs(planes: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
+    """Views of the pixels and of their neighbours, in each of the four directions."""
+    for ours, theirs in zip(_NEIGHBOURS[::2], _NEIGHBOURS[1::2]):
+        yield planes[ours], planes[theirs]
 
 
 def variation_target(level: float, shape: Sequence[int]) -> float:

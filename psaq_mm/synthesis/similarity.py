@@ -25,8 +25,9 @@ _NORM_FLOOR = 1e-8
 _NOWHERE = 1e3
 # Kernels are cut off at 2^-126, the least normal float32: smaller ones cost several times more and change nothing.
 _LEAST_EXPONENT = -126.0
-# Rows of the similarity matrix computed at a time: wider blocks compute more pairs twice, narrower ones run slower.
-_ROWS = 32
+# Rows of the similarity matrix computed at a time, and into how many strips it falls at most without chunks: wider ones compute more
+# pairs twice, narrower ones run slower.
+_ROWS, _STRIPS = 16, 7
 
 
 class SimilarityDensity(NamedTuple):
@@ -93,7 +94,7 @@ def patch_similarity_entropy(tokens: Tensor,
     """
     plan = _Plan.build(tokens, valid, groups_per_image, points, bandwidth, chunk)
     itemsize = 8 if tokens.dtype == torch.float64 else 4
-    keep = plan.groups * plan.length * (plan.reach + 1) * itemsize <= keep_bytes
+    keep = sum(block.pairs for block in plan.blocks()) * itemsize <= keep_bytes
     return _Entropy.apply(tokens, plan, eps, value_range, reduce_range, keep)
 
 
@@ -116,20 +117,34 @@ def patch_similarity_density(tokens: Tensor,
     """
     plan = _Plan.build(tokens, valid, groups_per_image, points, bandwidth, None)
     with _full_precision(tokens):
-        unit, _ = _normalize(tokens)
+        unit, _ = _normalize(tokens, plan.valid)
         grid, density, _ = _densities(unit, plan, value_range, None, False)
     return SimilarityDensity(grid, density)
 
 
+class _Block(NamedTuple):
+    """A rectangle of the similarity matrices of some groups, on the diagonal or above it."""
+    groups: slice
+    rows: slice
+    columns: slice
+
+    @property
+    def pairs(self) -> int:
+        return math.prod(part.stop - part.start for part in self)
+
+    @property
+    def square(self) -> bool:
+        """Whether it lies on the diagonal and holds both orders of each pair; others stand for their mirror image too."""
+        return self.rows == self.columns
+
+
 class _Plan:
-    """Shapes, settings and chunks of one call."""
+    """Shapes, settings and blocks of one call."""
 
     def __init__(self, groups: int, length: int, valid: Optional[Tensor], per_image: int, points: int,
                  bandwidth: float, chunk: int) -> None:
         self.groups, self.length, self.valid, self.per_image = groups, length, valid, per_image
         self.points, self.bandwidth, self.chunk = points, bandwidth, chunk
-        # Pairs (i, i + d mod N) with d = 0 .. N // 2 hold every unordered pair of tokens.
-        self.reach = length // 2
 
     @classmethod
     def build(cls, tokens: Tensor, valid: Optional[Tensor], per_image: int, points: int, bandwidth: float,
@@ -151,22 +166,25 @@ class _Plan:
                 valid = valid.repeat(groups // len(valid), 1)
             valid = None if bool(valid.all()) else valid.to(tokens.device)
         if chunk is None:
-            chunk = 1 << 16 if tokens.device.type == 'cpu' else 1 << 23
+            # A few buffers of this many values stay in the cache of the cores that share the work.
+            chunk = (1 << 15) * max(2, torch.get_num_threads()) if tokens.device.type == 'cpu' else 1 << 23
         return cls(groups, length, valid, per_image, points, bandwidth, chunk)
 
     @property
     def images(self) -> int:
         return self.groups // self.per_image
 
-    def blocks(self) -> Iterator[Tuple[slice, slice]]:
-        """Group and row slices whose pairs make up about one chunk."""
-        rows = min(self.length, max(1, min(_ROWS, self.chunk // (self.reach + 1))))
+    def blocks(self) -> Iterator[_Block]:
+        """Blocks of about one chunk that hold every unordered pair of tokens of a group, those on the diagonal twice."""
+        rows = min(self.length, max(_ROWS, -(-self.length // _STRIPS)), max(1, self.chunk // self.length))
         rows = -(-self.length // -(-self.length // rows))
-        step = max(1, self.chunk // (rows * (self.reach + 1)))
-        for first in range(0, self.groups, step):
-            groups = slice(first, min(first + step, self.groups))
-            for row in range(0, self.length, rows):
-                yield groups, slice(row, min(row + rows, self.length))
+        for row in range(0, self.length, rows):
+            strip = slice(row, min(row + rows, self.length))
+            for columns in (strip, slice(strip.stop, self.length)):
+                pairs = (strip.stop - row) * (columns.stop - columns.start)
+                step = max(1, self.chunk // pairs) if pairs else self.groups
+                for first in range(0, self.groups if pairs else 0, step):
+                    yield _Block(slice(first, min(first + step, self.groups)), strip, columns)
 
     def pairs_per_image(self) -> Union[Tensor, int]:
         """Ordered pairs of valid tokens in each image."""
@@ -177,30 +195,6 @@ class _Plan:
             raise DataError(f'image {int((pairs == 0).nonzero()[0])} has no valid token; '
                             'leave it out or correct the valid mask')
         return pairs
-
-    def absent(self, groups: slice, rows: slice) -> Optional[Tensor]:
-        """Pairs of a block that take no part, shape (groups, rows, reach + 1)."""
-        if self.valid is None:
-            return None
-        valid = self.valid[groups]
-        partner = torch.cat([valid, valid[:, :self.reach]], 1).unfold(1, self.reach + 1, 1)
-        return ~(valid[:, rows, None] & partner[:, rows])
-
-    def sum_pairs(self, values: Tensor) -> Tensor:
-        """Sum over the ordered pairs of a block (..., rows, reach + 1), shape (...)."""
-        total = 2 * values.flatten(-2).sum(-1) - values[..., 0].sum(-1)
-        if self.length % 2 == 0:
-            # Row i at distance N / 2 and row i + N / 2 are the same pair.
-            total -= values[..., self.reach].sum(-1)
-        return total
-
-    def weigh_(self, values: Tensor) -> Tensor:
-        """Multiplies values of a block (..., rows, reach + 1) by the ordered pairs each stands for, in place."""
-        values *= 2
-        values[..., 0] /= 2
-        if self.length % 2 == 0:
-            values[..., self.reach] /= 2
-        return values
 
 
 class _full_precision:
@@ -216,49 +210,48 @@ class _full_precision:
         self._context.__exit__(*error)
 
 
-def _normalize(tokens: Tensor) -> Tuple[Tensor, Tensor]:
-    """Unit tokens and the reciprocals (B, N, 1) of their norms, both zero for tokens without direction."""
+def _normalize(tokens: Tensor, valid: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+    """Unit tokens and the reciprocals (B, N, 1) of their norms, both zero for tokens without direction and those that are not valid."""
     tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
     norm = tokens.norm(dim=-1, keepdim=True)
     inverse = torch.where(norm > _NORM_FLOOR, norm.reciprocal(), torch.zeros_like(norm))
-    return tokens * inverse, inverse
+    unit = tokens * inverse
+    if valid is not None:
+        absent = ~valid.unsqueeze(2)
+        unit, inverse = unit.masked_fill_(absent, 0), inverse.masked_fill_(absent, 0)
+    return unit, inverse
 
 
 def _denormalize(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """Gradient of the tokens from that of the unit tokens."""
-    return (grad - unit * (unit * grad).sum(-1, keepdim=True)) * inverse
+    along = (unit * grad).sum(-1, keepdim=True)
+    return grad.addcmul_(unit, along, value=-1).mul_(inverse)
 
 
-def _band(block: Tensor, reach: int) -> Tensor:
-    """View of a block (groups, rows, rows + reach) in which row i holds its columns i .. i + reach."""
-    groups, rows, columns = block.shape
-    return block.as_strided((groups, rows, reach + 1), (rows * columns, columns + 1, 1))
+class _Similarities:
+    """Cosine similarities of unit tokens, block by block."""
+
+    def __init__(self, unit: Tensor, plan: _Plan) -> None:
+        self._left = self._right = unit
+        if plan.valid is not None:
+            # Two more channels put the pairs with an absent token far away, in the matrix product itself.
+            away = torch.zeros_like(unit[..., :1]).masked_fill_(~plan.valid.unsqueeze(2), _NOWHERE)
+            one = torch.ones_like(away)
+            self._left, self._right = torch.cat([unit, away, one], 2), torch.cat([unit, one, away], 2)
+
+    def __call__(self, block: _Block) -> Tensor:
+        """Shape (groups, rows, columns); at least ``_NOWHERE`` less 1 for absent pairs."""
+        return self._left[block.groups, block.rows] @ self._right[block.groups, block.columns].transpose(1, 2)
 
 
-def _wrap(unit: Tensor, plan: _Plan, groups: slice, rows: slice) -> Tensor:
-    """Tokens rows.start .. rows.stop + reach of the groups, counted around the end."""
-    stop = rows.stop + plan.reach
-    if stop <= plan.length:
-        return unit[groups, rows.start:stop]
-    return torch.cat([unit[groups, rows.start:], unit[groups, :stop - plan.length]], 1)
-
-
-def _similarities(unit: Tensor, plan: _Plan, groups: slice, rows: slice) -> Tensor:
-    """Cosine similarities of the pairs of a block, shape (groups, rows, reach + 1); ``_NOWHERE`` for absent pairs."""
-    block = unit[groups, rows] @ _wrap(unit, plan, groups, rows).transpose(1, 2)
-    similarity = _band(block, plan.reach).contiguous()
-    absent = plan.absent(groups, rows)
-    return similarity if absent is None else similarity.masked_fill_(absent, _NOWHERE)
-
-
-def _range(unit: Tensor, plan: _Plan, kept: Optional[List[Tensor]]) -> Tuple[Tensor, Tensor]:
+def _range(unit: Tensor, plan: _Plan, similarities: _Similarities, kept: Optional[List[Tensor]]) -> Tuple[Tensor, Tensor]:
     """Least and greatest similarity of the batch; appends the blocks of similarities to ``kept``."""
     # No similarity exceeds the greatest squared norm of a token that takes part, which is its similarity to itself.
     own = unit.square().sum(-1)
     greatest = (own if plan.valid is None else own.masked_fill(~plan.valid, -_NOWHERE)).amax()
     lows = []
-    for groups, rows in plan.blocks():
-        similarity = _similarities(unit, plan, groups, rows)
+    for block in plan.blocks():
+        similarity = similarities(block)
         lows.append(similarity.amin())
         if kept is not None:
             kept.append(similarity)
@@ -270,55 +263,53 @@ def _scale(bandwidth: float) -> float:
     return math.sqrt(0.5 / math.log(2)) / bandwidth
 
 
-class _Workspace:
-    """Buffers for the kernel of one block at a time: fresh ones for each block would cost more than the arithmetic."""
+class _Kernel:
+    """The kernel of one block at one grid point at a time, in buffers that stay in the cache."""
 
-    def __init__(self, plan: _Plan, grid: Tensor, buffers: int) -> None:
-        largest = max(_extent(groups) * _extent(rows) for groups, rows in plan.blocks()) * (plan.reach + 1)
-        self._buffers = grid.new_empty(buffers, plan.points * largest)
+    def __init__(self, plan: _Plan, grid: Tensor) -> None:
+        self._buffers = grid.new_empty(3, max(block.pairs for block in plan.blocks()))
         self._scale = _scale(plan.bandwidth)
-        self._grid = (grid * self._scale).unsqueeze(1)
+        self._grid = (grid * self._scale).unbind()
+        self._zero = grid.new_zeros(())
 
-    def kernel(self, similarity: Tensor) -> Tuple[Tensor, Tensor]:
-        """Kernel of a block's similarities at the grid, without its constant factor, and the scaled distances to it.
+    def __call__(self, similarity: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
+        """For each grid point the kernel of a block's similarities, without its constant factor, and their scaled distances to the point.
 
         Returns:
-            Both of shape (groups, points, pairs); with a single buffer the distances are overwritten by the kernel.
+            Both of the shape of ``similarity``, to be used before the next ones are asked for.
         """
-        scaled = (similarity * self._scale).flatten(1).unsqueeze(1)
-        shape = (scaled.shape[0], len(self._grid), scaled.shape[2])
-        distance, kernel = (self._buffers[i, :math.prod(shape)].view(shape) for i in (0, -1))
-        torch.sub(scaled, self._grid, out=distance)
-        # exp2 and not exp: exp goes through a vendor library that is several times slower on some processors.
-        return torch.mul(distance, distance, out=kernel).neg_().clamp_(min=_LEAST_EXPONENT).exp2_(), distance
-
-
-def _extent(part: slice) -> int:
-    return part.stop - part.start
+        scaled, distance, kernel = (buffer[:similarity.numel()].view(similarity.shape) for buffer in self._buffers)
+        torch.mul(similarity, self._scale, out=scaled)
+        for point in self._grid:
+            torch.sub(scaled, point, out=distance)
+            # exp2 and not exp: exp goes through a vendor library that is several times slower on some processors.
+            torch.addcmul(self._zero, distance, distance, value=-1, out=kernel).clamp_(min=_LEAST_EXPONENT).exp2_()
+            yield kernel, distance
 
 
 def _densities(unit: Tensor, plan: _Plan, value_range: Optional[Tuple[float, float]],
                reduce_range: Optional[RangeReducer], keep: bool) -> Tuple[Tensor, Tensor, Optional[List[Tensor]]]:
     """Grid (points,), densities (images, points), and the blocks of similarities if they are kept."""
+    similarities = _Similarities(unit, plan)
     blocks: Optional[List[Tensor]] = [] if keep else None
     if value_range is None:
-        low, high = _range(unit, plan, blocks)
+        low, high = _range(unit, plan, similarities, blocks)
     else:
         low, high = (torch.as_tensor(v, dtype=unit.dtype, device=unit.device) for v in value_range)
         if keep:
-            blocks = [_similarities(unit, plan, *where) for where in plan.blocks()]
+            blocks = [similarities(block) for block in plan.blocks()]
     if reduce_range is not None:
         low, high = reduce_range(low, high)
     steps = torch.arange(plan.points, dtype=unit.dtype, device=unit.device) / (plan.points - 1)
     grid = low + (high - low) * steps
 
-    workspace = _Workspace(plan, grid, 1)
-    sums = unit.new_zeros(plan.groups, plan.points)
-    for index, (groups, rows) in enumerate(plan.blocks()):
-        similarity = blocks[index] if keep else _similarities(unit, plan, groups, rows)
-        kernel, _ = workspace.kernel(similarity)
-        sums[groups] += plan.sum_pairs(kernel.unflatten(2, similarity.shape[1:]))
-    sums = sums.view(plan.images, plan.per_image, plan.points).sum(1)
+    kernel_at = _Kernel(plan, grid)
+    sums = unit.new_zeros(plan.points, plan.groups)
+    for index, block in enumerate(plan.blocks()):
+        similarity = blocks[index] if keep else similarities(block)
+        for total, (kernel, _) in zip(sums, kernel_at(similarity)):
+            total[block.groups].add_(kernel.flatten(1).sum(1), alpha=1 if block.square else 2)
+    sums = sums.view(plan.points, plan.images, plan.per_image).sum(2).t()
     return grid, (sums * _factor(plan)).to(sums.dtype), blocks
 
 
@@ -336,7 +327,7 @@ class _Entropy(torch.autograd.Function):
     def forward(ctx: Any, tokens: Tensor, plan: _Plan, eps: float, value_range: Optional[Tuple[float, float]],
                 reduce_range: Optional[RangeReducer], keep: bool) -> Tensor:
         with _full_precision(tokens):
-            unit, _ = _normalize(tokens)
+            unit, _ = _normalize(tokens, plan.valid)
             grid, density, blocks = _densities(unit, plan, value_range, reduce_range, keep)
             p = density + eps
             log_p = p.log()
@@ -355,33 +346,27 @@ class _Entropy(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
         tokens, grid, slope = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        scale = _scale(plan.bandwidth)
         with _full_precision(tokens):
-            unit, inverse = _normalize(tokens)
-            # d kernel / d s = -2 log(2) scale distance kernel
-            slope = (slope * (grad_output * (-2 * math.log(2) * scale))).repeat_interleave(plan.per_image, 0)
-            workspace = _Workspace(plan, grid, 2)
+            unit, inverse = _normalize(tokens, plan.valid)
+            similarities = None if ctx.blocks is not None else _Similarities(unit, plan)
+            # d kernel / d s = -2 log(2) scale distance kernel, and each pair counts in both of its orders.
+            slope = slope * (grad_output * (-4 * math.log(2) * _scale(plan.bandwidth)))
+            slopes = slope.repeat_interleave(plan.per_image, 0).t().contiguous()
+            kernel_at = _Kernel(plan, grid)
             grad = torch.zeros_like(unit)
-            for index, (groups, rows) in enumerate(plan.blocks()):
-                kept = ctx.blocks is not None
-                similarity = ctx.blocks[index] if kept else _similarities(unit, plan, groups, rows)
-                kernel, distance = workspace.kernel(similarity)
-                pairs = torch.bmm(slope[groups].unsqueeze(1), kernel.mul_(distance)).view_as(similarity)
-                absent = plan.absent(groups, rows)
-                if absent is not None:
-                    pairs.masked_fill_(absent, 0)
-                _add_products_(grad, plan.weigh_(pairs), unit, plan, groups, rows)
+            pairs_buffer = unit.new_empty(max(block.pairs for block in plan.blocks()))
+            for index, block in enumerate(plan.blocks()):
+                similarity = similarities(block) if similarities is not None else ctx.blocks[index]
+                pairs = pairs_buffer[:block.pairs].view_as(similarity).zero_()
+                for at_point, (kernel, distance) in zip(slopes, kernel_at(similarity)):
+                    pairs.addcmul_(kernel.mul_(distance), at_point[block.groups].view(-1, 1, 1))
+                _add_products_(grad, pairs, unit, block)
             grad = _denormalize(grad, unit, inverse)
         return (grad.to(tokens.dtype), None, None, None, None, None)
 
 
-def _add_products_(grad: Tensor, pairs: Tensor, unit: Tensor, plan: _Plan, groups: slice, rows: slice) -> None:
-    """Adds to ``grad`` what the gradients of a block's pairs (groups, rows, reach + 1) mean for both tokens."""
-    size, height, _ = pairs.shape
-    block = pairs.new_zeros(size, height, height + plan.reach)
-    _band(block, plan.reach).copy_(pairs)
-    grad[groups, rows] += block @ _wrap(unit, plan, groups, rows)
-    partner = block.transpose(1, 2) @ unit[groups, rows]
-    inside = min(plan.length - rows.start, partner.shape[1])
-    grad[groups, rows.start:rows.start + inside] += partner[:, :inside]
-    grad[groups, :partner.shape[1] - inside] += partner[:, inside:]
+def _add_products_(grad: Tensor, pairs: Tensor, unit: Tensor, block: _Block) -> None:
+    """Adds to ``grad`` what the gradients of a block's pairs (groups, rows, columns) mean for both tokens."""
+    grad[block.groups, block.rows] += pairs @ unit[block.groups, block.columns]
+    if not block.square:  # a square holds the other order itself
+        grad[block.groups, block.columns] += pairs.transpose(1, 2) @ unit[block.groups, block.rows]

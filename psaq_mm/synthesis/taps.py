@@ -84,26 +84,30 @@ class AttentionTaps:
         Raises:
             UnsupportedModelError: On exit, if no attention was called, or if reentrant activation checkpointing has
                 cut the taps off the graph.
-            DataError: If the groups do not divide by the batch or no token is left.
+            DataError: In the forward pass, if the groups do not divide by the batch or no token is left.
         """
         tensor = isinstance(images, Tensor)
         batch = len(images) if tensor else images
         needs_grad = tensor and images.requires_grad and torch.is_grad_enabled()
         record: List[AttentionTap] = []
-        calls: List[Tuple[str, nn.Module, Tensor, Optional[Tensor]]] = []
+        calls: List[AttentionTap] = []
         handles = []
+
+        def tap(name: str, module: nn.Module, output: Tensor) -> None:
+            # The mean of the heads is taken at once, so that no block's whole output is held until the last one has run. Checkpointing
+            # compares the tensors a block saves with those of its recomputation, which runs without the hook: it must not count these.
+            with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+                calls.append(self._tap(name, module, output, getattr(module, 'valid_rows', None), batch))
+
         try:
             for name, module in self.attention:
-                # The hook computes nothing: checkpointing compares the tensors a block saves with those of its
-                # recomputation, which runs without the hook.
                 handles.append(module.proj.register_forward_pre_hook(
-                    lambda _, inputs, name=name, module=module: calls.append(
-                        (name, module, inputs[0], getattr(module, 'valid_rows', None)))))
+                    lambda _, inputs, name=name, module=module: tap(name, module, inputs[0])))
             yield record
         finally:
             for handle in handles:
                 handle.remove()
-        record.extend(self._tap(*call, batch) for call in calls)
+        record.extend(calls)
         if not record:
             raise UnsupportedModelError(f'none of the {len(self.attention)} attention modules was called, the first is '
                                         f'{self.attention[0][0]!r}; run the whole backbone inside record()')
@@ -119,5 +123,10 @@ class AttentionTaps:
             raise DataError(f'attention {name!r} saw {groups} groups, which do not divide by the batch of {batch}')
         if length <= self.drop_tokens:
             raise DataError(f'attention {name!r} has {length} tokens, none is left with drop_tokens={self.drop_tokens}')
-        tokens = output.reshape(groups, length, module.num_heads, -1).mean(2)[:, self.drop_tokens:]
+        heads = output.reshape(groups, length, module.num_heads, -1)[:, self.drop_tokens:]
+        tokens = heads.sum(2) / module.num_heads  # a mean would keep the heads for its backward pass
         return AttentionTap(name, tokens, None if valid is None else valid[:, self.drop_tokens:], groups // batch)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

@@ -111,8 +111,10 @@ def test_rate_warms_up_and_falls_in_each_round():
 def test_moves_change_the_batch_as_one():
     batch = torch.arange(2 * 3 * 5 * 6.).view(2, 3, 5, 6)
     maker, generator = small(flip=1.0), torch.Generator().manual_seed(0)
-    moved = maker._move(batch, 3, generator).flip(3)
-    assert any(torch.equal(moved, batch.roll((o, o), (2, 3))) for o in range(-3, 4))
+    move = maker._draw_move(3, generator)
+    moved = move.apply(batch)
+    assert any(torch.equal(moved.flip(3), batch.roll((o, o), (2, 3))) for o in range(-3, 4))
+    assert torch.equal(move.undo(moved), batch)
 
 
 def test_given_images_are_evolved_and_left_alone():

@@ -28,6 +28,20 @@ def test_total_variation_takes_its_norms_over_the_batch():
         total_variation(picture[0])
 
 
+@pytest.mark.parametrize('shape', [(2, 3, 7, 5), (1, 2, 1, 6), (3, 1, 4, 1), (2, 3, 300, 301)])
+def test_total_variation_and_its_gradient_are_those_of_the_plain_formula(shape):
+    picture = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    plain = ((picture[..., :-1] - picture[..., 1:]).norm() + (picture[..., :-1, :] - picture[..., 1:, :]).norm() +
+             (picture[..., :-1, :-1] - picture[..., 1:, 1:]).norm() + (picture[..., 1:, :-1] - picture[..., :-1, 1:]).norm())
+    found = total_variation(picture)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(value, picture)[0] for value in (found, plain)))
+    wide = picture.detach().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()  # its rows do not lie together
+    torch.testing.assert_close(torch.autograd.grad(total_variation(wide), wide)[0],
+                               torch.autograd.grad(total_variation(picture), picture)[0])
+
+
 def test_target_and_prior_mean_the_same_at_every_size():
     assert variation_target(2750., REFERENCE_SHAPE) == 2750
     small = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
