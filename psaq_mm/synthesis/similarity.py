@@ -25,9 +25,8 @@ _NORM_FLOOR = 1e-8
 _NOWHERE = 1e3
 # Kernels are cut off at 2^-126, the least normal float32: smaller ones cost several times more and change nothing.
 _LEAST_EXPONENT = -126.0
-# Rows of the similarity matrix computed at a time, and into how many strips it falls at most without chunks: wider ones compute more
-# pairs twice, narrower ones run slower.
-_ROWS, _STRIPS = 16, 7
+# A strip of rows takes as long as this many pairs, whatever it holds: narrower strips compute fewer pairs twice, but there are more.
+_STRIP_COST = {'cpu': 1 << 14, 'cuda': 1 << 19}
 
 
 class SimilarityDensity(NamedTuple):
@@ -123,28 +122,27 @@ def patch_similarity_density(tokens: Tensor,
 
 
 class _Block(NamedTuple):
-    """A rectangle of the similarity matrices of some groups, on the diagonal or above it."""
+    """Some rows of the similarity matrices of some groups, from the diagonal on: (groups, rows, length - rows.start)."""
     groups: slice
     rows: slice
-    columns: slice
+    length: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.rows.start, self.length)
 
     @property
     def pairs(self) -> int:
-        return math.prod(part.stop - part.start for part in self)
-
-    @property
-    def square(self) -> bool:
-        """Whether it lies on the diagonal and holds both orders of each pair; others stand for their mirror image too."""
-        return self.rows == self.columns
+        return math.prod(part.stop - part.start for part in (self.groups, self.rows, self.columns))
 
 
 class _Plan:
     """Shapes, settings and blocks of one call."""
 
     def __init__(self, groups: int, length: int, valid: Optional[Tensor], per_image: int, points: int,
-                 bandwidth: float, chunk: int) -> None:
+                 bandwidth: float, chunk: int, strip_cost: int) -> None:
         self.groups, self.length, self.valid, self.per_image = groups, length, valid, per_image
-        self.points, self.bandwidth, self.chunk = points, bandwidth, chunk
+        self.points, self.bandwidth, self.chunk, self.strip_cost = points, bandwidth, chunk, strip_cost
 
     @classmethod
     def build(cls, tokens: Tensor, valid: Optional[Tensor], per_image: int, points: int, bandwidth: float,
@@ -167,24 +165,24 @@ class _Plan:
             valid = None if bool(valid.all()) else valid.to(tokens.device)
         if chunk is None:
             # A few buffers of this many values stay in the cache of the cores that share the work.
-            chunk = (1 << 15) * max(2, torch.get_num_threads()) if tokens.device.type == 'cpu' else 1 << 23
-        return cls(groups, length, valid, per_image, points, bandwidth, chunk)
+            chunk = (1 << 16) * max(2, torch.get_num_threads()) if tokens.device.type == 'cpu' else 1 << 23
+        strip_cost = _STRIP_COST['cpu' if tokens.device.type == 'cpu' else 'cuda']
+        return cls(groups, length, valid, per_image, points, bandwidth, chunk, strip_cost)
 
     @property
     def images(self) -> int:
         return self.groups // self.per_image
 
     def blocks(self) -> Iterator[_Block]:
-        """Blocks of about one chunk that hold every unordered pair of tokens of a group, those on the diagonal twice."""
-        rows = min(self.length, max(_ROWS, -(-self.length // _STRIPS)), max(1, self.chunk // self.length))
-        rows = -(-self.length // -(-self.length // rows))
+        """Blocks of about one chunk that hold every unordered pair of tokens of a group, those of two rows of one strip twice."""
+        strips = round(math.sqrt(self.groups * self.length**2 / (2 * self.strip_cost)))
+        rows = min(-(-self.length // max(1, strips)), max(1, self.chunk // self.length))
+        rows = -(-self.length // -(-self.length // max(rows, min(8, self.length))))
         for row in range(0, self.length, rows):
             strip = slice(row, min(row + rows, self.length))
-            for columns in (strip, slice(strip.stop, self.length)):
-                pairs = (strip.stop - row) * (columns.stop - columns.start)
-                step = max(1, self.chunk // pairs) if pairs else self.groups
-                for first in range(0, self.groups if pairs else 0, step):
-                    yield _Block(slice(first, min(first + step, self.groups)), strip, columns)
+            step = max(1, self.chunk // ((strip.stop - row) * (self.length - row)))
+            for first in range(0, self.groups, step):
+                yield _Block(slice(first, min(first + step, self.groups)), strip, self.length)
 
     def pairs_per_image(self) -> Union[Tensor, int]:
         """Ordered pairs of valid tokens in each image."""
@@ -264,13 +262,15 @@ def _scale(bandwidth: float) -> float:
 
 
 class _Kernel:
-    """The kernel of one block at one grid point at a time, in buffers that stay in the cache."""
+    """The kernel of one block at one grid point at a time, in buffers that stay in the cache.
+
+    Pairs of two rows of the block's strip are there in both of their orders, all others in one: the kernel of the former is halved.
+    """
 
     def __init__(self, plan: _Plan, grid: Tensor) -> None:
         self._buffers = grid.new_empty(3, max(block.pairs for block in plan.blocks()))
         self._scale = _scale(plan.bandwidth)
         self._grid = (grid * self._scale).unbind()
-        self._zero = grid.new_zeros(())
 
     def __call__(self, similarity: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
         """For each grid point the kernel of a block's similarities, without its constant factor, and their scaled distances to the point.
@@ -280,10 +280,12 @@ class _Kernel:
         """
         scaled, distance, kernel = (buffer[:similarity.numel()].view(similarity.shape) for buffer in self._buffers)
         torch.mul(similarity, self._scale, out=scaled)
+        halving = similarity.new_zeros(similarity.shape[1:])
+        halving[:, :len(halving)] = -1  # of the exponent
         for point in self._grid:
             torch.sub(scaled, point, out=distance)
             # exp2 and not exp: exp goes through a vendor library that is several times slower on some processors.
-            torch.addcmul(self._zero, distance, distance, value=-1, out=kernel).clamp_(min=_LEAST_EXPONENT).exp2_()
+            torch.addcmul(halving, distance, distance, value=-1, out=kernel).clamp_(min=_LEAST_EXPONENT).exp2_()
             yield kernel, distance
 
 
@@ -307,9 +309,8 @@ def _densities(unit: Tensor, plan: _Plan, value_range: Optional[Tuple[float, flo
     sums = unit.new_zeros(plan.points, plan.groups)
     for index, block in enumerate(plan.blocks()):
         similarity = blocks[index] if keep else similarities(block)
-        for total, (kernel, _) in zip(sums, kernel_at(similarity)):
-            total[block.groups].add_(kernel.flatten(1).sum(1), alpha=1 if block.square else 2)
-    sums = sums.view(plan.points, plan.images, plan.per_image).sum(2).t()
+        sums[:, block.groups] += torch.stack([kernel.sum((1, 2)) for kernel, _ in kernel_at(similarity)])
+    sums = 2 * sums.view(plan.points, plan.images, plan.per_image).sum(2).t()
     return grid, (sums * _factor(plan)).to(sums.dtype), blocks
 
 
@@ -351,15 +352,15 @@ class _Entropy(torch.autograd.Function):
             similarities = None if ctx.blocks is not None else _Similarities(unit, plan)
             # d kernel / d s = -2 log(2) scale distance kernel, and each pair counts in both of its orders.
             slope = slope * (grad_output * (-4 * math.log(2) * _scale(plan.bandwidth)))
-            slopes = slope.repeat_interleave(plan.per_image, 0).t().contiguous()
+            slopes = slope.repeat_interleave(plan.per_image, 0).t().contiguous()[..., None, None]
             kernel_at = _Kernel(plan, grid)
             grad = torch.zeros_like(unit)
             pairs_buffer = unit.new_empty(max(block.pairs for block in plan.blocks()))
             for index, block in enumerate(plan.blocks()):
                 similarity = similarities(block) if similarities is not None else ctx.blocks[index]
                 pairs = pairs_buffer[:block.pairs].view_as(similarity).zero_()
-                for at_point, (kernel, distance) in zip(slopes, kernel_at(similarity)):
-                    pairs.addcmul_(kernel.mul_(distance), at_point[block.groups].view(-1, 1, 1))
+                for at_point, (kernel, distance) in zip(slopes[:, block.groups].unbind(), kernel_at(similarity)):
+                    pairs.addcmul_(kernel.mul_(distance), at_point)
                 _add_products_(grad, pairs, unit, block)
             grad = _denormalize(grad, unit, inverse)
         return (grad.to(tokens.dtype), None, None, None, None, None)
@@ -368,5 +369,4 @@ class _Entropy(torch.autograd.Function):
 def _add_products_(grad: Tensor, pairs: Tensor, unit: Tensor, block: _Block) -> None:
     """Adds to ``grad`` what the gradients of a block's pairs (groups, rows, columns) mean for both tokens."""
     grad[block.groups, block.rows] += pairs @ unit[block.groups, block.columns]
-    if not block.square:  # a square holds the other order itself
-        grad[block.groups, block.columns] += pairs.transpose(1, 2) @ unit[block.groups, block.rows]
+    grad[block.groups, block.columns] += pairs.transpose(1, 2) @ unit[block.groups, block.rows]
