@@ -2,7 +2,9 @@
 #
 # Each makes its environment first (`.venv`; minutes, and about 20 more on two cores where mmcv has to be compiled) and
 # takes seconds when that stands. Settings, on the command line or in the environment:
-#   PYTHON           the Python to build on, 3.11                    TORCH   another torch than the reference one
+#   PYTHON           the Python to build on, 3.11                    TORCH   another torch than the reference one; from 2.3 on with numpy 2
+#   STACK            openmmlab (OpenMMLab's own packages) if not set, or onedl: the maintained forks with the same import names
+#                    (onedl-mmcv and so on), on torch 2.13.0 unless TORCH names another. Every TORCH and STACK has a `.venv-...` of its own
 #   ARGS             more arguments for pytest or the demo           MAX_JOBS  compilers at a time while mmcv is built
 #   MMCV_FIND_LINKS  folder or address with prebuilt mmcv wheels: OpenMMLab publishes an index for every torch and CUDA
 #                    version (see the installation page of MMCV); PIP_FIND_LINKS is read too
@@ -12,11 +14,14 @@
 # Packages come from where pip is told to look: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, pip.conf.
 
 REFERENCE_TORCH := 2.1.2
+NEW_TORCH := 2.13.0
 
 PYTHON ?= python3.11
-TORCH  ?= $(REFERENCE_TORCH)
-# Another torch gets a folder of its own: the reference environment is dear.
-VENV      ?= $(if $(filter $(TORCH),$(REFERENCE_TORCH)),.venv,.venv-torch$(TORCH))
+STACK  ?= openmmlab
+TORCH  ?= $(if $(filter onedl,$(STACK)),$(NEW_TORCH),$(REFERENCE_TORCH))
+# Another torch or other packages get a folder of their own: the reference environment is dear.
+OTHER     := $(if $(filter-out openmmlab,$(STACK)),-$(STACK))$(if $(filter-out $(REFERENCE_TORCH),$(TORCH)),-torch$(TORCH))
+VENV      ?= .venv$(OTHER)
 VENV_CORE ?= .venv-core-torch$(TORCH)
 ARGS   ?=
 WORKERS ?= 2
@@ -27,7 +32,7 @@ THREADS_GIVEN := $(OMP_NUM_THREADS)
 OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS MMCV_FIND_LINKS PSAQ_MM_WHEELS PSAQ_MM_DATA
 
-SET_UP = $(PYTHON) .dev/setup_env.py --torch $(TORCH)
+SET_UP = $(PYTHON) .dev/setup_env.py --torch "$(TORCH)"
 CORE_TESTS = $(wildcard tests/quantization tests/synthesis tests/distillation)
 
 .PHONY: help demo test test-core real venv venv-core python clean distclean
@@ -42,7 +47,7 @@ python:
 
 # Not a file target: what decides is the content of the requirements, not the time of a file, and a fresh clone has only new times.
 venv: python
-	@$(SET_UP) --venv "$(VENV)"
+	@$(SET_UP) --stack "$(STACK)" --venv "$(VENV)"
 
 venv-core: python
 	@$(SET_UP) --venv "$(VENV_CORE)" --core

@@ -77,11 +77,13 @@ EXTRAS = {
     # mmsegmentation imports ftfy and regex without requiring them.
     'mmseg': [*MM, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex'],
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
+    # The maintained forks, in place of the three above. mmseg's asks for numpy 2, and with it torch 2.3 or later.
+    'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain', 'pillow'],
     'timm': ['timm>=1.0'],
     'deploy': ['onnx>=1.15', 'onnxruntime>=1.18', 'openvino>=2024.4'],
     'test': ['pytest>=7', 'pytest-xdist', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino'],
 }
-EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name != 'test' for line in lines})
+EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in ('onedl', 'test') for line in lines})
 
 setup(
     name='psaq_mm',

@@ -3,7 +3,8 @@
 
 Standard library only: it runs on a machine that has nothing but Python. Two kinds of environment:
 
-* the reference stack (default): torch, mmcv with its compiled ops, mmdet, mmsegmentation, mmpretrain, as requirements.txt pins them;
+* a whole stack: torch, mmcv with its compiled ops, mmdet, mmsegmentation, mmpretrain. The reference one (default) is what requirements.txt
+  pins; a torch from 2.3 on gets numpy 2 (requirements-torch2.13.txt); `--stack onedl` takes the maintained forks (requirements-onedl.txt);
 * `--core`: PyTorch of any version and the test tools, without OpenMMLab, for the floors that need PyTorch alone.
 
 Where packages come from is pip's business: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and pip.conf all hold. On Linux the
@@ -29,7 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 STAMP = '.psaq-ready.json'
 BUILDING = '.psaq-building'
 # Whatever changes one of these may change the environment. This file is one of them: it decides how things are installed.
-KEY_FILES = ('constraints.txt', 'requirements.txt', 'setup.py', 'pyproject.toml', '.dev/setup_env.py')
+KEY_FILES = ('constraints.txt', 'constraints-numpy2.txt', 'requirements.txt', 'requirements-torch2.13.txt', 'requirements-onedl.txt',
+             'requirements-tools.txt', 'setup.py', 'pyproject.toml', '.dev/setup_env.py')
+# Distributions by import name: the forks install the same packages, so that the two families can never share an environment.
+STACKS = {
+    'openmmlab': {'mmengine': 'mmengine', 'mmcv': 'mmcv', 'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'},
+    'onedl': {'mmengine': 'onedl-mmengine', 'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection', 'mmseg': 'onedl-mmsegmentation',
+              'mmpretrain': 'onedl-mmpretrain'},
+}
 # One compiler process of mmcv's ops takes up to this much memory.
 BYTES_PER_JOB = 2 << 30
 
@@ -41,9 +49,11 @@ kept = nms(torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.], [20., 20., 29., 29.
 assert kept.tolist() == [0, 2], kept
 """
 STACK_CHECK = OPS_CHECK + """
-import mmdet.models, mmseg.models, mmpretrain.models, torchvision.ops, numpy
+import mmdet.models, mmseg.models, numpy
 assert torch.from_numpy(numpy.ones(3)).sum() == 3
 """
+# mmpretrain imports torchvision, which not every torch has.
+VISION_CHECK = STACK_CHECK + 'import torchvision.ops, mmpretrain.models\n'
 
 
 class SetupError(Exception):
@@ -54,18 +64,21 @@ def say(text):
     print(f'[setup] {text}', flush=True)
 
 
-def environment_key(torch_version, core=False, root=ROOT):
+def environment_key(torch_version, core=False, root=ROOT, stack='openmmlab'):
     """Hash of everything the environment depends on; an equal one in the stamp means that nothing is to be done."""
     digest = hashlib.sha256()
     for name in KEY_FILES:
         digest.update(name.encode() + b'\0' + (root / name).read_bytes() + b'\0')
-    digest.update(json.dumps(identity(torch_version, core, root), sort_keys=True).encode())
+    digest.update(json.dumps(identity(torch_version, core, root, stack), sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def identity(torch_version, core=False, root=ROOT):
+def identity(torch_version, core=False, root=ROOT, stack='openmmlab'):
     """What an environment cannot change in place: a difference here means starting from nothing."""
+    # The reference stack is not named: environments that stand from before there was a choice are its.
+    named = {} if stack == 'openmmlab' else {'stack': stack}
     return {
+        **named,
         'torch': torch_version,
         'python': '{}.{}'.format(*sys.version_info[:2]),
         'root': str(root),  # an environment does not survive being moved
@@ -97,13 +110,36 @@ def write_stamp(venv, key, ident):
         (venv / BUILDING).unlink()
 
 
-def pinned(name):
-    """The version that requirements.txt pins `name` to."""
-    text = (ROOT / 'requirements.txt').read_text(encoding='utf-8')
-    match = re.search(rf'^{re.escape(name)}==(\S+)', text, re.MULTILINE)
-    if match is None:
-        raise SetupError(f'requirements.txt has no line "{name}==<version>": add it')
-    return match.group(1)
+def has_numpy2(torch_version):
+    """torch below 2.3 was built for numpy 1."""
+    return tuple(int(part) for part in torch_version.split('.'))[:2] >= (2, 3)
+
+
+class Stack:
+    """A family of packages and the files with its pins."""
+
+    def __init__(self, name='openmmlab', torch_version=None):
+        self.name = name
+        self.distributions = STACKS[name]
+        self.others = sorted(set().union(*(family.values() for family in STACKS.values())) - set(self.distributions.values()))
+        numpy2 = torch_version is not None and has_numpy2(torch_version)
+        self.requirements = 'requirements-onedl.txt' if name == 'onedl' else f'requirements{"-torch2.13" if numpy2 else ""}.txt'
+        self.constraints = f'constraints{"-numpy2" if numpy2 else ""}.txt'
+
+    def pins(self, file=None):
+        """The requirements as a list of lines, those of the files that they read included."""
+        found = []
+        for line in (ROOT / (file or self.requirements)).read_text(encoding='utf-8').splitlines():
+            line = line.split('#')[0].strip()
+            found += self.pins(line[2:].strip()) if line.startswith('-r') else [line] if line else []
+        return found
+
+    def pinned(self, name):
+        """The version that `name` is pinned to."""
+        for pin in self.pins():
+            if pin.startswith(f'{name}=='):
+                return pin.split('==')[1]
+        raise SetupError(f'{self.requirements} has no line "{name}==<version>": add it')
 
 
 def run(command, env=None, **kwargs):
@@ -120,10 +156,10 @@ def run(command, env=None, **kwargs):
 class Environment:
     """A virtual environment and the pip in it."""
 
-    def __init__(self, folder, constraints=True):
+    def __init__(self, folder, constraints='constraints.txt'):
         self.folder = folder
         self.python = folder / 'bin' / 'python'
-        self.constraints = ['-c', 'constraints.txt'] if constraints else []
+        self.constraints = ['-c', constraints] if constraints else []
         self.quiet = [] if sys.stdout.isatty() else ['-q']
 
     def pip(self, verb, *args, env=None, **kwargs):
@@ -148,7 +184,7 @@ class Environment:
         return run([self.python, '-c', code], stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def make_venv(venv, ident):
+def make_venv(venv, ident, others=()):
     """A folder with a working Python and pip: a new one, or the one that stands there where it can be built on."""
     stamp, interrupted = read_stamp(venv), (venv / BUILDING).exists()
     if venv.exists() and not (interrupted or stamp):
@@ -160,9 +196,12 @@ def make_venv(venv, ident):
         if found.has('torch') and not found.has('torch', ident['torch']):
             raise SetupError(f'{venv} was not made by this Makefile and holds another torch than {ident["torch"]}: remove it, or '
                              'name another folder with VENV=...')
+        for name in filter(found.has, others):
+            raise SetupError(f'{venv} was not made by this Makefile and holds {name}, whose files the packages asked for would overwrite: '
+                             'remove it, or name another folder with VENV=...')
         return
     # pip takes a package whose unpacking was cut off for installed: after an interruption only a fresh start is safe.
-    same = stamp is not None and not interrupted and all(stamp.get(k) == v for k, v in ident.items())
+    same = stamp is not None and not interrupted and {k: v for k, v in stamp.items() if k != 'key'} == ident
     if same:
         (venv / BUILDING).touch()
         (venv / STAMP).unlink()
@@ -178,12 +217,28 @@ def make_venv(venv, ident):
     run([sys.executable, '-m', 'venv', venv])
 
 
-def install_torch(env, torch_version):
+def install_torch(env, torch_version, stack):
     if env.has('torch', torch_version) and env.has('torchvision'):
         return
-    vision = f'torchvision=={pinned("torchvision")}' if torch_version == pinned('torch') else 'torchvision'
+    vision = f'torchvision=={stack.pinned("torchvision")}' if torch_version == stack.pinned('torch') else 'torchvision'
     say(f'torch {torch_version} and torchvision: on Linux up to 2.5 GB with their CUDA packages, several minutes on a slow line')
     env.pip('install', f'torch=={torch_version}', vision)
+
+
+def drop_useless_torchvision(env):
+    """Takes away a torchvision that this torch cannot load: mmdet and mmseg ask whether there is one, and fail over a broken one.
+
+    The index's torchvision is built for the CUDA torch; beside a CPU-only torch from elsewhere it does not even import. What needs it
+    (mmpretrain, timm) cannot be imported then, and its tests are skipped with that reason.
+    """
+    if env.works('import torchvision.ops'):
+        return
+    why = env.last_output.strip().splitlines()[-1]
+    if not env.works('import torch; assert torch.version.cuda is None'):
+        raise SetupError(f'torchvision does not work with this torch ({why}): name an index that has both in PIP_EXTRA_INDEX_URL')
+    say(f'torchvision has no build for this CPU-only torch ({why}): going on without; mmpretrain and timm, which import it, '
+        'are not to be used, and their tests are skipped')
+    env.pip('uninstall', '-y', 'torchvision')
 
 
 def wheel_folder(env, torch_version):
@@ -203,33 +258,33 @@ def builds_for_gpu(env):
     return os.environ.get('FORCE_CUDA') == '1' or env.works('import torch; assert torch.cuda.is_available()')
 
 
-def install_mmcv(env, torch_version):
+def install_mmcv(env, torch_version, stack):
     """mmcv with its ops: a wheel where one is to be found and works with this torch, else compiled from the source package."""
-    version = pinned('mmcv')
-    if env.has('mmcv', version) and env.works(OPS_CHECK):
+    name, mmengine = stack.distributions['mmcv'], stack.distributions['mmengine']
+    version = stack.pinned(name)
+    if env.has(name, version) and env.works(OPS_CHECK):
         return
     folder = wheel_folder(env, torch_version)
     # pip reads this variable as a list divided by blanks: a path goes in as an address, its blanks escaped.
     links = [os.environ.get('PIP_FIND_LINKS', ''), os.environ.get('MMCV_FIND_LINKS', '')]
     links += [folder.as_uri()] if folder.is_dir() else []
     with_links = {**os.environ, 'PIP_FIND_LINKS': ' '.join(filter(None, links))}
-    # What mmcv needs, with the bounds of the reference stack; --no-deps below keeps pip from choosing others.
-    env.pip('install', 'ninja', 'wheel', 'setuptools', f'mmengine=={pinned("mmengine")}', f'numpy=={pinned("numpy")}',
-            f'opencv-python=={pinned("opencv-python")}')
-    wanted = ['--no-deps', '--force-reinstall', f'mmcv=={version}']
+    # What mmcv needs, with the bounds of the stack; --no-deps below keeps pip from choosing others.
+    env.pip('install', 'ninja', 'wheel', 'setuptools', *(f'{need}=={stack.pinned(need)}' for need in (mmengine, 'numpy', 'opencv-python')))
+    wanted = ['--no-deps', '--force-reinstall', f'{name}=={version}']
     # Its failure is an answer, not an error: most machines have no such wheel.
-    prebuilt = subprocess.run([str(env.python), '-m', 'pip', 'install', '-q', '--only-binary', 'mmcv', *wanted], cwd=ROOT,
+    prebuilt = subprocess.run([str(env.python), '-m', 'pip', 'install', '-q', '--only-binary', name, *wanted], cwd=ROOT,
                               env=with_links, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if prebuilt.returncode == 0:
         if env.works(OPS_CHECK):
-            say(f'mmcv {version}: installed from a prebuilt wheel')
+            say(f'{name} {version}: installed from a prebuilt wheel')
             return
-        say(f'mmcv {version}: a prebuilt wheel was found, but its ops do not run with torch {torch_version} '
+        say(f'{name} {version}: a prebuilt wheel was found, but its ops do not run with torch {torch_version} '
             f'({env.last_output.strip().splitlines()[-1]}): compiling instead')
-    wheel = compile_mmcv(env, version, torch_version, folder)
+    wheel = compile_mmcv(env, version, torch_version, folder, name)
     env.pip('install', '--no-deps', '--force-reinstall', wheel)
     if not env.works(OPS_CHECK):
-        raise SetupError(f'mmcv {version} was compiled, but its ops do not run with torch {torch_version}: {env.last_output.strip()}')
+        raise SetupError(f'{name} {version} was compiled, but its ops do not run with torch {torch_version}: {env.last_output.strip()}')
 
 
 def compile_jobs():
@@ -254,12 +309,13 @@ def check_compilers(env):
                          'torch and CUDA (see MMCV\'s installation page) in MMCV_FIND_LINKS, or hide the GPU with CUDA_VISIBLE_DEVICES=""')
 
 
-def compile_mmcv(env, version, torch_version, folder):
+def compile_mmcv(env, version, torch_version, folder, distribution='mmcv'):
     """Compiles mmcv's ops from the source package; the wheel is kept in `folder`, its path is returned."""
     check_compilers(env)
     jobs = os.environ.get('MAX_JOBS') or str(compile_jobs())
-    say(f'mmcv {version}: no prebuilt wheel for torch {torch_version} and Python {sys.version_info[0]}.{sys.version_info[1]} was found, so '
-        'its C++ ops (the detectors need them) are compiled now.')
+    python = '{}.{}'.format(*sys.version_info[:2])
+    say(f'{distribution} {version}: no prebuilt wheel for torch {torch_version} and Python {python} was found, so its C++ ops'
+        ' (the detectors need them) are compiled now.')
     say(f'    This takes about 20 minutes on two cores ({jobs} at a time here), once: the wheel is kept in {folder}.')
     say('    Quicker: name a folder or index with a wheel in MMCV_FIND_LINKS (or PIP_FIND_LINKS).')
     try:
@@ -268,19 +324,20 @@ def compile_mmcv(env, version, torch_version, folder):
     except OSError as error:
         raise SetupError(f'the wheel folder {folder} cannot be written ({error.strerror}): name another one in PSAQ_MM_WHEELS') from error
     with scratch as name:
-        log = folder / f'mmcv-{version}.log'
+        log = folder / f'{distribution}-{version}.log'
         # --no-cache-dir and --no-binary: pip's own cache of built wheels knows neither the torch version nor whether ops were built.
         # --no-build-isolation: the ops must be compiled against the torch that stands in this environment.
-        command = [env.python, '-m', 'pip', 'wheel', '-v', '--no-deps', '--no-cache-dir', '--no-build-isolation', '--no-binary', 'mmcv',
-                   *env.constraints, '-w', name, f'mmcv=={version}']
+        command = [env.python, '-m', 'pip', 'wheel', '-v', '--no-deps', '--no-cache-dir', '--no-build-isolation', '--no-binary',
+                   distribution, *env.constraints, '-w', name, f'{distribution}=={version}']
         path = f'{env.folder / "bin"}{os.pathsep}{os.environ.get("PATH", "")}'  # for ninja
         # TMPDIR: what a stopped build leaves goes with the scratch folder.
         settings = {**os.environ, 'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs, 'PATH': path, 'TMPDIR': name}
         if follow_build([str(part) for part in command], settings, log):
             # What pip adds after the build's own messages is its own long command line.
             messages = log.read_text(errors='replace').split('error: subprocess-exited-with-error')[0].rstrip().splitlines()
-            raise SetupError('\n'.join([f'compiling mmcv failed; all of it stands in {log}, and its end reads:', *messages[-30:]]))
-        built = next(Path(name).glob('mmcv-*.whl'))
+            told = f'compiling {distribution} failed; all of it stands in {log}, and its end reads:'
+            raise SetupError('\n'.join([told, *messages[-30:]]))
+        built = next(Path(name).glob(f'{distribution.replace("-", "_")}-*.whl'))
         kept = folder / built.name
         os.replace(built, kept)
     return kept
@@ -307,57 +364,64 @@ def follow_build(command, settings, log, every=60):
     return build.returncode
 
 
-def install_reference(env, torch_version):
+def install_stack(env, torch_version, stack):
     env.pip('install', 'setuptools', 'wheel')
-    install_torch(env, torch_version)
-    install_mmcv(env, torch_version)
-    say('the other packages of requirements.txt')
-    lines = (ROOT / 'requirements.txt').read_text(encoding='utf-8').splitlines()
-    pins = [line.split('#')[0].strip() for line in lines]
+    install_torch(env, torch_version, stack)
+    install_mmcv(env, torch_version, stack)
+    say(f'the other packages of {stack.requirements}')
     # torch and torchvision stand already, perhaps in another version than the pinned one.
-    pins = [pin for pin in pins if pin and not pin.startswith(('torch==', 'torchvision=='))]
+    pins = [pin for pin in stack.pins() if not pin.startswith(('torch==', 'torchvision=='))]
     env.pip('install', f'torch=={torch_version}', *pins)
     env.pip('install', '--no-deps', '--no-build-isolation', '-e', '.')
-    if not env.works(STACK_CHECK):
+    for name in filter(env.has, stack.others):
+        raise SetupError(f'{name} came along as a requirement of something else and overwrites files of the packages asked for')
+    drop_useless_torchvision(env)
+    if not env.works(VISION_CHECK if env.has('torchvision') else STACK_CHECK):
         raise SetupError(f'everything is installed, but the libraries do not import:\n{env.last_output.strip()}')
 
 
-def install_core(env, torch_version):
+def install_core(env, torch_version, stack):
     env.pip('install', 'setuptools>=64,<81', 'wheel')
     say(f'torch {torch_version} and the test tools, without OpenMMLab')
     env.pip('install', f'torch=={torch_version}', 'numpy')
     env.pip('install', '--no-build-isolation', f'torch=={torch_version}', '-e', '.[test]')
 
 
-def set_up(venv, torch_version, core=False):
+def set_up(venv, torch_version, core=False, stack='openmmlab'):
     """Makes `venv`, or does nothing where it stands as it should.
 
     Args:
         venv (Path): folder of the environment.
         torch_version (str): version of torch without a local part, such as '2.1.2'.
         core (bool): torch and the test tools alone.
+        stack (str): whose packages: 'openmmlab' (its own) or 'onedl' (the maintained forks).
 
     Raises:
         SetupError: where it cannot go on, in one sentence.
     """
     if not re.fullmatch(r'\d+\.\d+\.\d+', torch_version):
-        raise SetupError(f'TORCH={torch_version} is no version of torch such as {pinned("torch")}')
+        raise SetupError(f'TORCH={torch_version} is no version of torch such as {Stack().pinned("torch")}')
+    if stack not in STACKS:
+        raise SetupError(f'STACK={stack} is no stack: {" or ".join(STACKS)}')
+    if stack == 'onedl' and not has_numpy2(torch_version):
+        raise SetupError(f'STACK=onedl needs numpy 2 and with it torch 2.3 or later, not TORCH={torch_version}: leave TORCH out, or '
+                         'name a later one')
     # The reference stack's pins have no other Python in common.
     if not core and sys.version_info[:2] != (3, 11):
         raise SetupError('the reference stack needs Python 3.11, and this is Python {}.{}: name a Python 3.11 with '
                          'PYTHON=/path/to/python3.11'.format(*sys.version_info[:2]))
-    # torch below 2.3 was built for numpy 1; the core set-up with a newer one leaves the choice to pip.
-    old = tuple(int(part) for part in torch_version.split('.'))[:2] < (2, 3)
     # Two makes at once would install over each other: the second one waits, and finds the work done.
     with open(ROOT / 'constraints.txt') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        key, ident = environment_key(torch_version, core), identity(torch_version, core)
+        key, ident = environment_key(torch_version, core, stack=stack), identity(torch_version, core, stack=stack)
         if is_ready(venv, key):
             return
         begun = time.monotonic()
-        make_venv(venv, ident)
-        env = Environment(venv, constraints=not core or old)
-        (install_core if core else install_reference)(env, torch_version)
+        chosen = Stack(stack, torch_version)
+        make_venv(venv, ident, () if core else chosen.others)
+        # The core set-up with a newer torch leaves the choice of numpy to pip.
+        env = Environment(venv, constraints=None if core and has_numpy2(torch_version) else chosen.constraints)
+        (install_core if core else install_stack)(env, torch_version, chosen)
         write_stamp(venv, key, ident)
         say(f'{venv.name} is ready after {time.monotonic() - begun:.0f} s; it is used as it stands until its requirements change')
 
@@ -366,6 +430,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--venv', required=True, help='folder of the environment')
     parser.add_argument('--torch', required=True, help='version of torch, such as 2.1.2')
+    parser.add_argument('--stack', default='openmmlab', help='whose packages: ' + ' or '.join(STACKS))
     parser.add_argument('--core', action='store_true', help='torch and the test tools alone, without OpenMMLab')
     args = parser.parse_args(argv)
 
@@ -374,7 +439,7 @@ def main(argv=None):
 
     signal.signal(signal.SIGTERM, stop)  # so that a build under way is ended with this process
     try:
-        set_up((ROOT / args.venv).absolute(), args.torch, args.core)
+        set_up((ROOT / args.venv).absolute(), args.torch, args.core, args.stack)
     except SetupError as error:
         print(f'[setup] error: {error}', file=sys.stderr)
         return 1

@@ -127,7 +127,7 @@ def test_metadata(wheel):
     hard = {re.match(r'[\w.-]+', line).group() for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line}
     # An OpenMMLab library here would be installed over a maintained fork of the same import name.
     assert hard == {'torch', 'numpy'}
-    assert set(metadata.get_all('Provides-Extra')) == {'all', 'deploy', 'mmdet', 'mmpretrain', 'mmseg', 'test', 'timm'}
+    assert set(metadata.get_all('Provides-Extra')) == {'all', 'deploy', 'mmdet', 'mmpretrain', 'mmseg', 'onedl', 'test', 'timm'}
 
 
 def read_license(wheel):
@@ -180,11 +180,16 @@ def test_sdist_builds_the_same_wheel(source, names, tmp_path):
         assert sorted(archive.namelist()) == sorted(names)
 
 
-def test_pins_do_not_contradict_the_bounds():
+@pytest.mark.parametrize('files', [
+    ('constraints.txt', 'requirements.txt'),
+    ('constraints-numpy2.txt', 'requirements-torch2.13.txt'),
+    ('constraints-numpy2.txt', 'requirements-onedl.txt'),
+], ids=lambda files: files[1])
+def test_pins_do_not_contradict_the_bounds(files):
     """pip would find it out too, minutes later and in several paragraphs."""
     requirement = pytest.importorskip('packaging.requirements').Requirement
-    read_lines = [line.split('#')[0].strip() for name in ('constraints.txt', 'requirements.txt')
-                  for line in (ROOT / name).read_text().splitlines()]
+    read_lines = [line.split('#')[0].strip() for name in (*files, 'requirements-tools.txt')
+                  for line in (ROOT / name).read_text().splitlines() if not line.startswith('-r')]
     bounds = {}
     for line in filter(None, read_lines):
         bounds.setdefault(requirement(line).name, []).append(requirement(line).specifier)

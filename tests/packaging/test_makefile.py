@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(shutil.which('make') is None, reason='make is no
 def make(*args, cwd=ROOT, **env):
     # A make that runs this test hands its own flags and variables down; the one under test starts without.
     inherited = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'TORCH', 'VENV',
-                                                                 'VENV_CORE', 'ARGS', 'DATA', 'PYTHON')}
+                                                                 'VENV_CORE', 'ARGS', 'DATA', 'PYTHON', 'STACK')}
     return subprocess.run(['make', *args], cwd=cwd, env={**inherited, **env}, text=True, stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -51,13 +51,13 @@ def test_target_sets_up_first(tree, target, command):
     result = make(target, PYTHON, cwd=tree)
     assert result.returncode == 0, result.stderr
     set_up, *_, ran = result.stdout.splitlines()
-    assert set_up == "SETUP ['--torch', '2.1.2', '--venv', '.venv']"
+    assert set_up == "SETUP ['--torch', '2.1.2', '--stack', 'openmmlab', '--venv', '.venv']"
     assert ran.startswith(f'RAN {command}')
 
 
 def test_dry_run_shows_the_commands_and_runs_nothing(tree):
     result = make('-n', 'test', PYTHON, cwd=tree)
-    assert 'setup_env.py --torch 2.1.2 --venv ".venv"' in result.stdout
+    assert 'setup_env.py --torch "2.1.2" --stack "openmmlab" --venv ".venv"' in result.stdout
     assert 'SETUP' not in result.stdout and 'RAN' not in result.stdout
 
 
@@ -84,10 +84,28 @@ def test_threads_are_bounded_unless_the_user_says_otherwise(tree, monkeypatch, g
     assert f'threads {threads},' in make('test', PYTHON, cwd=tree, **given).stdout
 
 
-def test_another_torch_gets_an_environment_of_its_own():
-    shown = make('-n', 'test', 'TORCH=2.3.1').stdout
-    assert '--torch 2.3.1 --venv ".venv-torch2.3.1"' in shown
-    assert '".venv-torch2.3.1/bin/python" -m pytest' in shown
+@pytest.mark.parametrize('given,torch,stack,folder', [
+    (['TORCH=2.13.0'], '2.13.0', 'openmmlab', '.venv-torch2.13.0'),
+    (['STACK=onedl'], '2.13.0', 'onedl', '.venv-onedl-torch2.13.0'),
+    (['STACK=onedl', 'TORCH=2.5.1'], '2.5.1', 'onedl', '.venv-onedl-torch2.5.1'),
+])
+def test_another_torch_and_other_packages_get_an_environment_of_their_own(given, torch, stack, folder):
+    shown = make('-n', 'test', *given).stdout
+    assert f'--torch "{torch}" --stack "{stack}" --venv "{folder}"' in shown
+    assert f'"{folder}/bin/python" -m pytest' in shown
+
+
+@pytest.mark.parametrize('given,sentence', [
+    (['STACK=mmlab'], 'STACK=mmlab is no stack: openmmlab or onedl'),
+    (['STACK=onedl', 'TORCH=2.1.2'], 'STACK=onedl needs numpy 2'),
+    (['TORCH=newest'], 'TORCH=newest is no version of torch'),
+])
+def test_impossible_choice_is_one_clear_sentence(tmp_path, given, sentence):
+    result = make('test', PYTHON, *given)
+    assert result.returncode != 0
+    first, _ = result.stderr.splitlines()  # and make's own line on the failed target
+    assert first.startswith(f'[setup] error: {sentence}')
+    assert not list(ROOT.glob('.venv*newest*')) + list(ROOT.glob('.venv*mmlab*'))
 
 
 def test_core_tests_run_without_openmmlab(tree):
@@ -118,8 +136,10 @@ def test_clean_leaves_the_environment_and_the_sources(tree):
 
 
 def test_torch_is_named_alike_in_makefile_and_requirements():
-    named, = re.findall(r'^REFERENCE_TORCH := (\S+)$', (ROOT / 'Makefile').read_text(), re.MULTILINE)
-    assert f'torch=={named}' in (ROOT / 'requirements.txt').read_text().splitlines()
+    for setting, files in {'REFERENCE': ['requirements.txt'], 'NEW': ['requirements-torch2.13.txt', 'requirements-onedl.txt']}.items():
+        named, = re.findall(rf'^{setting}_TORCH := (\S+)$', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+        for file in files:
+            assert f'torch=={named}' in (ROOT / file).read_text().splitlines()
 
 
 class TestCI:
