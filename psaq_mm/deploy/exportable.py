@@ -6,7 +6,7 @@ What a forward computes stays the same; nothing here decides how it is written i
 import copy
 import types
 from dataclasses import dataclass, field
-from typing import Dict, Optional, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from psaq_mm.errors import NotCalibratedError, UnsupportedModelError
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.swin import (_PATCH_MERGING, QuantShiftWindowMSAMixin, QuantWindowMSAMixin)
 from psaq_mm.models.adapters.timm_swin import QuantTimmSwinBlockMixin
-from psaq_mm.quantization import LogQuantizer, Quantizer, is_quantized_layer, quantize, quantizers
+from psaq_mm.quantization import AffineQuantizer, LogQuantizer, Quantizer, is_quantized_layer, quantize, quantizers
 
 from . import symbols, windows
 from .pooling import LinearPooling
@@ -34,12 +34,14 @@ class Codes:
         scale, zero_point: Of all codes. Logarithmic: the greatest value, and 0.
         low, high: Least and greatest code.
         log_base: None, ``'log2'`` or ``'log_sqrt2'``.
+        shift: What is taken from codes and zero point in the graph, where they are int8; None where they are uint8.
     """
     scale: float
     zero_point: int
     low: int
     high: int
     log_base: Optional[str] = None
+    shift: Optional[int] = None
 
 
 @dataclass
@@ -54,6 +56,8 @@ class IntegerWeight:
         bits: Width of a code.
         low: Least code.
         bias: Float32 (channels,), or None: the layer's own, with what reparameterization and batch normalization moved into it.
+        layer: Name of the layer it belongs to; None for a constant of the export's own.
+        channels: Which of the layer's output channels it has, first and past the last; None for all.
     """
     codes: Tensor
     scale: Tensor
@@ -62,6 +66,8 @@ class IntegerWeight:
     bits: int
     low: int
     bias: Optional[Tensor] = None
+    layer: Optional[str] = None
+    channels: Optional[Tuple[int, int]] = None
 
 
 @dataclass
@@ -74,6 +80,7 @@ class ExportableModel:
         weights: :class:`IntegerWeight` by name.
         positions: By window attention, its relative position bias (heads, entries) and, for two tokens, which entry is theirs (N, N).
         orders: For a quantizer whose input has its last axis in another order than the model's, where each entry comes from.
+        layouts: By quantizer, how its input in the model becomes that of the graph traced last, where it is laid out otherwise.
         notes: By layer name, why something is not what one would expect of it.
     """
     model: nn.Module
@@ -81,6 +88,7 @@ class ExportableModel:
     weights: Dict[str, IntegerWeight] = field(default_factory=dict)
     positions: Dict[str, Tuple[Tensor, Tensor]] = field(default_factory=dict)
     orders: Dict[str, Tensor] = field(default_factory=dict)
+    layouts: Dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     notes: Dict[str, str] = field(default_factory=dict)
 
 
@@ -109,16 +117,21 @@ def make_exportable(model: nn.Module) -> ExportableModel:
         if class_named(module, _PATCH_MERGING):
             _rewrite_merging(made, name, module)
     folded = {id(m.conv): m for _, m in modules if class_named(m, _CONV_MODULE) and _folds(m)}
+    attentions = {f'{name}.qkv': module for name, module in modules
+                  if isinstance(module, QuantWindowMSAMixin) and _has_integer_products(module)}
+    for name, attention in attentions.items():
+        _split_projection(made, name, dict(modules)[name], attention)
     for name, module in modules:
         if isinstance(module, Quantizer) and module.mode != 'off' and not name.endswith('weight_quantizer'):
             _rewrite_quantizer(made, name, module)
-        elif is_quantized_layer(module):
+        elif is_quantized_layer(module) and name not in attentions:
             _rewrite_layer(made, name, module, folded.get(id(module)))
         elif isinstance(module, QuantShiftWindowMSAMixin):
             module.forward = types.MethodType(windows.shift_attention, module)
         elif isinstance(module, QuantWindowMSAMixin):
             made.positions[name] = module.relative_position_bias_table.detach().t().contiguous(), module.relative_position_index
             module.export_name = name
+            module.export = getattr(module, 'export', None)
             module.forward = types.MethodType(windows.window_attention, module)
         elif isinstance(module, QuantTimmSwinBlockMixin):
             module._attn = types.MethodType(windows.timm_attention, module)
@@ -135,7 +148,9 @@ def _rewrite_quantizer(made: ExportableModel, name: str, module: Quantizer) -> N
     if not bool(module.calibrated):
         raise NotCalibratedError(f'Quantizer {name!r} has no range: calibrate the model or load a quantized checkpoint before the export.')
     made.quantizers[name] = Codes(
-        float(module.scale), int(module.zero_point), module.qmin, module.qmax, module.base if isinstance(module, LogQuantizer) else None)
+        float(module.scale), int(module.zero_point), module.qmin, module.qmax, module.base if isinstance(module, LogQuantizer) else None,
+        getattr(module, 'export_shift', None))
+    module.export_name = name
     module.forward = lambda x, valid=None: symbols.quantizer(x, name)
 
 
@@ -154,9 +169,7 @@ def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_modu
         made.notes[name] = 'its weight quantizer is switched off'
         weight = layer.weight.detach()
     else:
-        if not bool(quantizer.calibrated):
-            raise NotCalibratedError(f'Quantizer {name + ".weight_quantizer"!r} has no range: calibrate the model or load a quantized '
-                                     'checkpoint before the export.')
+        _require_range(name, layer)
         integer = _integer_weight(name, layer)
         if conv_module is not None:
             bias = _fold_norm(made, name, integer, bias, conv_module)
@@ -174,6 +187,10 @@ def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_modu
         x = torch.matmul(x, read(x))
         return layer._finish(x if bias is None else x + bias)
 
+    def product_forward(x: Tensor) -> Tensor:
+        name = layer.input_quantizer.export_name
+        return layer._finish(layer.export_product(symbols.values(symbols.codes(x, name, torch.uint8), name, centred=True)))
+
     def conv_forward(x: Tensor) -> Tensor:
         x = layer.input_quantizer(x)
         return layer._finish(layer._conv_forward(x, read(x), bias))
@@ -184,6 +201,10 @@ def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_modu
         return layer._finish(
             F.conv_transpose2d(x, read(x), bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation))
 
+    if linear and weight is None and _is_affine(layer.input_quantizer):
+        _centre(made.weights[name], layer.input_quantizer)
+        layer.export_product, layer.forward = _product(made, name), product_forward
+        return
     layer.forward = linear_forward if linear else (transposed_forward if isinstance(layer, nn.ConvTranspose2d) else conv_forward)
 
 
@@ -194,7 +215,81 @@ def _integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
     if isinstance(layer, nn.Linear):
         codes, axis = codes.t().contiguous(), 1
     return IntegerWeight(codes.to(dtype), quantizer.scale.detach().clone(), quantizer.zero_point.to(dtype), axis, quantizer.bits,
-                         quantizer.qmin)
+                         quantizer.qmin, layer=name)
+
+
+def _is_affine(quantizer: Optional[Quantizer]) -> bool:
+    return isinstance(quantizer, AffineQuantizer) and quantizer.mode != 'off'
+
+
+def _centre(weight: IntegerWeight, inputs: Quantizer) -> None:
+    """Move the zero point of a Linear's input into its bias, in place: the product is of codes as they are, with nothing to be taken
+    from it for each channel afterwards."""
+    sums = (weight.codes.long() - weight.zero_point.long()).sum(0).double()
+    moved = -int(inputs.zero_point) * inputs.scale.double() * weight.scale.double() * sums
+    weight.bias = (moved if weight.bias is None else weight.bias.double() + moved).float()
+
+
+def _require_range(name: str, layer: nn.Module) -> None:
+    if not bool(layer.weight_quantizer.calibrated):
+        raise NotCalibratedError(f'Quantizer {name + ".weight_quantizer"!r} has no range: calibrate the model or load a quantized '
+                                 'checkpoint before the export.')
+
+
+# ---------------------------------------------------------------------- window attention
+def _has_integer_products(attention: nn.Module) -> bool:
+    """Whether every product of a window attention is of codes, and nothing between them is quantized that is not an operand."""
+    qk, av = attention.matmul_qk, attention.matmul_av
+    layers = attention.qkv, attention.proj
+    edges = (attention.scores_quantizer, qk.output_quantizer, av.output_quantizer, *(getattr(l, 'output_quantizer', None) for l in layers))
+    if any(edge is not None for edge in edges) or not all(is_quantized_layer(l) and l.weight_quantizer.mode != 'off' for l in layers):
+        return False
+    operands = [l.input_quantizer for l in layers] + [qk.lhs_quantizer, qk.rhs_quantizer, av.rhs_quantizer]
+    return all(map(_is_affine, operands))
+
+
+def _split_projection(made: ExportableModel, name: str, layer: nn.Module, attention: nn.Module) -> None:
+    """Queries, keys and values as three products of ``qkv`` (``name``), each quantized as it comes, with the scale of the scores in the
+    weight of the first."""
+    _require_range(name, layer)
+    whole, bias = _integer_weight(name, layer), layer.full_bias()
+    width, products = layer.out_features // 3, {}
+    for i, (part, factor) in enumerate(dict(q=float(attention.scale), k=1., v=1.).items()):
+        begin, end = i * width, (i + 1) * width
+        rows = slice(begin, end)
+        made.weights[f'{name}.{part}'] = IntegerWeight(
+            whole.codes[:, rows].contiguous(), (whole.scale[rows].double() * factor).float(), whole.zero_point[rows], 1, whole.bits,
+            whole.low, None if bias is None else (bias.detach()[rows].double() * factor).float(), name, (begin, end))
+        _centre(made.weights[f'{name}.{part}'], layer.input_quantizer)
+        products[part] = _product(made, f'{name}.{part}')
+    queries, keys, values = attention.matmul_qk.lhs_quantizer, attention.matmul_qk.rhs_quantizer, attention.matmul_av.rhs_quantizer
+    queries.export_shift, keys.export_shift = _signed(queries), _signed(keys)
+    # The zero point of values is no constant of anything: where int8 codes cannot have it at 0, their product stays float.
+    values.export_shift = _signed(values) if _signed(values) == int(values.zero_point) else None
+    offset, sums = int(queries.zero_point) - queries.export_shift, None
+    if offset:
+        heads, label = attention.num_heads, f'{name.rpartition(".")[0]}.key_sums'
+        ones = torch.eye(heads, dtype=torch.int8).repeat_interleave(width // heads, 0)
+        made.weights[label] = IntegerWeight(ones if offset < 0 else -ones, (abs(offset) * queries.scale * torch.ones(heads)).float(),
+                                            torch.zeros(heads, dtype=torch.int8), 1, 4, -8)
+        sums = _product(made, label)
+    attention.export = windows.IntegerAttention(products, sums, made.layouts)
+
+
+def _product(made: ExportableModel, name: str) -> Callable[[Tensor], Tensor]:
+    weight = made.weights[name]
+    shape = tuple(weight.codes.shape)  # while nothing is traced
+
+    def product(x: Tensor) -> Tensor:
+        x = torch.matmul(x, symbols.weight(x, name, shape))
+        return x if weight.bias is None else x + weight.bias
+
+    return product
+
+
+def _signed(quantizer: Quantizer) -> int:
+    """What to take from codes for them to be signed: with less than 8 bits the zero point, which is 0 then."""
+    return int(quantizer.zero_point) if quantizer.bits < 8 else 128
 
 
 # ---------------------------------------------------------------------- batch normalization

@@ -7,11 +7,12 @@ graph for :mod:`.bundle`.
 """
 import hashlib
 import math
-from typing import Dict, Iterable, List, Mapping, Optional, Set, Tuple
+from typing import Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
 
 from .bundle import PACKED_BITS, Weight
 from .exportable import Codes, ExportableModel
@@ -66,6 +67,7 @@ class LoweredGraph:
             float32 for a logarithmic one.
         values: The same, of the dequantized tensors.
         taps: The same, of the tensors that enter a LayerNorm, by the LayerNorm's name.
+        layouts: See :class:`.exportable.ExportableModel`.
     """
 
     def __init__(self, model: onnx.ModelProto):
@@ -74,6 +76,7 @@ class LoweredGraph:
         self.codes: Dict[str, List[str]] = {}
         self.values: Dict[str, List[str]] = {}
         self.taps: Dict[str, List[str]] = {}
+        self.layouts: Dict[str, Callable[[Tensor], Tensor]] = {}
 
 
 def mask_regions(height: int, width: int, rows: int, columns: int, down: int, across: int) -> np.ndarray:
@@ -103,11 +106,20 @@ def mask_regions(height: int, width: int, rows: int, columns: int, down: int, ac
     return np.ascontiguousarray(regions.reshape(-1, rows * columns))
 
 
+def _dtype(codes: Codes):
+    return np.int8 if codes.low < 0 or codes.shift is not None else np.uint8
+
+
+def _content(codes: Codes) -> Tuple:
+    return codes.scale, codes.zero_point, codes.low, codes.high, codes.log_base, codes.shift
+
+
 class _Lowering:
 
     def __init__(self, model: onnx.ModelProto, made: ExportableModel, store: WeightStore):
         self.graph, self.made, self.store = model.graph, made, store
         self.out = LoweredGraph(model)
+        self.out.layouts = dict(made.layouts)
         self.nodes: List[onnx.NodeProto] = []
         self.renamed: Dict[str, str] = {}
         self.constants: Dict[Tuple, str] = {}
@@ -135,26 +147,53 @@ class _Lowering:
     # ------------------------------------------------------------------ symbols
     def quantizer(self, x: str, name: str) -> str:
         codes = self.made.quantizers[name]
-        key = ('quantizer', x, codes.scale, codes.zero_point, codes.low, codes.high, codes.log_base)
+        if codes.log_base is None:
+            return self.values(self.codes(x, name), name)
+        key = 'logarithmic', x, *_content(codes)
         if key not in self.known:  # else one tensor that two layers read with the same range
-            calls = len(self.out.codes.get(name, ()))
-            label = f'{name}.{calls + 1}' if calls else name
-            self.known[key] = self._affine(x, label, codes) if codes.log_base is None else self._log(x, label, codes)
+            self.known[key] = self._log(x, self._label(name), codes)
         code, value = self.known[key]
         self.out.codes.setdefault(name, []).append(code)
         self.out.values.setdefault(name, []).append(value)
         return value
 
-    def _affine(self, x: str, name: str, codes: Codes) -> Tuple[str, str]:
-        dtype = np.int8 if codes.low < 0 else np.uint8
+    def codes(self, x: str, name: str) -> str:
+        codes = self.made.quantizers[name]
+        key = 'codes', x, *_content(codes)
+        if key not in self.known:
+            self.known[key] = self._quantize(x, self._label(name), codes)
+        self.out.codes.setdefault(name, []).append(self.known[key])
+        return self.known[key]
+
+    def values(self, codes: str, name: str, centred: bool = False) -> str:
+        quantizer = self.made.quantizers[name]
+        key = 'values', codes, quantizer.scale, quantizer.zero_point, centred
+        if key not in self.known:
+            count = len(self.out.values.get(name, ()))
+            label = f'{name}.{count + 1}' if count else name
+            zero = 0 if centred else quantizer.zero_point - (quantizer.shift or 0)
+            zero_point = self._zero_point(f'{label}.centred' if centred else label, quantizer, zero)
+            self.known[key] = self.node('DequantizeLinear', [codes, self.scalar(np.float32(quantizer.scale), f'{label}.scale'), zero_point],
+                                        f'{label}.value')
+        self.out.values.setdefault(name, []).append(self.known[key])
+        return self.known[key]
+
+    def _label(self, name: str) -> str:
+        calls = len(self.out.codes.get(name, ()))
+        return f'{name}.{calls + 1}' if calls else name
+
+    def _zero_point(self, name: str, codes: Codes, value: int) -> str:
+        return self.constant(f'{name}.zero_point', np.array(value, _dtype(codes)))
+
+    def _quantize(self, x: str, name: str, codes: Codes) -> str:
+        dtype, shift = _dtype(codes), codes.shift or 0
         scale = np.float32(codes.scale)
-        if (codes.low, codes.high) != (np.iinfo(dtype).min, np.iinfo(dtype).max):
+        if (codes.low - shift, codes.high - shift) != (np.iinfo(dtype).min, np.iinfo(dtype).max):
             ends = [self.scalar((end - codes.zero_point) * scale, f'{name}.{which}')
                     for end, which in ((codes.low, 'least'), (codes.high, 'greatest'))]
             x = self.node('Clip', [x, *ends], f'{name}.clipped')
-        parameters = [self.scalar(scale, f'{name}.scale'), self.constant(f'{name}.zero_point', np.array(codes.zero_point, dtype))]
-        code = self.node('QuantizeLinear', [x, *parameters], f'{name}.codes')
-        return code, self.node('DequantizeLinear', [code, *parameters], f'{name}.value')
+        zero_point = self._zero_point(name, codes, codes.zero_point - shift)
+        return self.node('QuantizeLinear', [x, self.scalar(scale, f'{name}.scale'), zero_point], f'{name}.codes')
 
     def _log(self, x: str, name: str, codes: Codes) -> Tuple[str, str]:
         """Codes round(-m log2(x / delta)), values delta 2^(-code / m), and 0 from the last code on (quantization/logarithmic.py)."""
@@ -223,6 +262,10 @@ class _Lowering:
                 self.nodes.append(node)
             elif node.op_type == 'Quantizer':
                 self.renamed[node.output[0]] = self.quantizer(inputs[0], name)
+            elif node.op_type == 'Codes':
+                self.renamed[node.output[0]] = self.codes(inputs[0], name)
+            elif node.op_type == 'Values':
+                self.renamed[node.output[0]] = self.values(inputs[0], name, bool(settings['centred']))
             elif node.op_type == 'Tap':
                 self.out.taps.setdefault(name, []).append(inputs[0])
                 self.renamed[node.output[0]] = inputs[0]

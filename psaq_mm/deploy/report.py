@@ -34,7 +34,8 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
         Dicts with ``name``, ``kind``, ``type`` and, where it is float, ``reason``.
     """
     rows: List[Dict[str, Any]] = []
-    for name, weight in made.weights.items():
+    layers = {weight.layer: weight for weight in made.weights.values() if weight.layer is not None}  # parts of one layer are alike
+    for name, weight in layers.items():
         rows.append(dict(name=f'{name}.weight', kind='weight', type=str(weight.codes.dtype).replace('torch.', ''), bits=weight.bits))
     for name, codes in made.quantizers.items():
         if name not in graph.values:
@@ -44,7 +45,8 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
             reason = f'{codes.log_base} codes have no integer product in the runtimes: ordinary operations give their values'
             rows.append(dict(name=name, kind='activation', type='float32', bits=bits, reason=reason))
         else:
-            rows.append(dict(name=name, kind='activation', type='int8' if codes.low < 0 else 'uint8', bits=bits))
+            signed = codes.low < 0 or codes.shift is not None
+            rows.append(dict(name=name, kind='activation', type='int8' if signed else 'uint8', bits=bits))
     rows += [dict(name=row.name, kind=row.kind, type='float32', reason=row.reason) for row in report.floats]
     rows += [dict(name=name, kind='layer', type='float32', reason=note) for name, note in made.notes.items()]
     rows += _float_products(graph)

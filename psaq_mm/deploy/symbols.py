@@ -9,7 +9,7 @@ from typing import Tuple
 import torch
 from torch import Tensor
 
-__all__ = ['DOMAIN', 'mark_tap', 'position_bias', 'quantizer', 'weight', 'window_mask']
+__all__ = ['DOMAIN', 'codes', 'mark_tap', 'position_bias', 'quantizer', 'values', 'weight', 'window_mask']
 
 DOMAIN = 'psaq_mm'
 
@@ -24,6 +24,28 @@ class _Named(torch.autograd.Function):
     @staticmethod
     def symbolic(g, x, kind, name):
         return g.op(f'{DOMAIN}::{kind}', x, name_s=name).setType(x.type())
+
+
+class _Codes(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, name, dtype):
+        return x.to(dtype)
+
+    @staticmethod
+    def symbolic(g, x, name, dtype):
+        return g.op(f'{DOMAIN}::Codes', x, name_s=name).setType(x.type().with_dtype(dtype))
+
+
+class _Values(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, codes, name, centred):
+        return codes.float()
+
+    @staticmethod
+    def symbolic(g, codes, name, centred):
+        return g.op(f'{DOMAIN}::Values', codes, name_s=name, centred_i=int(centred)).setType(codes.type().with_dtype(torch.float32))
 
 
 class _Weight(torch.autograd.Function):
@@ -51,6 +73,16 @@ class _WindowMask(torch.autograd.Function):
 def quantizer(x: Tensor, name: str) -> Tensor:
     """``x`` quantized and dequantized by the quantizer ``name``."""
     return _Named.apply(x, 'Quantizer', name)
+
+
+def codes(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """The codes of ``x`` by the quantizer ``name``: for operations that only move them, before :func:`values`."""
+    return _Codes.apply(x, name, dtype)
+
+
+def values(codes: Tensor, name: str, centred: bool = False) -> Tensor:
+    """What codes of the quantizer ``name`` stand for; ``centred``: as if its zero point were 0."""
+    return _Values.apply(codes, name, centred)
 
 
 def mark_tap(x: Tensor, name: str) -> Tensor:

@@ -107,11 +107,12 @@ class _Recorder:
             handle.remove()
 
 
-def _codes_of(quantizer: Quantizer, x: Tensor) -> np.ndarray:
+def _codes_of(quantizer: Quantizer, x: Tensor, shift: Optional[int]) -> np.ndarray:
     if isinstance(quantizer, LogQuantizer):
         return log_quantize(x, quantizer.scale, quantizer.bits, quantizer.base).numpy().astype(np.float32)
     codes = quantize(x, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax)
-    return codes.numpy().astype(np.int8 if quantizer.qmin < 0 else np.uint8)
+    signed = quantizer.qmin < 0 or shift is not None
+    return (codes.numpy() - (shift or 0)).astype(np.int8 if signed else np.uint8)
 
 
 def _reordered(x: Tensor, order: Optional[Tensor]) -> Tensor:
@@ -161,7 +162,8 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
         given: Dict[str, Tuple[str, np.ndarray]] = {}
         for name, codes in graph.codes.items():
             for x, code, value in zip(records[name], codes, graph.values[name]):
-                found = _codes_of(modules[name], _reordered(x, exported.made.orders.get(name)))
+                x = graph.layouts[name](x) if name in graph.layouts else _reordered(x, exported.made.orders.get(name))
+                found = _codes_of(modules[name], x, exported.made.quantizers[name].shift)
                 expected[code] = name, found
                 if isinstance(modules[name], LogQuantizer):
                     given[value] = value + _FALSE_CUT, modules[name](x).detach().numpy()
@@ -202,17 +204,20 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
     weights = read_weights(exported.directory, read_manifest(exported.directory))
     modules, wrong = dict(model.named_modules()), []
     for name, integer in exported.made.weights.items():
+        if integer.layer is None:
+            continue
         codes = weights.get(f'{name}.weight.codes', integer.codes.numpy())
-        layer = modules[name]
-        order = exported.made.orders.get(f'{name}.input_quantizer')
+        layer = modules[integer.layer]
+        order = exported.made.orders.get(f'{integer.layer}.input_quantizer')
         weight = _reordered(layer.weight.detach(), order)
         quantizer = layer.weight_quantizer
         wanted = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis)
         wanted = wanted.t() if isinstance(layer, nn.Linear) else wanted
+        wanted = wanted if integer.channels is None else wanted[:, slice(*integer.channels)]
         zero = integer.zero_point.int().reshape([-1 if axis == integer.axis else 1 for axis in range(wanted.dim())])
         gap, other = torch.from_numpy(codes.astype(np.int32)) - zero, wanted - zero
-        if not bool(((gap == other) | (gap == -other)).all()):
-            wrong.append(name)
+        if not bool(((gap == other) | (gap == -other)).all()) and integer.layer not in wrong:
+            wrong.append(integer.layer)
     return wrong
 
 

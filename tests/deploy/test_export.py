@@ -152,7 +152,7 @@ def test_the_report_tells_every_tensor(swin):
     weights = {row['name']: row['type'] for row in rows if row['kind'] == 'weight'}
     layers = {row.name for row in model.quant_report.layers if row.w_bits}
     assert weights == {f'{name}.weight': 'int8' for name in layers}
-    assert all(row['type'] == 'uint8' or row.get('reason') for row in rows if row['kind'] == 'activation')
+    assert all(row['type'] in ('uint8', 'int8') or row.get('reason') for row in rows if row['kind'] == 'activation')
     assert 'float: ' in summary(rows)
 
 
