@@ -17,7 +17,7 @@ from psaq_mm.distillation.discrepancy import normalized_l1
 from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.quantization import RoundedLayer, calibrate, round_weights_
+from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, round_weights_
 from psaq_mm.quantization.reduction import WholeBatch, broadcast_, gathered, own_part, ranks, sum_
 from psaq_mm.synthesis import ImageSpec, SampleGenerator
 from psaq_mm.synthesis.sources import SOURCES as NOISES
@@ -317,11 +317,12 @@ class CoEvolution:
             DataError: It is NaN or infinite.
         """
         total, sums = WholeBatch(len(images)).total, 0
-        for part in images.chunk(batches):
-            with context():
-                found = self._loss(part)
-            backward(found[0] * (len(part) / total))
-            sums = sums + torch.stack([term.detach().double() for term in found]) * len(part)
+        with hold_weights(self.student.model):
+            for part in images.chunk(batches):
+                with context():
+                    found = self._loss(part)
+                backward(found[0] * (len(part) / total))
+                sums = sums + torch.stack([term.detach().double() for term in found]) * len(part)
         value, discrepancy = sum_(sums) / total
         if not torch.isfinite(value):
             raise DataError(f'the loss of the student became {float(value)}: lower dfq.lr')

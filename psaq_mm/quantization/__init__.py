@@ -4,7 +4,7 @@ from .convert import (ADAPTERS, Adapter, ConversionReport, FloatLayer, Quantized
                       quantize_, quantizer_state_keys, quantizers, register_adapter, set_mode)
 from .layers import (SAME_AS_CONV2D, SAME_AS_CONVTRANSPOSE2D, SAME_AS_LINEAR, QuantConv2d, QuantConvTranspose2d,
                      QuantLinear, QuantMatMul, adopt, apply_edge, attention_products, edge_quantizer, feeds_activation,
-                     is_quantized_layer, quantize_output_)
+                     hold_weights, is_quantized_layer, quantize_output_)
 from .channel_observers import ChannelMinMaxObserver, ChannelMSEObserver, ChannelPercentileObserver, build_channel_observer
 from .logarithmic import LogObserver, fake_log_quantize, log2_form, log_dequantize, log_quantize
 from .observers import MinMaxObserver, MSEObserver, PercentileObserver, build_observer
@@ -22,7 +22,7 @@ __all__ = [
     'RoundedLayer', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge',
     'attention_products', 'build_channel_observer', 'build_observer', 'calibrate', 'choose_qparams',
     'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation',
-    'is_quantized_layer', 'is_quantizer_key', 'log2_form', 'log_dequantize', 'log_quantize', 'norm_before',
+    'hold_weights', 'is_quantized_layer', 'is_quantizer_key', 'log2_form', 'log_dequantize', 'log_quantize', 'norm_before',
     'norm_feeds', 'qrange', 'quantize', 'quantize_', 'quantize_output_', 'quantizer_state_keys', 'quantizers',
     'register_adapter', 'reparameterize_', 'round_weights_', 'set_mode'
 ]

@@ -4,12 +4,14 @@ A quantized layer is the float layer with two quantizers more: same class hierar
 keys plus ``input_quantizer.*`` and ``weight_quantizer.*``. Biases stay in floating point.
 """
 
-from typing import Dict, Optional, Set, Tuple, Type
+from contextlib import contextmanager
+from typing import Dict, Iterator, Optional, Set, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .primitives import Rounded, straight_through
 from .quantizers import AffineQuantizer, LogQuantizer, Quantizer
 from .reparam import ReparameterizedQuantizer, norm_before
 from .spec import LayerSpec, QuantSpec
@@ -34,6 +36,7 @@ class _QuantizedWeightLayer(nn.Module):
     output_axis = 0  # of the weight
     valid_rows: Optional[Tensor] = None
     _weight_cache: Optional[Tuple] = None
+    _weight_is_held = False
 
     def add_quantizers(self, spec: LayerSpec, output: Optional[LayerSpec] = None) -> None:
         """Add uncalibrated quantizers on the device of the weight.
@@ -84,22 +87,28 @@ class _QuantizedWeightLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The weight as the layer multiplies with it.
 
-        Kept between calls where no gradient is needed, until the weight or its scale changes. (A change through
-        ``weight.data`` leaves no trace on the weight: call ``train()`` or ``eval()`` after it, which drops the cache.)
+        Kept between calls until the weight or its scale changes: where no gradient is needed, and inside :func:`hold_weights`. (A
+        change through ``weight.data`` leaves no trace on the weight: call ``train()`` or ``eval()`` after it, which drops the cache.)
         """
         weight, quantizer = self.weight, self.weight_quantizer
         needs_grad = weight.requires_grad and torch.is_grad_enabled()
-        if quantizer.mode != 'on' or needs_grad or weight.is_inference() or quantizer.scale.is_inference():
+        kept = self._weight_is_held or not needs_grad
+        if quantizer.mode != 'on' or not kept or weight.is_inference() or quantizer.scale.is_inference():
             return quantizer(weight)
         quantizer.require_calibrated()
         sources = (weight, quantizer.scale, quantizer.zero_point)
         stamps = tuple((t._version, t.data_ptr()) for t in sources)
         cache = self._weight_cache
-        if cache is None or cache[1] != stamps or any(a is not b for a, b in zip(cache[0], sources)):
+        fits = cache is not None and cache[1] == stamps and all(a is b for a, b in zip(cache[0], sources))
+        if not fits or needs_grad and not isinstance(cache[2], Rounded):
             # Not an inference tensor: a later forward with gradients towards the input must be able to save it.
             with torch.inference_mode(False), torch.no_grad():
-                cache = self._weight_cache = (sources, stamps, quantizer(weight))
-        return cache[2]
+                found = quantizer.round_once(weight) if needs_grad else quantizer(weight)
+            cache = self._weight_cache = (sources, stamps, found)
+        found = cache[2]
+        if needs_grad:
+            return straight_through(weight, found)
+        return found.values if isinstance(found, Rounded) else found
 
     def drop_weight_cache(self) -> None:
         """Forget the quantized weight; the next forward computes it anew."""
@@ -122,7 +131,35 @@ class _QuantizedWeightLayer(nn.Module):
 
     def __getstate__(self):
         # Copies and pickles hold no cache.
-        return {k: v for k, v in vars(self).items() if k != '_weight_cache'}
+        return {k: v for k, v in vars(self).items() if k not in ('_weight_cache', '_weight_is_held')}
+
+
+@contextmanager
+def hold_weights(model: nn.Module) -> Iterator[None]:
+    """Quantize each weight once for all forward passes with gradients inside the ``with`` block.
+
+    For a training step that is made of several passes (accumulated batches, a head that every level goes through, blocks that
+    activation checkpointing runs twice). The gradients are those without it. In-place changes of a weight are seen all the
+    same; what is kept is dropped in the end, so that nothing is left for an optimizer that leaves no trace.
+
+    Args:
+        model: Quantized model.
+
+    Example:
+        >>> with hold_weights(student):
+        ...     for part in images.chunk(4):
+        ...         loss(student(part)).backward()
+        >>> optimizer.step()
+    """
+    layers = [m for m in model.modules() if is_quantized_layer(m) and not m._weight_is_held]
+    for layer in layers:
+        layer._weight_is_held = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._weight_is_held = False
+            layer.drop_weight_cache()
 
 
 class QuantLinearMixin(_QuantizedWeightLayer):

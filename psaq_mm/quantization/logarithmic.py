@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import DataError, NotCalibratedError, SpecError
 from .histograms import Histogram
 from .observers import PERCENTILES, valid_rows_of, widest_first
-from .primitives import MIN_SCALE, qrange
+from .primitives import MIN_SCALE, memory_order, qrange
 
 # Codes to an octave.
 BASES = {'log2': 1, 'log_sqrt2': 2}
@@ -203,7 +203,8 @@ class LogObserver:
         Raises:
             DataError: NaN or infinity among what takes part, or a mask that does not fit.
         """
-        data = valid_rows_of(x.detach(), valid).reshape(-1)
+        x = valid_rows_of(x.detach(), valid)
+        data = x.permute(memory_order(x)).reshape(-1)
         if data.numel():
             self.histogram.update(data.float())
 

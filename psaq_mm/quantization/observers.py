@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import DataError, NotCalibratedError, SpecError
 from .histograms import Histogram, refuse_non_finite
-from .primitives import choose_qparams, fake_quantize, qrange
+from .primitives import choose_qparams, fake_quantize, memory_order, qrange
 from .reduction import maximum_, minimum_
 
 PERCENTILES = (.999, .9999, .99999, 1.0)
@@ -52,11 +52,11 @@ def valid_rows_of(x: Tensor, valid: Optional[Tensor]) -> Tensor:
     if valid.dim() == len(rows) > 0 and 1 < valid.shape[0] < rows[0] and rows[0] % valid.shape[0] == 0:
         valid = valid.repeat(rows[0] // valid.shape[0], *[1] * (valid.dim() - 1))
     try:
-        mask = valid.expand(rows)
+        mask = valid.expand(rows).reshape(-1)
     except RuntimeError as error:
         raise DataError(f'A row mask of shape {tuple(valid.shape)} does not fit the rows {tuple(rows)} of the '
                         'tensor: it must broadcast to them.') from error
-    return x[mask]
+    return x.reshape(-1, x.shape[-1])[mask]
 
 
 class Observer:
@@ -80,7 +80,9 @@ class Observer:
             DataError: NaN or infinity among what takes part, or a mask that does not fit.
         """
         if self.channel_axis is None:
-            data = valid_rows_of(x.detach(), valid).reshape(-1)
+            x = valid_rows_of(x.detach(), valid)
+            # In the order of memory, as far as it goes: which value is whose does not matter here.
+            data = x.permute(memory_order(x)).reshape(-1)
         elif valid is not None:
             raise DataError('A row mask cannot be combined with ranges per channel: drop one of the two.')
         else:

@@ -8,7 +8,8 @@ A scale and a zero point have shape ``()`` (per tensor, ``axis=None``) or ``(C,)
 ``C == x.shape[axis]``).
 """
 
-from typing import Optional, Tuple
+from functools import lru_cache
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -115,10 +116,33 @@ def _along(param: Tensor, x: Tensor, axis: Optional[int]) -> Tensor:
     return param.reshape(shape)
 
 
+def memory_order(x: Tensor) -> Tuple[int, ...]:
+    """Dimensions of what is made of ``x``, the outermost in memory first.
+
+    A view that is no matrix of its own, such as the keys of packed projections, is laid out as batched products read it: the
+    step that rounds it then also saves the copy that they would make.
+    """
+    dims = tuple(range(x.dim()))
+    if x.is_contiguous():
+        return dims
+    if x.dim() == 4 and x.stride(1) == 1:
+        return 0, 2, 3, 1  # channels last
+    return (*dims[:-2], dims[-1], dims[-2]) if x.dim() > 1 and x.stride(-2) < x.stride(-1) else dims
+
+
+def _empty(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """New memory whose dimensions, taken in ``order``, are contiguous."""
+    places = [0] * len(order)
+    for place, dim in enumerate(order):
+        places[dim] = place
+    return torch.empty([shape[dim] for dim in order], dtype=dtype, device=device).permute(places)
+
+
 def _unclamped_codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """``round(x / scale) + zero_point`` as whole numbers in a new float32 tensor."""
     # The divisor stays a tensor on the device of x: CUDA turns division by a host scalar into a multiplication.
-    return torch.div(x.float(), scale).round_().add_(offset)
+    out = _empty(x.shape, memory_order(x), torch.float32, x.device)
+    return torch.div(x.float(), scale, out=out).round_().add_(offset)
 
 
 def quantize(x: Tensor,
@@ -173,20 +197,143 @@ def _to_real(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return codes.sub_(offset).mul_(scale)
 
 
+# Values worked on at a time on the CPU. They stay in a processor's cache from one operation to the next, and are enough to outweigh
+# what it takes to wake the threads for each.
+_CHUNK = 1 << 21
+
+
+@lru_cache(maxsize=None)
+def _row_length(count: int) -> int:
+    """Values in a row: a divisor of ``count``, of some thousands where there is one."""
+    return next((length for length in range(1 << 10, 1 << 16) if count % length == 0), count)
+
+
+class _Clipped:
+    """Where codes lay outside of theirs, found while they are made.
+
+    A range that was set by minimum and maximum clips a few values in a few places: looking for the places costs less than a bool for
+    every value, and so does leaving all other gradients as they are.
+
+    Args:
+        order: Dimensions of the codes in memory, in which they are cut into rows.
+        low: Least code.
+        high: Greatest code.
+    """
+
+    def __init__(self, order: Tuple[int, ...], low: float, high: float):
+        self.order, self.low, self.high = order, low, high
+        self.rows: List[Tensor] = []  # numbers of rows with such a code
+        self.inside: List[Tensor] = []  # bool, (rows, length): which of their codes are not
+
+    def look(self, codes: Tensor, first: int = 0) -> bool:
+        """Take in ``(rows, length)`` codes, the first of them row ``first``; whether any was outside (NaN is)."""
+        fits = (codes.amin(1) >= self.low).logical_and_(codes.amax(1) <= self.high)
+        if bool(fits.all()):
+            return False
+        rows = fits.logical_not_().nonzero().squeeze(1)
+        found = codes[rows]
+        self.rows.append(rows.add_(first))
+        self.inside.append((found >= self.low).logical_and_(found <= self.high))
+        return True
+
+    def stop(self, grad: Tensor) -> Tensor:
+        """The gradient, 0 where a code was clipped; ``grad`` itself stays as it is, as others may read it."""
+        if not self.rows:
+            return grad
+        found = _empty(grad.shape, self.order, grad.dtype, grad.device).copy_(grad)
+        flat = found.permute(self.order).view(-1, self.inside[0].shape[1])
+        for rows, inside in zip(self.rows, self.inside):
+            flat.index_copy_(0, rows, flat[rows] * inside)
+        return found
+
+
+def _in_chunks(x: Tensor, scale: Tensor, low: float, high: float, clipped: Optional[_Clipped] = None) -> Tensor:
+    """Fake quantization of a tensor on the CPU with one scale, as a new float32 tensor.
+
+    Args:
+        x: At least one value.
+        scale: ``()``.
+        low: Least code, less the zero point.
+        high: Greatest code, less the zero point.
+        clipped: Told which values are outside; None if nobody asks.
+    """
+    order, length = memory_order(x), _row_length(x.numel())
+    out = _empty(x.shape, order, torch.float32, x.device)
+    target, source = out.permute(order).view(-1, length), x.permute(order)
+    if source.is_contiguous():
+        source = source.view(-1, length)
+    else:
+        torch.div(x, scale, out=out)
+        source = None
+    zero, unit, count = torch.zeros(()), float(scale), max(_CHUNK // length, 1)
+    for first in range(0, len(target), count):
+        codes = target[first:first + count]
+        if source is not None:
+            torch.div(source[first:first + count], scale, out=codes)
+        codes.round_()
+        if clipped is None or clipped.look(codes, first):
+            codes.clamp_(low, high)
+        # As a product, and in the same step what makes -0.0 the 0.0 that code stands for.
+        torch.add(zero, codes, alpha=unit, out=codes)
+    return out
+
+
+class Rounded(NamedTuple):
+    """A fake-quantized tensor that may serve several times, see :func:`round_once`.
+
+    Attributes:
+        values: Outside the graph.
+        clipped: Where the gradient stops: a bool mask of the values that it passes, or places, or None for nowhere.
+    """
+    values: Tensor
+    clipped: Union[None, Tensor, _Clipped]
+
+
 class _FakeQuantize(torch.autograd.Function):
-    """Rounding with a straight-through gradient; keeps one bool an element for backward and no float copy."""
+    """Rounding with a straight-through gradient; keeps for backward where values were clipped, at most one bool an element."""
 
     @staticmethod
-    def forward(ctx, x, scale, offset, qmin, qmax):
-        unclamped = _unclamped_codes(x, scale, offset)
-        codes = unclamped.clamp(qmin, qmax)
-        ctx.save_for_backward(codes == unclamped)
-        return _to_real(codes, scale, offset).to(x.dtype)
+    def forward(ctx, x, rounded):
+        # Places are not saved for backward: activation checkpointing compares what was saved with what a recomputation saves, and one
+        # value at the end of a range that comes out another way would end the run.
+        ctx.places = rounded.clipped if isinstance(rounded.clipped, _Clipped) else None
+        ctx.save_for_backward(*[rounded.clipped] if isinstance(rounded.clipped, Tensor) else [])
+        return rounded.values.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        inside, = ctx.saved_tensors
-        return grad * inside, None, None, None, None
+        if ctx.places is not None:
+            grad = ctx.places.stop(grad)
+        for inside in ctx.saved_tensors:
+            grad = grad * inside
+        return grad, None
+
+
+@torch.no_grad()
+def round_once(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: Optional[int] = None) -> Rounded:
+    """The outcome of :func:`fake_quantize`, to be given a gradient as often as needed by :func:`straight_through`."""
+    x, scale = x.detach(), _along(scale, x, axis)
+    offset = _along(zero_point, x, axis).to(torch.float32)
+    if _has_chunks(x, scale):
+        clipped = _Clipped(memory_order(x), qmin - float(offset), qmax - float(offset))
+        values = _in_chunks(x.float(), scale, clipped.low, clipped.high, clipped)
+        return Rounded(values.to(x.dtype), clipped if clipped.rows else None)
+    codes = _unclamped_codes(x, scale, offset)
+    if x.device.type == 'cpu' and x.numel():
+        clipped = _Clipped(memory_order(x), qmin, qmax)
+        clipped = clipped if clipped.look(codes.permute(clipped.order).reshape(-1, _row_length(x.numel()))) else None
+    else:  # a device must not wait to hear whether there are any
+        clipped = (codes >= qmin).logical_and_(codes <= qmax)
+    return Rounded(_to_real(codes.clamp_(qmin, qmax), scale, offset).to(x.dtype), clipped)
+
+
+def straight_through(x: Tensor, rounded: Rounded) -> Tensor:
+    """``rounded.values`` with the gradient of :func:`fake_quantize` towards ``x``, out of which they were made."""
+    return _FakeQuantize.apply(x, rounded)
+
+
+def _has_chunks(x: Tensor, scale: Tensor) -> bool:
+    return x.device.type == 'cpu' and scale.dim() == 0 and x.numel() > 0
 
 
 def fake_quantize(x: Tensor,
@@ -219,10 +366,12 @@ def fake_quantize(x: Tensor,
         >>> fake_quantize(torch.tensor([-1., .2, .9, 7.]), torch.tensor(.5), torch.tensor(1, dtype=torch.int32), 0, 3)
         tensor([-0.5000,  0.0000,  1.0000,  1.0000])
     """
-    scale = _along(scale, x, axis)
+    if x.requires_grad and torch.is_grad_enabled():
+        return straight_through(x, round_once(x, scale, zero_point, qmin, qmax, axis))
+    x, scale = x.detach(), _along(scale, x, axis)
     # As float, because the codes are: whole numbers up to 2**24 are exact, what lies beyond is clamped anyway. Going
     # through the codes, instead of clamping at shifted ends, also makes round(-0.2) = -0.0 the +0.0 it decodes to.
     offset = _along(zero_point, x, axis).to(torch.float32)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _FakeQuantize.apply(x, scale, offset, qmin, qmax)
+    if _has_chunks(x, scale):
+        return _in_chunks(x.float(), scale, qmin - float(offset), qmax - float(offset)).to(x.dtype)
     return _to_real(_unclamped_codes(x, scale, offset).clamp_(qmin, qmax), scale, offset).to(x.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import DataError, NotCalibratedError, SpecError
 from .logarithmic import LogObserver, fake_log_quantize
 from .observers import build_observer
-from .primitives import choose_qparams, fake_quantize, qrange
+from .primitives import Rounded, choose_qparams, fake_quantize, qrange, round_once
 
 MODES = ('on', 'observe', 'off')
 
@@ -238,6 +238,10 @@ class AffineQuantizer(Quantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.channel_axis)
+
+    def round_once(self, x: Tensor) -> Rounded:
+        """See :func:`.primitives.round_once`; the quantizer has to be calibrated."""
+        return round_once(x, self.scale, self.zero_point, self.qmin, self.qmax, self.channel_axis)
 
     def new_observer(self):
         return build_observer(self.observer_name, self.channel_axis)

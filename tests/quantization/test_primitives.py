@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psaq_mm.errors import DataError, SpecError
-from psaq_mm.quantization import choose_qparams, dequantize, fake_quantize, qrange, quantize
+from psaq_mm.quantization import choose_qparams, dequantize, fake_quantize, primitives, qrange, quantize
 
 BITS = st.integers(2, 8)
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -231,12 +231,69 @@ def test_gradient_per_channel_and_second_order():
     assert torch.equal(x.grad, torch.tensor([[0, 2, 0], [2, 2, 2.]]))
 
 
-def test_backward_keeps_one_byte_an_element():
-    saved = []
-    x = torch.randn(1000, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fake_quantize(x, torch.tensor(.1), torch.tensor(0, dtype=torch.int32), -8, 7)
-    assert [(t.dtype, t.numel()) for t in saved] == [(torch.bool, 1000)]
+def kept_bytes(y):
+    """Of what the graph of ``y`` holds for its backward pass."""
+    places = y.grad_fn.places
+    found = list(y.grad_fn.saved_tensors) + ([] if places is None else places.rows + places.inside)
+    return sum(t.numel() * t.element_size() for t in found)
+
+
+@pytest.mark.parametrize('axis', [None, 0])
+def test_backward_keeps_nothing_where_nothing_is_clipped_and_else_no_more_than_a_byte_an_element(axis):
+    x = torch.randn(64, 1024)
+    scale, zero_point = choose_qparams(x.min(), x.max(), 8, False)
+    if axis is not None:
+        scale, zero_point = scale.expand(64), zero_point.expand(64)
+    y = fake_quantize(x.requires_grad_(), scale, zero_point, 0, 255, axis)
+    assert kept_bytes(y) == 0
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    with torch.no_grad():
+        x[5, 7] = 100.
+    assert 0 < kept_bytes(fake_quantize(x, scale, zero_point, 0, 255, axis)) < 2 * 1024
+    assert kept_bytes(fake_quantize(x, scale / 50, zero_point, 0, 255, axis)) <= x.numel() + 8 * 64
+
+
+VIEWS = {
+    'as it is': lambda t: t,
+    'transposed': lambda t: t.transpose(-2, -1),
+    'queries': lambda t: t.permute(0, 2, 1, 3),
+    'keys': lambda t: t.permute(0, 2, 3, 1),
+    'part': lambda t: t[:, :, 1:4],
+    'expanded': lambda t: t[:1].expand(4, -1, -1, -1),
+    'channels last': lambda t: t.contiguous(memory_format=torch.channels_last),
+    'empty': lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize('view', VIEWS)
+@pytest.mark.parametrize('scale', [.02, .003])
+def test_memory_layout_and_chunks_change_neither_codes_nor_gradients(view, scale, monkeypatch):
+    monkeypatch.setattr(primitives, '_CHUNK', 4096)
+    values = torch.randn(3, 8, 6, 256, generator=torch.Generator().manual_seed(0))
+    values[0, 0, 0, :2] = torch.tensor([math.inf, -math.inf])
+    leaf, qparams = values.clone().requires_grad_(), (torch.tensor(scale), torch.tensor(100, dtype=torch.int32))
+    y = fake_quantize(VIEWS[view](leaf), *qparams, 0, 255)
+    seen = VIEWS[view](values)
+    assert same_bits(y.detach().contiguous(), dequantize(quantize(seen, *qparams, 0, 255), *qparams).contiguous())
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    y.backward(weights)
+    other = values.clone().requires_grad_()
+    codes = (seen / qparams[0]).round() + 100
+    VIEWS[view](other).backward(weights * ((codes >= 0) & (codes <= 255)))
+    assert torch.equal(leaf.grad, other.grad)
+
+
+def test_nan_has_no_gradient_and_its_neighbours_have():
+    x = torch.tensor([.1, math.nan, .2]).requires_grad_()
+    fake_quantize(x, torch.tensor(.1), torch.tensor(0, dtype=torch.int32), 0, 15).backward(torch.tensor([1., 2., 3.]))
+    assert x.grad.tolist() == [1., 0., 3.]
+
+
+def test_incoming_gradients_are_left_as_they_are():
+    x, grad = torch.tensor([.1, 9.], requires_grad=True), torch.tensor([1., 2.])
+    fake_quantize(x, torch.tensor(.1), torch.tensor(0, dtype=torch.int32), 0, 15).backward(grad)
+    assert grad.tolist() == [1., 2.] and x.grad.tolist() == [1., 0.]
 
 
 def test_input_is_not_changed_and_layout_is_kept():
