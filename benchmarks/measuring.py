@@ -168,8 +168,14 @@ def machine(device: str = 'cpu') -> str:
     return f'torch {torch.__version__}, {torch.get_num_threads()} threads, {name}'
 
 
-def run_script(rows: Callable[[bool, str], List[Row]], description: str, argv: Optional[Sequence[str]] = None) -> int:
-    """The command line of a benchmark: ``--quick``, ``--device``, ``--threads``.
+def run_script(rows: Callable[..., List[Row]], description: str, parts: Sequence[str] = (), argv: Optional[Sequence[str]] = None) -> int:
+    """The command line of a benchmark: ``--quick``, ``--device``, ``--threads``, and ``--part`` where it has parts.
+
+    Args:
+        rows: Called with ``quick``, ``device`` and, where there are parts, the ``parts`` asked for.
+        description: Help text.
+        parts: Names of what can be measured alone; all without ``--part``.
+        argv: Of the command line; that of the process if None.
 
     Returns:
         1 where a row does not hold, else 0. With ``--quick`` always 0: small sizes show that it runs, and nothing is judged.
@@ -178,12 +184,15 @@ def run_script(rows: Callable[[bool, str], List[Row]], description: str, argv: O
     parser.add_argument('--quick', action='store_true', help='small sizes and few repeats')
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=2, help='of PyTorch (default: %(default)s)')
+    if parts:
+        parser.add_argument('--part', choices=parts, help='measure this alone')
     args = parser.parse_args(argv)
     if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
         print(f'--device {args.device}: PyTorch sees no such device here, take --device cpu', file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
     print(machine(args.device), flush=True)
-    found = rows(args.quick, args.device)
+    asked = ((args.part, ) if args.part else tuple(parts), ) if parts else ()
+    found = rows(args.quick, args.device, *asked)
     print(table_of(found), flush=True)
     return int(not args.quick and not all(r['ok'] for r in found))

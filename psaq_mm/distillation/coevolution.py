@@ -7,7 +7,7 @@ its code was never released. Every figure below is this project's decision, see 
 import contextlib
 import dataclasses
 import time
-from typing import Any, Callable, ContextManager, Dict, List, Mapping, Optional, Protocol, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Protocol, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -219,10 +219,12 @@ class CoEvolution:
                 self.progress(dict(entry, steps=steps, eta=(time.perf_counter() - begun) / done * (steps - done)))
 
         rival = discrepancy if compete and self.generator.discrepancy_weight > 0 else None
-        made = self.generator.generate(self.teacher.model, self.teacher.image_spec, forward=forward, discrepancy=rival,
-                                       class_loss=None if labels is None else class_loss, weight=self.weight, init=first,
-                                       generator=self.random, progress=report, prefix_tokens=self.teacher.prefix_tokens,
-                                       whole=whole)
+        # Frozen, a student keeps its quantized weights from step to step, and nothing for gradients that nobody asks for.
+        with _frozen(self.student.model):
+            made = self.generator.generate(self.teacher.model, self.teacher.image_spec, forward=forward, discrepancy=rival,
+                                           class_loss=None if labels is None else class_loss, weight=self.weight, init=first,
+                                           generator=self.random, progress=report, prefix_tokens=self.teacher.prefix_tokens,
+                                           whole=whole)
         self.history.extend(dict(step, round=self.rounds) for step in made.history)
         return made.samples.cpu()
 
@@ -355,6 +357,18 @@ class CoEvolution:
         self.rounds, self.history = state['rounds'], list(state['history'])
         if state.get('real') is not None and hasattr(self.real_source, 'load_state_dict'):
             self.real_source.load_state_dict(state['real'])
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    learned = [p for p in model.parameters() if p.requires_grad]
+    for parameter in learned:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from psaq_mm.errors import NotCalibratedError
 from psaq_mm.quantization import (LayerSpec, QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, adopt,
-                                  choose_qparams, fake_quantize, qrange)
+                                  choose_qparams, fake_quantize, hold_weights, qrange)
 
 LAYERS = {
     'linear': (lambda: nn.Linear(6, 5), QuantLinear, (2, 3, 6)),
@@ -173,6 +173,76 @@ def test_cached_weight_follows_every_change(change):
     assert torch.equal(after, F.linear(quantized.input_quantizer(x), quantized.weight_quantizer(quantized.weight),
                                        quantized.bias))
     assert change is there_and_back or not torch.equal(before, after)
+
+
+def count_roundings(quantized, monkeypatch):
+    calls = []
+    round_once = quantized.weight_quantizer.round_once
+    monkeypatch.setattr(quantized.weight_quantizer, 'round_once', lambda x: calls.append(1) or round_once(x))
+    return calls
+
+
+@pytest.mark.parametrize('kind', ['linear', 'conv', 'grouped transposed conv'])
+def test_held_weights_are_quantized_once_and_have_the_same_gradients(kind, monkeypatch):
+    _, quantized, x = build(kind)
+    quantized.weight.data[0, 0] *= 3  # clipped
+    for part in x.split(1):
+        quantized(part).square().sum().backward()
+    expected, quantized.weight.grad = quantized.weight.grad, None
+    calls = count_roundings(quantized, monkeypatch)
+    with hold_weights(quantized):
+        for part in x.split(1):
+            quantized(part).square().sum().backward()
+        with torch.no_grad():
+            quantized(x)
+    assert len(calls) == 1
+    assert torch.equal(quantized.weight.grad, expected)
+
+
+def data_changed_after_the_block(quantized):
+    quantized.weight.data.mul_(.5)
+
+
+@pytest.mark.parametrize('change', [*CHANGES, data_changed_after_the_block], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('inside', [True, False])
+def test_held_weight_follows_every_change(change, inside):
+    if inside and change is data_changed_after_the_block:
+        pytest.skip('leaves no trace')
+    _, quantized, x = build('linear')
+    with hold_weights(nn.Sequential(quantized)):
+        before = quantized(x).detach()
+        if inside:
+            change(quantized)
+            after = quantized(x)
+    if not inside:
+        change(quantized)
+        after = quantized(x)
+    assert torch.equal(after, F.linear(quantized.input_quantizer(x), quantized.weight_quantizer(quantized.weight), quantized.bias))
+    assert change is there_and_back or not torch.equal(before, after)
+
+
+def test_weights_are_held_no_longer_than_the_block_even_after_an_error():
+    _, quantized, x = build('linear')
+    with pytest.raises(ZeroDivisionError), hold_weights(quantized):
+        with hold_weights(quantized):  # ends with the outer one
+            quantized(x)
+        assert quantized._weight_cache is not None
+        copy.deepcopy(quantized)
+        1 / 0
+    assert quantized._weight_cache is None
+    calls = count_quantizations(quantized)
+    quantized(x)
+    quantized(x)
+    assert len(calls) == 2
+
+
+def test_what_was_kept_without_gradients_does_not_cost_a_held_weight_its_own():
+    _, quantized, x = build('linear')
+    with hold_weights(quantized):
+        with torch.no_grad():
+            quantized(x)
+        quantized(x).sum().backward()
+    assert quantized.weight.grad.abs().sum() > 0
 
 
 def test_switching_the_weight_off_is_seen_despite_the_cache():

@@ -1,0 +1,125 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What samples and quantizers add to distillation: the steps of a co-evolution beside those of a full-precision student.
+
+    python benchmarks/coevolution.py [--quick] [--device cuda]
+
+The backbone of a Swin-T detector (mmdet's, weights random), W8A8, batches of 2 images of 512 x 512, stages distilled, Adam. The pieces,
+each timed in turn with the others:
+
+- ``plain``: plain distillation: the teacher's forward pass; forward, backward and optimizer step of a full-precision student.
+- ``student``: the same with the quantized student, as :meth:`CoEvolution.learn` does it.
+- ``sample``: one step of the synthesis as :class:`CoEvolution` runs it: teacher and quantized student forward, patch similarity,
+  total variation and discrepancy, the gradient to the pixels, and the pixels' optimizer.
+- ``plain sample``: its control: teacher and full-precision student forward, the discrepancy alone, and its gradient to the pixels.
+
+A step of the co-evolution is one step of the samples and one of the student. Three ratios:
+
+1. (sample + student) / (plain sample + plain): what patch similarity, prior and quantizers add, where the samples of a full-precision
+   student evolve too. Judged at 1.5.
+2. (sample + student) / plain: against a student whose batches are given to it. Judged at 1.5.
+3. The same a student step of the default preset, whose rounds are ``evolve_samples / batch_size * steps`` steps of the samples
+   every ``evolve_every`` steps of the student. Judged at 1.5.
+
+``--quick``: 1 image of 224 x 224.
+"""
+import copy
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+
+from measuring import Row, in_turn, ratio_of, row, run_script, table  # noqa: E402
+
+BOUND = 1.5
+
+
+def swin_tiny() -> nn.Module:
+    """mmdet's backbone as Mask R-CNN has it, weights random."""
+    from mmdet.models import SwinTransformer
+    torch.manual_seed(0)
+    net = SwinTransformer(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7)
+    net.eval()
+    return net
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    return net.requires_grad_(False)
+
+
+def pieces(batch: int, size: Tuple[int, int], device: str) -> Dict[str, Callable[[], Any]]:
+    """The four steps, by name."""
+    from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, normalized_l1
+    from psaq_mm.models import TaskModel, quantize_model_
+    from psaq_mm.quantization import set_mode
+    from psaq_mm.synthesis import SampleGenerator
+    base = swin_tiny().to(device)
+    student = copy.deepcopy(base)
+    quantize_model_(student, 'w8a8')
+    student.eval()
+    teacher = copy.deepcopy(student)
+    set_mode(teacher, 'off')
+    teacher, student, float_teacher, float_student = map(TaskModel, (frozen(teacher), student, frozen(copy.deepcopy(base)), base))
+    generator = SampleGenerator(size=size, batch_size=batch, steps=1, init='pink')
+    settings = CoEvolutionSettings(size=size, batch_size=batch, calibration_samples=batch, pool_size=2 * batch, evolve_samples=batch)
+    evolution = CoEvolution(teacher, student, generator, settings)
+    evolution.prepare()
+    images = evolution.draw()
+    optimizer = torch.optim.Adam(student.model.parameters(), lr=1e-6)
+    float_optimizer = torch.optim.Adam(float_student.model.parameters(), lr=1e-6)
+
+    def student_step() -> None:
+        evolution.learn(images, Tensor.backward)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def plain_step() -> None:
+        with torch.no_grad():
+            taught = float_teacher.outputs(images)
+        normalized_l1(float_student.outputs(images), taught).backward()
+        float_optimizer.step()
+        float_optimizer.zero_grad()
+
+    def sample_step() -> None:
+        evolution.make_samples(batch, compete=True)
+
+    def plain_sample() -> None:
+        pixels = images.clone().requires_grad_()
+        loss = normalized_l1(float_student.outputs(pixels), float_teacher.outputs(pixels))
+        torch.autograd.grad(loss, pixels)
+
+    return {'plain': plain_step, 'student': student_step, 'plain sample': plain_sample, 'sample': sample_step}
+
+
+def sample_steps_a_student_step() -> float:
+    """Steps of the samples, on a batch as large as the student's, in the default preset."""
+    from psaq_mm.engine.presets import resolve_dfq
+    preset = resolve_dfq('psaq_v2')
+    return preset['evolve_samples'] / preset['batch_size'] * preset['generator']['steps'] / preset['evolve_every']
+
+
+def rows(quick: bool, device: str) -> List[Row]:
+    """All claims of this script."""
+    batch, size = (1, (224, 224)) if quick else (2, (512, 512))
+    seconds = in_turn(pieces(batch, size, device), 3 if quick else 7, device)
+    median = {name: sorted(found)[len(found) // 2] for name, found in seconds.items()}
+    print(table((f'Swin-T, {batch} x 3 x {size[0]} x {size[1]}', 'seconds', 'over plain'),
+                [(name, median[name], ratio_of(found, seconds['plain'])) for name, found in seconds.items()]), flush=True)
+    share = sample_steps_a_student_step()
+    print(f'default preset: {share:g} steps of the samples a step of the student')
+    both = [a + b for a, b in zip(seconds['sample'], seconds['student'])]
+    control = [a + b for a, b in zip(seconds['plain sample'], seconds['plain'])]
+    amortised = [share * a + b for a, b in zip(seconds['sample'], seconds['student'])]
+    what = f'Swin-T, {size[0]} x {size[1]}'
+    return [row(f'co-evolution step of {what}: sample + student over the same of a full-precision student', ratio_of(both, control), BOUND),
+            row(f'co-evolution step of {what}: sample + student over plain distillation', ratio_of(both, seconds['plain']), BOUND),
+            row(f'co-evolution step of {what}: default preset, a student step over plain distillation', ratio_of(amortised, seconds['plain']),
+                BOUND)]
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(rows, __doc__))
