@@ -112,7 +112,7 @@ def schedule() -> Tuple[float, float]:
 def rows(quick: bool, device: str) -> List[Row]:
     """All claims of this script."""
     batch, size = (1, (224, 224)) if quick else (2, (512, 512))
-    seconds = in_turn(pieces(batch, size, device), 3 if quick else 7, device)
+    seconds = in_turn(pieces(batch, size, device), 3 if quick else 5, device)
     median = {name: sorted(found)[len(found) // 2] for name, found in seconds.items()}
     print(table((f'Swin-T, {batch} x 3 x {size[0]} x {size[1]}', 'seconds', 'over plain'),
                 [(name, median[name], ratio_of(found, seconds['plain'])) for name, found in seconds.items()]), flush=True)

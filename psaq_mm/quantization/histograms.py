@@ -5,7 +5,7 @@ not depend on the order of the data or on how it was cut into batches.
 """
 
 import math
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -114,6 +114,7 @@ class Histogram:
     def __init__(self):
         self.counts: Optional[Tensor] = None  # int64: float32 stops counting at 2**24
         self.exponent = self._MIN_EXPONENT  # the bins cover (-2**exponent, 2**exponent)
+        self._found: Optional[Tuple] = None
         self.min: Optional[Tensor] = None
         self.max: Optional[Tensor] = None
 
@@ -150,6 +151,7 @@ class Histogram:
         # To the width that all values ask for; merging bins is exact, so this is the histogram of one rank that saw all.
         self._widen(int(maximum_(torch.tensor([self.exponent]))))
         sum_(self.counts)
+        self._found = None
 
     def _widen(self, exponent: int) -> None:
         shift = exponent - self.exponent
@@ -178,8 +180,7 @@ class Histogram:
         clips: exact however many steps a bin spans, where evaluating at bin centres fails for steps finer than a bin.
         """
         step = float(scale)
-        bins = self.counts.nonzero().squeeze(1)
-        left = (bins - self.BINS // 2).double()
+        left, counts = self._occupied()
         low, high = qmin - int(zero_point), qmax - int(zero_point)
 
         def integral(edges: Tensor) -> Tensor:
@@ -189,7 +190,14 @@ class Histogram:
             return (rest * rest).mul_(rest).div_(3).add_(code, alpha=1 / 12)
 
         mean = integral(left + 1).sub_(integral(left)).mul_(step / self.width)
-        return (mean * self.counts[bins]).sum() * step**2
+        return (mean * counts).sum() * step**2
+
+    def _occupied(self) -> Tuple[Tensor, Tensor]:
+        """Left edges, in bins from 0, and counts of the bins that hold a value; float64. The same for all candidates of a search."""
+        if self._found is None or self._found[0] is not self.counts or self._found[1] != self.counts._version:
+            bins = self.counts.nonzero().squeeze(1)
+            self._found = self.counts, self.counts._version, ((bins - self.BINS // 2).double(), self.counts[bins].double())
+        return self._found[2]
 
     def distribution(self) -> Distribution:
         """The same as a row of a :class:`Distribution`."""

@@ -281,8 +281,7 @@ class PercentileObserver(_SearchObserver):
         self.candidates = widest_first(candidates, 0.5, 'percentile')
 
     def _candidates(self) -> Tuple[Tensor, Tensor]:
-        high = self.data.quantiles(self.candidates)
-        return self.data.quantiles([1 - p for p in self.candidates]), high
+        return self.data.quantiles([*(1 - p for p in self.candidates), *self.candidates]).chunk(2)
 
 
 class MSEObserver(_SearchObserver):
