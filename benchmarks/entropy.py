@@ -34,9 +34,12 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'synthesis')]
 
+from benchmarks.measuring import Row, row  # noqa: E402
 from psaq_mm.synthesis import patch_similarity_entropy  # noqa: E402
 
 WINDOW = 7
+BOUND = 0.5
+"""Of our time and memory, in those of a rival: what is not clearly better needs no code of its own."""
 Block = Tuple[Tensor, Optional[Tensor], int]
 
 
@@ -109,8 +112,7 @@ def measure(method: str, workload: str, blocks: int, repeats: int, threads: int)
 
 def measure_apart(*arguments: object) -> Dict[str, float]:
     """:func:`measure` in a process of its own."""
-    # Threads that spin while they wait would measure what else runs on the machine.
-    environment = dict(os.environ, OMP_WAIT_POLICY='PASSIVE')
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
     command = [sys.executable, __file__, '--measure', json.dumps(arguments)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
 
@@ -127,6 +129,37 @@ def broadcast_blocks(workload: str, memory: float) -> int:
     return max(count, 1)
 
 
+def compared(quick: bool, threads: int, memory: float) -> List[Row]:
+    """Measures and prints the table; the rows say what share of its rival the function here takes."""
+    repeats, found = 1 if quick else 3, []
+    print(f'torch {torch.__version__}, {threads} threads, best of {repeats}, value and gradient')
+    print(f'{"workload":<24}{"blocks":>7}  {"method":<10}{"seconds":>9}{"CPU s":>8}{"peak MiB":>10}'
+          f'{"time ratio":>12}{"CPU ratio":>11}{"memory ratio":>14}')
+    for workload, build in WORKLOADS.items():
+        rivals = [('plain', len(build()))]
+        if not quick:
+            rivals.append(('released', broadcast_blocks(workload, memory)))
+        for rival, blocks in rivals:
+            mine = measure_apart('ours', workload, blocks, repeats, threads)
+            other = measure_apart(rival, workload, blocks, repeats, threads)
+            for name, result in (('ours', mine), (rival, other)):
+                ratios = '' if name == 'ours' else (f'{other["seconds"] / mine["seconds"]:>11.1f}x{other["busy"] / mine["busy"]:>10.1f}x'
+                                                    f'{other["bytes"] / max(mine["bytes"], 1):>13.1f}x')
+                print(f'{workload:<24}{blocks:>7}  {name:<10}{result["seconds"]:>9.3f}{result["busy"]:>8.2f}'
+                      f'{math.ceil(result["bytes"] / 2**20):>10}{ratios}', flush=True)
+            for what, key in (('time', 'seconds'), ('memory', 'bytes')):
+                found.append(row(f'patch similarity entropy, {what} / {rival} formula, {workload}', mine[key] / other[key], BOUND))
+    return found
+
+
+def rows(quick: bool, device: str) -> List[Row]:
+    """See the module; on the CPU alone, as its memory is counted by the kernel."""
+    if torch.device(device).type != 'cpu':
+        print('Patch similarity entropy: measured on the CPU alone')
+        return []
+    return compared(quick, torch.get_num_threads(), 6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--threads', type=int, default=2, help='threads of PyTorch')
@@ -137,23 +170,7 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(*json.loads(arguments.measure))))
         return
-
-    repeats = 1 if arguments.quick else 3
-    print(f'torch {torch.__version__}, {arguments.threads} threads, best of {repeats}, value and gradient')
-    print(f'{"workload":<24}{"blocks":>7}  {"method":<10}{"seconds":>9}{"CPU s":>8}{"peak MiB":>10}'
-          f'{"time ratio":>12}{"CPU ratio":>11}{"memory ratio":>14}')
-    for workload, build in WORKLOADS.items():
-        rivals = [('plain', len(build()))]
-        if not arguments.quick:
-            rivals.append(('released', broadcast_blocks(workload, arguments.memory)))
-        for rival, blocks in rivals:
-            mine = measure_apart('ours', workload, blocks, repeats, arguments.threads)
-            other = measure_apart(rival, workload, blocks, repeats, arguments.threads)
-            for name, result in (('ours', mine), (rival, other)):
-                ratios = '' if name == 'ours' else (f'{other["seconds"] / mine["seconds"]:>11.1f}x{other["busy"] / mine["busy"]:>10.1f}x'
-                                                    f'{other["bytes"] / max(mine["bytes"], 1):>13.1f}x')
-                print(f'{workload:<24}{blocks:>7}  {name:<10}{result["seconds"]:>9.3f}{result["busy"]:>8.2f}'
-                      f'{math.ceil(result["bytes"] / 2**20):>10}{ratios}', flush=True)
+    compared(arguments.quick, arguments.threads, arguments.memory)
 
 
 if __name__ == '__main__':

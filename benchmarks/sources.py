@@ -24,8 +24,11 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measuring import Row, row  # noqa: E402
 from psaq_mm.synthesis import DeadLeaves, GaussianNoise, ImageSpec, PinkNoise, Source, source_of  # noqa: E402
 
+LIMIT = 5.
+"""Per cent."""
 IMAGENET = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 SOURCES: Dict[str, Source] = {
     'Gaussian noise': GaussianNoise(),
@@ -117,12 +120,24 @@ def share_of(made: float, step: float) -> float:
     return 100 * made / (made + step)
 
 
+def rows(quick: bool, device: str) -> List[Row]:
+    """See the module; on the CPU alone, where samples are made. ``quick``: the DeiT-Tiny's batch, 8 of it, and one repeat."""
+    if torch.device(device).type != 'cpu':
+        print('Sources: measured on the CPU alone, where samples are made')
+        return []
+    workloads = (WORKLOADS[0]._replace(batch=8), ) if quick else WORKLOADS
+    found = [(workload, *measure(workload, 1 if quick else 5)) for workload in workloads]
+    print(table(found))
+    return [row(f'making a batch anew, share of a run, {name}, {workload.name}', share_of(made, step) / 100, LIMIT / 100)
+            for workload, step, seconds in found for name, made in seconds.items()]
+
+
 def main(argv: Sequence[str] = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--threads', type=int, default=1, help='of torch (default: %(default)s)')
     parser.add_argument('--repeats', type=int, default=5, help='of which the best counts (default: %(default)s)')
-    parser.add_argument('--limit', type=float, default=5., help='greatest share in per cent (default: %(default)g)')
+    parser.add_argument('--limit', type=float, default=LIMIT, help='greatest share in per cent (default: %(default)g)')
     parser.add_argument('--quick', action='store_true', help='small batches, to see that it runs; nothing is judged')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -39,9 +39,14 @@ def test_one_library_alone(library):
     assert done.stdout.strip() == '2'
 
 
-def test_the_floors_below_models_need_pytorch_alone():
-    code = ("import sys\nimport psaq_mm, psaq_mm.quantization, psaq_mm.synthesis, psaq_mm.distillation\n"
-            "loaded = {m.split('.')[0] for m in sys.modules} & {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm'}\n"
-            "assert not loaded, loaded")
+@pytest.mark.parametrize('modules,may_be_there', [
+    ('psaq_mm', ()),
+    ('psaq_mm.quantization, psaq_mm.synthesis, psaq_mm.distillation, psaq_mm.visualization, psaq_mm.deploy', ()),
+    ('psaq_mm.registry, psaq_mm.models, psaq_mm.engine, psaq_mm.engine.hooks, psaq_mm.engine.runner, psaq_mm.commands', ('mmengine', )),
+])
+def test_a_library_is_imported_when_a_config_asks_for_it_and_not_before(modules, may_be_there):
+    libraries = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm'} - set(may_be_there)
+    code = f"import sys\nimport {modules}\nprint(sorted({libraries!r} & {{m.split('.')[0] for m in sys.modules}}))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == '[]'
