@@ -134,7 +134,7 @@ def errors(images: List[Tensor], result: Dict[str, object], bits: int) -> Tensor
 
 
 def compare(arguments: argparse.Namespace, file: Path) -> List[Row]:
-    """Measure, print the table and the checks; a row says what share of the loop's time and memory ours takes, or its excess of error."""
+    """Measure, print the table and the checks. A row says what share of the loop's time or memory ours takes, or its excess error."""
     found = []
     repeats = 1 if arguments.quick else 5
     size = [arguments.images, arguments.tokens, arguments.channels]
@@ -158,7 +158,8 @@ def compare(arguments: argparse.Namespace, file: Path) -> List[Row]:
         near = ((ratio - 1).abs() < 0.01).double().mean()
         excess = errors(images, result['ours'], bits).sum() / errors(images, result['loop'], bits).sum() - 1
         worst = max(worst, float(excess))
-        found += [row(f'channel percentiles, {what} / channel by channel, {bits} bits', best['ours'][key] / max(best['loop'][key], 1e-9), 1.)
+        found += [row(f'channel percentiles, {what} / channel by channel, {bits} bits',
+                      best['ours'][key] / max(best['loop'][key], 1e-9), 1.)
                   for what, key in (('time', 'seconds'), ('memory', 'bytes'))]
         checks.append(f'{bits} bits: {near:.1%} of the channels have the same scale within 1 %, median difference '
                       f'{(ratio - 1).abs().median():.1e}; squared error {excess:+.2%}')

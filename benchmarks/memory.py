@@ -10,7 +10,8 @@ training with its optimizer, a second round of synthesis against the student, sa
 and no more memory, but for the pool of samples, which grows to ``dfq.pool_size``. What is missing of that is added.
 
 The figure is the greatest resident set of the process as the kernel counts it, in GiB, interpreter and libraries included.
-``--quick``: a single run, with checkpointing. The device is the CPU.
+``--quick``: a single and shorter run of Mask R-CNN, with checkpointing, one sample, and no round of synthesis against the student. The
+device is the CPU.
 """
 import os
 import subprocess
@@ -55,13 +56,13 @@ def write_checkpoint(config: str, path: Path) -> None:
     torch.save(dict(state_dict=MODELS.build(settings).state_dict(), meta=dict(dataset_meta=dict(classes=('a', )))), path)
 
 
-def run(workload: Workload, checkpoint: Path, with_cp: bool, threads: int) -> Tuple[float, float]:
-    """Peak memory and seconds of one run of the tool, in GiB."""
-    made = 2 * workload.batch
+def run(workload: Workload, checkpoint: Path, with_cp: bool, threads: int, quick: bool) -> Tuple[float, float]:
+    """Peak memory, in GiB, and seconds of one run of the tool."""
+    steps, first, later = (1, 1, 0) if quick else (2, 2, 1)
+    options = {'generator.steps': steps, 'iters': steps, 'calibration_samples': first * workload.batch, 'evolve_every': later,
+               'evolve_samples': workload.batch, 'checkpoint_interval': 1, 'sheet_interval': 0}
     with tempfile.TemporaryDirectory() as folder:
-        options = dict(dfq=dict(generator=dict(steps=2), iters=2, calibration_samples=made, evolve_every=1,
-                                evolve_samples=workload.batch, checkpoint_interval=1, sheet_interval=0))
-        given = [f'{key}={value}' for key, value in _flat(options)] + [f'model.backbone.with_cp={with_cp}']
+        given = [f'dfq.{key}={value}' for key, value in options.items()] + [f'model.backbone.with_cp={with_cp}']
         command = [sys.executable, str(ROOT / 'tools' / 'dfq_train.py'), str(ROOT / workload.config), '--checkpoint', str(checkpoint),
                    '--work-dir', folder, '--cfg-options', *given]
         program = ('import resource, subprocess, sys, time; begun = time.perf_counter(); found = subprocess.run(sys.argv[1:], '
@@ -74,13 +75,8 @@ def run(workload: Workload, checkpoint: Path, with_cp: bool, threads: int) -> Tu
     status, peak, seconds = found.stdout.split()
     if status != '0':
         raise RuntimeError(f'{" ".join(command)} ended with exit code {status}; its last lines are above')
-    missing = 4 * 3 * workload.size[0] * workload.size[1] * max(0, workload.pool - made - workload.batch)
+    missing = 4 * 3 * workload.size[0] * workload.size[1] * (workload.pool - (first + later) * workload.batch)
     return (int(peak) * 1024 + missing) / GIB, float(seconds)
-
-
-def _flat(options: dict, prefix: str = '') -> List[Tuple[str, object]]:
-    return [item for key, value in options.items()
-            for item in (_flat(value, f'{prefix}{key}.') if isinstance(value, dict) else [(prefix + key, value)])]
 
 
 def rows(quick: bool, device: str) -> List[Row]:
@@ -97,7 +93,7 @@ def rows(quick: bool, device: str) -> List[Row]:
             subprocess.run([sys.executable, __file__, '--write', workload.config, str(checkpoint)], check=True,
                            env=dict(os.environ, PYTHONPATH=str(ROOT)), stdout=subprocess.DEVNULL)
             for with_cp in (True, ) if quick else (False, True):
-                peak, seconds = run(workload, checkpoint, with_cp, torch.get_num_threads())
+                peak, seconds = run(workload, checkpoint, with_cp, torch.get_num_threads(), quick)
                 name = f'{workload.name}, {"with_cp" if with_cp else "without checkpointing"}'
                 lines.append((name, peak, BOUNDS[with_cp], round(seconds)))
                 found.append(row(f'memory of the whole run, {name} (GiB)', peak, BOUNDS[with_cp]))

@@ -187,7 +187,7 @@ def rows(quick: bool, device: str, plot: Optional[Path] = None) -> List[Row]:
                 found.append(row(f'scaling, exponent of {what} in pixels, {name} step by {title}', slope, EXPONENT))
     print(table(('by', 'images', 'step', 'seconds', 'us a pixel', 'peak MiB', 'KiB a pixel'), lines))
     if torch.device(device).type == 'cpu':
-        found += _rank_rows(Point(swin, 8, (SIDE, SIDE) if quick else (224, 224)), repeats + 1)
+        found += _rank_rows(Point(swin, 8, (224, 224)), repeats + 1)
     if plot is not None:
         draw(plot, *series.values())
         print(f'Wrote {plot}')

@@ -10,7 +10,8 @@ which counts what the call adds to the network and one batch.
 
 The library's own float network, before any layer was swapped, stands beside them: timm's attention is fused, and saves the scores.
 ``--quick``: the same batches, but Swin-S at 400 x 608; one step a call, two repeats, without the library's network, and memory measured
-one after the other in one process, over what that held before. ``--device cuda`` adds the share of a step that is spent in no kernel of the network.
+one after the other in one process, over what that held before. ``--device cuda`` adds the share of a step that is spent in no kernel of
+the network.
 """
 import copy
 import sys
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, forget_peak, in_turn, peak_apart, peak_of, ratio_of, resident, row, run_script, table  # noqa: E402
+from benchmarks.measuring import (Row, forget_peak, in_turn, peak_apart, peak_of, ratio_of, resident, row,  # noqa: E402
+                                  run_script, table)
 from psaq_mm.synthesis import ImageSpec, SampleGenerator  # noqa: E402
 
 IMAGENET = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -119,7 +121,7 @@ def peaks(workload: Workload, device: str, measured: Dict[str, Callable[[], None
 
 
 def own_share(workload: Workload, device: str) -> float:
-    """Share of a step's time on a CUDA device that is not the network's own: 1 - kernels of the teacher alone / duration of the step."""
+    """Share of a step on a CUDA device that is not the network's own: 1 - kernels of the teacher alone / duration of the step."""
     from torch.profiler import ProfilerActivity, profile
     measured = calls(workload, device)
     for name in ('synthesis', 'teacher'):
