@@ -124,6 +124,26 @@ def test_checkpointed_blocks_give_the_same_tapped_gradients():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize('role', ['teacher', 'student'])
+def test_checkpointing_keeps_less_for_the_backward_pass_of_teacher_and_student(role):
+    held = {}
+    for with_cp in (False, True):
+        model = build_backbone('mmdet', with_cp=with_cp)
+        quantize_model_(model, 'w4a8')
+        images = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+        calibrate(model, lambda: model(images))
+        if role == 'teacher':  # the gradient is that of the pixels
+            set_mode(model, 'off')
+            model.requires_grad_(False)
+            images.requires_grad_()
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+            outputs = model(images)
+        sum(output.mean() for output in outputs).backward()
+        held[with_cp] = sum(kept.values()) - sum(p.numel() for p in model.parameters())
+    assert held[True] < held[False] / 2
+
+
 def test_a_backbone_that_is_not_supported_is_refused_by_name():
     pytest.importorskip('mmdet')
     from mmengine.registry import MODELS, DefaultScope
