@@ -7,12 +7,16 @@ medians. Weights are random and the ranges come from noise: neither changes what
 Example:
     python benchmarks/deploy_speed.py --threads 2
     python benchmarks/deploy_speed.py --size 224 224 --runtime openvino --rounds 5 --nncf
+
+``--nncf`` takes a Python that has nncf and openvino; by default this one. NNCF wants a newer PyTorch than OpenMMLab's wheels allow, so it
+is run without any.
 """
 import argparse
 import inspect
 import io
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -53,14 +57,25 @@ def float_graph(model, size):
     return file.getvalue()
 
 
-def nncf_graph(content, images):
-    """NNCF's post-training quantization of the float graph, as OpenVINO's compiled model."""
-    import nncf
-    import openvino
-    core = openvino.Core()
-    model = core.read_model(io.BytesIO(content))
-    data = nncf.Dataset([{'images': image[None]} for image in images])
-    return nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
+NNCF = """
+import sys
+sys.modules['torch'] = None
+import nncf, numpy, openvino
+graph, images, out = sys.argv[1:]
+data = nncf.Dataset([{'images': image[None]} for image in numpy.load(images)])
+model = nncf.quantize(openvino.Core().read_model(graph), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(numpy.load(images)))
+openvino.save_model(model, out, compress_to_fp16=False)
+"""
+
+
+def nncf_model(content, images, folder, python):
+    """NNCF's post-training quantization of the float graph; the path of OpenVINO's model."""
+    graph, data, out = (os.path.join(folder, name) for name in ('float.onnx', 'images.npy', 'nncf.xml'))
+    with open(graph, 'wb') as file:
+        file.write(content)
+    np.save(data, images)
+    subprocess.run([python, '-c', NNCF, graph, data, out], check=True, stdout=subprocess.DEVNULL)
+    return out
 
 
 class _Nncf:
@@ -77,10 +92,12 @@ class _Nncf:
 
 
 def medians(sessions, inputs, rounds):
-    """Median milliseconds of each session, measured in turn after two warm-ups."""
+    """Median milliseconds of each session, measured in turn after two warm-ups. Threads of a runtime look out for more work for a while
+    after a run, and would be in the way of the next one: each waits."""
     seconds = {name: [] for name in sessions}
     for i in range(rounds + 2):
         for name, session in sessions.items():
+            time.sleep(.05)
             begun = time.perf_counter()
             session.run(inputs)
             if i >= 2:
@@ -88,7 +105,7 @@ def medians(sessions, inputs, rounds):
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def measure(size, runtime, quant, threads, rounds, with_nncf):
+def measure(size, runtime, quant, threads, rounds, nncf):
     """Rows of the table for one size and runtime: name, milliseconds, times the float32 of the runtime."""
     model = backbone()
     images = torch.randn(2, 3, *size)
@@ -99,8 +116,8 @@ def measure(size, runtime, quant, threads, rounds, with_nncf):
     with tempfile.TemporaryDirectory() as folder:
         deployed = load(export_model(model, os.path.join(folder, 'model'), [size]).directory, runtime, threads)
         sessions = {'float32': start(graph, runtime, threads), f'psaq_mm {quant}': deployed.session(size)}
-        if with_nncf and runtime == 'openvino':
-            sessions['NNCF int8'] = _Nncf(nncf_graph(graph, images.numpy()), threads)
+        if nncf and runtime == 'openvino':
+            sessions['NNCF int8'] = _Nncf(nncf_model(graph, images.numpy(), folder, nncf), threads)
         found = medians(sessions, {'images': images[:1].numpy().astype(np.float32)}, rounds)
     return [(name, ms, found['float32'] / ms) for name, ms in found.items()]
 
@@ -113,7 +130,7 @@ def main():
     parser.add_argument('--quant', default='w8a8')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--rounds', type=int, default=15)
-    parser.add_argument('--nncf', action='store_true', help='measure NNCF\'s model beside it; needs the package nncf')
+    parser.add_argument('--nncf', nargs='?', const=sys.executable, metavar='PYTHON', help='measure NNCF\'s model beside it')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     load_before = os.getloadavg()[0]

@@ -250,6 +250,22 @@ class _Lowering:
             self.known[key] = self.node('Where', [same, *ends], f'{base}.mask')
         return self.node('Add', [scores, self.known[key]], output)
 
+    def look_up(self, rows: str, settings: Mapping, output: str) -> str:
+        """The places are worked out by the runtime when it loads."""
+        shapes = np.reshape(settings['shapes'], (settings['tables'], -1))
+        key = 'places', tuple(settings['entries']), shapes.tobytes(), settings['limit']
+        if key not in self.known:
+            label, entries, place = f'places_{sum(k[0] == "places" for k in self.known)}', list(settings['entries']), ''
+            for i, shape in enumerate(shapes):
+                count = int(np.prod(shape))
+                table = self.constant(f'{label}.table_{i}', np.array(entries[:count], np.int32).reshape(shape))
+                entries = entries[count:]
+                place = self.node('Add', [place, table], f'{label}.sum_{i}') if place else table
+            if settings['limit'] >= 0:
+                place = self.node('Min', [place, self.constant(f'{label}.limit', np.array(settings['limit'], np.int32))], f'{label}.limited')
+            self.known[key] = self.node('Reshape', [place, self.constant('flat', np.array([-1], np.int64))], label)
+        return self.node('Gather', [rows, self.known[key]], output, axis=0)
+
     # ------------------------------------------------------------------ the whole
     def run(self) -> LoweredGraph:
         for node in self.graph.node:
@@ -266,6 +282,8 @@ class _Lowering:
                 self.renamed[node.output[0]] = self.codes(inputs[0], name)
             elif node.op_type == 'Values':
                 self.renamed[node.output[0]] = self.values(inputs[0], name, bool(settings['centred']))
+            elif node.op_type == 'LookUp':
+                self.look_up(inputs[0], settings, node.output[0])
             elif node.op_type == 'Tap':
                 self.out.taps.setdefault(name, []).append(inputs[0])
                 self.renamed[node.output[0]] = inputs[0]

@@ -4,12 +4,14 @@
 Traced as they are, a quantizer would become six float operations and a weight a float one, and constants of the same value would
 be merged whatever they belong to. Each of these carries a name instead, under which the export keeps the real thing.
 """
-from typing import Tuple
+import math
+from typing import Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ['DOMAIN', 'codes', 'mark_tap', 'position_bias', 'quantizer', 'values', 'weight', 'window_mask']
+__all__ = ['DOMAIN', 'codes', 'look_up', 'mark_tap', 'position_bias', 'quantizer', 'values', 'weight', 'window_mask']
 
 DOMAIN = 'psaq_mm'
 
@@ -48,6 +50,22 @@ class _Values(torch.autograd.Function):
         return g.op(f'{DOMAIN}::Values', codes, name_s=name, centred_i=int(centred)).setType(codes.type().with_dtype(torch.float32))
 
 
+class _LookUp(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, rows, entries, shapes, limit):
+        places = sum(np.reshape(values, shape) for values, shape in zip(entries, shapes))
+        return rows[torch.from_numpy(np.minimum(places, np.inf if limit is None else limit).astype(np.int64).reshape(-1))]
+
+    @staticmethod
+    def symbolic(g, rows, entries, shapes, limit):
+        flat = dict(entries_i=[e for values in entries for e in values], shapes_i=[s for shape in shapes for s in shape])
+        kind = rows.type()
+        total = math.prod(max(shape[axis] for shape in shapes) for axis in range(len(shapes[0])))
+        return g.op(f'{DOMAIN}::LookUp', rows, tables_i=len(shapes), limit_i=-1 if limit is None else limit,
+                    **flat).setType(kind.with_sizes([total, kind.sizes()[1]]))
+
+
 class _Weight(torch.autograd.Function):
 
     @staticmethod
@@ -83,6 +101,20 @@ def codes(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
 def values(codes: Tensor, name: str, centred: bool = False) -> Tensor:
     """What codes of the quantizer ``name`` stand for; ``centred``: as if its zero point were 0."""
     return _Values.apply(codes, name, centred)
+
+
+def look_up(rows: Tensor, tables: Sequence[np.ndarray], limit: Optional[int]) -> Tensor:
+    """``rows[min(sum(tables), limit)]``, whose many indices stand in the graph as a few.
+
+    Args:
+        rows: (count, C).
+        tables: Integers, of shapes that broadcast.
+        limit: The greatest index, which stands for all beyond it; None where there is none beyond.
+
+    Returns:
+        (product of the tables' broadcast shape, C).
+    """
+    return _LookUp.apply(rows, [t.reshape(-1).tolist() for t in tables], [t.shape for t in tables], limit)
 
 
 def mark_tap(x: Tensor, name: str) -> Tensor:

@@ -1,7 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Window attention of Swin in a form that exports well: for one image of a known size, with a mask that stays small on disk."""
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +74,40 @@ class Windows(NamedTuple):
         return x if self.pad_first else self._roll(x, 1)
 
 
+    def look_up(self, x: Tensor, padding: Tensor) -> Tensor:
+        """As :meth:`cut`, each token looked up by its place: one operation, where moving rows and columns around takes six."""
+        (height, width), (rows, columns) = self.padded, self.window
+        count, channels = self.height * self.width, int(x.shape[-1])
+        down = np.array([count if i is None else i * self.width for i in self._sources(self.height, height, self.shift[0])])
+        across = np.array([count if i is None else i for i in self._sources(self.width, width, self.shift[1])])
+        x = x.reshape(count, channels)
+        padded = count != height * width
+        x = torch.cat([x, padding.reshape(1, channels)]) if padded else x
+        tables = down.reshape(-1, 1, rows, 1), across.reshape(1, -1, 1, columns)
+        return symbols.look_up(x, tables, count if padded else None).reshape(-1, rows * columns, channels)
+
+    def look_back(self, x: Tensor) -> Tensor:
+        """(windows, heads, tokens, channels) to (H * W, heads * channels): the inverse of :meth:`look_up`, and heads side by side."""
+        (height, width), (rows, columns) = self.padded, self.window
+        heads, tokens, channels = (int(s) for s in x.shape[1:])
+        down, across = (np.array([self._place(i, *ends) for i in range(ends[0])])
+                        for ends in ((self.height, height, self.shift[0]), (self.width, width, self.shift[1])))
+        tables = (down // rows * (width // columns * heads * tokens) + down % rows * columns,
+                  across // columns * (heads * tokens) + across % columns, np.arange(heads) * tokens)
+        shaped = [table.reshape([-1 if i == axis else 1 for i in range(3)]) for axis, table in enumerate(tables)]
+        return symbols.look_up(x.reshape(-1, channels), shaped, None).reshape(self.height * self.width, heads * channels)
+
+    def _sources(self, size: int, padded: int, shift: int) -> List[Optional[int]]:
+        """Of each place along an axis of the padded, shifted map, where its token comes from; None: padding."""
+        if self.pad_first:
+            places = [(i + shift) % padded for i in range(padded)]
+            return [i if i < size else None for i in places]
+        return [(i + shift) % size if i < size else None for i in range(padded)]
+
+    def _place(self, i: int, size: int, padded: int, shift: int) -> int:
+        return (i - shift) % (padded if self.pad_first else size)
+
+
 def _padding(qkv: nn.Module) -> Optional[Tensor]:
     """What stands for 0 after reparameterization, (C,); None where it is 0."""
     fill = getattr(getattr(qkv, 'input_quantizer', None), 'fill', None)
@@ -89,9 +124,11 @@ def attend_windows(x: Tensor, attention: nn.Module, windows: Windows) -> Tensor:
     # well come after the windows are joined, where nothing is padding any more.
     tokens, out = attention.qkv.input_quantizer, attention.proj.input_quantizer
     attention.export.layouts[tokens.export_name] = lambda rows: windows.join(rows).reshape(shape)
-    codes = windows.cut(symbols.codes(x, tokens.export_name, torch.uint8).reshape(plain), _padding_codes(attention.qkv))
+    heads = attention.num_heads
+    attention.export.layouts[out.export_name] = lambda rows: rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2)
+    codes = windows.look_up(symbols.codes(x, tokens.export_name, torch.uint8), _padding_codes(attention.qkv))
     x = attend_integer(attention, symbols.values(codes, tokens.export_name, centred=True), windows.shifted)
-    codes = windows.join(symbols.codes(x, out.export_name, torch.uint8)).reshape(shape)
+    codes = windows.look_back(symbols.codes(x, out.export_name, torch.uint8)).reshape(shape)
     return attention.proj.export_product(symbols.values(codes, out.export_name, centred=True))
 
 
@@ -117,7 +154,7 @@ class IntegerAttention(NamedTuple):
 
 def attend_integer(attention: nn.Module, x: Tensor, shifted: Optional[Tuple[int, ...]]) -> Tensor:
     """Window attention up to its projection, whose scores are a product of int8 codes without zero points, which runtimes have a kernel
-    for: dequantized tokens (windows, N, C) to (windows, N, C).
+    for: dequantized tokens (windows, N, C) to (windows, heads, N, C / heads).
 
     The scores are s (q - a) (k - b), with codes q and k and their zero points a and b. Of the four terms of that, those with b are the
     same for all keys of a query, and softmax does not see them. What is left beside s q k is -s a sum(k), a number a key.
@@ -142,7 +179,7 @@ def attend_integer(attention: nn.Module, x: Tensor, shifted: Optional[Tuple[int,
     if shifted is not None:
         scores = symbols.window_mask(scores, shifted, MASKED)
     weights = apply_edge(attention.matmul_av.lhs_quantizer, attention.softmax(scores))
-    return torch.matmul(weights, v).transpose(1, 2).reshape(windows, tokens, channels)
+    return torch.matmul(weights, v)
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
