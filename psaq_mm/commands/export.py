@@ -59,7 +59,8 @@ def build_student(config, checkpoint_path: str):
     return model, checkpoint
 
 
-def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequence[int]]] = None, opset: Optional[int] = None):
+def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequence[int]]] = None, opset: Optional[int] = None,
+           dynamic: bool = False):
     """Export a student; returns the quantized model and :class:`psaq_mm.deploy.export.ExportedModel`.
 
     Args:
@@ -68,12 +69,13 @@ def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequ
         out: Directory to be written.
         sizes: Image sizes (height, width). Defaults to None, :func:`default_sizes`.
         opset: Of ONNX. Defaults to None, the oldest that serves.
+        dynamic: One graph for every size.
     """
     from psaq_mm.deploy.export import OPSET, check_opset, export_model
     check_opset(opset or OPSET)
     model, checkpoint = build_student(config, checkpoint_path)
     classes = (checkpoint['meta'].get('dataset_meta') or {}).get('classes')
-    return model, export_model(model, out, sizes or default_sizes(config), opset or OPSET, classes)
+    return model, export_model(model, out, sizes or default_sizes(config), opset or OPSET, classes, dynamic)
 
 
 def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) -> None:
@@ -102,6 +104,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--size', nargs=2, type=int, action='append', metavar=('H', 'W'),
                         help='an image size to export for, in pixels; give it again for more sizes; defaults to what the test '
                         'pipeline makes')
+    parser.add_argument('--dynamic', action='store_true',
+                        help='one graph for images of any size, padded to multiples of 32; slower than a graph of the size')
     parser.add_argument('--runtime', nargs='+', default=[], metavar='NAME',
                         help='openvino, onnxruntime: start the exported model there, and tell what it runs as integers')
     parser.add_argument('--verify', action='store_true',
@@ -122,8 +126,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if not runtimes:
                 raise ConfigError('--verify needs a runtime and none is installed: pip install psaq_mm[deploy], which brings '
                                   f'{" and ".join(RUNTIMES)}')
+        if args.dynamic and args.size:
+            raise ConfigError('--size and --dynamic contradict each other: give sizes, or have one graph for all')
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
-        model, exported = export(config, args.checkpoint, args.out, args.size, args.opset)
+        model, exported = export(config, args.checkpoint, args.out, args.size, args.opset, args.dynamic)
         print(summary(exported.manifest['tensors']))
         print(size_line(model, exported), flush=True)
         for runtime in runtimes:

@@ -2,6 +2,7 @@
 """A quantized model to a directory that ONNX Runtime and OpenVINO run as integers."""
 import inspect
 import io
+import math
 import os
 import warnings
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 import psaq_mm
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
+from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.scope import find_backbone
 
 from .bundle import write_bundle
@@ -20,6 +23,9 @@ from .exportable import ExportableModel, make_exportable
 from .symbols import DOMAIN
 
 __all__ = ['ExportedModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
+
+MULTIPLE = 32
+"""Of height and width with a dynamic size: what the last stage's patches and those that are merged before it make together."""
 
 OPSET = 17
 MIN_OPSET = 17
@@ -148,31 +154,50 @@ def check_opset(opset: int) -> None:
                           f'{newest}')
 
 
-def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int):
+def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
+    """Raises UnsupportedModelError where a graph cannot find out its sizes when it runs."""
+    backbone = find_backbone(model)
+    if class_named(backbone, SWIN_BACKBONES) is None or not getattr(backbone, 'pad_small_map', True):
+        raise UnsupportedModelError(f'{type(backbone).__name__} does not export with a dynamic size, which the Swin of mmdet and mmseg does: '
+                                    'give its sizes, --size H W')
+    if spec_of(model).points == 'all':
+        raise UnsupportedModelError('points=\'all\' does not export with a dynamic size, for which OpenVINO 2026.4 gives wrong results (seen: 17 % '
+                                    'off): give the sizes, --size H W')
+    if parts.task == 'classification':
+        raise UnsupportedModelError(f'{type(model).__name__} takes its exact size alone: export with --size H W')
+
+
+def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int, tracing, dynamic: bool):
+    """ONNX model, and shapes of its outputs by name."""
     import onnx
     images = torch.zeros(1, channels, *size)
+    tracing.begin(False)
     with torch.no_grad():
-        graph(images)  # names the outputs
+        outputs = graph(images)  # names the outputs
+    shapes = {name: tuple(output.shape) for name, output in zip(graph.names, outputs)}
+    tracing.begin(dynamic)
     file = io.BytesIO()
     settings: Dict[str, Any] = dict(input_names=['images'], output_names=list(graph.names), opset_version=opset,
                                     custom_opsets={DOMAIN: 1}, do_constant_folding=True)
+    if dynamic:
+        maps = [name for name, shape in shapes.items() if len(shape) == 4]
+        settings['dynamic_axes'] = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in ('images', *maps)}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
         settings['dynamo'] = False  # newer PyTorch has another exporter as its default, which does not know the symbols
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # sizes become constants: that is what is wanted
+        warnings.simplefilter('ignore')  # sizes become constants: that is what is wanted, unless it is dynamic
         torch.onnx.export(graph, (images, ), file, **settings)
-    return onnx.load_model_from_string(file.getvalue())
+    return onnx.load_model_from_string(file.getvalue()), shapes
 
 
-def _strides(model, size: Tuple[int, int]) -> Dict[str, int]:
+def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Dict[str, int]:
     """By output that is a map, how many pixels one of its positions stands for."""
     found = {}
-    for output in model.graph.output:
-        dims = [d.dim_value for d in output.type.tensor_type.shape.dim]
-        if len(dims) == 4 and dims[2] and dims[3]:
-            stride = 2**round(torch.log2(torch.tensor(size[0] / dims[2])).item())
-            if -(-size[0] // stride) == dims[2] and -(-size[1] // stride) == dims[3]:
-                found[output.name] = stride
+    for name, shape in shapes.items():
+        if len(shape) == 4:
+            stride = 2**round(math.log2(size[0] / shape[2]))
+            if -(-size[0] // stride) == shape[2] and -(-size[1] // stride) == shape[3]:
+                found[name] = stride
     return found
 
 
@@ -196,7 +221,8 @@ def export_model(model: nn.Module,
                  out: Union[str, os.PathLike],
                  sizes: Sequence[Sequence[int]],
                  opset: int = OPSET,
-                 classes: Optional[Sequence[str]] = None) -> ExportedModel:
+                 classes: Optional[Sequence[str]] = None,
+                 dynamic: bool = False) -> ExportedModel:
     """Export a calibrated, quantized model.
 
     Args:
@@ -205,6 +231,8 @@ def export_model(model: nn.Module,
         sizes: Image sizes (height, width), one graph for each.
         opset: Of ONNX, 17 or newer.
         classes: Names of the classes, for the manifest.
+        dynamic: One graph for every size, worked out when it runs: images are padded to multiples of :data:`MULTIPLE`. ``sizes`` is one
+            then, which the graph is traced and verified with.
 
     Raises:
         ConfigError: A size or the opset does not fit, or ``out`` is something else than an exported model.
@@ -223,16 +251,19 @@ def export_model(model: nn.Module,
     check_opset(opset)
     sizes = check_sizes(model, sizes)
     parts = graph_parts(model)
+    if dynamic:
+        check_dynamic(model, parts)
+        sizes = [tuple(-(-s // MULTIPLE) * MULTIPLE for s in sizes[0])]
     made = make_exportable(model)
     graph = _Graph(made.model, parts).eval()
     image = _image_settings(model)
     store, lowered, entries, strides = WeightStore(), {}, [], {}
     for size in sizes:
-        traced = _trace(graph, size, image['channels'], opset)
-        strides = _strides(traced, size)
+        traced, shapes = _trace(graph, size, image['channels'], opset, made.tracing, dynamic)
+        strides = _strides(shapes, size)
         lowered[size] = lower(traced, made, store)
-        name = f'graph_{size[0]}x{size[1]}.onnx'
-        entries.append(dict(size=list(size), file=name, weights=lowered[size].weights))
+        name = 'graph_dynamic.onnx' if dynamic else f'graph_{size[0]}x{size[1]}.onnx'
+        entries.append(dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None))
     head = getattr(model, parts.dense, None) if parts.dense else None
     manifest = dict(
         psaq_mm=psaq_mm.__version__, task=parts.task, model=type(model).__name__, label=spec.label, quant=spec.to_dict(), opset=opset,

@@ -80,7 +80,7 @@ class ExportableModel:
         weights: :class:`IntegerWeight` by name.
         positions: By window attention, its relative position bias (heads, entries) and, for two tokens, which entry is theirs (N, N).
         orders: For a quantizer whose input has its last axis in another order than the model's, where each entry comes from.
-        layouts: By quantizer, how its input in the model becomes that of the graph traced last, where it is laid out otherwise.
+        tracing: The trace that the model takes part in.
         notes: By layer name, why something is not what one would expect of it.
     """
     model: nn.Module
@@ -88,7 +88,7 @@ class ExportableModel:
     weights: Dict[str, IntegerWeight] = field(default_factory=dict)
     positions: Dict[str, Tuple[Tensor, Tensor]] = field(default_factory=dict)
     orders: Dict[str, Tensor] = field(default_factory=dict)
-    layouts: Dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    tracing: windows.Tracing = field(default_factory=windows.Tracing)
     notes: Dict[str, str] = field(default_factory=dict)
 
 
@@ -131,7 +131,7 @@ def make_exportable(model: nn.Module) -> ExportableModel:
         elif isinstance(module, QuantWindowMSAMixin):
             made.positions[name] = module.relative_position_bias_table.detach().t().contiguous(), module.relative_position_index
             module.export_name = name
-            module.export = getattr(module, 'export', None)
+            module.export, module.tracing = getattr(module, 'export', None), made.tracing
             module.forward = types.MethodType(windows.window_attention, module)
         elif isinstance(module, QuantTimmSwinBlockMixin):
             module._attn = types.MethodType(windows.timm_attention, module)
@@ -140,7 +140,7 @@ def make_exportable(model: nn.Module) -> ExportableModel:
     for _, module in modules:
         for key, child in list(module.named_children()):
             if type(child) is nn.AdaptiveAvgPool2d:
-                setattr(module, key, LinearPooling(child.output_size))
+                setattr(module, key, LinearPooling(child.output_size, made.tracing))
     return made
 
 
@@ -273,7 +273,7 @@ def _split_projection(made: ExportableModel, name: str, layer: nn.Module, attent
         made.weights[label] = IntegerWeight(ones if offset < 0 else -ones, (abs(offset) * queries.scale * torch.ones(heads)).float(),
                                             torch.zeros(heads, dtype=torch.int8), 1, 4, -8)
         sums = _product(made, label)
-    attention.export = windows.IntegerAttention(products, sums, made.layouts)
+    attention.export = windows.IntegerAttention(products, sums)
 
 
 def _product(made: ExportableModel, name: str) -> Callable[[Tensor], Tensor]:
@@ -343,6 +343,7 @@ def _rewrite_merging(made: ExportableModel, name: str, module: nn.Module) -> Non
     prefix = f'{name}.' if name else ''
     made.orders[f'{prefix}reduction.input_quantizer'] = order
     made.orders[f'{prefix}norm'] = order
+    module.tracing = made.tracing
     module.forward = types.MethodType(windows.merge_patches, module)
 
 

@@ -67,7 +67,7 @@ class LoweredGraph:
             float32 for a logarithmic one.
         values: The same, of the dequantized tensors.
         taps: The same, of the tensors that enter a LayerNorm, by the LayerNorm's name.
-        layouts: See :class:`.exportable.ExportableModel`.
+        layouts: See :class:`.windows.Tracing`.
     """
 
     def __init__(self, model: onnx.ModelProto):
@@ -119,7 +119,7 @@ class _Lowering:
     def __init__(self, model: onnx.ModelProto, made: ExportableModel, store: WeightStore):
         self.graph, self.made, self.store = model.graph, made, store
         self.out = LoweredGraph(model)
-        self.out.layouts = dict(made.layouts)
+        self.out.layouts = dict(made.tracing.layouts)
         self.nodes: List[onnx.NodeProto] = []
         self.renamed: Dict[str, str] = {}
         self.constants: Dict[Tuple, str] = {}

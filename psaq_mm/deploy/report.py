@@ -8,6 +8,7 @@ from psaq_mm.quantization import ConversionReport
 
 from .bundle import REST
 from .exportable import ExportableModel
+from .runtime import ORT_DISABLED
 
 __all__ = ['execution', 'sizes_of', 'summary', 'tensor_rows']
 
@@ -141,7 +142,7 @@ def _onnxruntime_products(deployed, size) -> List[Tuple[str, str, str]]:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = path
-        onnxruntime.InferenceSession(deployed.graph(size), options, disabled_optimizers=['MatMulAddFusion'])
+        onnxruntime.InferenceSession(deployed.graph(size), options, disabled_optimizers=list(ORT_DISABLED))
         nodes = onnx.load(path).graph.node
     integer = ('MatMulIntegerToFloat', 'MatMulInteger', 'QLinearMatMul', 'QLinearConv', 'ConvInteger', 'QGemm')
     return [(node.name, node.op_type, 'integer' if node.op_type in integer else 'float') for node in nodes

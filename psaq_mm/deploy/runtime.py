@@ -14,6 +14,11 @@ __all__ = ['RUNTIMES', 'DeployedModel', 'load', 'require_runtime', 'start']
 Images = Union[np.ndarray, Sequence[np.ndarray]]
 
 
+ORT_DISABLED = ('MatMulAddFusion', 'WeightBiasQuantization')
+"""Optimizers of ONNX Runtime that are off. A product and its bias made one Gemm would have a float kernel, as its output is float; apart,
+the product is an integer one. And a bias is float32 in the model: it is not rounded to multiples of the two scales."""
+
+
 class _OnnxRuntime:
     """A graph in ONNX Runtime."""
 
@@ -25,9 +30,8 @@ class _OnnxRuntime:
             options.intra_op_num_threads = threads
         # Without VNNI, the fast kernel for unsigned times signed codes saturates in 16 bits: ask for the exact one there.
         options.add_session_config_entry('session.x64quantprecision', '1')
-        # A product and its bias made one Gemm would have a float kernel, as its output is float; apart, the product is an integer one.
         self.session = onnxruntime.InferenceSession(
-            graph, options, providers=['CPUExecutionProvider'], disabled_optimizers=['MatMulAddFusion'])
+            graph, options, providers=['CPUExecutionProvider'], disabled_optimizers=list(ORT_DISABLED))
         self.names = [output.name for output in self.session.get_outputs()]
         self.input_names = {given.name for given in self.session.get_inputs()}
 
@@ -102,7 +106,7 @@ class DeployedModel:
     Attributes:
         manifest: What the export wrote down.
         task: ``'classification'``, ``'segmentation'``, ``'detection'`` or ``'backbone'``.
-        sizes: Image sizes (height, width) that there is a graph for, smallest first.
+        sizes: Image sizes (height, width) that there is a graph for, smallest first; with a dynamic size, the one it was traced with.
 
     Raises:
         CheckpointError: The directory is none, or not whole.
@@ -116,7 +120,8 @@ class DeployedModel:
         self.task: str = self.manifest['task']
         graphs = sorted(self.manifest['graphs'], key=lambda g: g['size'][0] * g['size'][1])
         self._graphs = {tuple(g['size']): g for g in graphs}
-        self._sessions: Dict[Tuple[int, int], Any] = {}
+        self._multiple: Optional[int] = graphs[0].get('multiple')
+        self._sessions: Dict[str, Any] = {}
 
     @property
     def sizes(self) -> List[Tuple[int, int]]:
@@ -124,16 +129,20 @@ class DeployedModel:
 
     def graph(self, size: Tuple[int, int]) -> bytes:
         """The ONNX file of a size, whole: with its weights, those of 4 bits widened."""
-        entry = self._graphs[size]
+        entry = self._entry(size)
         with open(os.path.join(self.directory, entry['file']), 'rb') as file:
             content = file.read()
         return append_initializers(content, read_weights(self.directory, self.manifest, entry['weights']))
 
     def session(self, size: Tuple[int, int]):
         """The runtime's session of a size."""
-        if size not in self._sessions:
-            self._sessions[size] = start(self.graph(size), self.runtime, self.threads)
-        return self._sessions[size]
+        file = self._entry(size)['file']
+        if file not in self._sessions:
+            self._sessions[file] = start(self.graph(size), self.runtime, self.threads)
+        return self._sessions[file]
+
+    def _entry(self, size: Tuple[int, int]) -> Dict[str, Any]:
+        return next(iter(self._graphs.values())) if self._multiple else self._graphs[size]
 
     def size_for(self, height: int, width: int) -> Tuple[int, int]:
         """The smallest exported size that an image fits into.
@@ -141,6 +150,8 @@ class DeployedModel:
         Raises:
             DataError: There is none, or the model takes one size only.
         """
+        if self._multiple:
+            return tuple(-(-side // self._multiple) * self._multiple for side in (height, width))
         if (height, width) in self._graphs:
             return height, width
         known = ', '.join(f'{h} x {w}' for h, w in self._graphs)

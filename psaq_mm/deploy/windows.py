@@ -1,34 +1,47 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Window attention of Swin in a form that exports well: for one image of a known size, with a mask that stays small on disk."""
+"""Window attention of Swin in a form that exports well, for one image: windows, masks and heads as look-ups that stay small on disk."""
+from dataclasses import dataclass, field
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psaq_mm.quantization import apply_edge, quantize
 
 from . import symbols
 
-__all__ = ['IntegerAttention', 'Windows', 'attend_integer', 'attend_windows', 'merge_patches', 'shift_attention', 'timm_attention',
-           'window_attention']
+__all__ = ['IntegerAttention', 'TracedWindows', 'Tracing', 'Windows', 'attend_integer', 'attend_windows', 'merge_patches',
+           'shift_attention', 'timm_attention', 'window_attention']
 
 MASKED = -100.0  # as the libraries have it
 
 
-def _pad(x: Tensor, bottom: int, right: int, value: Optional[Tensor] = None) -> Tensor:
-    """``value`` (C,), or zeros, around (1, H, W, C); as a Concat, where the exporter makes some fifteen nodes of a pad."""
-    _, height, width, channels = (int(s) for s in x.shape)
-    value = torch.zeros(channels, dtype=x.dtype) if value is None else value
-    if right:
-        x = torch.cat([x, value.expand(1, height, right, channels)], dim=2)
-    if bottom:
-        x = torch.cat([x, value.expand(1, bottom, width + right, channels)], dim=1)
-    return x
+@dataclass
+class Tracing:
+    """The trace that a model takes part in.
+
+    Attributes:
+        dynamic: Whether height and width are left to the graph.
+        layouts: By quantizer, how its input in the model becomes that of the graph, where it is laid out otherwise.
+        cache: What several layers read, by what it is worked out from; kept with that, as its identity is the key.
+    """
+    dynamic: bool = False
+    layouts: Dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    cache: Dict[Tuple, Tuple] = field(default_factory=dict)
+
+    def begin(self, dynamic: bool) -> None:
+        """Forget the trace before."""
+        self.dynamic = dynamic
+        self.layouts.clear()
+        self.cache.clear()
 
 
-class Windows(NamedTuple):
-    """How a token map is cut into shifted windows.
+@dataclass
+class Windows:
+    """How a token map is cut into shifted windows. A token is looked up by its place: one operation, where moving rows and columns around
+    takes six.
 
     Attributes:
         height, width: Of the token map.
@@ -42,52 +55,28 @@ class Windows(NamedTuple):
     pad_first: bool
 
     @property
+    def plain(self) -> 'Windows':
+        """Those of the size that is known here and now."""
+        return self
+
+    @property
     def padded(self) -> Tuple[int, int]:
         """Height and width after padding."""
         return self.height + -self.height % self.window[0], self.width + -self.width % self.window[1]
 
-    @property
-    def shifted(self) -> Optional[Tuple[int, ...]]:
-        """What :func:`.symbols.window_mask` wants to know; None where nothing is shifted."""
-        return (*self.padded, *self.window, *self.shift) if any(self.shift) else None
-
-    def _roll(self, x: Tensor, sign: int) -> Tensor:
-        return torch.roll(x, (sign * self.shift[0], sign * self.shift[1]), (1, 2)) if any(self.shift) else x
-
-    def cut(self, x: Tensor, padding: Optional[Tensor] = None) -> Tensor:
-        """(1, H, W, C) to (windows, tokens, C), with ``padding`` (C,) or zeros where there is no token."""
-        height, width = self.padded
-        x = x if self.pad_first else self._roll(x, -1)
-        x = _pad(x, height - self.height, width - self.width, padding)
-        x = self._roll(x, -1) if self.pad_first else x
-        (rows, columns), channels = self.window, int(x.shape[-1])
-        x = x.reshape(height // rows, rows, width // columns, columns, channels).transpose(1, 2)
-        return x.reshape(-1, rows * columns, channels)
-
-    def join(self, x: Tensor) -> Tensor:
-        """Inverse of :meth:`cut`, without the padding."""
-        (height, width), (rows, columns), channels = self.padded, self.window, int(x.shape[-1])
-        x = x.reshape(height // rows, width // columns, rows, columns, channels).transpose(1, 2)
-        x = x.reshape(1, height, width, channels)
-        x = self._roll(x, 1) if self.pad_first else x
-        x = x[:, :self.height, :self.width] if (height, width) != (self.height, self.width) else x
-        return x if self.pad_first else self._roll(x, 1)
-
-
-    def look_up(self, x: Tensor, padding: Tensor) -> Tensor:
-        """As :meth:`cut`, each token looked up by its place: one operation, where moving rows and columns around takes six."""
+    def cut(self, x: Tensor, padding: Tensor) -> Tensor:
+        """Tokens (H * W, C) to (windows, tokens, C), with ``padding`` (C,) where there is no token."""
         (height, width), (rows, columns) = self.padded, self.window
         count, channels = self.height * self.width, int(x.shape[-1])
         down = np.array([count if i is None else i * self.width for i in self._sources(self.height, height, self.shift[0])])
         across = np.array([count if i is None else i for i in self._sources(self.width, width, self.shift[1])])
-        x = x.reshape(count, channels)
         padded = count != height * width
         x = torch.cat([x, padding.reshape(1, channels)]) if padded else x
         tables = down.reshape(-1, 1, rows, 1), across.reshape(1, -1, 1, columns)
         return symbols.look_up(x, tables, count if padded else None).reshape(-1, rows * columns, channels)
 
-    def look_back(self, x: Tensor) -> Tensor:
-        """(windows, heads, tokens, channels) to (H * W, heads * channels): the inverse of :meth:`look_up`, and heads side by side."""
+    def join(self, x: Tensor) -> Tensor:
+        """(windows, heads, tokens, channels) to (H * W, heads * channels): the inverse of :meth:`cut`, and heads side by side."""
         (height, width), (rows, columns) = self.padded, self.window
         heads, tokens, channels = (int(s) for s in x.shape[1:])
         down, across = (np.array([self._place(i, *ends) for i in range(ends[0])])
@@ -96,6 +85,12 @@ class Windows(NamedTuple):
                   across // columns * (heads * tokens) + across % columns, np.arange(heads) * tokens)
         shaped = [table.reshape([-1 if i == axis else 1 for i in range(3)]) for axis, table in enumerate(tables)]
         return symbols.look_up(x.reshape(-1, channels), shaped, None).reshape(self.height * self.width, heads * channels)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """Scores (windows, heads, tokens, tokens) of shifted windows with :data:`MASKED` added between tokens that were no neighbours."""
+        if not any(self.shift):
+            return scores
+        return symbols.window_mask(scores, (*self.padded, *self.window, *self.shift), MASKED)
 
     def _sources(self, size: int, padded: int, shift: int) -> List[Optional[int]]:
         """Of each place along an axis of the padded, shifted map, where its token comes from; None: padding."""
@@ -108,34 +103,99 @@ class Windows(NamedTuple):
         return (i - shift) % (padded if self.pad_first else size)
 
 
-def _padding(qkv: nn.Module) -> Optional[Tensor]:
-    """What stands for 0 after reparameterization, (C,); None where it is 0."""
+@dataclass
+class TracedWindows(Windows):
+    """Windows of a token map whose size the graph finds out when it runs: what follows from it is part of the graph. Pads first.
+
+    Attributes:
+        size: Height and width in the trace.
+        cache: See :class:`Tracing`.
+    """
+    size: Tuple[Tensor, Tensor] = ()
+    cache: Dict[Tuple, Tuple] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> Windows:
+        return Windows(self.height, self.width, self.window, self.shift, self.pad_first)
+
+    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        key = name, self.window, self.shift, *map(id, self.size)
+        if key not in self.cache:
+            self.cache[key] = make(), self.size
+        return self.cache[key][0]
+
+    def _axes(self) -> List[Tuple[Tensor, Tensor, int, int]]:
+        """For each axis: size, padded size, side of a window, shift."""
+        return [(size, torch.div(size + side - 1, side, rounding_mode='floor') * side, side, shift)
+                for size, side, shift in zip(self.size, self.window, self.shift)]
+
+    def cut(self, x: Tensor, padding: Tensor) -> Tensor:
+        """As :meth:`Windows.cut`."""
+        channels = int(x.shape[-1])
+
+        def places() -> Tensor:
+            (height, width), found = self.size, []
+            for size, padded, _, shift in self._axes():
+                source = torch.remainder(torch.arange(padded) + shift, padded)
+                found.append(torch.where(source < size, source if found else source * width, height * width))
+            down, across = found[0].reshape(-1, 1, self.window[0], 1), found[1].reshape(1, -1, 1, self.window[1])
+            return torch.minimum(down + across, height * width).reshape(-1)
+
+        x = torch.cat([x, padding.reshape(1, channels)])
+        return x.index_select(0, self._once('sources', places)).reshape(-1, self.window[0] * self.window[1], channels)
+
+    def join(self, x: Tensor) -> Tensor:
+        """As :meth:`Windows.join`."""
+        heads, tokens, channels = (int(s) for s in x.shape[1:])
+
+        def places() -> Tensor:
+            (height, padded_height, rows, down), (width, padded_width, columns, across) = self._axes()
+            y = torch.remainder(torch.arange(height) - down + padded_height, padded_height)
+            x = torch.remainder(torch.arange(width) - across + padded_width, padded_width)
+            row, column = (torch.div(i, side, rounding_mode='floor') for i, side in ((y, rows), (x, columns)))
+            across = torch.div(padded_width, columns, rounding_mode='floor')
+            y = row * across * (heads * tokens) + torch.remainder(y, rows) * columns
+            x = column * (heads * tokens) + torch.remainder(x, columns)
+            return (y.reshape(-1, 1, 1) + x.reshape(1, -1, 1) + (torch.arange(heads) * tokens).reshape(1, 1, -1)).reshape(-1)
+
+        return x.reshape(-1, channels).index_select(0, self._once(f'places {heads}', places)).reshape(-1, heads * channels)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """As :meth:`Windows.mask`."""
+
+        def mask() -> Tensor:
+            down, across = ((torch.arange(padded) >= padded - side).long() + (torch.arange(padded) >= padded - shift).long()
+                            for _, padded, side, shift in self._axes())
+            parts = down.reshape(-1, 1, self.window[0], 1) * 3 + across.reshape(1, -1, 1, self.window[1])
+            parts = parts.reshape(-1, self.window[0] * self.window[1])
+            return ((parts.unsqueeze(1) != parts.unsqueeze(2)).float() * MASKED).unsqueeze(1)
+
+        return scores + self._once('mask', mask) if any(self.shift) else scores
+
+
+def _padding(qkv: nn.Module, channels: int) -> Tensor:
+    """What stands for 0 after reparameterization, (C,)."""
     fill = getattr(getattr(qkv, 'input_quantizer', None), 'fill', None)
-    return fill if fill is not None and bool(fill.any()) else None
+    return torch.zeros(channels) if fill is None else fill
 
 
 def attend_windows(x: Tensor, attention: nn.Module, windows: Windows) -> Tensor:
-    """Attention inside shifted windows, of a token map after the LayerNorm: ``windows.height * windows.width`` tokens in any shape."""
-    shape = x.shape
-    plain = 1, windows.height, windows.width, int(shape[-1])
-    if not isinstance(attention.export, IntegerAttention):
-        return windows.join(attention(windows.cut(x.reshape(plain), _padding(attention.qkv)), windows.shifted)).reshape(shape)
+    """Attention inside shifted windows, of tokens after the LayerNorm, (1, H * W, C)."""
+    qkv, proj, layouts, heads = attention.qkv, attention.proj, attention.tracing.layouts, attention.num_heads
+    channels = int(x.shape[-1])
+    padding, x = _padding(qkv, channels), x.reshape(-1, channels)
+    if attention.export is None:
+        return windows.join(attention(windows.cut(x, padding), windows.mask).unsqueeze(1)).unsqueeze(0)
     # What is moved around are codes, a quarter of the bytes; and each row of the projection has a token for its own, so that it may as
     # well come after the windows are joined, where nothing is padding any more.
-    tokens, out = attention.qkv.input_quantizer, attention.proj.input_quantizer
-    attention.export.layouts[tokens.export_name] = lambda rows: windows.join(rows).reshape(shape)
-    heads = attention.num_heads
-    attention.export.layouts[out.export_name] = lambda rows: rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2)
-    codes = windows.look_up(symbols.codes(x, tokens.export_name, torch.uint8), _padding_codes(attention.qkv))
-    x = attend_integer(attention, symbols.values(codes, tokens.export_name, centred=True), windows.shifted)
-    codes = windows.look_back(symbols.codes(x, out.export_name, torch.uint8)).reshape(shape)
-    return attention.proj.export_product(symbols.values(codes, out.export_name, centred=True))
-
-
-def _padding_codes(qkv: nn.Module) -> Tensor:
-    quantizer, value = qkv.input_quantizer, _padding(qkv)
-    value = torch.zeros(qkv.in_features) if value is None else value
-    return quantize(value, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax).to(torch.uint8)
+    tokens, out, plain = qkv.input_quantizer, proj.input_quantizer, windows.plain
+    layouts[tokens.export_name] = lambda rows: plain.join(rows.unsqueeze(1))
+    layouts[out.export_name] = lambda rows: rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2)
+    padding = quantize(padding, tokens.scale, tokens.zero_point, tokens.qmin, tokens.qmax).to(torch.uint8)
+    codes = windows.cut(symbols.codes(x, tokens.export_name, torch.uint8), padding)
+    x = attend_integer(attention, symbols.values(codes, tokens.export_name, centred=True), windows.mask)
+    codes = windows.join(symbols.codes(x, out.export_name, torch.uint8)).unsqueeze(0)
+    return proj.export_product(symbols.values(codes, out.export_name, centred=True))
 
 
 class IntegerAttention(NamedTuple):
@@ -145,14 +205,12 @@ class IntegerAttention(NamedTuple):
         products: By ``'q'``, ``'k'`` and ``'v'``, the third of ``qkv`` that makes it, from dequantized tokens (windows, N, C).
         key_sums: Codes of keys, dequantized as they are, (windows, N, C) to what :func:`attend_integer` adds to the scores
             (windows, N, heads); None where that is 0.
-        layouts: By quantizer, how its input in the model's own attention becomes that of the graph.
     """
     products: Dict[str, Callable]
     key_sums: Optional[Callable]
-    layouts: Dict[str, Callable]
 
 
-def attend_integer(attention: nn.Module, x: Tensor, shifted: Optional[Tuple[int, ...]]) -> Tensor:
+def attend_integer(attention: nn.Module, x: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
     """Window attention up to its projection, whose scores are a product of int8 codes without zero points, which runtimes have a kernel
     for: dequantized tokens (windows, N, C) to (windows, heads, N, C / heads).
 
@@ -160,7 +218,7 @@ def attend_integer(attention: nn.Module, x: Tensor, shifted: Optional[Tuple[int,
     same for all keys of a query, and softmax does not see them. What is left beside s q k is -s a sum(k), a number a key.
     """
     export, heads = attention.export, attention.num_heads
-    windows, tokens, channels = (int(s) for s in x.shape)
+    tokens, channels = (int(s) for s in x.shape[1:])
     quantizers = dict(q=attention.matmul_qk.lhs_quantizer, k=attention.matmul_qk.rhs_quantizer, v=attention.matmul_av.rhs_quantizer)
     back = dict(q=(0, 2, 1, 3), k=(0, 3, 1, 2), v=(0, 2, 1, 3))
     found = {}
@@ -169,15 +227,13 @@ def attend_integer(attention: nn.Module, x: Tensor, shifted: Optional[Tuple[int,
         dtype = torch.uint8 if quantizer.export_shift is None else torch.int8
         # Dequantized before the heads part: OpenVINO finds the integer product so.
         found[part] = symbols.values(symbols.codes(export.products[part](x), name, dtype), name, centred=part != 'v')
-        export.layouts[name] = lambda rows, part=part: rows.permute(back[part]).reshape(windows, tokens, channels)
-    q = found['q'].reshape(windows, tokens, heads, channels // heads).transpose(1, 2)
+        attention.tracing.layouts[name] = lambda rows, part=part: rows.permute(back[part]).reshape(-1, tokens, channels)
+    q = found['q'].reshape(-1, tokens, heads, channels // heads).transpose(1, 2)
     k, v = (_heads_first(found[part], heads) for part in 'kv')
     scores = torch.matmul(q, k.transpose(2, 3))
     if export.key_sums is not None:
         scores = scores + export.key_sums(found['k']).transpose(1, 2).unsqueeze(2)
-    scores = symbols.position_bias(scores, attention.export_name)
-    if shifted is not None:
-        scores = symbols.window_mask(scores, shifted, MASKED)
+    scores = mask(symbols.position_bias(scores, attention.export_name))
     weights = apply_edge(attention.matmul_av.lhs_quantizer, attention.softmax(scores))
     return torch.matmul(weights, v)
 
@@ -185,54 +241,56 @@ def attend_integer(attention: nn.Module, x: Tensor, shifted: Optional[Tuple[int,
 def _heads_first(x: Tensor, heads: int) -> Tensor:
     """(windows, N, C) to (windows, heads, N, C / heads), by looking rows up: a transpose of codes goes byte by byte in OpenVINO. (One
     of queries is none there, it becomes the stride of their product.)"""
-    windows, tokens, channels = (int(s) for s in x.shape)
-    rows = torch.arange(tokens * heads).reshape(tokens, heads).t().reshape(-1)
-    return x.reshape(windows, tokens * heads, channels // heads)[:, rows].reshape(windows, heads, tokens, channels // heads)
+    tokens, channels = (int(s) for s in x.shape[1:])
+    rows = torch.from_numpy(np.arange(tokens * heads).reshape(tokens, heads).T.reshape(-1))
+    return x.reshape(-1, tokens * heads, channels // heads).index_select(1, rows).reshape(-1, heads, tokens, channels // heads)
 
 
-def window_attention(self, x: Tensor, shifted: Optional[Tuple[int, ...]] = None) -> Tensor:
-    """Forward of a quantized window attention; ``x`` (windows, N, C), ``shifted`` as for :func:`.symbols.window_mask`.
+def window_attention(self, x: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
+    """Forward of a quantized window attention; ``x`` (windows, N, C), ``mask`` what is done to the scores of shifted windows.
 
     ``export_name`` is what the export keeps its table of positions under.
     """
-    windows, tokens, _ = (int(s) for s in x.shape)
-    q, k, v = self.qkv(x).reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    tokens, channels = (int(s) for s in x.shape[1:])
+    q, k, v = self.qkv(x).reshape(-1, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
     scores = self.matmul_qk(q * self.scale, k.transpose(-2, -1))
-    scores = apply_edge(self.scores_quantizer, symbols.position_bias(scores, self.export_name))
-    if shifted is not None:
-        scores = symbols.window_mask(scores, shifted, MASKED)
-    x = self.matmul_av(self.softmax(scores), v).transpose(1, 2).reshape(windows, tokens, -1)
+    scores = mask(apply_edge(self.scores_quantizer, symbols.position_bias(scores, self.export_name)))
+    x = self.matmul_av(self.softmax(scores), v).transpose(1, 2).reshape(-1, tokens, channels)
     return self.proj(x)
 
 
 def shift_attention(self, query: Tensor, hw_shape) -> Tensor:
     """Forward of OpenMMLab's ``ShiftWindowMSA``: (1, H * W, C) to (1, H * W, C)."""
     height, width = (int(s) for s in hw_shape)
-    shift, window = self.shift_size, self.window_size
+    shift, window, tracing = self.shift_size, self.window_size, self.w_msa.tracing
     # mmpretrain does not shift where one window holds the whole map.
     if not getattr(self, 'pad_small_map', True) and min(height, width) == window:
         shift = 0
-    return attend_windows(query, self.w_msa, Windows(height, width, (window, window), (shift, shift), pad_first=True))
+    windows = Windows(height, width, (window, window), (shift, shift), pad_first=True)
+    if tracing.dynamic:
+        windows = TracedWindows(height, width, windows.window, windows.shift, True, tuple(hw_shape), tracing.cache)
+    return attend_windows(query, self.w_msa, windows)
 
 
 def timm_attention(self, x: Tensor) -> Tensor:
     """``_attn`` of timm's ``SwinTransformerBlock``: (1, H, W, C) to (1, H, W, C)."""
-    height, width = (int(s) for s in x.shape[1:3])
-    return attend_windows(x, self.attn, Windows(height, width, tuple(self.window_size), tuple(self.shift_size), pad_first=False))
+    _, height, width, channels = (int(s) for s in x.shape)
+    windows = Windows(height, width, tuple(self.window_size), tuple(self.shift_size), pad_first=False)
+    return attend_windows(x.reshape(1, height * width, channels), self.attn, windows).reshape(1, height, width, channels)
 
 
 def merge_patches(self, x: Tensor, input_size) -> Tuple[Tensor, Tuple[int, int]]:
     """Forward of OpenMMLab's ``PatchMerging`` of 2 x 2 patches, with the channels of one patch side by side.
 
     The library's goes through ``nn.Unfold``, which becomes gathers in ONNX, and puts the four values of one channel side by side.
-    Whoever uses this reorders LayerNorm and reduction as :func:`patch_order` says.
+    Whoever uses this reorders LayerNorm and reduction as :func:`patch_order` says. Where the size is left to the graph, it is even.
     """
-    height, width = (int(s) for s in input_size)
     channels = int(x.shape[-1])
+    height, width = input_size if self.tracing.dynamic else (int(s) for s in input_size)
     x = x.reshape(1, height, width, channels)
-    if height % 2 or width % 2:
-        x = _pad(x, height % 2, width % 2)
-    height, width = -(-height // 2), -(-width // 2)
+    if not self.tracing.dynamic and (height % 2 or width % 2):
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    height, width = (height + 1) // 2, (width + 1) // 2
     x = x.reshape(1, height, 2, width, 2, channels).transpose(2, 3).reshape(1, height * width, 4 * channels)
     x = self.norm(x) if self.norm is not None else x
     return self.reduction(x), (height, width)
