@@ -105,8 +105,8 @@ def medians(sessions, inputs, rounds):
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def measure(size, runtime, quant, threads, rounds, nncf):
-    """Rows of the table for one size and runtime: name, milliseconds, times the float32 of the runtime."""
+def measure(size, runtimes, quant, threads, rounds, nncf):
+    """Rows of the table for one size: runtime, name, milliseconds, times the float32 of the runtime."""
     model = backbone()
     images = torch.randn(2, 3, *size)
     graph = float_graph(model, size)
@@ -114,12 +114,13 @@ def measure(size, runtime, quant, threads, rounds, nncf):
     with torch.no_grad():
         calibrate(model, lambda: model(images[:1]))
     with tempfile.TemporaryDirectory() as folder:
-        deployed = load(export_model(model, os.path.join(folder, 'model'), [size]).directory, runtime, threads)
-        sessions = {'float32': start(graph, runtime, threads), f'psaq_mm {quant}': deployed.session(size)}
-        if nncf and runtime == 'openvino':
-            sessions['NNCF int8'] = _Nncf(nncf_model(graph, images.numpy(), folder, nncf), threads)
-        found = medians(sessions, {'images': images[:1].numpy().astype(np.float32)}, rounds)
-    return [(name, ms, found['float32'] / ms) for name, ms in found.items()]
+        directory = export_model(model, os.path.join(folder, 'model'), [size]).directory
+        for runtime in runtimes:
+            sessions = {'float32': start(graph, runtime, threads), f'psaq_mm {quant}': load(directory, runtime, threads).session(size)}
+            if nncf and runtime == 'openvino':
+                sessions['NNCF int8'] = _Nncf(nncf_model(graph, images.numpy(), folder, nncf), threads)
+            found = medians(sessions, {'images': images[:1].numpy().astype(np.float32)}, rounds)
+            yield from ((runtime, name, ms, found['float32'] / ms) for name, ms in found.items())
 
 
 def main():
@@ -137,9 +138,8 @@ def main():
     print(f'Swin-T backbone, batch 1, {args.threads} threads, median of {args.rounds} in turn; load of the machine before: {load_before:.2f}')
     print(f'{"size":>12}  {"runtime":<12}  {"model":<16}  {"ms":>9}  {"speed-up":>8}')
     for size in args.size or SIZES:
-        for runtime in args.runtime:
-            for name, ms, ratio in measure(tuple(size), runtime, args.quant, args.threads, args.rounds, args.nncf):
-                print(f'{size[0]:>5} x {size[1]:<4}  {runtime:<12}  {name:<16}  {ms:>9.1f}  {ratio:>8.2f}', flush=True)
+        for runtime, name, ms, ratio in measure(tuple(size), args.runtime, args.quant, args.threads, args.rounds, args.nncf):
+            print(f'{size[0]:>5} x {size[1]:<4}  {runtime:<12}  {name:<16}  {ms:>9.1f}  {ratio:>8.2f}', flush=True)
     if load_before > args.threads / 2:
         print('The machine was busy: these ratios are no result.')
 

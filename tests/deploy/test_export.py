@@ -106,6 +106,40 @@ def test_other_backbones(name, tmp_path):
     check_codes(model, exported, images, 'onnxruntime')
 
 
+# ---------------------------------------------------------------------- one graph for every size
+@pytest.fixture(scope='module')
+def dynamic(tmp_path_factory):
+    model, images = calibrated(build_backbone('mmdet', **SWIN), 'repq_w8a8', (64, 96))
+    return model, images, export_model(model, tmp_path_factory.mktemp('dynamic') / 'out', [(64, 90)], dynamic=True)
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_one_graph_runs_every_size(dynamic, runtime):
+    model, images, exported = dynamic
+    check_codes(model, exported, images[:1], runtime)
+    assert exported.manifest['graphs'][0]['size'] == [64, 96]
+    deployed = load(exported.directory, runtime, 1)
+    for size in ((64, 96), (32, 32), (160, 128), (90, 70)):
+        image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(size[0]))
+        found = deployed.run(image.numpy())
+        with torch.no_grad():
+            wanted = model(torch.nn.functional.pad(image, (0, -size[1] % 32, 0, -size[0] % 32)))
+        for i, level in enumerate(wanted):
+            height, width = (-(-s // (4 * 2**i)) for s in size)
+            assert found[f'level_{i}'].shape[2:] == (height, width)
+            level = level[..., :height, :width].numpy()
+            assert np.linalg.norm(found[f'level_{i}'] - level) < .03 * np.linalg.norm(level)
+
+
+def test_a_dynamic_size_is_refused_where_it_is_not_right(swin, tmp_path):
+    other, _ = calibrated(build_other('mmpretrain-vit'), 'w8a8', (32, 32))
+    with pytest.raises(UnsupportedModelError, match='does not export with a dynamic size'):
+        export_model(other, tmp_path / 'out', [(32, 32)], dynamic=True)
+    edges, _ = calibrated(build_backbone('mmdet', **SWIN), 'psaq_v1_w8a8', (64, 64))
+    with pytest.raises(UnsupportedModelError, match='points=.all. does not export with a dynamic size'):
+        export_model(edges, tmp_path / 'out', [(64, 64)], dynamic=True)
+
+
 # ---------------------------------------------------------------------- running it
 @pytest.mark.parametrize('runtime', RUNTIMES)
 def test_products_are_integer(swin, runtime):

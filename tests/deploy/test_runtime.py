@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import DETECTOR, SEGMENTOR, Project
+from tiny import CASCADE, DETECTOR, SEGMENTOR, Project
 
 from psaq_mm.commands.common import load_config
 from psaq_mm.commands.export import default_sizes, export
@@ -85,6 +85,47 @@ def test_a_detector_takes_features_and_proposals_from_the_graph(detector):
         rois = torch.tensor([[0., 4., 4., 40., 50.]])
         found, expected = (m.roi_head._bbox_forward(levels, rois)['cls_score'] for m in (deployed, model))
         assert torch.equal(found, expected)
+
+
+RETINANET = """
+_base_ = ['mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py']
+model = dict(
+    backbone=dict(embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8]), neck=dict(in_channels=[32, 64, 128], out_channels=16),
+    bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=2))
+"""
+
+
+@pytest.mark.parametrize('text, head', [(CASCADE, 'rpn_head'), (RETINANET, 'bbox_head')], ids=['cascade', 'one-stage'])
+def test_other_detectors_predict_from_the_graph(text, head, tmp_path):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('openvino')
+    from mmdet.structures import DetDataSample
+    project = Project(tmp_path, text)
+    config, checkpoint, _ = student_of(project, 'w8a8')
+    model, exported = export(config, str(checkpoint), str(tmp_path / 'out'), [SIZE])
+    assert exported.manifest['dense_head'] == head
+    deployed = deploy_model_(built(config), exported.directory, 'openvino', 1)
+    image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(5))
+    meta = dict(img_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE, batch_input_shape=SIZE, scale_factor=(1., 1.))
+    with torch.no_grad():
+        levels = deployed.extract_feat(image), model.extract_feat(image)
+        maps = [getattr(m, head)(found) for m, found in zip((deployed, model), levels)]
+        for found, wanted in zip(*maps):
+            assert all((a - b).norm() < .05 * b.norm() + 1e-3 for a, b in zip(found, wanted))
+        assert len(deployed.predict(image, [DetDataSample(metainfo=meta)])) == 1
+
+
+def test_a_segmentor_with_a_dynamic_size_takes_images_of_any_size(segmentor, tmp_path):
+    pytest.importorskip('onnxruntime')
+    project, config, model, _ = segmentor
+    _, exported = export(config, str(project.folder / 'student.pth'), str(tmp_path / 'out'), [SIZE], dynamic=True)
+    deployed = load(exported.directory, 'onnxruntime', 1)
+    for size in ((64, 96), (96, 160)):
+        image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            wanted = model.decode_head(model.extract_feat(image)).numpy()
+        found = deployed.run(image.numpy())['logits']
+        assert found.shape == wanted.shape and (found.argmax(1) == wanted.argmax(1)).mean() > .95
 
 
 def test_a_segmentor_predicts_from_the_graph(segmentor):
@@ -202,6 +243,7 @@ def test_wrong_arguments_are_refused_before_anything_is_built(detector, capsys, 
     arguments = [project.folder / 'quantized.py', project.folder / 'student.pth', '--out', tmp_path / 'out']
     fails(capsys, export_command, [*arguments, '--runtime', 'tensorrt'], "runtime='tensorrt' is not known")
     fails(capsys, export_command, [*arguments, '--opset', '9'], 'opset=9 is too old')
+    fails(capsys, export_command, [*arguments, '--dynamic', '--size', 64, 96], '--size and --dynamic contradict each other')
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'notes.txt').write_text('mine')
     fails(capsys, evaluate_command, [arguments[0], '--deployed', tmp_path / 'full'], 'holds no exported model')
