@@ -123,6 +123,23 @@ def measure(size, runtimes, quant, threads, rounds, nncf):
             yield from ((runtime, name, ms, found['float32'] / ms) for name, ms in found.items())
 
 
+def busy_share(seconds=1.):
+    """How much of the machine's CPU time others take while this process sleeps; None where the system does not tell."""
+
+    def times():
+        with open('/proc/stat', encoding='ascii') as file:
+            values = [int(v) for v in file.readline().split()[1:]]
+        return sum(values), values[3] + values[4]  # idle, and waiting for a disk
+
+    try:
+        before = times()
+        time.sleep(seconds)
+        after = times()
+    except OSError:
+        return None
+    return 1 - (after[1] - before[1]) / max(after[0] - before[0], 1)
+
+
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,13 +151,14 @@ def main():
     parser.add_argument('--nncf', nargs='?', const=sys.executable, metavar='PYTHON', help='measure NNCF\'s model beside it')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    load_before = os.getloadavg()[0]
-    print(f'Swin-T backbone, batch 1, {args.threads} threads, median of {args.rounds} in turn; load of the machine before: {load_before:.2f}')
+    busy = busy_share()
+    print(f'Swin-T backbone, batch 1, {args.threads} threads, median of {args.rounds} in turn; CPU time that others took before: '
+          f'{"not known" if busy is None else f"{busy:.0%}"}')
     print(f'{"size":>12}  {"runtime":<12}  {"model":<16}  {"ms":>9}  {"speed-up":>8}')
     for size in args.size or SIZES:
         for runtime, name, ms, ratio in measure(tuple(size), args.runtime, args.quant, args.threads, args.rounds, args.nncf):
             print(f'{size[0]:>5} x {size[1]:<4}  {runtime:<12}  {name:<16}  {ms:>9.1f}  {ratio:>8.2f}', flush=True)
-    if load_before > args.threads / 2:
+    if busy is not None and busy > .1:
         print('The machine was busy: these ratios are no result.')
 
 

@@ -19,15 +19,15 @@ def _round_up(value: float) -> int:
 def default_sizes(config) -> List[Tuple[int, int]]:
     """Sizes (height, width) that hold what a config's test pipeline makes.
 
-    Where a detector keeps the ratio of its images, these are its bound and the sizes of 4:3 and 3:2 photographs, upright and across, in
-    multiples of 32. Everything else has the size that it is calibrated on.
+    Where the ratio of an image is kept, these are its bound and the sizes of 4:3 and 3:2 photographs, upright and across, in multiples of
+    32. Everything else has the size that it is calibrated on, as a segmentor has that looks at one crop after the other.
     """
     from psaq_mm.engine.config import sample_size
     dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
     steps = [s for s in dataset.get('pipeline') or () if str(s.get('type')).rpartition('.')[2] in _RESIZES and s.get('keep_ratio')]
     scale = steps[-1].get('scale') if steps else None
-    crop = (config.model.get('data_preprocessor') or {}).get('size')
-    if crop or not isinstance(scale, (tuple, list)):
+    slides = (config.model.get('test_cfg') or {}).get('mode') == 'slide'
+    if slides or not isinstance(scale, (tuple, list)):
         return [tuple(sample_size(config))]
     short, long = _round_up(min(scale)), _round_up(max(scale))
     widths = sorted({min(_round_up(short * ratio), long) for ratio in _RATIOS} | {long})

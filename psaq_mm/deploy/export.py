@@ -157,12 +157,13 @@ def check_opset(opset: int) -> None:
 def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
     """Raises UnsupportedModelError where a graph cannot find out its sizes when it runs."""
     backbone = find_backbone(model)
-    if class_named(backbone, SWIN_BACKBONES) is None or not getattr(backbone, 'pad_small_map', True):
-        raise UnsupportedModelError(f'{type(backbone).__name__} does not export with a dynamic size, which the Swin of mmdet and mmseg does: '
-                                    'give its sizes, --size H W')
+    # Without pad_small_map, mmpretrain shifts or does not as the size has it.
+    if class_named(backbone, SWIN_BACKBONES) is None or not all(getattr(m, 'pad_small_map', True) for m in backbone.modules()):
+        raise UnsupportedModelError(f'{type(backbone).__name__} does not export with a dynamic size, which the Swin of mmdet and mmseg '
+                                    'does: give its sizes, --size H W')
     if spec_of(model).points == 'all':
-        raise UnsupportedModelError('points=\'all\' does not export with a dynamic size, for which OpenVINO 2026.4 gives wrong results (seen: 17 % '
-                                    'off): give the sizes, --size H W')
+        raise UnsupportedModelError('points=\'all\' does not export with a dynamic size, for which OpenVINO 2026.4 gives wrong results '
+                                    '(seen: 17 % off): give the sizes, --size H W')
     if parts.task == 'classification':
         raise UnsupportedModelError(f'{type(model).__name__} takes its exact size alone: export with --size H W')
 

@@ -1,4 +1,5 @@
 """An exported model without PyTorch, and inside the library's own detector and segmentor."""
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -265,4 +266,7 @@ def test_the_command_exports_and_verifies(segmentor, capsys, tmp_path):
 def test_default_sizes_hold_what_the_test_pipeline_makes(detector, segmentor):
     sizes = default_sizes(detector[1])
     assert (800, 1088) in sizes and (800, 1344) in sizes and (1344, 800) in sizes
-    assert default_sizes(segmentor[1]) == [SIZE]
+    assert default_sizes(segmentor[1])[0] == (512, 704) and (2048, 512) in default_sizes(segmentor[1])
+    slides = copy.deepcopy(segmentor[1])
+    slides.model.test_cfg = dict(mode='slide', crop_size=SIZE, stride=SIZE)
+    assert default_sizes(slides) == [SIZE]
