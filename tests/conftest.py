@@ -1,5 +1,7 @@
 """What every test folder shares."""
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,24 @@ settings.load_profile('psaq_mm')
 
 # The models of the tests are small: a second thread mostly waits for the first, and stalls where another process holds its core.
 torch.set_num_threads(1)
+
+
+class NeedsTorchvision:
+    """Import finder for where there is no torchvision: says so of the libraries that import it, and tests that ask for them are skipped.
+
+    mmpretrain itself is imported without, and fails at its models.
+    """
+    libraries = ('mmpretrain', 'timm')
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name in cls.libraries:
+            raise ModuleNotFoundError(f'{name} needs torchvision, which is not installed: there is none for every CPU-only torch '
+                                      f'(this one is {torch.__version__})', name=name)
+
+
+if importlib.util.find_spec('torchvision') is None:
+    sys.meta_path.insert(0, NeedsTorchvision)
 
 
 @pytest.fixture(scope='session')
