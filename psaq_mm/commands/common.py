@@ -39,6 +39,8 @@ def load_config(path: str, options: Optional[Mapping] = None, quant: Optional[st
         ConfigError: No such file, a base that does not exist, or an option that has no place.
     """
     from mmengine.config import Config
+
+    import psaq_mm.engine  # noqa: F401: from here on the configs of the forks are found
     if not os.path.isfile(path):
         raise ConfigError(f'there is no config file {path}: check the path')
     try:
