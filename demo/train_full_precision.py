@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.runner import Runner
+
+from psaq_mm.commands.common import load_config
 
 # What a checkpoint's meta keeps: nothing in it names a machine or holds a class that `weights_only` loading refuses.
 META_KEYS = ('dataset_meta', 'cfg', 'iter', 'seed', 'mmengine_version', 'experiment_name')
@@ -88,8 +90,7 @@ def main(argv: Sequence[str] = None) -> int:
     parser.add_argument('--work-dir', help='folder of the training (default: work_dirs/<config name>)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='settings to override, key=value')
     args = parser.parse_args(argv)
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options)
     cfg.work_dir = args.work_dir or os.path.join('work_dirs', Path(args.config).stem)
     print(json.dumps(train(cfg, args.out)))
     return 0

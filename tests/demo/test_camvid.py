@@ -12,6 +12,8 @@ from mmseg.structures import SegDataSample  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
 from mmengine.structures import PixelData  # noqa: E402
 
+import psaq_mm.engine  # noqa: E402, F401: finds configs of forks
+
 CONFIG = Path(__file__).parents[2] / 'configs' / 'upernet_swin_camvid.py'
 VOID = 11
 

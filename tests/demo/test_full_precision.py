@@ -10,6 +10,8 @@ import torch
 pytest.importorskip('mmengine')
 from mmengine.config import Config  # noqa: E402
 
+import psaq_mm.engine  # noqa: E402, F401: finds configs of forks
+
 ROOT = Path(__file__).parents[2]
 CHECKPOINTS = ROOT / 'demo' / 'checkpoints'
 DEMOS = {
