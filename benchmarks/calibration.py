@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+sys.path.insert(0, str(ROOT))
 
-from measuring import Row, in_turn, peak_apart, ratio_of, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, in_turn, peak_apart, ratio_of, row, run_script, table  # noqa: E402
 
 PARTS = ('time', 'memory')
 BOUNDS = dict(minmax=1.15, percentile=1.5)

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+sys.path.insert(0, str(ROOT))
 
-from measuring import Row, in_turn, ratio_of, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, in_turn, ratio_of, row, run_script, table  # noqa: E402
 
 BOUND = 1.5
 
