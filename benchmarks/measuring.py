@@ -106,7 +106,8 @@ def peak_of(call: Callable[[], Any], device: str = 'cpu') -> Memory:
     return Memory(peak - before, peak, result)
 
 
-def peak_apart(build: Callable[..., Callable[[], Any]], *arguments: Any, device: str = 'cpu', threads: Optional[int] = None) -> Memory:
+def peak_apart(build: Callable[..., Callable[[], Any]], *arguments: Any, device: str = 'cpu', threads: Optional[int] = None,
+               give_back: bool = False) -> Memory:
     """Peak memory of ``build(*arguments)()`` in a new process; what ``build`` itself takes does not count as growth.
 
     Args:
@@ -115,11 +116,21 @@ def peak_apart(build: Callable[..., Callable[[], Any]], *arguments: Any, device:
         *arguments: Picklable.
         device: Whose memory counts.
         threads: Of PyTorch; as many as here if None.
+        give_back: Whether the C library returns every large block to the system once it is free (glibc). What counts then is what was
+            held, without the holes that its heap keeps, some tens of MiB more or less from one run to the next.
     """
     context = multiprocessing.get_context('spawn')
+    setting = {'MALLOC_MMAP_THRESHOLD_': str(1 << 17)} if give_back else {}
+    before = {name: os.environ.get(name) for name in setting}
+    os.environ.update(setting)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measured_apart, args=(sender, build, arguments, device, threads or torch.get_num_threads()))
     process.start()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     sender.close()
     try:
         found = receiver.recv()
