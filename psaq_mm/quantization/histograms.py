@@ -193,7 +193,7 @@ class Histogram:
         return (mean * counts).sum() * step**2
 
     def _occupied(self) -> Tuple[Tensor, Tensor]:
-        """Left edges, in bins from 0, and counts of the bins that hold a value; float64. The same for all candidates of a search."""
+        """Left edges, in bins from 0, and counts of the bins that hold a value, float64: the same for all candidates."""
         if self._found is None or self._found[0] is not self.counts or self._found[1] != self.counts._version:
             bins = self.counts.nonzero().squeeze(1)
             self._found = self.counts, self.counts._version, ((bins - self.BINS // 2).double(), self.counts[bins].double())

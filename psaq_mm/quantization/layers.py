@@ -88,7 +88,8 @@ class _QuantizedWeightLayer(nn.Module):
         """The weight as the layer multiplies with it.
 
         Kept between calls until the weight or its scale changes: where no gradient is needed, and inside :func:`hold_weights`. (A
-        change through ``weight.data`` leaves no trace on the weight: call ``train()`` or ``eval()`` after it, which drops the cache.)
+        change through ``weight.data`` leaves no trace on the weight: call ``train()`` or ``eval()`` after it, which drops the
+        cache.)
         """
         weight, quantizer = self.weight, self.weight_quantizer
         needs_grad = weight.requires_grad and torch.is_grad_enabled()

@@ -197,8 +197,8 @@ def _to_real(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return codes.sub_(offset).mul_(scale)
 
 
-# Values worked on at a time on the CPU. They stay in a processor's cache from one operation to the next, and are enough to outweigh
-# what it takes to wake the threads for each.
+# Values worked on at a time on the CPU. They stay in a processor's cache from one operation to the next, and are enough to
+# outweigh what it takes to wake the threads for each.
 _CHUNK = 1 << 21
 
 
@@ -211,8 +211,8 @@ def _row_length(count: int) -> int:
 class _Clipped:
     """Where codes lay outside of theirs, found while they are made.
 
-    A range that was set by minimum and maximum clips a few values in a few places: looking for the places costs less than a bool for
-    every value, and so does leaving all other gradients as they are.
+    A range that was set by minimum and maximum clips a few values in a few places: looking for the places costs less than a
+    bool for every value, and so does leaving all other gradients as they are.
 
     Args:
         order: Dimensions of the codes in memory, in which they are cut into rows.
@@ -294,8 +294,8 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, rounded):
-        # Places are not saved for backward: activation checkpointing compares what was saved with what a recomputation saves, and one
-        # value at the end of a range that comes out another way would end the run.
+        # Places are not saved for backward: activation checkpointing compares what was saved with what a recomputation saves,
+        # and one value at the end of a range that comes out another way would end the run.
         ctx.places = rounded.clipped if isinstance(rounded.clipped, _Clipped) else None
         ctx.save_for_backward(*[rounded.clipped] if isinstance(rounded.clipped, Tensor) else [])
         return rounded.values.detach()

@@ -217,7 +217,8 @@ def test_held_weight_follows_every_change(change, inside):
     if not inside:
         change(quantized)
         after = quantized(x)
-    assert torch.equal(after, F.linear(quantized.input_quantizer(x), quantized.weight_quantizer(quantized.weight), quantized.bias))
+    weight = quantized.weight_quantizer(quantized.weight)
+    assert torch.equal(after, F.linear(quantized.input_quantizer(x), weight, quantized.bias))
     assert change is there_and_back or not torch.equal(before, after)
 
 
