@@ -207,7 +207,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument('--plot', type=Path)
     args, rest = parser.parse_known_args(argv)
-    return run_script(lambda quick, device: rows(quick, device, args.plot), __doc__, rest)
+    return run_script(lambda quick, device: rows(quick, device, args.plot), __doc__, argv=rest)
 
 
 if __name__ == '__main__':
