@@ -53,17 +53,16 @@ class _Values(torch.autograd.Function):
 class _LookUp(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, rows, entries, shapes, limit):
+    def forward(ctx, rows, channels, entries, shapes, limit):
         places = sum(np.reshape(values, shape) for values, shape in zip(entries, shapes))
         return rows[torch.from_numpy(np.minimum(places, np.inf if limit is None else limit).astype(np.int64).reshape(-1))]
 
     @staticmethod
-    def symbolic(g, rows, entries, shapes, limit):
+    def symbolic(g, rows, channels, entries, shapes, limit):
         flat = dict(entries_i=[e for values in entries for e in values], shapes_i=[s for shape in shapes for s in shape])
-        kind = rows.type()
         total = math.prod(max(shape[axis] for shape in shapes) for axis in range(len(shapes[0])))
         return g.op(f'{DOMAIN}::LookUp', rows, tables_i=len(shapes), limit_i=-1 if limit is None else limit,
-                    **flat).setType(kind.with_sizes([total, kind.sizes()[1]]))
+                    **flat).setType(rows.type().with_sizes([total, channels]))
 
 
 class _Weight(torch.autograd.Function):
@@ -114,7 +113,7 @@ def look_up(rows: Tensor, tables: Sequence[np.ndarray], limit: Optional[int]) ->
     Returns:
         (product of the tables' broadcast shape, C).
     """
-    return _LookUp.apply(rows, [t.reshape(-1).tolist() for t in tables], [t.shape for t in tables], limit)
+    return _LookUp.apply(rows, int(rows.shape[1]), [t.reshape(-1).tolist() for t in tables], [t.shape for t in tables], limit)
 
 
 def mark_tap(x: Tensor, name: str) -> Tensor:
