@@ -158,12 +158,12 @@ def draw(path: Path, by_size: Measured, by_batch: Measured) -> None:
     panels = []
     for axis, value in (('seconds a step', lambda cost: cost.seconds), ('GiB that a step adds', lambda cost: cost.bytes / 2**30)):
         lines = []
-        for title, points in (('one image, 224 x 224 to 800 x 1333', by_size), (f'1 to 32 images of {SIDE} x {SIDE}', by_batch)):
-            lines += [Line(f'{name}: {title}', [point.pixels / 1e6 for point, _ in points],
+        for title, points in (('larger images', by_size), ('more images', by_batch)):
+            lines += [Line(f'{name}, {title}', [point.pixels / 1e6 for point, _ in points],
                            [value(cost[name]) for _, cost in points]) for name in STEPS]
         panels.append(Panel('million pixels in the batch', axis, lines))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(line_chart('Swin-T backbone, W4A8: cost of a step', panels), path)
+    write_png(line_chart(f'A step of a Swin-T backbone, W4A8: one image of 224 x 224 to 800 x 1333, or 1 to 32 images of {SIDE} x {SIDE}', panels), path)
 
 
 def rows(quick: bool, device: str, plot: Optional[Path] = None) -> List[Row]:
