@@ -71,7 +71,7 @@ def _float_products(graph) -> Iterable[Dict[str, Any]]:
 
 def _is_integer(name: str, producer) -> bool:
     node = producer.get(name)
-    while node is not None and node.op_type in ('Transpose', 'Reshape', 'Unsqueeze', 'Squeeze', 'Flatten', 'Slice', 'Concat'):
+    while node is not None and node.op_type in ('Transpose', 'Reshape', 'Unsqueeze', 'Squeeze', 'Flatten', 'Slice', 'Concat', 'Gather'):
         node = producer.get(node.input[0])
     return node is not None and node.op_type == 'DequantizeLinear'
 

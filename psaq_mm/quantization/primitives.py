@@ -141,7 +141,8 @@ def _empty(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, devic
 def _unclamped_codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """``round(x / scale) + zero_point`` as whole numbers in a new float32 tensor."""
     # The divisor stays a tensor on the device of x: CUDA turns division by a host scalar into a multiplication.
-    out = _empty(x.shape, memory_order(x), torch.float32, x.device)
+    # A trace has no layout, and no operation of ONNX for a division into given memory.
+    out = None if torch.jit.is_tracing() else _empty(x.shape, memory_order(x), torch.float32, x.device)
     return torch.div(x.float(), scale, out=out).round_().add_(offset)
 
 
@@ -333,7 +334,7 @@ def straight_through(x: Tensor, rounded: Rounded) -> Tensor:
 
 
 def _has_chunks(x: Tensor, scale: Tensor) -> bool:
-    return x.device.type == 'cpu' and scale.dim() == 0 and x.numel() > 0
+    return x.device.type == 'cpu' and scale.dim() == 0 and x.numel() > 0 and not torch.jit.is_tracing()
 
 
 def fake_quantize(x: Tensor,
