@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 import torch
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 from psaq_mm.commands.common import load_config
