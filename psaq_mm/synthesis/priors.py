@@ -62,7 +62,9 @@ class _Squares(torch.autograd.Function):
         ctx.save_for_backward(images)
         sums = images.new_zeros(4, dtype=torch.float64)
         for planes in _planes(images):
-            sums += torch.stack([torch.linalg.vector_norm(a - b) for a, b in _pairs(planes)]).double().square()
+            # A channel at a time: its norm does not depend on what else is there, so that ranks with parts of a batch get the sums of one.
+            norms = torch.stack([torch.linalg.vector_norm(a - b, dim=(1, 2)) for a, b in _pairs(planes)])
+            sums += norms.double().square().sum(1)
         return sums
 
     @staticmethod

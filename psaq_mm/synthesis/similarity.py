@@ -25,8 +25,9 @@ _NORM_FLOOR = 1e-8
 _NOWHERE = 1e3
 # Kernels are cut off at 2^-126, the least normal float32: smaller ones cost several times more and change nothing.
 _LEAST_EXPONENT = -126.0
-# A strip of rows takes as long as this many pairs, whatever it holds: narrower strips compute fewer pairs twice, but there are more.
-_STRIP_COST = {'cpu': 1 << 14, 'cuda': 1 << 19}
+# Strips of rows that similarities fall into at most, and the least height of one: narrower ones compute fewer pairs twice and run slower.
+# Nothing else counts: a group's similarities are summed alike whatever else is in the batch, so that ranks agree.
+_STRIPS, _ROWS = 5, 16
 
 
 class SimilarityDensity(NamedTuple):
@@ -140,9 +141,9 @@ class _Plan:
     """Shapes, settings and blocks of one call."""
 
     def __init__(self, groups: int, length: int, valid: Optional[Tensor], per_image: int, points: int,
-                 bandwidth: float, chunk: int, strip_cost: int) -> None:
+                 bandwidth: float, chunk: int) -> None:
         self.groups, self.length, self.valid, self.per_image = groups, length, valid, per_image
-        self.points, self.bandwidth, self.chunk, self.strip_cost = points, bandwidth, chunk, strip_cost
+        self.points, self.bandwidth, self.chunk = points, bandwidth, chunk
 
     @classmethod
     def build(cls, tokens: Tensor, valid: Optional[Tensor], per_image: int, points: int, bandwidth: float,
@@ -166,8 +167,7 @@ class _Plan:
         if chunk is None:
             # A few buffers of this many values stay in the cache of the cores that share the work.
             chunk = (1 << 16) * max(2, torch.get_num_threads()) if tokens.device.type == 'cpu' else 1 << 23
-        strip_cost = _STRIP_COST['cpu' if tokens.device.type == 'cpu' else 'cuda']
-        return cls(groups, length, valid, per_image, points, bandwidth, chunk, strip_cost)
+        return cls(groups, length, valid, per_image, points, bandwidth, chunk)
 
     @property
     def images(self) -> int:
@@ -175,9 +175,8 @@ class _Plan:
 
     def blocks(self) -> Iterator[_Block]:
         """Blocks of about one chunk that hold every unordered pair of tokens of a group, those of two rows of one strip twice."""
-        strips = round(math.sqrt(self.groups * self.length**2 / (2 * self.strip_cost)))
-        rows = min(-(-self.length // max(1, strips)), max(1, self.chunk // self.length))
-        rows = -(-self.length // -(-self.length // max(rows, min(8, self.length))))
+        strips = max(min(_STRIPS, self.length // _ROWS), -(-self.length**2 // self.chunk), 1)
+        rows = -(-self.length // min(strips, self.length))
         for row in range(0, self.length, rows):
             strip = slice(row, min(row + rows, self.length))
             step = max(1, self.chunk // ((strip.stop - row) * (self.length - row)))
