@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip('mmpretrain')
@@ -12,6 +13,7 @@ from psaq_mm.commands.common import load_config  # noqa: E402
 from psaq_mm.commands.compare import main, plan  # noqa: E402
 from psaq_mm.commands.curves import draw_curves, fixed_subset  # noqa: E402
 from psaq_mm.commands.sample_rows import FIELDS, bits_of, merge_rows, read_rows, rows_of  # noqa: E402
+from psaq_mm.engine.checkpoint import read_checkpoint  # noqa: E402
 from psaq_mm.errors import ConfigError, DataError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -30,7 +32,7 @@ def trained(project):
     work_dir, rows = project.folder / 'work', project.folder / 'results' / 'samples.json'
     arguments = [str(project.path), '--calibration', 'gaussian', 'pink', 'dead_leaves', 'mixture', 'generated', 'real',
                  str(project.folder / 'data' / 'train' / 'a'), '--quant', 'w3a8', '--train', '--seeds', '0', '--curve', '2',
-                 '--curve-images', '9', '--rows', str(rows), '--work-dir', str(work_dir)]
+                 '--curve-images', '9', '--rows', str(rows), '--work-dir', str(work_dir), '--keep-students']
     assert main(arguments) == 0
     return arguments, work_dir, rows
 
@@ -47,7 +49,9 @@ def test_every_source_trains(trained, project):
     rows = content(trained[1])['rows']
     assert [row['source'] for row in rows][:6] == ['gaussian', 'pink', 'dead_leaves', 'mixture', 'generated', 'real']
     assert all(row['iters'] == 4 and 0 <= row['agreement'] <= 1 for row in rows)
-    assert len({json.dumps(row['curve'][1:]) for row in rows}) == 7
+    students = [read_checkpoint(path)['state_dict'] for path in sorted(trained[1].glob('runs/*/student.pth'))]
+    weights = {torch.cat([v.flatten() for k, v in state.items() if k.endswith('.weight')]).numpy().tobytes() for state in students}
+    assert len(rows) == len(students) == len(weights) == 7, 'each has learned from samples of its own'
 
 
 def test_the_list_of_rows_has_its_keys_and_nothing_else(trained):
