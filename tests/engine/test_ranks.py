@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 NAME = 'timm-vit'
 SIZE = (SIZES[NAME], ) * 2
 TOLERANCE = 1e-4
+EXACT = 1e-7
+"""In double precision: of samples, ranges and losses only a float32 rounding may differ."""
 
 
 def relative(found, expected):
@@ -62,9 +64,21 @@ class Pictures:
     __call__ = take
 
 
+def in_double(model):
+    """The model with weights in double precision, for images in float32.
+
+    In float32 two orders of one sum differ in the last digit, a value next to an edge gets the neighbouring code, and a few steps make
+    thousandths of a tensor out of that, on any number of ranks. In double no value is so close, and what is left is the ranks' doing.
+    """
+    model.double()
+    patch_embed, = (module for name, module in model.named_modules() if name.endswith('patch_embed'))
+    patch_embed.register_forward_pre_hook(lambda module, images: (images[0].double(), ))
+    return model
+
+
 def evolution_of(case):
     """What one rank with batches of 4 has, or each of two with batches of 2."""
-    student = build_classifier(NAME, quant=dict(preset='w4a8', scope='full', a_observer='percentile'))
+    student = in_double(build_classifier(NAME, quant=dict(preset='w4a8', scope='full', a_observer='percentile')))
     teacher = copy.deepcopy(student)
     set_mode(teacher, 'off')
     teacher.requires_grad_(False)
@@ -123,25 +137,18 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(halves, case):
     assert one['weight'] == other['weight'] and one['history'] == other['history'] and one['made'] == expected['made']
     assert torch.equal(one['random'], expected['random'])
 
-    assert relative(one['pool'], expected['pool']) <= TOLERANCE
-    # A loss is no continuous function of the weights: one code on the other side of its edge shows in it, and in little else.
-    torch.testing.assert_close(one['losses'][:2], expected['losses'][:2], rtol=TOLERANCE, atol=0)
-    torch.testing.assert_close(one['losses'], expected['losses'], rtol=10 * TOLERANCE, atol=0)
+    assert relative(one['pool'], expected['pool']) <= EXACT
+    torch.testing.assert_close(one['losses'], expected['losses'], rtol=EXACT, atol=0)
     assert len(one['history']) == len(expected['history'])
     for ours, theirs in zip(one['history'], expected['history']):
-        assert ours == pytest.approx(theirs, rel=TOLERANCE)
-    # A code that lies next to an edge may fall on its other side: it is a whole step of one weight, and Adam's step follows the sign of a
-    # gradient of next to nothing: a per cent or two of what the steps moved. A reduction that is missing, or weighs the ranks wrongly,
-    # is a multiple of that, and the losses above see it first.
+        assert ours == pytest.approx(theirs, rel=10 * EXACT), 'norms and losses of float32 samples'
     for key in ('first', 'last'):
         for name, value in expected[key].items():
-            bound = 0.02 if name.endswith('weight') and case == 'compensated' else TOLERANCE if key == 'first' else 50 * TOLERANCE
-            assert relative(one[key][name], value) <= bound, (key, name)
-    assert case == 'compensated' or relative(weights(one['last']), weights(expected['last'])) <= TOLERANCE
+            assert relative(one[key][name], value) <= EXACT, (key, name)
     moved = [n for n in expected['last'] if 'quantizer' not in n and not torch.equal(expected['last'][n], expected['first'][n])]
     assert len(moved) > 10
     steps = [weights(part['last']) - weights(part['first']) for part in (one, expected)]
-    assert relative(*steps) <= 0.1
+    assert relative(*steps) <= EXACT
 
 
 # ---------------------------------------------------------------------- command lines
@@ -174,6 +181,7 @@ def test_torchrun_makes_the_samples_ranges_and_weights_of_one_rank(project):
     expected, found = (read_checkpoint(work_dir / 'iter_2.pth') for work_dir in (project.whole, project.half))
     assert relative(pool_of(found), pool_of(expected)) <= TOLERANCE
     assert relative(weights(found['state_dict']), weights(expected['state_dict'])) <= TOLERANCE
+    # Tensor by tensor in float32: a code that lies next to an edge may fall on its other side, see in_double.
     for key, value in expected['state_dict'].items():
         assert relative(found['state_dict'][key], value) <= (TOLERANCE if 'quantizer' in key else 50 * TOLERANCE), key
 
