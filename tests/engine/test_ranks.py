@@ -124,6 +124,7 @@ def all_cases():
 
 @pytest.fixture(scope='module')
 def halves(tmp_path_factory):
+    build_classifier(NAME)  # where its library is absent the tests skip, and the ranks could only fail
     return on_two_ranks(all_cases, tmp_path_factory.mktemp('halves') / 'ranks')
 
 
