@@ -14,6 +14,7 @@ All is computed in float32, also under autocast; rounding is half to even.
 from typing import Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError, NotCalibratedError, SpecError
@@ -21,6 +22,8 @@ from .histograms import Histogram
 from .observers import PERCENTILES, valid_rows_of, widest_first
 from .primitives import MIN_SCALE, memory_order, qrange
 
+# The least normal float32. Whether a smaller number is itself or 0 depends on the machine and the runtime: here it is 0.
+_LEAST = 2.0**-126
 # Codes to an octave.
 BASES = {'log2': 1, 'log_sqrt2': 2}
 
@@ -36,9 +39,9 @@ def _zero_code(bits: int) -> int:
 
 
 def _unclamped_codes(x: Tensor, delta: Tensor, per_octave: int) -> Tensor:
-    """``round(-m log2(x / delta))`` in a new float32 tensor; infinite for x <= 0."""
+    """``round(-m log2(x / delta))`` in a new float32 tensor; infinite where the ratio is not above ``_LEAST``."""
     # As in primitives.py, a division and not a product with the inverse: an exported model decides ties the same way.
-    return torch.div(x.float(), delta).clamp_(min=0).log2_().mul_(-per_octave).round_()
+    return F.threshold_(torch.div(x.float(), delta), _LEAST, 0).log2_().mul_(-per_octave).round_()
 
 
 def _to_real(codes: Tensor, delta: Tensor, zero_code: int, per_octave: int) -> Tensor:
@@ -52,7 +55,7 @@ def log_quantize(x: Tensor, delta: Tensor, bits: int, base: str) -> Tensor:
 
     Args:
         x: Any shape, any floating dtype. What exceeds ``delta``, infinity too, saturates at code 0; what is not above
-            0 gets the code of zero.
+            0, or so small that ``x / delta`` is no normal float32, gets the code of zero.
         delta: float32, ``()``, above 0.
         bits: Width of a code without the one for zero, 2 to 8.
         base: ``'log2'`` or ``'log_sqrt2'``.

@@ -45,7 +45,8 @@ def test_every_code_survives_the_way_to_its_value_and_back(bits, base, delta):
     codes = every_code(bits)
     values = log_dequantize(codes, delta, bits, base)
     assert values[0] == delta and values[-1] == 0 and (values[:-1].diff() <= 0).all()
-    normal = (values > torch.finfo(torch.float32).tiny) | (codes == 2**bits)  # 2**-255 is no float32
+    least = torch.finfo(torch.float32).tiny
+    normal = (values.minimum(values / delta) > least) | (codes == 2**bits)  # 2**-255 is no float32
     assert torch.equal(log_quantize(values, delta, bits, base)[normal], codes[normal])
     expected = delta.double() * torch.exp2(-codes.double() / PER_OCTAVE[base])
     expected[-1] = 0
@@ -57,6 +58,14 @@ def test_what_lies_past_the_last_level_is_zero():
     x = torch.tensor([2.**-3.4, 2.**-3.6, 2.**-50, 1e-45, 0., -0., -1., -float('inf')])
     assert log_quantize(x, delta, 2, 'log2').tolist() == [3] + [4] * 7
     assert fake_log_quantize(x, delta, 2, 'log2').tolist() == [.125] + [0.] * 7
+
+
+def test_what_a_machine_may_flush_is_zero():
+    least = torch.finfo(torch.float32).tiny
+    values = torch.tensor([2.0**-125, 2 * least, least / 2, 1e-44, 0., -1.])
+    codes = log_quantize(values, torch.tensor(1.), 8, 'log_sqrt2')
+    assert codes.tolist() == [250, 250, 256, 256, 256, 256]
+    assert fake_log_quantize(values, torch.tensor(1.), 8, 'log_sqrt2').tolist()[2:] == [0] * 4
 
 
 def test_what_exceeds_delta_saturates():
