@@ -6,7 +6,7 @@ What a forward computes stays the same; nothing here decides how it is written i
 import copy
 import types
 from dataclasses import dataclass, field
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -49,15 +49,19 @@ class IntegerWeight:
     """A weight as integers.
 
     Attributes:
-        codes: int8, or uint8 for asymmetric codes; in the layout that the graph multiplies with.
+        codes: int8, in the layout that the graph multiplies with.
         scale: float32 (channels,).
-        zero_point: Of the dtype of the codes, (channels,).
+        zero_point: int8, (channels,).
         axis: Of the output channels.
         bits: Width of a code.
         low: Least code.
         bias: Float32 (channels,), or None: the layer's own, with what reparameterization and batch normalization moved into it.
         layer: Name of the layer it belongs to; None for a constant of the export's own.
         channels: Which of the layer's output channels it has, first and past the last; None for all.
+        shift: What was taken from the layer's codes and zero point: asymmetric ones count from 0.
+        apart: The zero points are no part of the product: it is of codes as they are, and what the zero points add to it, the sum of the
+            input times one number a channel, is added afterwards. No runtime has an integer kernel for a weight with zero points of
+            its channels.
     """
     codes: Tensor
     scale: Tensor
@@ -68,6 +72,8 @@ class IntegerWeight:
     bias: Optional[Tensor] = None
     layer: Optional[str] = None
     channels: Optional[Tuple[int, int]] = None
+    shift: int = 0
+    apart: bool = False
 
 
 @dataclass
@@ -176,6 +182,7 @@ def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_modu
         integer.bias = bias
         made.weights[name] = integer
         weight = None
+    sums = None if weight is not None or linear else _sums_apart(made, name, layer)
     shape = None if weight is not None else tuple(made.weights[name].codes.shape)
 
     def read(x: Tensor) -> Tensor:
@@ -193,13 +200,15 @@ def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_modu
 
     def conv_forward(x: Tensor) -> Tensor:
         x = layer.input_quantizer(x)
-        return layer._finish(layer._conv_forward(x, read(x), bias))
+        found = layer._conv_forward(x, read(x), bias)
+        return layer._finish(found if sums is None else found + layer._conv_forward(x, sums.ones(x), None) * sums.factors)
 
     def transposed_forward(x: Tensor, output_size=None) -> Tensor:
         padding = layer._output_padding(x, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation)
         x = layer.input_quantizer(x)
-        return layer._finish(
-            F.conv_transpose2d(x, read(x), bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation))
+        settings = layer.stride, layer.padding, padding, layer.groups, layer.dilation
+        found = F.conv_transpose2d(x, read(x), bias, *settings)
+        return layer._finish(found if sums is None else found + F.conv_transpose2d(x, sums.ones(x), None, *settings) * sums.factors)
 
     if linear and weight is None and _is_affine(layer.input_quantizer):
         _centre(made.weights[name], layer.input_quantizer)
@@ -211,11 +220,37 @@ def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_modu
 def _integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
     quantizer, axis = layer.weight_quantizer, layer.output_axis
     codes = quantize(layer.weight.detach(), quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, axis)
-    dtype = torch.int8 if quantizer.qmin < 0 else torch.uint8
+    shift = 0 if quantizer.qmin < 0 else 2**(quantizer.bits - 1)
     if isinstance(layer, nn.Linear):
         codes, axis = codes.t().contiguous(), 1
-    return IntegerWeight(codes.to(dtype), quantizer.scale.detach().clone(), quantizer.zero_point.to(dtype), axis, quantizer.bits,
-                         quantizer.qmin, layer=name)
+    return IntegerWeight((codes - shift).to(torch.int8), quantizer.scale.detach().clone(), (quantizer.zero_point - shift).to(torch.int8),
+                         axis, quantizer.bits, quantizer.qmin - shift, layer=name, shift=shift)
+
+
+class _Sums(NamedTuple):
+    """What the zero points of a weight add to a product: ``factors`` times the product with ones."""
+    ones: Callable[[Tensor], Tensor]
+    factors: Tensor
+
+
+def _sums_apart(made: ExportableModel, name: str, layer: Optional[nn.Module] = None) -> Optional[_Sums]:
+    """Take the zero points of a weight out of its product, in place; None where there are none, or groups of channels have sums of
+    their own.
+
+    Args:
+        layer: A convolution; None for a Linear.
+    """
+    weight = made.weights[name]
+    if not bool(weight.zero_point.any()) or getattr(layer, 'groups', 1) > 1:
+        return None
+    weight.apart = True
+    shape = list(weight.codes.shape)
+    shape[weight.axis] = 1
+    label = f'ones.{"x".join(map(str, shape))}'  # one for all layers of this shape: of two that read one tensor, a runtime sums it once
+    made.weights.setdefault(label, IntegerWeight(torch.ones(shape, dtype=torch.int8), torch.ones(1), torch.zeros(1, dtype=torch.int8),
+                                                 weight.axis, 8, -128))
+    factors = (-weight.scale.double() * weight.zero_point).float()
+    return _Sums(lambda x: symbols.weight(x, label, tuple(shape)), factors if layer is None else factors[:, None, None])
 
 
 def _is_affine(quantizer: Optional[Quantizer]) -> bool:
@@ -259,7 +294,7 @@ def _split_projection(made: ExportableModel, name: str, layer: nn.Module, attent
         rows = slice(begin, end)
         made.weights[f'{name}.{part}'] = IntegerWeight(
             whole.codes[:, rows].contiguous(), (whole.scale[rows].double() * factor).float(), whole.zero_point[rows], 1, whole.bits,
-            whole.low, None if bias is None else (bias.detach()[rows].double() * factor).float(), name, (begin, end))
+            whole.low, None if bias is None else (bias.detach()[rows].double() * factor).float(), name, (begin, end), whole.shift)
         _centre(made.weights[f'{name}.{part}'], layer.input_quantizer)
         products[part] = _product(made, f'{name}.{part}')
     queries, keys, values = attention.matmul_qk.lhs_quantizer, attention.matmul_qk.rhs_quantizer, attention.matmul_av.rhs_quantizer
@@ -279,10 +314,13 @@ def _split_projection(made: ExportableModel, name: str, layer: nn.Module, attent
 def _product(made: ExportableModel, name: str) -> Callable[[Tensor], Tensor]:
     weight = made.weights[name]
     shape = tuple(weight.codes.shape)  # while nothing is traced
+    sums = _sums_apart(made, name)
 
     def product(x: Tensor) -> Tensor:
-        x = torch.matmul(x, symbols.weight(x, name, shape))
-        return x if weight.bias is None else x + weight.bias
+        found = torch.matmul(x, symbols.weight(x, name, shape))
+        if sums is not None:
+            found = found + torch.matmul(x, sums.ones(x)) * sums.factors
+        return found if weight.bias is None else found + weight.bias
 
     return product
 

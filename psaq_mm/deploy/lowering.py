@@ -223,7 +223,8 @@ class _Lowering:
                 self.packed[codes] = weight.low
             # Neither is shared with another weight: ONNX Runtime replaces the zero points of some weights, each by its name.
             parameters = [f'{name}.weight.scale', f'{name}.weight.zero_point']
-            self.new_initializers.update(zip(parameters, (weight.scale.numpy(), weight.zero_point.numpy())))
+            zero_point = weight.zero_point.numpy()
+            self.new_initializers.update(zip(parameters, (weight.scale.numpy(), np.zeros_like(zero_point) if weight.apart else zero_point)))
             self.unshared.add(parameters[1])
             self.known[key] = self.node('DequantizeLinear', [codes, *parameters], f'{name}.weight.value', axis=weight.axis)
         return self.known[key]

@@ -250,7 +250,7 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
         order = exported.made.orders.get(f'{integer.layer}.input_quantizer')
         weight = _reordered(layer.weight.detach(), order)
         quantizer = layer.weight_quantizer
-        wanted = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis)
+        wanted = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis) - integer.shift
         wanted = wanted.t() if isinstance(layer, nn.Linear) else wanted
         wanted = wanted if integer.channels is None else wanted[:, slice(*integer.channels)]
         zero = integer.zero_point.int().reshape([-1 if axis == integer.axis else 1 for axis in range(wanted.dim())])

@@ -84,7 +84,7 @@ def test_a_layer_passes_with_ties_and_with_nothing_further_off():
 
 
 CASES = {
-    'repq': ('mmdet', 'repq_w4a4', SWIN),  # logarithmic softmax, folded LayerNorm, asymmetric weights, fill of padded windows
+    'repq': ('mmdet', 'repq_w4a4', SWIN),  # logarithmic softmax, folded LayerNorm, asymmetric weights, their sums apart, fill of padded windows
     'every edge': ('mmseg', 'psaq_v1_w8a8', SWIN),
     'mmpretrain': ('mmpretrain', 'w4a8', dict(arch=dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2]), out_indices=(0, 1))),
 }
@@ -160,6 +160,18 @@ def test_products_are_integer(swin, runtime):
     told = execution(deployed, SIZE)
     linears = sum(1 for row in exported.manifest['tensors'] if row['kind'] == 'weight')
     assert int(told.split(': ')[1].split(' of ')[0]) >= linears - 1, told  # the patch embedding is the runtime's own choice
+    assert 'qkv' not in told and 'ffn' not in told
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_products_with_asymmetric_weights_are_integer(runtime, tmp_path):
+    pytest.importorskip(runtime)
+    model, _ = calibrated(build_backbone('mmdet', **SWIN), 'repq_w8a8', SIZE)
+    exported = export_model(model, tmp_path / 'out', [SIZE])
+    assert any(weight.apart for weight in exported.made.weights.values()) and not wrong_weights(model, exported)
+    told = execution(load(exported.directory, runtime, 1), SIZE)
+    linears = sum(1 for row in exported.manifest['tensors'] if row['kind'] == 'weight' and not row['name'].startswith('ones.'))
+    assert int(told.split(': ')[1].split(' of ')[0]) >= linears - 1, told
     assert 'qkv' not in told and 'ffn' not in told
 
 
