@@ -21,5 +21,12 @@ def find_configs_of_forks() -> None:
         try:
             version(distribution)
         except PackageNotFoundError:
-            if importlib.util.find_spec(module) is not None:
+            if _is_there(module):
                 MODULE2PACKAGE[module] = module
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # an import hook that keeps a library out says so this way
+        return False
