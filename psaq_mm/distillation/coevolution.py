@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psaq_mm.distillation.discrepancy import normalized_l1
+from psaq_mm.distillation.joint import Drawn, scale_gradient, step_of
 from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
@@ -70,6 +71,9 @@ class CoEvolutionSettings:
         damping: Of the compensated rounding: how little the samples are trusted.
         logits_weight: Of the Kullback-Leibler divergence of the teacher's and the student's class probabilities (Hinton et al., arXiv
             1503.02531, temperature 1), beside the discrepancy, where the model is a classifier. 0 leaves it out.
+        joint_lr: How far the samples of the pool move in each step of the student that draws them, in standard units, by the same
+            backward pass (:mod:`psaq_mm.distillation.joint`). They are then moved there and not in rounds: none is added, and
+            ``evolve_every`` says when ranges are calibrated anew. 0: in rounds.
     """
     size: Tuple[int, int] = (224, 224)
     batch_size: int = 8
@@ -85,8 +89,11 @@ class CoEvolutionSettings:
     rounding: str = 'nearest'
     damping: float = 0.1
     logits_weight: float = 0.
+    joint_lr: float = 0.
 
     def __post_init__(self):
+        if not 0 <= self.joint_lr < float('inf'):
+            raise ConfigError(f'dfq.joint_lr={self.joint_lr} must be 0 (samples move in rounds) or more')
         if self.rounding not in ('nearest', 'compensated'):
             raise ConfigError(f'dfq.rounding={self.rounding!r} is not known: use nearest or compensated')
         if not 0 < self.damping < float('inf'):
@@ -150,6 +157,7 @@ class CoEvolution:
         self.latest: Optional[Tensor] = None
         self.labels: Optional[Tensor] = None  # classes that the latest samples were made for, (n,)
         self.random = torch.Generator().manual_seed(seed)
+        self.drawn: Optional[Drawn] = None  # how the latest batch came out of the pool
         self.rounds = 0
         self.rounded: List[RoundedLayer] = []
         self.history: List[Dict[str, float]] = []
@@ -270,11 +278,12 @@ class CoEvolution:
     def due(self, step: int) -> bool:
         """Whether a round of synthesis comes before student step ``step``."""
         every = self.settings.evolve_every
-        return bool(every) and step > 0 and step % every == 0
+        return bool(every) and step > 0 and step % every == 0 and (self.settings.reobserve or not self.settings.joint_lr)
 
     def evolve(self) -> None:
         """One round: samples that the student still gets wrong join the pool, and ranges follow the moved weights."""
-        self._renew(self.settings.evolve_samples, compete=True)
+        if not self.settings.joint_lr:
+            self._renew(self.settings.evolve_samples, compete=True)
         if self.settings.reobserve:
             self.observe(self._drawn(self.settings.calibration_samples))
 
@@ -292,14 +301,26 @@ class CoEvolution:
         world = ranks()[1]
         count = min(self.settings.batch_size * batches * world, len(self.pool))
         own = range(count) if count < world else range(ranks()[0], count, world)
-        batch, _ = self.pool.draw(count, generator=self.random, only=own)
+        batch, indices = self.pool.draw(count, generator=self.random, only=own)
+        flip, shift = torch.zeros(len(own), dtype=torch.bool), (0, 0)
         if self.settings.augment:
-            height, width = batch.shape[-2:]
             flip = torch.rand(count, generator=self.random)[list(own)] < 0.5
-            batch = torch.where(flip.view(-1, 1, 1, 1), batch.flip(-1), batch)
-            shift = [int(torch.randint(0, n, (1, ), generator=self.random)) for n in (height, width)]
-            batch = batch.roll(shifts=shift, dims=(-2, -1))
-        return batch.to(self.device)
+            shift = tuple(int(torch.randint(0, n, (1, ), generator=self.random)) for n in batch.shape[-2:])
+        self.drawn = Drawn(indices, own, count, flip.view(-1, 1, 1, 1), shift)
+        return self.drawn.moved(batch).to(self.device)
+
+    def _put_back(self, images: Tensor) -> None:
+        """Samples of the latest batch, moved, into their places in the pool; on every rank those of all ranks."""
+        drawn, world = self.drawn, ranks()[1]
+        images, indices = drawn.moved_back(images).cpu(), drawn.indices
+        if world > drawn.count:
+            images = broadcast_(images)
+        elif world > 1:
+            images, indices = (sum_(part.new_zeros(drawn.count, *part.shape[1:]).index_copy_(0, torch.tensor(list(drawn.own)), part))
+                               for part in (images, indices))
+        replayed = indices >= 0
+        if bool(replayed.any()):
+            self.pool.update(indices[replayed], images[replayed])
 
     def learn(self, images: Tensor, backward: Callable[[Tensor], None], batches: int = 1,
               context: Callable[[], ContextManager] = contextlib.nullcontext) -> Tensor:
@@ -318,28 +339,63 @@ class CoEvolution:
         Raises:
             DataError: It is NaN or infinite.
         """
-        total, sums = WholeBatch(len(images)).total, 0
+        total, sums, changed = WholeBatch(len(images)).total, 0, []
         with hold_weights(self.student.model):
             for part in images.chunk(batches):
-                with context():
-                    found = self._loss(part)
-                backward(found[0] * (len(part) / total))
+                if self.settings.joint_lr:
+                    found, pixels = self._joint_step(part, total, backward, context)
+                    changed.append(pixels)
+                else:
+                    with context():
+                        found = self._loss(part)
+                    backward(found[0] * (len(part) / total))
                 sums = sums + torch.stack([term.detach().double() for term in found]) * len(part)
         value, discrepancy = sum_(sums) / total
         if not torch.isfinite(value):
             raise DataError(f'the loss of the student became {float(value)}: lower dfq.lr')
         self.weight.observe(float(discrepancy))  # what samples compete for is the discrepancy alone
+        if changed:
+            self._put_back(torch.cat(changed))
         return value
+
+    def _joint_step(self, images: Tensor, total: int, backward: Callable[[Tensor], None],
+                    context: Callable[[], ContextManager]) -> Tuple[Tuple[Tensor, Tensor], Tensor]:
+        """The terms of :meth:`_loss`, whose gradients are made, and the images moved against the student."""
+        spec, reverse = self.teacher.image_spec, -self.generator.discrepancy_weight
+        values = spec.to_standard(images).detach().requires_grad_()
+        seen: List[Tuple[Tensor, Any]] = []
+
+        def forward(images: Tensor) -> Optional[Tensor]:
+            seen.append((images, self.teacher.run(images, with_logits=self._logits_wanted)))
+            return seen[0][1].logits
+
+        whole = WholeBatch(len(images)) if ranks()[1] > 1 else None
+        with context():
+            quality = self.generator.quality(self.teacher.model, spec, values, forward, self.teacher.prefix_tokens, whole)
+            images, taught = seen[0]
+            found = self.student.run(scale_gradient(images, reverse), with_logits=self._logits_wanted)
+            # Class probabilities: samples seek where the student's are wrong, and not where the teacher's change.
+            terms = self._terms(found, [scale_gradient(part, reverse) for part in taught.parts],
+                                None if taught.logits is None else taught.logits.detach())
+        # The quality is that of all ranks' images already, the discrepancy this rank's.
+        together = len(values) if whole is None else whole.total
+        backward(terms[0] * (len(values) / total) + quality * (together / total))
+        return terms, step_of(values, self.settings.joint_lr, spec)
 
     def _loss(self, images: Tensor) -> Tuple[Tensor, Tensor]:
         """The loss and, of it, the discrepancy."""
-        wanted = self.settings.logits_weight > 0 and self.teacher.num_classes is not None
         with torch.no_grad():
-            taught = self.teacher.run(images, with_logits=wanted)
-        found = self.student.run(images, with_logits=wanted)
-        value = discrepancy = normalized_l1(found.parts, taught.parts)
-        if wanted:
-            value = value + self.settings.logits_weight * _divergence(found.logits, taught.logits)
+            taught = self.teacher.run(images, with_logits=self._logits_wanted)
+        return self._terms(self.student.run(images, with_logits=self._logits_wanted), taught.parts, taught.logits)
+
+    @property
+    def _logits_wanted(self) -> bool:
+        return self.settings.logits_weight > 0 and self.teacher.num_classes is not None
+
+    def _terms(self, found: Any, parts: List[Tensor], logits: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
+        value = discrepancy = normalized_l1(found.parts, parts)
+        if self._logits_wanted:
+            value = value + self.settings.logits_weight * _divergence(found.logits, logits)
         return value, discrepancy
 
     # ------------------------------------------------------------------ state

@@ -26,6 +26,7 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     rounding='nearest',  # or 'compensated': weights rounded so that errors of correlated inputs cancel, on the first samples
     damping=0.1,  # of the compensated rounding
     logits_weight=0.,  # of the divergence of a classifier's probabilities, beside the discrepancy
+    joint_lr=0.,  # how far samples move in the student's own steps, in standard units, instead of in rounds of synthesis
     augment=True,
     classes=None,  # 'random': one class a sample, for classifiers
     distil=None,  # parts of the model, see psaq_mm.models.task.PARTS; None: chosen by the model

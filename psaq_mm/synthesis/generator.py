@@ -235,6 +235,34 @@ class SampleGenerator:
         samples = image_spec.clamp(image_spec.from_standard(values))
         return GeneratedSamples(samples, history)
 
+    def quality(self, model: nn.Module, image_spec: ImageSpec, values: Tensor, forward: Callable[[Tensor], Any], prefix_tokens: int = 0,
+                whole: Optional[WholeBatch] = None) -> Tensor:
+        """What samples are without a student: the terms of patch similarity and prior, for one who takes the gradient along.
+
+        Args:
+            model: Frozen teacher that the attention taps are put on.
+            image_spec: Channels and range of the model's input.
+            values: Samples in standard units, (B, C, H, W), that require a gradient. The target of their total variation is the middle of
+                ``variation``.
+            forward: Runs the teacher on the images, once.
+            prefix_tokens: As for :meth:`generate`.
+            whole: As for :meth:`generate`.
+
+        Returns:
+            The loss, ``()``; 0 where both weights are 0.
+
+        Raises:
+            DataError: A term is not finite.
+            UnsupportedModelError: As for :meth:`generate`.
+        """
+        if not self.entropy_weight and not self.prior_weight:
+            forward(image_spec.from_standard(values))
+            return values.new_zeros(())
+        dropped = prefix_tokens if self.drop_tokens is None else self.drop_tokens
+        taps = AttentionTaps(model, dropped) if self.entropy_weight else None
+        terms = self._terms(model, image_spec, values, sum(self.variation) / 2, forward, None, None, taps, whole)
+        return self._total(terms, 0., dict(step=0))
+
     def _first_images(self, image_spec: ImageSpec, init: Optional[Tensor], generator: torch.Generator,
                       device: torch.device) -> Tensor:
         if init is None:

@@ -46,6 +46,7 @@ CASES = dict(
     real=dict(source='real'),
     mixture=dict(),
     accumulated=dict(),
+    joint=dict(source='pink', joint_lr=.05),
 )
 
 
