@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks.measuring import Row, machine, table  # noqa: E402
+from psaq_mm.commands.allocator import keep_freed_memory  # noqa: E402
 
 SCRIPTS = ('startup', 'entropy', 'channel_ranges', 'sources', 'synthesis_step', 'fake_quantization', 'coevolution', 'calibration',
            'scaling', 'memory')
@@ -72,6 +73,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f'--device {args.device}: PyTorch sees no such device here, take --device cpu', file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     print(machine(args.device))
     begun = time.perf_counter()
     rows = collect(args.only, args.quick, args.device)

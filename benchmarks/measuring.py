@@ -17,6 +17,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from psaq_mm.commands.allocator import keep_freed_memory  # noqa: E402
+
 Row = Dict[str, Any]
 
 
@@ -144,6 +148,7 @@ def peak_apart(build: Callable[..., Callable[[], Any]], *arguments: Any, device:
 
 def _measured_apart(sender, build: Callable, arguments: Sequence, device: str, threads: int) -> None:
     torch.set_num_threads(threads)
+    keep_freed_memory()  # not where the blocks are given back
     sender.send(tuple(peak_of(build(*arguments), device)))
     sender.close()
 
@@ -202,6 +207,7 @@ def run_script(rows: Callable[..., List[Row]], description: str, parts: Sequence
         print(f'--device {args.device}: PyTorch sees no such device here, take --device cpu', file=sys.stderr)
         return 2
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     print(machine(args.device), flush=True)
     asked = ((args.part, ) if args.part else tuple(parts), ) if parts else ()
     found = rows(args.quick, args.device, *asked)

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Callable, Mapping, Optional, Sequence
 
+from psaq_mm.commands.allocator import keep_freed_memory
 from psaq_mm.errors import ConfigError, PsaqError
 
 __all__ = ['add_config_arguments', 'add_quant_arguments', 'add_run_arguments', 'load_config', 'merge_options', 'run_command', 'runnable_config']
@@ -99,6 +100,7 @@ def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.
         0; 1 for a mistake that is named; 130 when interrupted. What is not a known mistake keeps its traceback.
     """
     args = parser.parse_args(argv)
+    keep_freed_memory()
     try:
         command(args)
     except PsaqError as error:

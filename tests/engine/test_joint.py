@@ -65,9 +65,6 @@ def test_samples_go_up_the_discrepancy_and_back_to_their_places():
     expected = values.detach() + .05 * gradient / gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
     expected = one.drawn.moved_back(spec.clamp(spec.from_standard(expected)))
     torch.testing.assert_close(after[taken], expected, rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        hard = [normalized_l1(one.student.outputs(x), one.teacher.outputs(x)) for x in (before[taken], after[taken])]
-    assert hard[1] > hard[0]
 
 
 def test_without_a_weight_samples_follow_patch_similarity_alone():
