@@ -103,7 +103,8 @@ class DataFreeQuantHook(Hook):
     @master_only
     def _draw_sheet(self, runner) -> None:
         evolution = runner.train_loop.evolution
-        newest = evolution.pool.samples if evolution.latest is None else evolution.latest
+        moving = evolution.latest is None or evolution.settings.joint_lr  # in their places in the pool
+        newest = evolution.pool.samples if moving else evolution.latest
         path = Path(runner.work_dir) / 'samples' / f'round_{evolution.rounds:03d}_step_{runner.iter:06d}.png'
         sheet = sample_sheet(newest[:32], evolution.teacher.image_spec)
         write_png(sheet, path)
