@@ -85,7 +85,7 @@ def time_rows(quick: bool, device: str) -> List[Row]:
     set_mode(off, 'off')
     calls['off'] = passing(off, images, size, device)
     calls['float']() if quick else passing(off, 1, size, device)()  # what is loaded and reserved once
-    seconds = in_turn(calls, 1 if quick else 2, device, warm_up=0)
+    seconds = in_turn(calls, 1 if quick else 3, device, warm_up=0)
     what = f'{images} images of {size[0]} x {size[1]}'
     lines = [(name, sorted(found)[len(found) // 2], ratio_of(found, seconds['float'])) for name, found in seconds.items()]
     print(table((f'Swin-S, {what}', 'seconds', 'over float'), lines), flush=True)
