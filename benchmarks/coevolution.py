@@ -121,7 +121,7 @@ def schedule() -> Tuple[float, float]:
 def rows(quick: bool, device: str) -> List[Row]:
     """All claims of this script."""
     batch, size = (1, (224, 224)) if quick else (2, (512, 512))
-    what, seconds = f'Swin-T, {batch} x 3 x {size[0]} x {size[1]}', in_turn(pieces(batch, size, device), 3 if quick else 5, device)
+    what, seconds = f'Swin-T, {batch} x 3 x {size[0]} x {size[1]}', in_turn(pieces(batch, size, device), 2 if quick else 5, device)
     median = {name: sorted(found)[len(found) // 2] for name, found in seconds.items()}
     share, ranges = schedule()
     both = [a + b for a, b in zip(seconds['sample'], seconds['student'])]
