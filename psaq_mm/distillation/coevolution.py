@@ -7,7 +7,7 @@ its code was never released. Every figure below is this project's decision, see 
 import contextlib
 import dataclasses
 import time
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Protocol, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, round_weights_
-from psaq_mm.quantization.reduction import WholeBatch, broadcast_, gathered, own_part, ranks, sum_
+from psaq_mm.quantization.reduction import WholeBatch, broadcast_, gathered, minimum_, own_part, ranks, sum_
 from psaq_mm.synthesis import ImageSpec, SampleGenerator
 from psaq_mm.synthesis.sources import SOURCES as NOISES
 
@@ -341,7 +341,7 @@ class CoEvolution:
         """
         total, sums, changed = WholeBatch(len(images)).total, 0, []
         with hold_weights(self.student.model):
-            for part in images.chunk(batches):
+            for part in self._parts(images, batches):
                 if self.settings.joint_lr:
                     found, pixels = self._joint_step(part, total, backward, context)
                     changed.append(pixels)
@@ -357,6 +357,12 @@ class CoEvolution:
         if changed:
             self._put_back(torch.cat(changed))
         return value
+
+    def _parts(self, images: Tensor, batches: int) -> Sequence[Tensor]:
+        if not self.settings.joint_lr or ranks()[1] == 1:
+            return images.chunk(batches)
+        # Joint steps compare their samples with those of the other ranks: as many parts on each, also where a small pool gives one more.
+        return images.tensor_split(int(minimum_(torch.tensor(min(batches, len(images))))))
 
     def _joint_step(self, images: Tensor, total: int, backward: Callable[[Tensor], None],
                     context: Callable[[], ContextManager]) -> Tuple[Tuple[Tensor, Tensor], Tensor]:

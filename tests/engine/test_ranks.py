@@ -47,7 +47,12 @@ CASES = dict(
     mixture=dict(),
     accumulated=dict(),
     joint=dict(source='pink', joint_lr=.05),
+    uneven=dict(source='pink', joint_lr=.05, calibration_samples=3, pool_size=3, evolve_samples=1),
 )
+
+
+BATCHES = ('accumulated', 'uneven')
+"""Cases whose steps are made of two batches each."""
 
 
 class Pictures:
@@ -85,9 +90,11 @@ def evolution_of(case):
     teacher.requires_grad_(False)
     pair = (TaskModel(m, ('blocks', ), block_stride=1) for m in (teacher, student))
     batch = 4 // ranks()[1]
-    settings = CoEvolutionSettings(**{**dict(size=SIZE, scope='full', batch_size=batch // 2 if case == 'accumulated' else batch,
+    settings = CoEvolutionSettings(**{**dict(size=SIZE, scope='full', batch_size=batch // 2 if case in BATCHES else batch,
                                              calibration_samples=6, evolve_samples=5, evolve_every=2, pool_size=8), **CASES[case]})
-    arguments = (*pair, SampleGenerator(size=SIZE, batch_size=batch, steps=2, jitter=4), settings)
+    # What samples are to each other, they are within a part of a step, and the parts of three samples are others on two ranks.
+    alone = dict(prior_weight=0., value_range=(-1, 1)) if case == 'uneven' else {}
+    arguments = (*pair, SampleGenerator(size=SIZE, batch_size=batch, steps=2, jitter=4, **alone), settings)
     if case == 'mixture':
         stream = SampleStream(source_of(['pink', 'generated']), SIZE, ImageSpec(), 0)
         return SourcedEvolution(stream, *arguments)
@@ -109,7 +116,7 @@ def evolved(case):
     for step in range(4):
         if evolution.due(step):
             evolution.evolve()
-        batches = 2 if case == 'accumulated' else 1
+        batches = 2 if case in BATCHES else 1
         losses.append(evolution.learn(evolution.draw(batches), torch.Tensor.backward, batches))
         sum_gradients_(student.parameters())
         optimizer.step()
