@@ -130,9 +130,11 @@ def _rank(rank: int, world: int, folder: str, threads: int, point: Point, repeat
     if world > 1:
         torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world)
     found = costs(point, 'cpu', repeats)
-    if world > 1:
-        torch.distributed.destroy_process_group()
     queue.put((rank, found))
+    queue.close()
+    queue.join_thread()
+    if world > 1:
+        os._exit(0)  # taking gloo's connections down may wait for ever for a rank that is gone already
 
 
 def on_ranks(world: int, point: Point, repeats: int, threads: int) -> Dict[str, Cost]:
