@@ -23,10 +23,7 @@ from typing import List, Optional, Sequence
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-
-from benchmarks.measuring import Row, machine, table  # noqa: E402
-from psaq_mm.commands.allocator import keep_freed_memory  # noqa: E402
+from benchmarks.measuring import Row, begin, table  # noqa: E402
 
 SCRIPTS = ('startup', 'entropy', 'channel_ranges', 'sources', 'synthesis_step', 'fake_quantization', 'coevolution', 'calibration',
            'scaling', 'memory')
@@ -69,12 +66,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--only', nargs='+', default=SCRIPTS, choices=SCRIPTS, metavar='NAME', help=', '.join(SCRIPTS))
     parser.add_argument('--output', type=Path, default=ROOT / 'work_dirs' / 'benchmarks.json', help='(default: %(default)s)')
     args = parser.parse_args(argv)
-    if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
-        print(f'--device {args.device}: PyTorch sees no such device here, take --device cpu', file=sys.stderr)
+    if not begin(args.device, args.threads):
         return 2
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    print(machine(args.device))
     begun = time.perf_counter()
     rows = collect(args.only, args.quick, args.device)
     print(f'\n## All, in {time.perf_counter() - begun:.0f} s\n\n{shown(rows)}')

@@ -184,6 +184,17 @@ def machine(device: str = 'cpu') -> str:
     return f'torch {torch.__version__}, {torch.get_num_threads()} threads, {name}'
 
 
+def begin(device: str, threads: int) -> bool:
+    """Set this process up as the commands are, and say on what it runs; False, with one sentence, where there is no such device."""
+    if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
+        print(f'--device {device}: PyTorch sees no such device here, take --device cpu', file=sys.stderr)
+        return False
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    print(machine(device), flush=True)
+    return True
+
+
 def run_script(rows: Callable[..., List[Row]], description: str, parts: Sequence[str] = (), argv: Optional[Sequence[str]] = None) -> int:
     """The command line of a benchmark: ``--quick``, ``--device``, ``--threads``, and ``--part`` where it has parts.
 
@@ -203,12 +214,8 @@ def run_script(rows: Callable[..., List[Row]], description: str, parts: Sequence
     if parts:
         parser.add_argument('--part', choices=parts, help='measure this alone')
     args = parser.parse_args(argv)
-    if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
-        print(f'--device {args.device}: PyTorch sees no such device here, take --device cpu', file=sys.stderr)
+    if not begin(args.device, args.threads):
         return 2
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    print(machine(args.device), flush=True)
     asked = ((args.part, ) if args.part else tuple(parts), ) if parts else ()
     found = rows(args.quick, args.device, *asked)
     print(table_of(found), flush=True)

@@ -14,6 +14,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from psaq_mm.quantization.logarithmic import BASES
+
 from .bundle import PACKED_BITS, Weight
 from .exportable import Codes, ExportableModel
 from .symbols import DOMAIN
@@ -197,7 +199,7 @@ class _Lowering:
 
     def _log(self, x: str, name: str, codes: Codes) -> Tuple[str, str]:
         """Codes round(-m log2(x / delta)), values delta 2^(-code / m), and 0 from the last code on (quantization/logarithmic.py)."""
-        octave = {'log2': 1, 'log_sqrt2': 2}[codes.log_base]
+        octave = BASES[codes.log_base]
         zero_code = codes.high + 1
         ratio = self.node('Div', [x, self.scalar(codes.scale, f'{name}.delta')], f'{name}.ratio')
         # The logarithm of 0 is infinite: values that small have the code of zero, and are told by themselves.

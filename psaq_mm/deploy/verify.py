@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from psaq_mm.models import spec_of
 from psaq_mm.quantization import LogQuantizer, Quantizer, log_quantize, quantize
+from psaq_mm.quantization.logarithmic import BASES
 
 from .bundle import read_manifest, read_weights
 from .export import ExportedModel, _Graph, graph_parts
@@ -146,7 +147,7 @@ def _codes_of(quantizer: Quantizer, x: Tensor, shift: Optional[int]) -> np.ndarr
 def _edge_distances(quantizer: Quantizer, x: Tensor) -> np.ndarray:
     """Distance of each value from the nearest edge between two codes, in steps."""
     if isinstance(quantizer, LogQuantizer):
-        places = torch.log2(x / quantizer.scale) * {'log2': 1, 'log_sqrt2': 2}[quantizer.base]
+        places = torch.log2(x / quantizer.scale) * BASES[quantizer.base]
     else:
         places = x / quantizer.scale
     return (places - places.floor() - .5).abs().numpy()
