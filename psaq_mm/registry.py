@@ -8,10 +8,11 @@ import no model library themselves, so somebody with mmdet alone needs no mmseg.
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
 from mmengine.registry import Registry
 
-__all__ = ['MODELS', 'HOOKS', 'LOOPS', 'TASK_UTILS']
+__all__ = ['MODELS', 'HOOKS', 'LOOPS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'TASK_UTILS']
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.models'])
 """Builders of quantized models and backbones."""
@@ -21,6 +22,10 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='psaq_mm', locations=['psa
 
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='psaq_mm', locations=['psaq_mm.engine.runner'])
 """The data-free training loop."""
+
+OPTIM_WRAPPER_CONSTRUCTORS = Registry('optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope='psaq_mm',
+                                     locations=['psaq_mm.engine.optim'])
+"""Builders of the student's optimizer."""
 
 TASK_UTILS = Registry('task util', parent=MMENGINE_TASK_UTILS, scope='psaq_mm', locations=['psaq_mm.models'])
 """Sample generators and other sources of samples."""

@@ -18,7 +18,7 @@ from psaq_mm.distillation.joint import Drawn, scale_gradient, step_of
 from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, round_weights_
+from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, learned_ranges, round_weights_
 from psaq_mm.quantization.reduction import WholeBatch, broadcast_, gathered, minimum_, own_part, ranks, sum_
 from psaq_mm.synthesis import ImageSpec, SampleGenerator
 from psaq_mm.synthesis.sources import SOURCES as NOISES
@@ -423,7 +423,7 @@ class CoEvolution:
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    learned = [p for p in model.parameters() if p.requires_grad]
+    learned = [p for p in (*model.parameters(), *learned_ranges(model)) if p.requires_grad]
     for parameter in learned:
         parameter.requires_grad_(False)
     try:

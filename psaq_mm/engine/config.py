@@ -192,14 +192,15 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     iters = int(dfq.pop('iters'))
     if iters < 0:
         raise ConfigError(f'dfq.iters={iters} must be 0 (calibrate only) or more')
-    lr, clip = dfq.pop('lr'), dfq.pop('clip_grad')
+    lr, clip, rates = dfq.pop('lr'), dfq.pop('clip_grad'), {name: dfq.pop(name) for name in ('vector_lr', 'range_lr')}
     config.train_cfg = ConfigDict(type='psaq_mm.DataFreeTrainLoop', max_iters=iters, dropped_hooks=dropped,
                                   model_config=config.model, **_loop_settings(dfq))
     config.dfq = dfq  # kept whole: a dumped config is data-free already, and says so
     # A runner wants a training dataloader beside a training loop; the loop brings its own over the pool of samples.
     if not config.get('train_dataloader'):
         config.train_dataloader = ConfigDict(batch_size=dfq['batch_size'])
-    config.optim_wrapper = ConfigDict(type='OptimWrapper', optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
+    config.optim_wrapper = ConfigDict(type='OptimWrapper', constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates,
+                                      optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
                                       clip_grad=dict(max_norm=clip) if clip else None)
     if dfq['amp'] == 'float16' and is_cuda_available():  # its small gradients vanish unless the loss is scaled; bfloat16's do not
         config.optim_wrapper.update(type='AmpOptimWrapper', dtype='float16')

@@ -10,6 +10,7 @@ from .logarithmic import LogObserver, fake_log_quantize, log2_form, log_dequanti
 from .observers import MinMaxObserver, MSEObserver, PercentileObserver, build_observer
 from .primitives import choose_qparams, dequantize, fake_quantize, qrange, quantize
 from .quantizers import AffineQuantizer, LogQuantizer, Quantizer
+from .ranges import learn_ranges_, learned_ranges, update_ranges_
 from .reparam import ReparameterizedQuantizer, norm_before, norm_feeds, reparameterize_
 from .rounding import RoundedLayer, compensated_rounding, round_weights_
 from .spec import RECIPES, LayerSpec, Override, QuantSpec
@@ -22,7 +23,7 @@ __all__ = [
     'RoundedLayer', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge',
     'attention_products', 'build_channel_observer', 'build_observer', 'calibrate', 'choose_qparams',
     'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation',
-    'hold_weights', 'is_quantized_layer', 'is_quantizer_key', 'log2_form', 'log_dequantize', 'log_quantize', 'norm_before',
-    'norm_feeds', 'qrange', 'quantize', 'quantize_', 'quantize_output_', 'quantizer_state_keys', 'quantizers',
-    'register_adapter', 'reparameterize_', 'round_weights_', 'set_mode'
+    'hold_weights', 'is_quantized_layer', 'is_quantizer_key', 'learn_ranges_', 'learned_ranges', 'log2_form', 'log_dequantize',
+    'log_quantize', 'norm_before', 'norm_feeds', 'qrange', 'quantize', 'quantize_', 'quantize_output_', 'quantizer_state_keys', 'quantizers',
+    'register_adapter', 'reparameterize_', 'round_weights_', 'set_mode', 'update_ranges_'
 ]

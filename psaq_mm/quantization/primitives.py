@@ -310,6 +310,45 @@ class _FakeQuantize(torch.autograd.Function):
         return grad, None
 
 
+class _LearnedFakeQuantize(torch.autograd.Function):
+    """As :class:`_FakeQuantize`, with a gradient towards the logarithm of the scale; keeps the input and one bool an element."""
+
+    @staticmethod
+    def forward(ctx, x, log_ratio, scale, offset, qmin, qmax):
+        codes = _unclamped_codes(x, scale, offset)
+        inside = (codes >= qmin).logical_and_(codes <= qmax)
+        values = _to_real(codes.clamp_(qmin, qmax), scale, offset).to(x.dtype)
+        ctx.save_for_backward(x, values, inside)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, values, inside = ctx.saved_tensors
+        passed = grad * inside
+        # d values / d ln(scale) = values - x inside the range, and values where they are clipped.
+        slope = (grad * values).sum(dtype=torch.float32) - (passed * x).sum(dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        return passed, slope, None, None, None, None
+
+
+def learned_fake_quantize(x: Tensor, scale: Tensor, log_ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """As :func:`fake_quantize` with one scale, which is learned too.
+
+    Source: LSQ (arXiv 1902.08153, equation 3), times the scale, as its logarithm is what moves.
+
+    Args:
+        x: Any shape, any floating dtype.
+        scale: float32, ``()``.
+        log_ratio: float32, ``()``, 0: gets the gradient of the scale's logarithm.
+        zero_point: int32, ``()``.
+        qmin: Least code.
+        qmax: Greatest code.
+
+    Returns:
+        The values of :func:`fake_quantize`, bit for bit, with its gradient towards ``x``.
+    """
+    return _LearnedFakeQuantize.apply(x, log_ratio, scale, zero_point.to(torch.float32), qmin, qmax)
+
+
 @torch.no_grad()
 def round_once(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: Optional[int] = None) -> Rounded:
     """The outcome of :func:`fake_quantize`, to be given a gradient as often as needed by :func:`straight_through`."""

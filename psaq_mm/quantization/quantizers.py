@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import DataError, NotCalibratedError, SpecError
 from .logarithmic import LogObserver, fake_log_quantize
 from .observers import build_observer
-from .primitives import Rounded, choose_qparams, fake_quantize, qrange, round_once
+from .primitives import Rounded, choose_qparams, fake_quantize, learned_fake_quantize, qrange, round_once
 
 MODES = ('on', 'observe', 'off')
 
@@ -205,6 +205,9 @@ class AffineQuantizer(Quantizer):
         observer: Name of the observer that finds the range, see :func:`.observers.build_observer`.
         full_range: See :func:`.primitives.choose_qparams`.
 
+    Attributes:
+        log_ratio: None, or what the scale is learned by, see :func:`.ranges.learn_ranges_`.
+
     Raises:
         SpecError: A setting is out of range.
 
@@ -214,6 +217,8 @@ class AffineQuantizer(Quantizer):
         >>> quantizer(torch.tensor([0., 5.]))
         tensor([0., 2.])
     """
+
+    log_ratio: Optional[Tensor] = None
 
     def __init__(self,
                  bits: int,
@@ -237,6 +242,8 @@ class AffineQuantizer(Quantizer):
                 f'mode={self.mode}')
 
     def fake_quantize(self, x: Tensor) -> Tensor:
+        if self.log_ratio is not None and self.log_ratio.requires_grad and torch.is_grad_enabled():
+            return learned_fake_quantize(x, self.scale, self.log_ratio, self.zero_point, self.qmin, self.qmax)
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.channel_axis)
 
     def round_once(self, x: Tensor) -> Rounded:

@@ -19,7 +19,7 @@ from psaq_mm.engine.real_images import TrainingImages, training_images
 from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, reads_rgb
 from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.models import TaskModel, spec_of
-from psaq_mm.quantization import set_mode
+from psaq_mm.quantization import set_mode, update_ranges_
 from psaq_mm.quantization.reduction import broadcast_, ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
 from psaq_mm.synthesis import SampleStream, Source
@@ -378,9 +378,10 @@ class DataFreeTrainLoop(BaseLoop):
             wrapper, batches = self.runner.optim_wrapper, self._batches
             loss = evolution.learn(evolution.draw(batches), wrapper.backward, batches, self._precision)
             # Not update_params: between its backward and its step the ranks have to add up their gradients.
-            sum_gradients_(self.model.parameters())
+            sum_gradients_(parameter for group in wrapper.param_groups for parameter in group['params'])
             wrapper.step()
             wrapper.zero_grad()
+            update_ranges_(self.model)
         outputs = dict(loss=loss, discrepancy=loss, discrepancy_weight=evolution.weight.weight)
         self.runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=None, outputs=outputs)
         self._iter += 1

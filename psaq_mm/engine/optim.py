@@ -1,0 +1,78 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The student's optimizer: a learning rate for each kind of what it learns."""
+import math
+from typing import Any, Dict, List, Mapping, Optional
+
+from mmengine.config import ConfigDict
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
+from torch import nn
+
+from psaq_mm.errors import ConfigError
+from psaq_mm.quantization import learn_ranges_
+from psaq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+__all__ = ['StudentOptimWrapperConstructor', 'parameter_groups']
+
+
+def parameter_groups(model: nn.Module, lr: float, vector_lr: Optional[float] = None, range_lr: float = 0.) -> List[Dict[str, Any]]:
+    """Parameters of a quantized model by kind, each kind with its learning rate. A kind whose rate is 0 is frozen.
+
+    Rounded weights lie between two codes, where only a long way pays, and can overfit the samples; the gains and offsets of
+    normalization layers and the biases are a few thousand numbers that bring the statistics of every layer back (norm tweaking, Li et al.,
+    arXiv 2309.02784).
+
+    Args:
+        model: Quantized model; a whole one, as frozen parameters are marked.
+        lr: Of parameters with two dimensions and more: weights, position embeddings and biases.
+        vector_lr: Of those with one: biases, gains and offsets of normalization layers. None: as ``lr``.
+        range_lr: Of the logarithms of the activations' scales (:func:`psaq_mm.quantization.learn_ranges_`). 0: ranges stay as calibrated.
+
+    Returns:
+        Groups for an optimizer; without one where all is frozen.
+
+    Raises:
+        ConfigError: A rate is negative or not finite.
+    """
+    rates = dict(lr=lr, vector_lr=lr if vector_lr is None else vector_lr, range_lr=range_lr)
+    for name, rate in rates.items():
+        if not 0 <= rate < math.inf:
+            raise ConfigError(f'dfq.{name}={rate} must be 0 (frozen) or more')
+    kinds: Dict[str, List[nn.Parameter]] = dict(lr=[], vector_lr=[], range_lr=learn_ranges_(model) if range_lr else [])
+    ranges = {id(parameter) for parameter in kinds['range_lr']}
+    for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in ranges:
+            kinds['lr' if parameter.dim() > 1 else 'vector_lr'].append(parameter)
+    for name, parameters in kinds.items():
+        for parameter in parameters if not rates[name] else ():
+            parameter.requires_grad_(False)
+    return [dict(params=parameters, lr=rates[name]) for name, parameters in kinds.items() if parameters and rates[name]]
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class StudentOptimWrapperConstructor:
+    """Builds the optimizer of a data-free run, see :func:`parameter_groups`.
+
+    Args:
+        optim_wrapper_cfg: As MMEngine's; the optimizer's ``lr`` is that of the weights.
+        paramwise_cfg: ``dict(vector_lr=None, range_lr=0.)``.
+
+    Raises:
+        ConfigError: A key of ``paramwise_cfg`` is not known, or nothing is left to learn.
+    """
+
+    def __init__(self, optim_wrapper_cfg: Mapping, paramwise_cfg: Optional[Mapping] = None) -> None:
+        self.wrapper, self.rates = ConfigDict(optim_wrapper_cfg), dict(paramwise_cfg or {})
+        unknown = set(self.rates) - {'vector_lr', 'range_lr'}
+        if unknown:
+            raise ConfigError(f'paramwise_cfg.{sorted(unknown)[0]} is not known: use vector_lr or range_lr')
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        wrapper = self.wrapper.copy()
+        optimizer = wrapper.pop('optimizer').copy()
+        groups = parameter_groups(getattr(model, 'module', model), optimizer['lr'], **self.rates)
+        if not groups:
+            raise ConfigError('dfq.lr, dfq.vector_lr and dfq.range_lr are all 0: nothing is left to learn; set dfq.iters=0 to calibrate only')
+        optimizer['params'] = groups
+        wrapper.setdefault('type', 'OptimWrapper')
+        return OPTIM_WRAPPERS.build(wrapper, default_args=dict(optimizer=OPTIMIZERS.build(optimizer)))

@@ -1,0 +1,52 @@
+"""Ranges of activations learned with the weights, by the gradient of the step size."""
+
+from typing import List
+
+import torch
+from torch import Tensor, nn
+
+from .convert import quantizers
+from .quantizers import AffineQuantizer
+
+__all__ = ['learn_ranges_', 'learned_ranges', 'update_ranges_']
+
+
+def learn_ranges_(model: nn.Module) -> List[Tensor]:
+    """Give each activation quantizer of a model something to learn its scale by.
+
+    Source: learned step sizes (LSQ, Esser et al., arXiv 1902.08153, section 2.1), here of the scale's logarithm, so that one learning rate
+    serves scales of any magnitude, and the scale stays positive. The zero point stays. Logarithmic quantizers, and weights, keep their scales.
+
+    Args:
+        model: Quantized model, on its device.
+
+    Returns:
+        One scalar a quantizer, a leaf that is 0: after an optimizer's step it is how far the scale's logarithm moves, which
+        :func:`update_ranges_` does. None of them is in the state dict, as 0 is all that they ever are between two steps.
+
+    Example:
+        >>> optimizer = torch.optim.Adam(learn_ranges_(student), lr=1e-3)
+        >>> loss(student(images)).backward()
+        >>> optimizer.step()
+        >>> update_ranges_(student)
+    """
+    for _, quantizer in quantizers(model):
+        if isinstance(quantizer, AffineQuantizer) and quantizer.channel_axis is None:
+            quantizer.log_ratio = torch.zeros((), device=quantizer.scale.device).requires_grad_()
+    return learned_ranges(model)
+
+
+def learned_ranges(model: nn.Module) -> List[Tensor]:
+    """What :func:`learn_ranges_` made, in the order of the model's quantizers; empty without it."""
+    found = (getattr(quantizer, 'log_ratio', None) for _, quantizer in quantizers(model))
+    return [ratio for ratio in found if ratio is not None]
+
+
+@torch.no_grad()
+def update_ranges_(model: nn.Module) -> None:
+    """Move each learned scale as far as the optimizer has moved its logarithm, which is 0 again afterwards."""
+    for _, quantizer in quantizers(model):
+        ratio = getattr(quantizer, 'log_ratio', None)
+        if ratio is not None:
+            quantizer.scale.mul_(ratio.exp())
+            ratio.zero_()
