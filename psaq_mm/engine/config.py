@@ -199,9 +199,10 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     # A runner wants a training dataloader beside a training loop; the loop brings its own over the pool of samples.
     if not config.get('train_dataloader'):
         config.train_dataloader = ConfigDict(batch_size=dfq['batch_size'])
-    config.optim_wrapper = ConfigDict(type='OptimWrapper', constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates,
-                                      optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
+    config.optim_wrapper = ConfigDict(type='OptimWrapper', optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
                                       clip_grad=dict(max_norm=clip) if clip else None)
+    if rates != dict(vector_lr=None, range_lr=0.) or lr <= 0:
+        config.optim_wrapper.update(constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates)
     if dfq['amp'] == 'float16' and is_cuda_available():  # its small gradients vanish unless the loss is scaled; bfloat16's do not
         config.optim_wrapper.update(type='AmpOptimWrapper', dtype='float16')
     config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', T_max=iters, eta_min=0, by_epoch=False)] if iters else []

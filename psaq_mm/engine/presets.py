@@ -69,8 +69,10 @@ DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     # No synthesis and no training: dead leaves set the ranges, and the codes of the weights.
     'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='compensated', fresh=1., iters=0, evolve_every=0,
                  reobserve=False, calibration_samples=32, pool_size=32),
-    # V2 whose samples begin as dead leaves, from compensated rounding.
-    'best': dict(method='best', rounding='compensated', reobserve=False, generator=dict(init=dict(type='psaq_mm.DeadLeaves'))),
+    # V2's samples and dead leaves beside them: from compensated rounding, whose codes stay, the gains, offsets and biases are learned.
+    'best': dict(method='best', rounding='compensated', reobserve=False, lr=0., vector_lr=1e-3,
+                 samples=[dict(type='psaq_mm.Generated', weight=2), dict(type='psaq_mm.DeadLeaves')],
+                 fresh=dict(share=0.5, samples=dict(type='psaq_mm.DeadLeaves'))),
 }
 
 
@@ -121,7 +123,7 @@ _OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_int
 def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]:
     """A config's ``dfq`` key under another method.
 
-    A method that trains takes every setting that the config has. One that calibrates alone takes those of the machine (size, batches,
+    A method that trains takes the settings that the config has, but for those that its preset names, which are what it is. One that calibrates alone takes those of the machine (size, batches,
     seed, intervals) and of the samples' memory (``generator.batch_size``); the others are the method itself.
 
     Args:
@@ -137,7 +139,8 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
         raise ConfigError(f'the method {method!r} is not known: {hint} {", ".join(METHODS)}')
     given = {} if given is None or isinstance(given, str) else dict(given)
     if resolve_dfq(method)['iters']:
-        return {**given, 'preset': method}
+        own = DFQ_PRESETS[method].keys() - set(_MERGED)
+        return {**{key: value for key, value in given.items() if key not in own}, 'preset': method}
     kept = {key: given[key] for key in _OF_THE_MACHINE if key in given}
     if method == 'fast':
         kept.pop('samples', None)  # its own are what it is
