@@ -157,7 +157,8 @@ def _data_free_settings(config, source: str, seed: int, train: bool, samples: Op
     if source not in SOURCES:
         dfq.update(source='generated', samples=dict(type='psaq_mm.Folder', path=source))
     elif source != 'generated':
-        dfq.pop('samples', None)  # a control is made of its own pictures
+        dfq.pop('samples', None)  # a control is made of its own pictures, and so is what comes fresh
+        dfq['fresh'] = _share(resolve_dfq(dfq))
     elif samples:
         dfq['samples'] = samples
     if seconds is not None and resolve_dfq(dfq)['iters']:
@@ -167,14 +168,20 @@ def _data_free_settings(config, source: str, seed: int, train: bool, samples: Op
     return dfq
 
 
+def _share(dfq: Mapping) -> float:
+    """Of the student's batches, what is made for them."""
+    return dfq['fresh'].get('share', 1.) if isinstance(dfq['fresh'], Mapping) else dfq['fresh']
+
+
 def _label(source: str, method: Optional[str], dfq: Mapping, name: Optional[str], seconds: Optional[float]) -> str:
-    """What a row and a curve are called: the source, and what of the run is not seen from steps and seconds."""
+    """What a row and a curve are called: the source, and what of the run is not seen from method, steps and seconds."""
+    from psaq_mm.engine.presets import resolve_dfq
     if source == 'generated':
         source = name or method or source
     elif source not in SOURCES:
         source = Path(source).stem
-    fresh = dfq['fresh'] if isinstance(dfq['fresh'], (int, float)) else dfq['fresh'].get('share', 1.)
-    mixed = f', {fresh:.0%} fresh' if fresh and dfq['iters'] and method != 'fast' else ''
+    fresh = _share(dfq)
+    mixed = f', {fresh:.0%} fresh' if dfq['iters'] and fresh != (_share(resolve_dfq(method)) if method else 0.) else ''
     return source + mixed + (f', {seconds:g} s' if seconds is not None and dfq['iters'] else '')
 
 

@@ -139,7 +139,7 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
         raise ConfigError(f'the method {method!r} is not known: {hint} {", ".join(METHODS)}')
     given = {} if given is None or isinstance(given, str) else dict(given)
     if resolve_dfq(method)['iters']:
-        own = DFQ_PRESETS[method].keys() - set(_MERGED)
+        own = DFQ_PRESETS[method].keys() - set(_MERGED) - ({'samples'} if isinstance(given.get('samples'), str) else set())
         return {**{key: value for key, value in given.items() if key not in own}, 'preset': method}
     kept = {key: given[key] for key in _OF_THE_MACHINE if key in given}
     if method == 'fast':

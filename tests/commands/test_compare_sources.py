@@ -14,6 +14,7 @@ from psaq_mm.commands.compare import main, plan  # noqa: E402
 from psaq_mm.commands.curves import draw_curves, fixed_subset  # noqa: E402
 from psaq_mm.commands.sample_rows import FIELDS, bits_of, merge_rows, read_rows, rows_of  # noqa: E402
 from psaq_mm.engine.checkpoint import read_checkpoint  # noqa: E402
+from psaq_mm.engine.presets import resolve_dfq  # noqa: E402
 from psaq_mm.errors import ConfigError, DataError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -135,6 +136,13 @@ def test_labels_say_what_steps_and_seconds_do_not(project):
     assert label('pink', train=True, options={'dfq.fresh': 0.5}) == 'pink, 50% fresh'
     assert label('pink', train=True, seconds=30.) == 'pink, 30 s'
     assert label('generated', methods=['fast']) == 'fast'
+    assert label('pink', methods=['best']) == 'pink' and label('pink', methods=['best'], options={'dfq.fresh': 1.}) == 'pink, 100% fresh'
+
+
+def test_a_control_has_nothing_of_other_sources(project):
+    control, best = (plans(project, source, methods=['best'])[0].config.dfq for source in ('pink', 'generated'))
+    assert control['fresh'] == 0.5 and 'samples' not in control
+    assert resolve_dfq(best)['fresh']['samples'] == dict(type='psaq_mm.DeadLeaves') and 'fresh' not in best
 
 
 def test_a_time_bounds_what_trains_and_leaves_the_rest(project):

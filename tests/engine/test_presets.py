@@ -56,8 +56,13 @@ def test_fast_makes_nothing_out_of_the_model():
     assert fast['rounding'] == 'compensated' and not fast['iters'] and not fast['evolve_every']
 
 
-def test_best_begins_its_synthesis_with_procedural_pictures():
-    assert resolve_dfq('best')['evolve_every'] and generator_of('best').init.procedural
+def test_best_keeps_rounded_codes_and_mixes_its_samples_with_dead_leaves():
+    best = resolve_dfq('best')
+    assert best['rounding'] == 'compensated' and best['evolve_every'] and (best['lr'], best['vector_lr']) == (0., 1e-3)
+    source = source_of(best['samples'])
+    assert not source.procedural and type(source.procedural_part().sources[0]).__name__ == 'DeadLeaves'
+    assert source.weights == pytest.approx([2 / 3, 1 / 3])
+    assert type(source_of(best['fresh']['samples'])).__name__ == 'DeadLeaves'
 
 
 def test_where_samples_come_from_is_one_setting_under_two_names():
@@ -71,11 +76,14 @@ def test_where_samples_come_from_is_one_setting_under_two_names():
 
 
 def test_fast_as_a_method_keeps_its_steps_and_best_takes_the_configs():
-    own = dict(size=(64, 96), iters=300, evolve_every=60, samples='saved.pt', generator=dict(steps=9))
+    own = dict(size=(64, 96), iters=300, evolve_every=60, lr=5e-5, samples='saved.pt', generator=dict(steps=9))
     fast, best = (resolve_dfq(with_method(own, method)) for method in ('fast', 'best'))
     assert fast['iters'] == resolve_dfq('fast')['iters'] and fast['samples'] == resolve_dfq('fast')['samples']
     assert (best['iters'], best['generator']['steps'], fast['size']) == (300, 9, (64, 96))
-    assert best['generator']['init'] == resolve_dfq('best')['generator']['init']
+    assert best['samples'] == 'saved.pt' and best['lr'] == resolve_dfq('best')['lr'], 'what a preset names is what it is'
+    other = resolve_dfq(with_method(dict(own, samples=dict(type='psaq_mm.PinkNoise')), 'best'))
+    assert other['samples'] == resolve_dfq('best')['samples']
+    assert resolve_dfq(dict(preset='best', lr=5e-5))['lr'] == 5e-5
 
 
 def test_every_preset_builds_a_generator():
