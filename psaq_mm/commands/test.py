@@ -96,11 +96,13 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
 
 def _check_spec(model, checkpoint: Mapping, source: str) -> None:
     from psaq_mm.models import spec_of
-    spec = spec_of(model)
+    from psaq_mm.quantization import QuantSpec
     made = (checkpoint['meta'].get('psaq_mm') or {}).get('quant')
-    if made and made != spec.to_dict():
-        odd = [f'{k}={made.get(k)!r}, the config {spec.to_dict().get(k)!r}' for k in spec.to_dict()
-               if made.get(k) != spec.to_dict().get(k)]
+    if not made:
+        return
+    made, wanted = QuantSpec.from_dict(made).to_dict(), spec_of(model).to_dict()  # a setting that came later has its default there
+    odd = [f'{k}={made[k]!r}, the config {wanted[k]!r}' for k in wanted if made[k] != wanted[k]]
+    if odd:
         raise CheckpointError(f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with')
 
 

@@ -326,8 +326,8 @@ def _product(made: ExportableModel, name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _signed(quantizer: Quantizer) -> int:
-    """What to take from codes for them to be signed: with less than 8 bits the zero point, which is 0 then."""
-    return int(quantizer.zero_point) if quantizer.bits < 8 else 128
+    """What to take from codes for them to be signed: where they are already, or have less than 8 bits, the zero point, which is 0 then."""
+    return int(quantizer.zero_point) if quantizer.bits < 8 or quantizer.qmin < 0 else 128
 
 
 # ---------------------------------------------------------------------- batch normalization

@@ -183,16 +183,17 @@ def attend_windows(x: Tensor, attention: nn.Module, windows: Windows) -> Tensor:
     """Attention inside shifted windows, of tokens after the LayerNorm, (1, H * W, C)."""
     qkv, proj, layouts, heads = attention.qkv, attention.proj, attention.tracing.layouts, attention.num_heads
     channels = int(x.shape[-1])
-    padding, x = _padding(qkv, channels), x.reshape(-1, channels)
+    padding = _padding(qkv, channels)
     if attention.export is None:
-        return windows.join(attention(windows.cut(x, padding), windows.mask).unsqueeze(1)).unsqueeze(0)
+        return windows.join(attention(windows.cut(x.reshape(-1, channels), padding), windows.mask).unsqueeze(1)).unsqueeze(0)
     # What is moved around are codes, a quarter of the bytes; and each row of the projection has a token for its own, so that it may as
     # well come after the windows are joined, where nothing is padding any more.
     tokens, out, plain = qkv.input_quantizer, proj.input_quantizer, windows.plain
-    layouts[tokens.export_name] = lambda rows: plain.join(rows.unsqueeze(1))
+    layouts[tokens.export_name] = lambda rows: plain.join(rows.unsqueeze(1)).unsqueeze(0)
     layouts[out.export_name] = lambda rows: rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2)
     padding = quantize(padding, tokens.scale, tokens.zero_point, tokens.qmin, tokens.qmax).to(torch.uint8)
-    codes = windows.cut(symbols.codes(x, tokens.export_name, torch.uint8), padding)
+    # Quantized before any reshape: OpenVINO's LayerNorm then writes the codes itself.
+    codes = windows.cut(symbols.codes(x, tokens.export_name, torch.uint8).reshape(-1, channels), padding)
     x = attend_integer(attention, symbols.values(codes, tokens.export_name, centred=True), windows.mask)
     codes = windows.join(symbols.codes(x, out.export_name, torch.uint8)).unsqueeze(0)
     return proj.export_product(symbols.values(codes, out.export_name, centred=True))

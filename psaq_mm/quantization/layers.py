@@ -217,7 +217,7 @@ class QuantConvTranspose2d(QuantConvTranspose2dMixin, nn.ConvTranspose2d):
 
 
 class QuantMatMul(nn.Module):
-    """Product of two activations, both quantized per tensor (asymmetric).
+    """Product of two activations, both quantized per tensor.
 
     Args:
         lhs_bits: Bits of the left operand, None to leave it in floating point.
@@ -225,6 +225,7 @@ class QuantMatMul(nn.Module):
         observer: Name of the observer of both.
         lhs_kind: ``'affine'``, or ``'log2'`` or ``'log_sqrt2'`` for a nonnegative left operand.
         output_bits: Bits of the product, None to leave it in floating point.
+        symmetric: Of the left and the right operand, whether codes are signed and the zero point is 0. Affine operands only.
 
     Example:
         >>> matmul = QuantMatMul(8, 8)
@@ -236,29 +237,34 @@ class QuantMatMul(nn.Module):
                  rhs_bits: Optional[int] = 8,
                  observer: str = 'minmax',
                  lhs_kind: str = 'affine',
-                 output_bits: Optional[int] = None):
+                 output_bits: Optional[int] = None,
+                 symmetric: Tuple[bool, bool] = (False, False)):
         super().__init__()
         if lhs_bits is None:
             self.lhs_quantizer = None
         elif lhs_kind == 'affine':
-            self.lhs_quantizer = AffineQuantizer(lhs_bits, observer=observer)
+            self.lhs_quantizer = AffineQuantizer(lhs_bits, symmetric[0], observer=observer)
         else:
             self.lhs_quantizer = LogQuantizer(lhs_bits, lhs_kind)
-        self.rhs_quantizer = None if rhs_bits is None else AffineQuantizer(rhs_bits, observer=observer)
+        self.rhs_quantizer = None if rhs_bits is None else AffineQuantizer(rhs_bits, symmetric[1], observer=observer)
         self.output_quantizer = None if output_bits is None else AffineQuantizer(output_bits, observer=observer)
 
     @classmethod
-    def from_spec(cls, spec: Optional[LayerSpec], quantize_lhs: bool = True, lhs_kind: str = 'affine') -> 'QuantMatMul':
+    def from_spec(cls,
+                  spec: Optional[LayerSpec],
+                  quantize_lhs: bool = True,
+                  lhs_kind: str = 'affine',
+                  symmetric: Tuple[bool, bool] = (False, False)) -> 'QuantMatMul':
         """Product with the activation bits of a layer spec; all in floating point where the spec is None.
 
         Args:
             spec: As :meth:`.QuantSpec.resolve` returns it.
             quantize_lhs: False leaves the left operand in floating point, such as the attention weights.
-            lhs_kind: As for the class.
+            lhs_kind, symmetric: As for the class.
         """
         if spec is None:
             return cls(None, None)
-        return cls(spec.a_bits if quantize_lhs else None, spec.a_bits, spec.a_observer, lhs_kind)
+        return cls(spec.a_bits if quantize_lhs else None, spec.a_bits, spec.a_observer, lhs_kind, symmetric=symmetric)
 
     def forward(self, a: Tensor, b: Tensor, valid_rows: Optional[Tensor] = None) -> Tensor:
         """``a @ b``.
@@ -293,7 +299,8 @@ def attention_products(spec: QuantSpec, name: str) -> Tuple[QuantMatMul, QuantMa
         scores = QuantMatMul(None, None, output_bits=qk.a_bits, observer=qk.a_observer) if qk else QuantMatMul(None, None)
         bits = av.a_bits if av and quantize_softmax else None
         return scores, QuantMatMul(bits, None, av.a_observer if av else 'minmax', kind)
-    return QuantMatMul.from_spec(qk), QuantMatMul.from_spec(av, quantize_softmax, kind)
+    queries, values = (spec.symmetric_attention, False), (False, spec.symmetric_attention)
+    return QuantMatMul.from_spec(qk, symmetric=queries), QuantMatMul.from_spec(av, quantize_softmax, kind, values)
 
 
 def edge_quantizer(spec: QuantSpec, name: str) -> Optional[AffineQuantizer]:

@@ -164,6 +164,8 @@ class QuantSpec:
             the position embedding, scores before softmax, and both residual sums.
         quantize_softmax: Quantize the attention weights (post-softmax), the left operand of the second product.
         softmax_quantizer: How: ``'affine'``, or logarithmic with base 2 or sqrt(2) (RepQ-ViT, arXiv 2212.08254, section 3.3).
+        symmetric_attention: Signed codes with zero point 0 for queries and values. Of keys the zero point costs nothing: it adds the
+            same to all scores of a query.
         reparameterize: Observe LayerNorm outputs that feed a Linear per channel, and fold the channels' scales and zero
             points into LayerNorm and Linear (RepQ-ViT, section 3.2), so that one scale serves.
         input_bits: Activation bits of the first layer (patch embedding), which reads the image.
@@ -190,6 +192,7 @@ class QuantSpec:
     points: str = 'gemm'
     quantize_softmax: bool = True
     softmax_quantizer: str = 'affine'
+    symmetric_attention: bool = False
     reparameterize: bool = False
     input_bits: int = 8
     w_symmetric: bool = True
@@ -201,13 +204,16 @@ class QuantSpec:
     def __post_init__(self):
         for key in ('w_bits', 'a_bits', 'input_bits'):
             _check_bits(key, getattr(self, key))
-        for key in ('quantize_softmax', 'reparameterize', 'w_symmetric', 'w_full_range'):
+        for key in ('quantize_softmax', 'symmetric_attention', 'reparameterize', 'w_symmetric', 'w_full_range'):
             _check_bool(key, getattr(self, key))
         _check_choice('scope', self.scope, SCOPES)
         _check_choice('points', self.points, POINTS)
         _check_choice('softmax_quantizer', self.softmax_quantizer, SOFTMAX_QUANTIZERS)
         if self.w_full_range and not self.w_symmetric:
             raise SpecError('w_full_range=True contradicts w_symmetric=False: asymmetric weights use every code anyway.')
+        if self.symmetric_attention and self.points != 'gemm':
+            raise SpecError(f'symmetric_attention=True contradicts points={self.points!r}, where queries and values have no quantizers of '
+                            'their own: choose points=\'gemm\'.')
         _check_choice('w_observer', self.w_observer, OBSERVERS)
         _check_choice('a_observer', self.a_observer, OBSERVERS)
         if isinstance(self.overrides, (str, Mapping)) or not isinstance(self.overrides, Iterable):

@@ -123,6 +123,23 @@ def test_full_range_contradicts_asymmetric_weights():
         QuantSpec(w_symmetric=False, w_full_range=True)
 
 
+@pytest.mark.parametrize('points', ['linear', 'all'])
+def test_symmetric_attention_needs_operands_of_its_own(points):
+    with pytest.raises(SpecError, match='symmetric_attention=True contradicts'):
+        QuantSpec(symmetric_attention=True, points=points)
+
+
+def test_symmetric_attention_is_of_queries_and_values():
+    spec = QuantSpec.parse(dict(preset='w8a8', symmetric_attention=True))
+    assert QuantSpec.from_json(spec.to_json()) == spec
+    scores, product = attention_products(spec, 'attn')
+    symmetric = {name: child.symmetric for which, module in (('qk', scores), ('av', product)) for name, child in
+                 ((f'{which}.{side}', getattr(module, f'{side}_quantizer')) for side in ('lhs', 'rhs'))}
+    assert symmetric == {'qk.lhs': True, 'qk.rhs': False, 'av.lhs': False, 'av.rhs': True}
+    product.rhs_quantizer.calibrate_from(torch.tensor([-1., 3.]))
+    assert int(product.rhs_quantizer.zero_point) == 0 and float(product.rhs_quantizer.scale) == pytest.approx(3 / 127)
+
+
 def test_psaq_v1_weights_use_every_code():
     model, _ = build('psaq_v1_w4a8')
     model[1].weight_quantizer.calibrate_from(model[1].weight)
