@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from psaq_mm.quantization.logarithmic import BASES
+from psaq_mm.quantization.logarithmic import BASES, LEAST
 
 from .bundle import PACKED_BITS, Weight
 from .exportable import Codes, ExportableModel
@@ -24,8 +24,6 @@ __all__ = ['LoweredGraph', 'WeightStore', 'lower']
 
 IN_GRAPH_BYTES = 1024
 """Tensors up to this size stay in the graph: shapes, scales of one value, the axes of a reduction."""
-
-_TINY = 2.0**-126  # smallest normal float32
 
 
 class WeightStore:
@@ -203,11 +201,11 @@ class _Lowering:
         zero_code = codes.high + 1
         ratio = self.node('Div', [x, self.scalar(codes.scale, f'{name}.delta')], f'{name}.ratio')
         # The logarithm of 0 is infinite: values that small have the code of zero, and are told by themselves.
-        log = self.node('Log', [self.node('Max', [ratio, self.scalar(_TINY, f'{name}.tiny')], f'{name}.above_zero')], f'{name}.log')
+        log = self.node('Log', [self.node('Max', [ratio, self.scalar(LEAST, f'{name}.tiny')], f'{name}.above_zero')], f'{name}.log')
         code = self.node('Round', [self.node('Mul', [log, self.scalar(-octave / math.log(2), f'{name}.octaves')], f'{name}.real_code')],
                          f'{name}.whole_code')
         code = self.node('Clip', [code, self.scalar(0, f'{name}.first'), self.scalar(zero_code, f'{name}.last')], f'{name}.nonzero_code')
-        tiny = self.node('Less', [ratio, self.scalar(_TINY, f'{name}.tiny')], f'{name}.is_tiny')
+        tiny = self.node('Less', [ratio, self.scalar(LEAST, f'{name}.tiny')], f'{name}.is_tiny')
         code = self.node('Where', [tiny, self.scalar(zero_code, f'{name}.last'), code], f'{name}.codes')
         power = self.node('Exp', [self.node('Mul', [code, self.scalar(-math.log(2) / octave, f'{name}.octave')], f'{name}.exponent')],
                           f'{name}.power')

@@ -23,7 +23,7 @@ from .observers import PERCENTILES, valid_rows_of, widest_first
 from .primitives import MIN_SCALE, memory_order, qrange
 
 # The least normal float32. Whether a smaller number is itself or 0 depends on the machine and the runtime: here it is 0.
-_LEAST = 2.0**-126
+LEAST = 2.0**-126
 # Codes to an octave.
 BASES = {'log2': 1, 'log_sqrt2': 2}
 
@@ -39,9 +39,9 @@ def _zero_code(bits: int) -> int:
 
 
 def _unclamped_codes(x: Tensor, delta: Tensor, per_octave: int) -> Tensor:
-    """``round(-m log2(x / delta))`` in a new float32 tensor; infinite where the ratio is not above ``_LEAST``."""
+    """``round(-m log2(x / delta))`` in a new float32 tensor; infinite where the ratio is not above ``LEAST``."""
     # As in primitives.py, a division and not a product with the inverse: an exported model decides ties the same way.
-    return F.threshold_(torch.div(x.float(), delta), _LEAST, 0).log2_().mul_(-per_octave).round_()
+    return F.threshold_(torch.div(x.float(), delta), LEAST, 0).log2_().mul_(-per_octave).round_()
 
 
 def _to_real(codes: Tensor, delta: Tensor, zero_code: int, per_octave: int) -> Tensor:
