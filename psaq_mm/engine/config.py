@@ -201,7 +201,7 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
         config.train_dataloader = ConfigDict(batch_size=dfq['batch_size'])
     config.optim_wrapper = ConfigDict(type='OptimWrapper', optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
                                       clip_grad=dict(max_norm=clip) if clip else None)
-    if rates != dict(vector_lr=None, range_lr=0.) or lr <= 0:
+    if lr < 0 or iters and (not lr or rates != dict(vector_lr=None, range_lr=0.)):
         config.optim_wrapper.update(constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates)
     if dfq['amp'] == 'float16' and is_cuda_available():  # its small gradients vanish unless the loss is scaled; bfloat16's do not
         config.optim_wrapper.update(type='AmpOptimWrapper', dtype='float16')

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Optional
 from mmengine.config import ConfigDict
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
-from torch import nn
+from torch import Tensor, nn
 
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import learn_ranges_
@@ -18,13 +18,13 @@ __all__ = ['StudentOptimWrapperConstructor', 'parameter_groups']
 def parameter_groups(model: nn.Module, lr: float, vector_lr: Optional[float] = None, range_lr: float = 0.) -> List[Dict[str, Any]]:
     """Parameters of a quantized model by kind, each kind with its learning rate. A kind whose rate is 0 is frozen.
 
-    Rounded weights lie between two codes, where only a long way pays, and can overfit the samples; the gains and offsets of
+    Rounded weights lie on their codes, half a step from the next, and only a long way changes anything; the gains and offsets of
     normalization layers and the biases are a few thousand numbers that bring the statistics of every layer back (norm tweaking, Li et al.,
     arXiv 2309.02784).
 
     Args:
         model: Quantized model; a whole one, as frozen parameters are marked.
-        lr: Of parameters with two dimensions and more: weights, position embeddings and biases.
+        lr: Of parameters with two dimensions and more: weights, and tables of position embeddings and biases.
         vector_lr: Of those with one: biases, gains and offsets of normalization layers. None: as ``lr``.
         range_lr: Of the logarithms of the activations' scales (:func:`psaq_mm.quantization.learn_ranges_`). 0: ranges stay as calibrated.
 
@@ -38,10 +38,9 @@ def parameter_groups(model: nn.Module, lr: float, vector_lr: Optional[float] = N
     for name, rate in rates.items():
         if not 0 <= rate < math.inf:
             raise ConfigError(f'dfq.{name}={rate} must be 0 (frozen) or more')
-    kinds: Dict[str, List[nn.Parameter]] = dict(lr=[], vector_lr=[], range_lr=learn_ranges_(model) if range_lr else [])
-    ranges = {id(parameter) for parameter in kinds['range_lr']}
+    kinds: Dict[str, List[Tensor]] = dict(lr=[], vector_lr=[], range_lr=learn_ranges_(model) if range_lr else [])
     for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in ranges:
+        if parameter.requires_grad:
             kinds['lr' if parameter.dim() > 1 else 'vector_lr'].append(parameter)
     for name, parameters in kinds.items():
         for parameter in parameters if not rates[name] else ():

@@ -70,6 +70,13 @@ def runs(tmp_path_factory):
                                                                                         range_lr=1e-2))
 
 
+def test_rates_take_no_part_where_nothing_is_trained(runs, tmp_path):
+    calibrated = run(runs['project'], tmp_path, 'calibrated', iters=0, lr=0.)
+    assert not changed(state(runs['first']), state(calibrated))
+    assert dfq_train([str(runs['project'].config('w4a8', 'idle.py', size=(32, 32), iters=2, lr=0.)), '--work-dir', str(tmp_path / 'idle')]) != 0
+    assert dfq_train([str(runs['project'].config('w4a8', 'below.py', size=(32, 32), iters=0, lr=-1.)), '--work-dir', str(tmp_path / 'below')]) != 0
+
+
 def state(folder, name='student.pth'):
     return read_checkpoint(folder / name)['state_dict']
 
