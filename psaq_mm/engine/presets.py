@@ -71,8 +71,7 @@ DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
                  reobserve=False, calibration_samples=32, pool_size=32),
     # V2's samples and dead leaves beside them: from compensated rounding, whose codes stay, the gains, offsets and biases are learned.
     'best': dict(method='best', rounding='compensated', reobserve=False, lr=0., vector_lr=1e-3,
-                 samples=[dict(type='psaq_mm.Generated', weight=2), dict(type='psaq_mm.DeadLeaves')],
-                 fresh=dict(share=0.5, samples=dict(type='psaq_mm.DeadLeaves'))),
+                 samples=[dict(type='psaq_mm.Generated', weight=2), dict(type='psaq_mm.DeadLeaves')]),
 }
 
 
