@@ -3,9 +3,7 @@
 import math
 from typing import Any, Dict, List, Mapping, Optional
 
-from mmengine.config import ConfigDict
-from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
+from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import Tensor, nn
 
 from psaq_mm.errors import ConfigError
@@ -49,7 +47,7 @@ def parameter_groups(model: nn.Module, lr: float, vector_lr: Optional[float] = N
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class StudentOptimWrapperConstructor:
+class StudentOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Builds the optimizer of a data-free run, see :func:`parameter_groups`.
 
     Args:
@@ -61,17 +59,14 @@ class StudentOptimWrapperConstructor:
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping, paramwise_cfg: Optional[Mapping] = None) -> None:
-        self.wrapper, self.rates = ConfigDict(optim_wrapper_cfg), dict(paramwise_cfg or {})
-        unknown = set(self.rates) - {'vector_lr', 'range_lr'}
+        rates = dict(vector_lr=None, range_lr=0.)
+        unknown = set(paramwise_cfg or {}) - set(rates)
         if unknown:
             raise ConfigError(f'paramwise_cfg.{sorted(unknown)[0]} is not known: use vector_lr or range_lr')
+        super().__init__(optim_wrapper_cfg, {**rates, **(paramwise_cfg or {})})
 
-    def __call__(self, model: nn.Module) -> OptimWrapper:
-        wrapper = self.wrapper.copy()
-        optimizer = wrapper.pop('optimizer').copy()
-        groups = parameter_groups(getattr(model, 'module', model), optimizer['lr'], **self.rates)
-        if not groups:
+    def add_params(self, params: List[Dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
+        """Called once, with the whole model."""
+        params.extend(parameter_groups(module, self.base_lr, **self.paramwise_cfg))
+        if not params:
             raise ConfigError('dfq.lr, dfq.vector_lr and dfq.range_lr are all 0: nothing is left to learn; set dfq.iters=0 to calibrate only')
-        optimizer['params'] = groups
-        wrapper.setdefault('type', 'OptimWrapper')
-        return OPTIM_WRAPPERS.build(wrapper, default_args=dict(optimizer=OPTIMIZERS.build(optimizer)))

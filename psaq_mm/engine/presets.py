@@ -122,8 +122,9 @@ _OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_int
 def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]:
     """A config's ``dfq`` key under another method.
 
-    A method that trains takes the settings that the config has, but for those that its preset names, which are what it is. One that calibrates alone takes those of the machine (size, batches,
-    seed, intervals) and of the samples' memory (``generator.batch_size``); the others are the method itself.
+    A method that trains takes the settings that the config has, but for those that its preset names, which are what it is. One that
+    calibrates alone takes those of the machine (size, batches, seed, intervals) and of the samples' memory
+    (``generator.batch_size``); the others are the method itself.
 
     Args:
         given: As for :func:`resolve_dfq`.

@@ -1,6 +1,6 @@
 """Ranges of activations learned with the weights, by the gradient of the step size."""
 
-from typing import List
+from typing import Iterator, List
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +38,16 @@ def learn_ranges_(model: nn.Module) -> List[Tensor]:
 
 def learned_ranges(model: nn.Module) -> List[Tensor]:
     """What :func:`learn_ranges_` made, in the order of the model's quantizers; empty without it."""
-    found = (getattr(quantizer, 'log_ratio', None) for _, quantizer in quantizers(model))
-    return [ratio for ratio in found if ratio is not None]
+    return [quantizer.log_ratio for quantizer in _learning(model)]
 
 
 @torch.no_grad()
 def update_ranges_(model: nn.Module) -> None:
     """Move each learned scale as far as the optimizer has moved its logarithm, which is 0 again afterwards."""
-    for _, quantizer in quantizers(model):
-        ratio = getattr(quantizer, 'log_ratio', None)
-        if ratio is not None:
-            quantizer.scale.mul_(ratio.exp())
-            ratio.zero_()
+    for quantizer in _learning(model):
+        quantizer.scale.mul_(quantizer.log_ratio.exp())
+        quantizer.log_ratio.zero_()
+
+
+def _learning(model: nn.Module) -> Iterator[AffineQuantizer]:
+    return (quantizer for _, quantizer in quantizers(model) if getattr(quantizer, 'log_ratio', None) is not None)
