@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Union
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from ..files import file_sha256
 
 __all__ = ['MANIFEST', 'WEIGHTS', 'REST', 'Weight', 'pack', 'read_manifest', 'read_weights', 'unpack', 'write_bundle']
 
-FORMAT, VERSION = 'psaq_mm.deploy', 1
+FORMAT, VERSION = 'psaq_mm.deploy', 2
 MANIFEST, WEIGHTS, REST = 'manifest.json', 'weights.bin', 'rest.npz'
 PACKED_BITS = 4
 
@@ -38,27 +38,28 @@ class Weight(NamedTuple):
 
     Attributes:
         array: As graphs read it.
-        low: Its least code where all codes fit into 4 bits and are to be packed, else None.
+        low: Its least code where all codes fit into 4 bits and are to be packed, or one for each channel, in a shape that broadcasts over
+            the array; else None.
     """
     array: np.ndarray
-    low: Optional[int] = None
+    low: Union[int, np.ndarray, None] = None
 
 
-def pack(codes: np.ndarray, low: int) -> bytes:
+def pack(codes: np.ndarray, low: Union[int, np.ndarray]) -> bytes:
     """Integer codes ``low .. low + 15``, two a byte, the first one in the low half; an odd one ends in a byte of its own."""
-    nibbles = (codes.reshape(-1).astype(np.int16) - low).astype(np.uint8)
+    nibbles = (codes.astype(np.int16) - np.asarray(low, np.int16)).reshape(-1).astype(np.uint8)
     if nibbles.size and nibbles.max() >> PACKED_BITS:
-        raise ValueError(f'codes from {codes.min()} to {codes.max()} do not fit into {PACKED_BITS} bits from {low} on')
+        raise ValueError(f'codes from {codes.min()} to {codes.max()} do not fit into {PACKED_BITS} bits from {np.min(low)} on')
     if nibbles.size % 2:
         nibbles = np.append(nibbles, np.uint8(0))
     return (nibbles[0::2] | nibbles[1::2] << PACKED_BITS).tobytes()
 
 
-def unpack(data: bytes, count: int, low: int, dtype: str) -> np.ndarray:
-    """Inverse of :func:`pack`: ``count`` codes of a dtype, flat."""
+def unpack(data: bytes, shape: Sequence[int], low: Union[int, np.ndarray], dtype: str) -> np.ndarray:
+    """Inverse of :func:`pack`: codes of a shape and dtype."""
     pairs = np.frombuffer(data, np.uint8)
-    nibbles = np.stack([pairs & 0xf, pairs >> PACKED_BITS], axis=1).reshape(-1)[:count]
-    return (nibbles.astype(np.int16) + low).astype(dtype)
+    nibbles = np.stack([pairs & 0xf, pairs >> PACKED_BITS], axis=1).reshape(-1)[:int(np.prod(shape, dtype=np.int64))]
+    return (nibbles.reshape(shape).astype(np.int16) + np.asarray(low, np.int16)).astype(dtype)
 
 
 def _write_weights(path: Path, weights: Mapping[str, Weight]) -> Iterable[Dict[str, Any]]:
@@ -68,7 +69,7 @@ def _write_weights(path: Path, weights: Mapping[str, Weight]) -> Iterable[Dict[s
             data = np.ascontiguousarray(array).tobytes() if low is None else pack(array, low)
             row = dict(name=name, dtype=array.dtype.name, shape=list(array.shape), offset=offset, bytes=len(data))
             if low is not None:
-                row['packed_from'] = int(low)
+                row['packed_from'] = np.asarray(low).tolist()
             file.write(data)
             rows.append(row)
             offset += len(data)
@@ -171,10 +172,8 @@ def read_weights(directory: PathLike, manifest: Mapping, names: Optional[Iterabl
                 continue
             file.seek(row['offset'])
             data = file.read(row['bytes'])
-            count = int(np.prod(row['shape'], dtype=np.int64))
             if 'packed_from' in row:
-                flat = unpack(data, count, row['packed_from'], row['dtype'])
+                found[row['name']] = unpack(data, row['shape'], row['packed_from'], row['dtype'])
             else:
-                flat = np.frombuffer(data, np.dtype(row['dtype']))
-            found[row['name']] = flat.reshape(row['shape'])
+                found[row['name']] = np.frombuffer(data, np.dtype(row['dtype'])).reshape(row['shape'])
     return found

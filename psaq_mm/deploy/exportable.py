@@ -6,7 +6,7 @@ What a forward computes stays the same; nothing here decides how it is written i
 import copy
 import types
 from dataclasses import dataclass, field
-from typing import Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +54,10 @@ class IntegerWeight:
         zero_point: int8, (channels,).
         axis: Of the output channels.
         bits: Width of a code.
-        low: Least code.
+        low: Least code, of all channels or (channels,) of each.
         bias: Float32 (channels,), or None: the layer's own, with what reparameterization and batch normalization moved into it.
         layer: Name of the layer it belongs to; None for a constant of the export's own.
         channels: Which of the layer's output channels it has, first and past the last; None for all.
-        shift: What was taken from the layer's codes and zero point: asymmetric ones count from 0.
         apart: The zero points are no part of the product: it is of codes as they are, and what the zero points add to it, the sum of the
             input times one number a channel, is added afterwards. No runtime has an integer kernel for a weight with zero points of
             its channels.
@@ -68,11 +67,10 @@ class IntegerWeight:
     zero_point: Tensor
     axis: int
     bits: int
-    low: int
+    low: Union[int, Tensor]
     bias: Optional[Tensor] = None
     layer: Optional[str] = None
     channels: Optional[Tuple[int, int]] = None
-    shift: int = 0
     apart: bool = False
 
 
@@ -220,11 +218,18 @@ def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_modu
 def _integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
     quantizer, axis = layer.weight_quantizer, layer.output_axis
     codes = quantize(layer.weight.detach(), quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, axis)
-    shift = 0 if quantizer.qmin < 0 else 2**(quantizer.bits - 1)
+    zero_point, low = quantizer.zero_point, quantizer.qmin
+    if quantizer.qmin == 0 and quantizer.bits < 8:
+        # Asymmetric codes of less than 8 bits are signed ones of a byte with their zero point taken from them: no runtime multiplies with
+        # weights that have zero points.
+        codes = codes - zero_point.reshape([-1 if i == axis else 1 for i in range(codes.dim())])
+        zero_point, low = torch.zeros_like(zero_point), -zero_point
+    elif quantizer.qmin == 0:
+        codes, zero_point, low = codes - 128, zero_point - 128, -128
     if isinstance(layer, nn.Linear):
         codes, axis = codes.t().contiguous(), 1
-    return IntegerWeight((codes - shift).to(torch.int8), quantizer.scale.detach().clone(), (quantizer.zero_point - shift).to(torch.int8),
-                         axis, quantizer.bits, quantizer.qmin - shift, layer=name, shift=shift)
+    return IntegerWeight(codes.to(torch.int8), quantizer.scale.detach().clone(), zero_point.to(torch.int8), axis, quantizer.bits, low,
+                         layer=name)
 
 
 class _Sums(NamedTuple):
@@ -294,7 +299,8 @@ def _split_projection(made: ExportableModel, name: str, layer: nn.Module, attent
         rows = slice(begin, end)
         made.weights[f'{name}.{part}'] = IntegerWeight(
             whole.codes[:, rows].contiguous(), (whole.scale[rows].double() * factor).float(), whole.zero_point[rows], 1, whole.bits,
-            whole.low, None if bias is None else (bias.detach()[rows].double() * factor).float(), name, (begin, end), whole.shift)
+            whole.low[rows] if isinstance(whole.low, Tensor) else whole.low,
+            None if bias is None else (bias.detach()[rows].double() * factor).float(), name, (begin, end))
         _centre(made.weights[f'{name}.{part}'], layer.input_quantizer)
         products[part] = _product(made, f'{name}.{part}')
     queries, keys, values = attention.matmul_qk.lhs_quantizer, attention.matmul_qk.rhs_quantizer, attention.matmul_av.rhs_quantizer
@@ -352,14 +358,18 @@ def _fold_norm(made: ExportableModel, name: str, weight: IntegerWeight, bias: Op
     codes = weight.codes.to(torch.int16)
     center = 2 * weight.zero_point.to(torch.int16)
     flipped = torch.where(flip[:, None, None, None], center[:, None, None, None] - codes, codes)
-    high = weight.low + 2**weight.bits - 1
+    low = weight.low
+    if isinstance(low, Tensor):  # of the channel's own: there a changed sign changes both ends
+        low = torch.where(flip, -(low + 2**weight.bits - 1), low)[:, None, None, None]
+    high = low + 2**weight.bits - 1
     scale = (weight.scale.double() * gain.abs()).float()
-    if bool(((flipped < weight.low) | (flipped > high)).any()) or not bool((scale > 0).all()):
+    if bool(((flipped < low) | (flipped > high)).any()) or not bool((scale > 0).all()):
         made.notes[name] = 'its batch normalization is not folded (a gain is 0, or a code has no negative)'
         return bias
     shift = -norm.running_mean.double() + (0. if bias is None else bias.double())
     new = shift * gain + (norm.bias.double() if norm.affine else 0.)
     weight.codes, weight.scale = flipped.to(weight.codes.dtype), scale
+    weight.low = low.flatten() if isinstance(low, Tensor) else low
     setattr(module, module.norm_name, nn.Identity())
     return new.float()
 

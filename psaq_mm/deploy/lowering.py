@@ -7,7 +7,7 @@ graph for :mod:`.bundle`.
 """
 import hashlib
 import math
-from typing import Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple
+from typing import Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ from torch import Tensor
 from psaq_mm.quantization.logarithmic import BASES, LEAST
 
 from .bundle import PACKED_BITS, Weight
-from .exportable import Codes, ExportableModel
+from .exportable import Codes, ExportableModel, IntegerWeight
 from .symbols import DOMAIN
 
 __all__ = ['LoweredGraph', 'WeightStore', 'lower']
@@ -37,7 +37,7 @@ class WeightStore:
         self.weights: Dict[str, Weight] = {}
         self._names: Dict[Tuple, str] = {}
 
-    def add(self, name: str, array: np.ndarray, low: Optional[int] = None, shared: bool = True) -> str:
+    def add(self, name: str, array: np.ndarray, low: Union[int, np.ndarray, None] = None, shared: bool = True) -> str:
         """The name under which ``array`` is kept: ``name``, another one's that has the same content, or ``name`` with a number.
 
         Args:
@@ -46,7 +46,7 @@ class WeightStore:
             low: See :class:`.bundle.Weight`.
             shared: Whether a tensor of another name may stand for it.
         """
-        key = array.dtype.name, array.shape, low, hashlib.sha256(array.tobytes()).digest(), None if shared else name
+        key = array.dtype.name, array.shape, None if low is None else str(np.asarray(low).tolist()), hashlib.sha256(array.tobytes()).digest(), None if shared else name
         if key not in self._names:
             unique, count = name, 1
             while unique in self.weights:
@@ -106,6 +106,13 @@ def mask_regions(height: int, width: int, rows: int, columns: int, down: int, ac
     return np.ascontiguousarray(regions.reshape(-1, rows * columns))
 
 
+def _least_codes(weight: IntegerWeight) -> Union[int, np.ndarray]:
+    """See :class:`.bundle.Weight`."""
+    if not isinstance(weight.low, Tensor):
+        return weight.low
+    return weight.low.numpy().reshape([-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())])
+
+
 def _dtype(codes: Codes):
     return np.int8 if codes.low < 0 or codes.shift is not None else np.uint8
 
@@ -125,7 +132,7 @@ class _Lowering:
         self.constants: Dict[Tuple, str] = {}
         self.known: Dict[Tuple, str] = {}  # results by what they were computed from
         self.new_initializers: Dict[str, np.ndarray] = {}
-        self.packed: Dict[str, int] = {}
+        self.packed: Dict[str, Union[int, np.ndarray]] = {}
         self.unshared: Set[str] = set()
 
     # ------------------------------------------------------------------ building blocks
@@ -220,7 +227,7 @@ class _Lowering:
             codes = f'{name}.weight.codes'
             self.new_initializers[codes] = weight.codes.numpy()
             if weight.bits <= PACKED_BITS:
-                self.packed[codes] = weight.low
+                self.packed[codes] = _least_codes(weight)
             # Neither is shared with another weight: ONNX Runtime replaces the zero points of some weights, each by its name.
             parameters = [f'{name}.weight.scale', f'{name}.weight.zero_point']
             zero_point = weight.zero_point.numpy()

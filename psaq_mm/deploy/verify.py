@@ -251,12 +251,13 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
         order = exported.made.orders.get(f'{integer.layer}.input_quantizer')
         weight = _reordered(layer.weight.detach(), order)
         quantizer = layer.weight_quantizer
-        wanted = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis) - integer.shift
+        wanted = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis)
+        wanted = wanted - quantizer.zero_point.reshape([-1 if axis == layer.output_axis else 1 for axis in range(wanted.dim())])
         wanted = wanted.t() if isinstance(layer, nn.Linear) else wanted
         wanted = wanted if integer.channels is None else wanted[:, slice(*integer.channels)]
         zero = integer.zero_point.int().reshape([-1 if axis == integer.axis else 1 for axis in range(wanted.dim())])
-        gap, other = torch.from_numpy(codes.astype(np.int32)) - zero, wanted - zero
-        if not bool(((gap == other) | (gap == -other)).all()) and integer.layer not in wrong:
+        gap = torch.from_numpy(codes.astype(np.int32)) - zero
+        if not bool(((gap == wanted) | (gap == -wanted)).all()) and integer.layer not in wrong:
             wrong.append(integer.layer)
     return wrong
 

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psaq_mm.distillation.discrepancy import normalized_l1
+from psaq_mm.distillation.guidance import sensitivity_loss
 from psaq_mm.distillation.joint import Drawn, scale_gradient, step_of
 from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, learned_ranges, round_weights_
+from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, learned_ranges, round_weights_, row_importance
 from psaq_mm.quantization.reduction import WholeBatch, broadcast_, gathered, minimum_, own_part, ranks, sum_
 from psaq_mm.synthesis import ImageSpec, SampleGenerator
 from psaq_mm.synthesis.sources import SOURCES as NOISES
@@ -27,6 +28,9 @@ __all__ = ['CoEvolutionSettings', 'CoEvolution', 'Network', 'SOURCES']
 
 SOURCES = ('generated', *NOISES, 'real')
 """Where samples come from. All but ``generated`` are controls that go through the same quantizer."""
+
+
+ROUNDINGS = ('nearest', 'compensated', 'guided')
 
 
 class Network(Protocol):
@@ -67,7 +71,9 @@ class CoEvolutionSettings:
         classes: ``'random'`` makes each sample for a class of its own, drawn once, where the model is a classifier (the one-hot
             term of PSAQ-ViT, arXiv 2203.02250, section 3.3); None is class-free.
         rounding: How weights come to their first codes: ``'nearest'``, or ``'compensated'``, on the first samples, as
-            :func:`psaq_mm.quantization.round_weights_` says. Training, where there is any, goes on from there.
+            :func:`psaq_mm.quantization.round_weights_` says, or ``'guided'``: compensated, each token or place weighing what a
+            classifier's probabilities, or else the outputs to distil, make of it (:func:`psaq_mm.quantization.row_importance`).
+            Training, where there is any, goes on from there.
         damping: Of the compensated rounding: how little the samples are trusted.
         logits_weight: Of the Kullback-Leibler divergence of the teacher's and the student's class probabilities (Hinton et al., arXiv
             1503.02531, temperature 1), beside the discrepancy, where the model is a classifier. 0 leaves it out.
@@ -94,8 +100,8 @@ class CoEvolutionSettings:
     def __post_init__(self):
         if not 0 <= self.joint_lr < float('inf'):
             raise ConfigError(f'dfq.joint_lr={self.joint_lr} must be 0 (samples move in rounds) or more')
-        if self.rounding not in ('nearest', 'compensated'):
-            raise ConfigError(f'dfq.rounding={self.rounding!r} is not known: use nearest or compensated')
+        if self.rounding not in ROUNDINGS:
+            raise ConfigError(f'dfq.rounding={self.rounding!r} is not known: use one of {", ".join(ROUNDINGS)}')
         if not 0 < self.damping < float('inf'):
             raise ConfigError(f'dfq.damping={self.damping} must be positive: 0.1 is the usual value')
         if not 0 <= self.logits_weight < float('inf'):
@@ -250,8 +256,25 @@ class CoEvolution:
             self.latest, self.labels = given, labels
             self._keep()
         self.observe(self.latest)
-        if self.settings.rounding == 'compensated':
-            self.rounded = round_weights_(self.student.model, self._passing(self.latest), self.settings.damping)
+        if self.settings.rounding != 'nearest':
+            importance = self._importance(self.latest) if self.settings.rounding == 'guided' else None
+            self.rounded = round_weights_(self.student.model, self._passing(self.latest), self.settings.damping, importance=importance)
+
+    def _importance(self, samples: Tensor) -> Dict[str, Tensor]:
+        """Of the rows that :meth:`_passing` sends through each layer for ``samples``, in its order."""
+        seeds = torch.randint(0, 2**31, (len(samples), ), generator=self.random)
+        own = own_part(len(samples))
+
+        def run() -> None:
+            size = self.settings.batch_size
+            for batch, drawn in zip(samples[own].split(size), seeds[own].split(size)):
+                if len(batch):
+                    images = batch.to(self.device).requires_grad_()
+                    found = self.student.run(images, with_logits=True)
+                    sensitivity_loss(found.parts, found.logits, drawn).backward()
+
+        with torch.enable_grad(), _frozen(self.student.model):
+            return row_importance(self.student.model, run)
 
     def _renew(self, count: int, compete: bool) -> None:
         self.latest = self.make_samples(count, compete)

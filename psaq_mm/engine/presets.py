@@ -23,7 +23,8 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     fresh=0.,  # share of each of the student's batches that is made for it instead of drawn from the pool; or dict(share=, samples=)
     save_samples=False,  # samples.pt and samples/NNNN.png in the work dir
     reobserve=True,
-    rounding='nearest',  # or 'compensated': weights rounded so that errors of correlated inputs cancel, on the first samples
+    rounding='nearest',  # or 'compensated': weights rounded so that errors of correlated inputs cancel, on the first samples;
+    # or 'guided': compensated where the model's outputs feel it most
     damping=0.1,  # of the compensated rounding
     logits_weight=0.,  # of the divergence of a classifier's probabilities, beside the discrepancy
     joint_lr=0.,  # how far samples move in the student's own steps, in standard units, instead of in rounds of synthesis
@@ -67,10 +68,10 @@ DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     # Ranges from samples of the patch similarity alone, nothing trained: V2 without its second half.
     'calibrate': dict(method='calibrate', iters=0, evolve_every=0),
     # No synthesis and no training: dead leaves set the ranges, and the codes of the weights.
-    'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='compensated', fresh=1., iters=0, evolve_every=0,
+    'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='guided', fresh=1., iters=0, evolve_every=0,
                  reobserve=False, calibration_samples=32, pool_size=32),
     # V2's samples and dead leaves beside them: from compensated rounding, whose codes stay, the gains, offsets and biases are learned.
-    'best': dict(method='best', rounding='compensated', reobserve=False, lr=0., vector_lr=1e-3,
+    'best': dict(method='best', rounding='guided', reobserve=False, lr=0., vector_lr=1e-3,
                  samples=[dict(type='psaq_mm.Generated', weight=2), dict(type='psaq_mm.DeadLeaves')]),
 }
 

@@ -2,6 +2,7 @@
 
 from .convert import (ADAPTERS, Adapter, ConversionReport, FloatLayer, QuantizedLayer, calibrate, is_quantizer_key,
                       quantize_, quantizer_state_keys, quantizers, register_adapter, set_mode)
+from .importance import row_importance
 from .layers import (SAME_AS_CONV2D, SAME_AS_CONVTRANSPOSE2D, SAME_AS_LINEAR, QuantConv2d, QuantConvTranspose2d,
                      QuantLinear, QuantMatMul, adopt, apply_edge, attention_products, edge_quantizer, feeds_activation,
                      hold_weights, is_quantized_layer, quantize_output_)
@@ -25,5 +26,5 @@ __all__ = [
     'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation',
     'hold_weights', 'is_quantized_layer', 'is_quantizer_key', 'learn_ranges_', 'learned_ranges', 'log2_form', 'log_dequantize',
     'log_quantize', 'norm_before', 'norm_feeds', 'qrange', 'quantize', 'quantize_', 'quantize_output_', 'quantizer_state_keys', 'quantizers',
-    'register_adapter', 'reparameterize_', 'round_weights_', 'set_mode', 'update_ranges_'
+    'register_adapter', 'reparameterize_', 'round_weights_', 'row_importance', 'set_mode', 'update_ranges_'
 ]

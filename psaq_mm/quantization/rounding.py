@@ -8,7 +8,7 @@ model with better codes in it.
 """
 import contextlib
 import math
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +95,8 @@ def _inverse_factor(gram: Tensor, shift: float) -> Tensor:
 
 
 @torch.no_grad()
-def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0.1, memory: int = 2**30,
-                   max_inputs: int = 8192) -> List[RoundedLayer]:
+def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0.1, memory: int = 2**30, max_inputs: int = 8192,
+                   importance: Optional[Mapping[str, Tensor]] = None) -> List[RoundedLayer]:
     """Round the weights of every quantized Linear and convolution to codes that fit the layer's own quantized inputs, in place.
 
     The model has to be calibrated; ranges, codes and scales stay. The samples go through the quantized model, so a layer's weights also
@@ -110,12 +110,15 @@ def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0
         damping: See :func:`compensated_rounding`.
         memory: Bytes for the Gram matrices of one pass.
         max_inputs: Layers with more inputs (channels times kernel) stay at their nearest codes: time grows with the third power.
+        importance: By layer name, the weight of each row that ``run`` sends through, as :func:`.row_importance` finds it: errors are
+            made small where outputs matter. Rows of layers that are missing weigh alike.
 
     Returns:
-        One entry a layer whose weight is quantized. A layer that compensation would not help stays as it was.
+        One entry a layer whose weight is quantized, its errors under those weights. A layer that compensation would not help stays as
+        it was.
 
     Raises:
-        DataError: An input holds NaN or infinity (names the layer).
+        DataError: An input holds NaN or infinity, or ``importance`` is of other rows than ``run`` sends (names the layer).
 
     Example:
         >>> calibrate(model, lambda: model(samples))
@@ -135,7 +138,7 @@ def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0
         while waiting and (not batch or used + 4 * _inputs(waiting[0][1])**2 <= memory):
             used += 4 * _inputs(waiting[0][1])**2
             batch.append(waiting.pop(0))
-        grams = _gather(batch, run)
+        grams = _gather(batch, run, importance or {})
         for name, layer in batch:
             gram = grams.pop(name, None)
             if gram is None:
@@ -163,16 +166,39 @@ def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
     return f'{_inputs(layer)} inputs, more than {max_inputs}' if _inputs(layer) > max_inputs else ''
 
 
-def _gather(layers: List[Tuple[str, nn.Module]], run: Callable[[], None]) -> Dict[str, Tensor]:
+def _gather(layers: List[Tuple[str, nn.Module]], run: Callable[[], None], importance: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """Gram matrices of the quantized inputs of ``layers`` over one run."""
     grams: Dict[str, Tensor] = {}
+    weights = {name: _Weights(name, importance[name]) for name, _ in layers if name in importance}
     with contextlib.ExitStack() as hooks:
         for name, layer in layers:
             # On the input's quantizer: layers whose owner multiplies for them (packed projections) are seen as well.
-            handle = layer.input_quantizer.register_forward_hook(_gram_hook(grams, name, layer))
+            handle = layer.input_quantizer.register_forward_hook(_gram_hook(grams, name, layer, weights.get(name)))
             hooks.callback(handle.remove)
         run()
+    for given in weights.values():
+        given.close()
     return _reduced(layers, grams)
+
+
+class _Weights:
+    """Weights of the rows that go through a layer, in their order."""
+
+    def __init__(self, name: str, values: Tensor):
+        self.name, self.values, self.used = name, values, 0
+
+    def next(self, count: int) -> Tensor:
+        """(count, 1)."""
+        self.used += count
+        if self.used > len(self.values):
+            self.close()
+        return self.values[self.used - count:self.used, None]
+
+    def close(self) -> None:
+        """After the last row."""
+        if self.used != len(self.values):
+            raise DataError(f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit {self.used} rows: take both from the '
+                            'same samples, in the same order.')
 
 
 def _reduced(layers: List[Tuple[str, nn.Module]], grams: Dict[str, Tensor]) -> Dict[str, Tensor]:
@@ -185,12 +211,14 @@ def _reduced(layers: List[Tuple[str, nn.Module]], grams: Dict[str, Tensor]) -> D
     return grams
 
 
-def _gram_hook(grams: Dict[str, Tensor], name: str, layer: nn.Module):
+def _gram_hook(grams: Dict[str, Tensor], name: str, layer: nn.Module, weights: Optional[_Weights]):
 
     def hook(quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
         valid = args[1] if len(args) > 1 else None
         for rows in _rows(layer, output, valid):
             rows = rows.float()
+            if weights is not None:
+                rows = rows * weights.next(len(rows)).sqrt()
             found = grams.get(name)
             if found is None:
                 grams[name] = rows.t() @ rows

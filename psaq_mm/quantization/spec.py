@@ -29,6 +29,10 @@ RECIPES: Dict[str, Dict[str, Any]] = {
                  reparameterize=True),
 }
 
+# What a recipe has else where weights have fewer than 8 bits. V2's naive quantizer was published for 8 alone: below that a zero point
+# is worth a sixth of the divergence from full precision (docs/method.md), and costs nothing: codes less their zero point fit a signed byte.
+FEW_BITS: Dict[str, Dict[str, Any]] = {'psaq_v2': dict(w_symmetric=False)}
+
 _PRESET = re.compile(r'(?:(\w+?)_)?w(\d+)a(\d+)', re.IGNORECASE)
 
 _asked: ContextVar[Optional[Set[str]]] = ContextVar('names asked of a spec', default=None)
@@ -311,4 +315,6 @@ class QuantSpec:
             near = nearest(recipe, RECIPES)
             hint = f'did you mean {near[0]!r}? Known are' if near else 'known are'
             raise SpecError(f'{name!r} names no method that is known: {hint} {", ".join(map(repr, RECIPES))}.')
-        return dict(RECIPES.get(recipe, {}), w_bits=int(match[2]), a_bits=int(match[3]))
+        w_bits = int(match[2])
+        few = FEW_BITS.get(recipe, {}) if w_bits < 8 else {}
+        return dict(RECIPES.get(recipe, {}), **few, w_bits=w_bits, a_bits=int(match[3]))

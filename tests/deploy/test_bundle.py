@@ -35,7 +35,15 @@ def test_packing_is_undone(low, dtype, count):
     codes = (np.arange(count) % 16 + low).astype(dtype)
     data = pack(codes, low)
     assert len(data) == (count + 1) // 2
-    assert np.array_equal(unpack(data, count, low, dtype), codes)
+    assert np.array_equal(unpack(data, [count], low, dtype), codes)
+
+
+def test_channels_may_have_least_codes_of_their_own():
+    low = np.array([[-15, 0, -3]], np.int8)
+    codes = (np.random.default_rng(0).integers(0, 16, (5, 3)) + low).astype(np.int8)
+    assert np.array_equal(unpack(pack(codes, low), (5, 3), low.tolist(), 'int8'), codes)
+    with pytest.raises(ValueError, match='do not fit into 4 bits'):
+        pack(codes + np.array([[0, 16, 0]], np.int8), low)
 
 
 def test_the_first_code_of_a_byte_is_in_its_low_half():

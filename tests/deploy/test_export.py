@@ -5,7 +5,7 @@ import torch
 
 from psaq_mm.commands.test import _check_spec
 from psaq_mm.deploy import export_model, load
-from psaq_mm.deploy.bundle import read_manifest
+from psaq_mm.deploy.bundle import read_manifest, read_weights
 from psaq_mm.deploy.report import execution, sizes_of, summary
 from psaq_mm.deploy.verify import LayerAgreement, Verification, verify, wrong_weights
 from psaq_mm.errors import CheckpointError, ConfigError, DataError, NotCalibratedError, UnsupportedModelError
@@ -95,7 +95,7 @@ def test_a_layer_passes_with_ties_and_with_nothing_further_off():
 
 
 CASES = {
-    'repq': ('mmdet', 'repq_w4a4', SWIN),  # logarithmic softmax, folded LayerNorm, asymmetric weights, their sums apart, fill of padded windows
+    'repq': ('mmdet', 'repq_w4a4', SWIN),  # logarithmic softmax, folded LayerNorm, fill of padded windows
     'every edge': ('mmseg', 'psaq_v1_w8a8', SWIN),
     'mmpretrain': ('mmpretrain', 'w4a8', dict(arch=dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2]), out_indices=(0, 1))),
 }
@@ -199,6 +199,27 @@ def test_gain_and_offset_of_a_normalization_are_merged_with_the_quantizer_of_win
     merged = [node.get_rt_info()['originalLayersNames'].astype(str) for node in graph.get_ordered_ops()]
     merged = [names for names in merged if 'qkv.input_quantizer.codes' in names]
     assert len(merged) == sum(SWIN['depths']) and all('norm1' in names for names in merged), merged
+
+
+@pytest.mark.parametrize('w_bits', [3, 4, 7])
+def test_asymmetric_weights_of_few_bits_are_signed_bytes_without_zero_points(w_bits, tmp_path):
+    model, images = calibrated(build_backbone('mmdet', **SWIN), f'psaq_v2_w{w_bits}a8', SIZE)
+    assert model.get_submodule('stages.0.blocks.0.attn.w_msa.qkv').weight_quantizer.zero_point.any()
+    exported = export_model(model, tmp_path / 'out', [SIZE])
+    assert wrong_weights(model, exported) == []
+    manifest, codes = read_manifest(exported.directory), read_weights(exported.directory, read_manifest(exported.directory))
+    kept = {name: weight for name, weight in exported.made.weights.items() if weight.layer}
+    assert kept and not any(weight.apart or weight.zero_point.any() for weight in kept.values())
+    assert any(f'{name}.weight.codes' in codes for name in kept), 'small ones stay in the graph'
+    for name, weight in kept.items():
+        assert np.array_equal(codes.get(f'{name}.weight.codes', weight.codes.numpy()), weight.codes.numpy())
+        assert int(weight.codes.max()) - int(weight.codes.min()) > 2**w_bits - 1, 'channels have ranges of their own'
+    packed = {row['name'] for row in manifest['weights'] if 'packed_from' in row}
+    assert bool(packed) == (w_bits <= 4)
+    for runtime in RUNTIMES:
+        pytest.importorskip(runtime)
+        found = verify(model, exported, images[:1], runtime, 1)
+        assert found.equal >= .999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)

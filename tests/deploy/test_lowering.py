@@ -95,7 +95,7 @@ def test_pooling_is_pytorchs(size, cells):
 
 
 @pytest.mark.parametrize('gains', ['positive', 'mixed', 'zero'])
-@pytest.mark.parametrize('quant', ['w8a8', 'w4a8', 'repq_w8a8'])
+@pytest.mark.parametrize('quant', ['w8a8', 'w4a8', 'psaq_v2_w4a8', 'repq_w8a8'])
 def test_folded_normalization_changes_no_code(gains, quant):
     pytest.importorskip('mmcv')
     from mmcv.cnn import ConvModule

@@ -53,12 +53,12 @@ def test_repq_presets():
 def test_fast_makes_nothing_out_of_the_model():
     fast = resolve_dfq('fast')
     assert type(source_of(fast['samples'])).__name__ == 'DeadLeaves'
-    assert fast['rounding'] == 'compensated' and not fast['iters'] and not fast['evolve_every']
+    assert fast['rounding'] == 'guided' and not fast['iters'] and not fast['evolve_every']
 
 
 def test_best_keeps_rounded_codes_and_mixes_its_samples_with_dead_leaves():
     best = resolve_dfq('best')
-    assert best['rounding'] == 'compensated' and best['evolve_every'] and (best['lr'], best['vector_lr']) == (0., 1e-3)
+    assert best['rounding'] == 'guided' and best['evolve_every'] and (best['lr'], best['vector_lr']) == (0., 1e-3)
     source = source_of(best['samples'])
     assert not source.procedural and type(source.procedural_part().sources[0]).__name__ == 'DeadLeaves'
     assert source.weights == pytest.approx([2 / 3, 1 / 3])

@@ -42,6 +42,7 @@ CASES = dict(
     generated=dict(),
     classes=dict(classes='random', logits_weight=0.5, evolve_every=0),
     compensated=dict(rounding='compensated', source='pink'),
+    guided=dict(rounding='guided', source='pink'),
     few=dict(calibration_samples=1, evolve_samples=1),
     real=dict(source='real'),
     mixture=dict(),

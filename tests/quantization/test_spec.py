@@ -122,3 +122,8 @@ def test_first_layer_gets_the_input_bits_unless_overridden():
 def test_specs_are_frozen():
     with pytest.raises(AttributeError):
         QuantSpec().w_bits = 4
+
+
+def test_a_recipe_may_differ_below_eight_bits():
+    assert QuantSpec.parse('psaq_v2_w8a8').w_symmetric and not QuantSpec.parse('psaq_v2_w4a8').w_symmetric
+    assert QuantSpec.parse(dict(preset='psaq_v2_w4a8', w_symmetric=True)).w_symmetric, 'what is given goes first'

@@ -1,0 +1,120 @@
+"""Rows of a layer's output, weighed by what the loss makes of them."""
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from psaq_mm.errors import DataError
+from psaq_mm.quantization import calibrate, quantize_, round_weights_, row_importance
+
+
+class Reader(nn.Module):
+    """Tokens go through two layers; of what comes out the first token alone is read."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.first, self.second, self.unread = nn.Linear(8, 24), nn.Linear(24, 5), nn.Linear(8, 3)
+        self.checkpointed = checkpointed
+
+    def tokens(self, x):
+        return self.second(self.first(x).relu())
+
+    def forward(self, x):
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        self.unread(x)
+        out = checkpoint(self.tokens, x, use_reentrant=self.checkpointed == 'reentrant') if self.checkpointed else self.tokens(x)
+        return out[:, 0]
+
+
+@pytest.fixture
+def images():
+    return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)).cumsum(-1)
+
+
+def made(images, checkpointed=False, preset='w4a8'):
+    torch.manual_seed(0)
+    net = Reader(checkpointed).eval()
+    quantize_(net, preset)
+    calibrate(net, lambda: net(images))
+    return net.requires_grad_(False)
+
+
+def passing(net, images, scale=1.):
+
+    def run():
+        for batch in images.split(4):
+            (net(batch.clone().requires_grad_()) * scale).sum().backward()
+
+    return run
+
+
+def test_rows_weigh_what_the_loss_makes_of_them(images):
+    net = made(images)
+    found = row_importance(net, passing(net, images))
+    assert set(found) == {'conv', 'first', 'second'}  # a gradient reached no other
+    for name, weights in found.items():
+        rows = weights.view(6, 4)
+        assert bool((rows[:, 0] > 0).all()) and not rows[:, 1:].any(), name
+        assert float(weights.mean()) == pytest.approx(1.)
+
+
+def test_they_are_the_squared_gradients_of_the_outputs(images):
+    net, kept = made(images), []
+    handle = net.first.register_forward_hook(lambda layer, args, out: (out.retain_grad(), kept.append(out))[0])
+    net(images.clone().requires_grad_()).sum().backward()
+    handle.remove()
+    wanted = kept[0].grad.pow(2).sum(-1).reshape(-1)
+    torch.testing.assert_close(row_importance(net, passing(net, images))['first'], wanted / wanted.mean())
+
+
+@pytest.mark.parametrize('way', ['reentrant', 'other'])
+def test_activation_checkpointing_changes_nothing(images, way):
+    plain, again = made(images), made(images, way)
+    wanted, found = (row_importance(net, passing(net, images)) for net in (plain, again))
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_too_small_for_their_square_are_seen(images):
+    net = made(images)
+    wanted, found = (row_importance(net, passing(net, images, scale)) for scale in (1., 1e-25))
+    torch.testing.assert_close(found['second'], wanted['second'], rtol=1e-4, atol=0)
+
+
+def test_padding_is_left_out():
+    torch.manual_seed(0)
+    layer, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 10, 8)
+    quantize_(layer, 'w4a8')
+    calibrate(layer, lambda: layer(x))
+    valid = torch.ones(3, 10, dtype=torch.bool)
+    valid[:, 7:] = False
+    layer[0].valid_rows = valid
+    found = row_importance(layer, lambda: layer(x.clone().requires_grad_()).pow(2).sum().backward())
+    assert found['0'].shape == (21, )
+    round_weights_(layer, lambda: layer(x), importance=found)  # of the same rows
+
+
+def test_rounding_spares_the_rows_that_count(images):
+    """The read token gets nearer to full precision than under rounding that takes all tokens for alike."""
+    errors = {}
+    for guided in (False, True):
+        net = made(images, preset='w3a8')
+        weight = net.second.weight.clone()
+        importance = row_importance(net, passing(net, images)) if guided else None
+        seen = []
+        report = {layer.name: layer for layer in round_weights_(net, lambda: net(images), damping=.01, importance=importance, memory=1)}
+        handle = net.second.register_forward_hook(lambda layer, args, out: seen.append(layer.input_quantizer(args[0])))
+        net(images)
+        handle.remove()
+        errors[guided] = (seen[0][:, 0] @ (net.second.quantized_weight() - weight).t()).pow(2).sum()
+        assert report['second'].compensated < report['second'].nearest and not report['unread'].reason
+    assert errors[True] < .7 * errors[False]
+
+
+@pytest.mark.parametrize('count', [4, 8])
+def test_weights_of_other_rows_are_refused(images, count):
+    net = made(images)
+    found = row_importance(net, passing(net, images))
+    with pytest.raises(DataError, match="'conv': weights of 24 rows do not fit"):
+        round_weights_(net, lambda: net(torch.cat([images, images])[:count]), importance=found)
