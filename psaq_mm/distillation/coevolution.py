@@ -19,7 +19,7 @@ from psaq_mm.distillation.joint import Drawn, scale_gradient, step_of
 from psaq_mm.distillation.pool import SamplePool
 from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, learned_ranges, round_weights_, row_importance
+from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, is_quantized_layer, learned_ranges, round_weights_, row_importance
 from psaq_mm.quantization.reduction import WholeBatch, broadcast_, gathered, minimum_, own_part, ranks, sum_
 from psaq_mm.synthesis import ImageSpec, SampleGenerator
 from psaq_mm.synthesis.sources import SOURCES as NOISES
@@ -30,7 +30,7 @@ SOURCES = ('generated', *NOISES, 'real')
 """Where samples come from. All but ``generated`` are controls that go through the same quantizer."""
 
 
-ROUNDINGS = ('nearest', 'compensated', 'guided')
+ROUNDINGS = ('nearest', 'compensated', 'guided', 'auto')
 
 
 class Network(Protocol):
@@ -73,7 +73,8 @@ class CoEvolutionSettings:
         rounding: How weights come to their first codes: ``'nearest'``, or ``'compensated'``, on the first samples, as
             :func:`psaq_mm.quantization.round_weights_` says, or ``'guided'``: compensated, each token or place weighing what a
             classifier's probabilities, or else the outputs to distil, make of it (:func:`psaq_mm.quantization.row_importance`).
-            Training, where there is any, goes on from there.
+            ``'auto'`` is guided where weights have fewer than 8 bits and compensated where all have 8, which is all the same then and
+            needs no gradients. Training, where there is any, goes on from there.
         damping: Of the compensated rounding: how little the samples are trusted.
         logits_weight: Of the Kullback-Leibler divergence of the teacher's and the student's class probabilities (Hinton et al., arXiv
             1503.02531, temperature 1), beside the discrepancy, where the model is a classifier. 0 leaves it out.
@@ -256,9 +257,15 @@ class CoEvolution:
             self.latest, self.labels = given, labels
             self._keep()
         self.observe(self.latest)
-        if self.settings.rounding != 'nearest':
-            importance = self._importance(self.latest) if self.settings.rounding == 'guided' else None
+        rounding = self.settings.rounding
+        if rounding == 'auto':
+            rounding = 'guided' if self._has_few_bits() else 'compensated'
+        if rounding != 'nearest':
+            importance = self._importance(self.latest) if rounding == 'guided' else None
             self.rounded = round_weights_(self.student.model, self._passing(self.latest), self.settings.damping, importance=importance)
+
+    def _has_few_bits(self) -> bool:
+        return any(layer.weight_quantizer.bits < 8 for layer in self.student.model.modules() if is_quantized_layer(layer))
 
     def _importance(self, samples: Tensor) -> Dict[str, Tensor]:
         """Of the rows that :meth:`_passing` sends through each layer for ``samples``, in its order."""

@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import is_cuda_available
 
 from psaq_mm.engine.data_overlap import check_no_overlap
-from psaq_mm.engine.presets import METHODS, resolve_dfq, with_method
+from psaq_mm.engine.presets import recipe_of, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
 
@@ -52,16 +52,15 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
     if config.get('data_preprocessor') and not model.get('data_preprocessor'):
         # mmpretrain has it beside the model; whoever builds from the model config alone needs its mean and std too.
         model.data_preprocessor = copy.deepcopy(config.data_preprocessor)
-    recipe = METHODS.get(method or '', '')
     if not is_quantized_config(model):
         if quant is None:
             raise ConfigError(f'the config {config.filename} is full-precision: set model = dict(type=\'psaq_mm.Quantized\', '
                               'base_type={{_base_.model.type}}, quant=\'w8a8\') in a config that inherits it, or give --quant')
-        return ConfigDict({**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': _preset_of(quant, recipe)})
+        return ConfigDict({**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': _preset_of(quant, method)})
     holder = quant_holder(model)
     own = QuantSpec.parse(holder.get('quant', 'w8a8'))
-    if quant is not None or recipe:
-        holder.quant = dict(preset=_preset_of(quant or own.label.lower(), recipe), scope=own.scope)
+    if quant is not None or method:
+        holder.quant = dict(preset=_preset_of(quant or own.label.lower(), method), scope=own.scope)
     return model
 
 
@@ -70,9 +69,9 @@ def quant_holder(model: Mapping) -> Any:
     return model if _type_name(model) == 'Quantized' else model['backbone']
 
 
-def _preset_of(quant: Any, recipe: str) -> Any:
-    plain = isinstance(quant, str) and re.fullmatch(r'w\d+a\d+', quant, re.IGNORECASE)
-    return f'{recipe}_{quant}' if recipe and plain else quant
+def _preset_of(quant: Any, method: Optional[str]) -> Any:
+    plain = re.fullmatch(r'w\d+a(\d+)', quant, re.IGNORECASE) if isinstance(quant, str) else None
+    return f'{recipe_of(method, int(plain[1]))}_{quant}' if method and plain else quant
 
 
 def full_precision_model_config(model: Mapping) -> ConfigDict:

@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping, Union
 
 from psaq_mm.errors import ConfigError
 
-__all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'METHODS', 'resolve_dfq', 'with_method']
+__all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'METHODS', 'recipe_of', 'resolve_dfq', 'with_method']
 
 DFQ_DEFAULTS: Dict[str, Any] = dict(
     method='psaq_v2',
@@ -24,7 +24,7 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     save_samples=False,  # samples.pt and samples/NNNN.png in the work dir
     reobserve=True,
     rounding='nearest',  # or 'compensated': weights rounded so that errors of correlated inputs cancel, on the first samples;
-    # or 'guided': compensated where the model's outputs feel it most
+    # 'guided': compensated, most where the model's outputs feel it; 'auto': guided below 8 bits, compensated at 8
     damping=0.1,  # of the compensated rounding
     logits_weight=0.,  # of the divergence of a classifier's probabilities, beside the discrepancy
     joint_lr=0.,  # how far samples move in the student's own steps, in standard units, instead of in rounds of synthesis
@@ -68,10 +68,11 @@ DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     # Ranges from samples of the patch similarity alone, nothing trained: V2 without its second half.
     'calibrate': dict(method='calibrate', iters=0, evolve_every=0),
     # No synthesis and no training: dead leaves set the ranges, and the codes of the weights.
-    'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='guided', fresh=1., iters=0, evolve_every=0,
+    'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='auto', fresh=1., iters=0, evolve_every=0,
                  reobserve=False, calibration_samples=32, pool_size=32),
-    # V2's samples and dead leaves beside them: from compensated rounding, whose codes stay, the gains, offsets and biases are learned.
-    'best': dict(method='best', rounding='guided', reobserve=False, lr=0., vector_lr=1e-3,
+    # V2's samples and dead leaves beside them set the ranges and the codes. Nothing is trained: after guided rounding a student that learns
+    # on them agrees less with photographs (docs/method.md). With iters=N given, gains, offsets and biases learn and the codes stay.
+    'best': dict(method='best', rounding='auto', iters=0, evolve_every=0, reobserve=False, lr=0., vector_lr=1e-3, calibration_samples=96,
                  samples=[dict(type='psaq_mm.Generated', weight=2), dict(type='psaq_mm.DeadLeaves')]),
 }
 
@@ -114,10 +115,19 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
 
 METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='psaq_v2', repq='repq', repq_v2='repq', fast='psaq_v2', best='psaq_v2')
 """Published methods, and the steps beyond: each a preset of :data:`DFQ_PRESETS` with the quantizer's recipe that belongs to it
-(:data:`psaq_mm.quantization.RECIPES`)."""
+(:data:`psaq_mm.quantization.RECIPES`), at 8-bit activations: see :func:`recipe_of`."""
+
+_OWN_SAMPLES = ('fast', 'best')
+"""Methods whose samples are what they are."""
 
 _OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
                    'save_samples', 'samples', 'teacher')
+
+
+def recipe_of(method: str, a_bits: int) -> str:
+    """The quantizer's recipe of a method. Those that are no published one take RepQ-ViT's where activations have fewer than 8 bits: with
+    one range a tensor the LayerNorm outputs of a DeiT leave nothing of it at 4."""
+    return 'repq' if method in _OWN_SAMPLES and a_bits < 8 else METHODS[method]
 
 
 def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]:
@@ -140,10 +150,11 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
         raise ConfigError(f'the method {method!r} is not known: {hint} {", ".join(METHODS)}')
     given = {} if given is None or isinstance(given, str) else dict(given)
     if resolve_dfq(method)['iters']:
-        own = DFQ_PRESETS[method].keys() - set(_MERGED) - ({'samples'} if isinstance(given.get('samples'), str) else set())
+        own = DFQ_PRESETS[method].keys() - set(_MERGED)
         return {**{key: value for key, value in given.items() if key not in own}, 'preset': method}
     kept = {key: given[key] for key in _OF_THE_MACHINE if key in given}
-    if method == 'fast':
-        kept.pop('samples', None)  # its own are what it is
+    saved = method == 'best' and isinstance(given.get('samples'), str)  # a path holds what it would make
+    if method in _OWN_SAMPLES and not saved:
+        kept.pop('samples', None)
     batch = (given.get('generator') or {}).get('batch_size')
     return {**kept, 'preset': method, **(dict(generator=dict(batch_size=batch)) if batch else {})}

@@ -136,7 +136,7 @@ def test_labels_say_what_steps_and_seconds_do_not(project):
     assert label('pink', train=True, options={'dfq.fresh': 0.5}) == 'pink, 50% fresh'
     assert label('pink', train=True, seconds=30.) == 'pink, 30 s'
     assert label('generated', methods=['fast']) == 'fast'
-    assert label('pink', methods=['best']) == 'pink' and label('pink', methods=['best'], options={'dfq.fresh': 1.}) == 'pink, 100% fresh'
+    assert label('pink', methods=['psaq_v2']) == 'pink' and label('pink', methods=['psaq_v2'], options={'dfq.fresh': 1.}) == 'pink, 100% fresh'
 
 
 def test_a_control_has_nothing_of_other_sources(project):
@@ -147,7 +147,7 @@ def test_a_control_has_nothing_of_other_sources(project):
 
 
 def test_a_time_bounds_what_trains_and_leaves_the_rest(project):
-    runs = plans(project, 'real', methods=['repq', 'best'], quants=['w4a8'], seconds=9.)
+    runs = plans(project, 'real', methods=['repq', 'psaq_v2'], quants=['w4a8'], seconds=9.)
     assert [(run.by_time, run.iters) for run in runs] == [(False, 0), (True, 10**6)]
     assert runs[1].config.dfq['max_seconds'] == 9
 

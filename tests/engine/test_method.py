@@ -4,7 +4,7 @@ from mmengine.config import Config
 
 from psaq_mm.commands.common import load_config
 from psaq_mm.engine.config import apply_method, quant_holder, quantized_model_config, to_data_free
-from psaq_mm.engine.presets import DFQ_PRESETS, METHODS, resolve_dfq, with_method
+from psaq_mm.engine.presets import DFQ_PRESETS, METHODS, recipe_of, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError, SpecError
 from psaq_mm.quantization import RECIPES, QuantSpec
 
@@ -48,6 +48,15 @@ def test_the_quantizer_of_the_method_at_the_bits_of_the_config():
     assert QuantSpec.parse(model.quant).reparameterize
     assert quantized_model_config(quantized(), 'w6a6', 'psaq_v1').quant == dict(preset='psaq_v1_w6a6', scope='full')
     assert quantized_model_config(quantized(), 'repq_w6a6', 'psaq_v1').quant.preset == 'repq_w6a6'
+
+
+@pytest.mark.parametrize('method', ['fast', 'best'])
+def test_few_bits_of_activations_take_repqs_quantizer(method):
+    assert [recipe_of(method, bits) for bits in (8, 6, 4)] == ['psaq_v2', 'repq', 'repq']
+    assert quantized_model_config(quantized(), 'w4a4', method).quant.preset == 'repq_w4a4'
+    assert quantized_model_config(quantized(), None, method).quant.preset == 'psaq_v2_w4a8'
+    assert quantized_model_config(quantized(), 'psaq_v2_w4a4', method).quant.preset == 'psaq_v2_w4a4', 'a recipe that is named stays'
+    assert recipe_of('psaq_v2', 4) == 'psaq_v2'
 
 
 def test_a_full_precision_config_gets_the_recipe_too():

@@ -53,16 +53,16 @@ def test_repq_presets():
 def test_fast_makes_nothing_out_of_the_model():
     fast = resolve_dfq('fast')
     assert type(source_of(fast['samples'])).__name__ == 'DeadLeaves'
-    assert fast['rounding'] == 'guided' and not fast['iters'] and not fast['evolve_every']
+    assert fast['rounding'] == 'auto' and not fast['iters'] and not fast['evolve_every']
 
 
-def test_best_keeps_rounded_codes_and_mixes_its_samples_with_dead_leaves():
+def test_best_rounds_on_its_samples_and_dead_leaves():
     best = resolve_dfq('best')
-    assert best['rounding'] == 'guided' and best['evolve_every'] and (best['lr'], best['vector_lr']) == (0., 1e-3)
+    assert best['rounding'] == 'auto' and not best['iters'] and not best['evolve_every']
+    assert (best['lr'], best['vector_lr']) == (0., 1e-3), 'codes stay where steps are asked for'
     source = source_of(best['samples'])
     assert not source.procedural and type(source.procedural_part().sources[0]).__name__ == 'DeadLeaves'
     assert source.weights == pytest.approx([2 / 3, 1 / 3])
-    assert not best['fresh'], 'fresh dead leaves in each batch cost agreement'
 
 
 def test_where_samples_come_from_is_one_setting_under_two_names():
@@ -75,15 +75,15 @@ def test_where_samples_come_from_is_one_setting_under_two_names():
     assert whole['samples'] == dict(type='psaq_mm.PinkNoise'), 'a source given is not mixed with that of the preset'
 
 
-def test_fast_as_a_method_keeps_its_steps_and_best_takes_the_configs():
-    own = dict(size=(64, 96), iters=300, evolve_every=60, lr=5e-5, samples='saved.pt', generator=dict(steps=9))
+def test_fast_and_best_as_methods_keep_their_steps_and_samples():
+    own = dict(size=(64, 96), iters=300, evolve_every=60, lr=5e-5, samples='saved.pt', generator=dict(steps=9, batch_size=4))
     fast, best = (resolve_dfq(with_method(own, method)) for method in ('fast', 'best'))
-    assert fast['iters'] == resolve_dfq('fast')['iters'] and fast['samples'] == resolve_dfq('fast')['samples']
-    assert (best['iters'], best['generator']['steps'], fast['size']) == (300, 9, (64, 96))
-    assert best['samples'] == 'saved.pt' and best['lr'] == resolve_dfq('best')['lr'], 'what a preset names is what it is'
+    assert fast['iters'] == best['iters'] == 0 and fast['samples'] == resolve_dfq('fast')['samples']
+    assert fast['size'] == best['size'] == (64, 96) and best['generator']['batch_size'] == 4
+    assert best['samples'] == 'saved.pt', 'a path holds what it would make'
     other = resolve_dfq(with_method(dict(own, samples=dict(type='psaq_mm.PinkNoise')), 'best'))
     assert other['samples'] == resolve_dfq('best')['samples']
-    assert resolve_dfq(dict(preset='best', lr=5e-5))['lr'] == 5e-5
+    assert resolve_dfq(dict(preset='best', iters=60, lr=5e-5))['lr'] == 5e-5
 
 
 def test_every_preset_builds_a_generator():

@@ -33,14 +33,33 @@ def evolution_of(name, quant='w4a8', **settings):
 @pytest.mark.parametrize('quant', ['psaq_v2_w4a8', 'repq_w4a8'])
 def test_students_start_nearer_to_their_teacher(name, quant):
     errors = {}
-    for rounding in ('nearest', 'compensated'):
+    for rounding in ('nearest', 'compensated', 'guided'):
         evolution = evolution_of(name, quant, rounding=rounding)
         evolution.prepare()
         unseen = CoEvolution.make_samples(evolution_of(name, calibration_samples=32), 32, compete=False)[16:]
         with torch.no_grad():
             errors[rounding] = float(normalized_l1(evolution.student.outputs(unseen), evolution.teacher.outputs(unseen)))
-        assert bool(evolution.rounded) == (rounding == 'compensated')
-    assert errors['compensated'] < 0.95 * errors['nearest'], errors
+        assert bool(evolution.rounded) == (rounding != 'nearest')
+    assert errors['compensated'] < 0.95 * errors['nearest'] and errors['guided'] < 0.95 * errors['nearest'], errors
+
+
+@pytest.mark.parametrize('quant, same', [('psaq_v2_w8a8', 'compensated'), ('psaq_v2_w4a8', 'guided')])
+def test_how_to_round_is_chosen_by_the_bits_of_the_weights(quant, same):
+    codes = {}
+    for rounding in ('auto', 'compensated', 'guided'):
+        evolution = evolution_of('timm-vit', quant, rounding=rounding)
+        evolution.prepare()
+        codes[rounding] = torch.cat([p.detach().flatten() for p in evolution.student.model.parameters()])
+    assert not torch.equal(codes['guided'], codes['compensated'])
+    assert torch.equal(codes['auto'], codes[same])
+
+
+def test_guided_rounding_leaves_parameters_as_they_were_but_for_their_codes():
+    evolution = evolution_of('timm-vit', 'psaq_v2_w4a8', rounding='guided')
+    frozen = next(evolution.student.model.parameters()).requires_grad_(False)
+    evolution.prepare()
+    others = [p for p in evolution.student.model.parameters() if p is not frozen]
+    assert not frozen.requires_grad and all(p.requires_grad and p.grad is None for p in others)
 
 
 def test_logits_are_learned_beside_the_blocks():
