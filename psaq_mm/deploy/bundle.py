@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, BinaryIO, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 
@@ -63,17 +63,23 @@ def unpack(data: bytes, shape: Sequence[int], low: Union[int, np.ndarray], dtype
 
 
 def _write_weights(path: Path, weights: Mapping[str, Weight]) -> Iterable[Dict[str, Any]]:
-    rows, offset = [], 0
+    rows = []
     with open(path, 'wb') as file:
         for name, (array, low) in weights.items():
-            data = np.ascontiguousarray(array).tobytes() if low is None else pack(array, low)
-            row = dict(name=name, dtype=array.dtype.name, shape=list(array.shape), offset=offset, bytes=len(data))
-            if low is not None:
-                row['packed_from'] = np.asarray(low).tolist()
-            file.write(data)
-            rows.append(row)
-            offset += len(data)
+            more = {}
+            if isinstance(low, np.ndarray):  # a tensor of its own: in the manifest it would be larger than all the rest of it
+                more['packed_from'] = f'{name}.least'
+                rows.append(_written(file, more['packed_from'], low))
+            elif low is not None:
+                more['packed_from'] = int(low)
+            rows.append(dict(_written(file, name, array, low), **more))
     return rows
+
+
+def _written(file: BinaryIO, name: str, array: np.ndarray, low: Union[int, np.ndarray, None] = None) -> Dict[str, Any]:
+    data, offset = np.ascontiguousarray(array).tobytes() if low is None else pack(array, low), file.tell()
+    file.write(data)
+    return dict(name=name, dtype=array.dtype.name, shape=list(array.shape), offset=offset, bytes=len(data))
 
 
 def write_bundle(out: PathLike, manifest: Mapping, graphs: Mapping[str, bytes], weights: Mapping[str, Weight],
@@ -164,16 +170,18 @@ def read_weights(directory: PathLike, manifest: Mapping, names: Optional[Iterabl
         manifest: Its manifest.
         names: Which ones; all if None.
     """
-    wanted = None if names is None else set(names)
-    found = {}
+    rows = {row['name']: row for row in manifest['weights']}
+    least = {row['packed_from'] for row in rows.values() if isinstance(row.get('packed_from'), str)}
+    wanted = rows.keys() - least if names is None else set(names)
     with open(Path(directory) / WEIGHTS, 'rb') as file:
-        for row in manifest['weights']:
-            if wanted is not None and row['name'] not in wanted:
-                continue
+
+        def read(row: Mapping) -> np.ndarray:
+            low = row.get('packed_from')
+            low = read(rows[low]) if isinstance(low, str) else low
             file.seek(row['offset'])
             data = file.read(row['bytes'])
-            if 'packed_from' in row:
-                found[row['name']] = unpack(data, row['shape'], row['packed_from'], row['dtype'])
-            else:
-                found[row['name']] = np.frombuffer(data, np.dtype(row['dtype'])).reshape(row['shape'])
-    return found
+            if low is None:
+                return np.frombuffer(data, np.dtype(row['dtype'])).reshape(row['shape'])
+            return unpack(data, row['shape'], low, row['dtype'])
+
+        return {name: read(row) for name, row in rows.items() if name in wanted}

@@ -110,7 +110,7 @@ def _least_codes(weight: IntegerWeight) -> Union[int, np.ndarray]:
     """See :class:`.bundle.Weight`."""
     if not isinstance(weight.low, Tensor):
         return weight.low
-    return weight.low.numpy().reshape([-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())])
+    return weight.low.numpy().astype(np.int8).reshape([-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())])
 
 
 def _dtype(codes: Codes):

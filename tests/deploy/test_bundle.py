@@ -13,6 +13,9 @@ from psaq_mm.errors import CheckpointError, ConfigError
 GRAPHS = {'graph_8x8.onnx': b'not parsed here'}
 
 
+LEAST = np.array([[-15, 0, -3]], np.int8)
+
+
 def weights():
     rng = np.random.default_rng(0)
     return {
@@ -20,6 +23,7 @@ def weights():
         'int8': Weight(rng.integers(-128, 128, (4, 2, 3)).astype(np.int8)),
         'int4': Weight(rng.integers(-8, 8, (3, 5)).astype(np.int8), low=-8),
         'uint4': Weight(rng.integers(0, 16, (7, )).astype(np.uint8), low=0),
+        'channels': Weight((rng.integers(0, 16, (5, 3)) + LEAST).astype(np.int8), low=LEAST),
     }
 
 
@@ -39,11 +43,10 @@ def test_packing_is_undone(low, dtype, count):
 
 
 def test_channels_may_have_least_codes_of_their_own():
-    low = np.array([[-15, 0, -3]], np.int8)
-    codes = (np.random.default_rng(0).integers(0, 16, (5, 3)) + low).astype(np.int8)
-    assert np.array_equal(unpack(pack(codes, low), (5, 3), low.tolist(), 'int8'), codes)
+    codes = weights()['channels'].array
+    assert np.array_equal(unpack(pack(codes, LEAST), (5, 3), LEAST, 'int8'), codes)
     with pytest.raises(ValueError, match='do not fit into 4 bits'):
-        pack(codes + np.array([[0, 16, 0]], np.int8), low)
+        pack(codes + np.array([[0, 16, 0]], np.int8), LEAST)
 
 
 def test_the_first_code_of_a_byte_is_in_its_low_half():
@@ -61,7 +64,8 @@ def test_weights_come_back_as_they_were(written):
     for name, (array, _) in weights().items():
         assert found[name].dtype == array.dtype
         assert np.array_equal(found[name], array)
-    assert set(read_weights(written, read_manifest(written), ['int4'])) == {'int4'}
+    assert found.keys() == weights().keys()
+    assert set(read_weights(written, read_manifest(written), ['int4', 'channels'])) == {'int4', 'channels'}
 
 
 def test_four_bits_take_half_a_byte(written):
