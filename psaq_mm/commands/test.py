@@ -103,7 +103,8 @@ def _check_spec(model, checkpoint: Mapping, source: str) -> None:
     made, wanted = QuantSpec.from_dict(made).to_dict(), spec_of(model).to_dict()  # a setting that came later has its default there
     odd = [f'{k}={made[k]!r}, the config {wanted[k]!r}' for k in wanted if made[k] != wanted[k]]
     if odd:
-        raise CheckpointError(f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with')
+        raise CheckpointError(f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with, or set '
+                              'these under its quant')
 
 
 def before_after_table(before: Optional[Mapping], after: Optional[Mapping], label: str, first: str = 'full precision') -> str:

@@ -27,6 +27,8 @@ from ..files import file_sha256
 __all__ = ['MANIFEST', 'WEIGHTS', 'REST', 'Weight', 'pack', 'read_manifest', 'read_weights', 'unpack', 'write_bundle']
 
 FORMAT, VERSION = 'psaq_mm.deploy', 2
+READABLE = 1, 2
+"""In version 1 all channels of a packed weight have one least code."""
 MANIFEST, WEIGHTS, REST = 'manifest.json', 'weights.bin', 'rest.npz'
 PACKED_BITS = 4
 
@@ -143,8 +145,8 @@ def read_manifest(directory: PathLike, check: bool = True) -> Dict[str, Any]:
         raise CheckpointError(f'{path} is cut short or changed ({error}): export the model again') from error
     if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
         raise CheckpointError(f'{path} is no manifest of an exported model: write one with tools/export.py')
-    if manifest.get('version') != VERSION:
-        raise CheckpointError(f'{directory} has version {manifest.get("version")!r} of the format and this psaq_mm reads version '
+    if manifest.get('version') not in READABLE:
+        raise CheckpointError(f'{directory} has version {manifest.get("version")!r} of the format and this psaq_mm reads up to '
                               f'{VERSION}: export the model again, or install the psaq_mm that wrote it')
     for name, expected in manifest['files'].items() if check else ():
         _check_file(directory / name, expected)

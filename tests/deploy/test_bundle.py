@@ -100,6 +100,14 @@ def test_a_manifest_cut_short_is_told(written):
         read_manifest(written)
 
 
+def test_the_version_before_is_read(tmp_path):
+    older = {name: weight for name, weight in weights().items() if not isinstance(weight.low, np.ndarray)}
+    path = write_bundle(tmp_path / 'older', dict(task='backbone'), GRAPHS, older, {}) / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), 'version': 1}))
+    found = read_weights(path.parent, read_manifest(path.parent))
+    assert all(np.array_equal(found[name], array) for name, (array, _) in older.items())
+
+
 def test_another_version_of_the_format_is_told(written):
     path = written / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), 'version': 99}))
