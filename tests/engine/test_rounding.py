@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 from classifier_models import CLASSIFIER, SIZES, build_classifier
-from tiny import Project
+from tiny import DETECTOR, SEGMENTOR, Project
 
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, normalized_l1
@@ -103,3 +103,16 @@ def test_a_run_moves_weights_and_leaves_ranges(tmp_path_factory):
     plain, rounded = (states[name]['state_dict'] for name in ('nearest', 'compensated'))
     moved = {k for k in plain if not torch.equal(plain[k], rounded[k])}
     assert any(k.endswith('qkv.weight') for k in moved) and not any('quantizer' in k for k in moved)
+
+
+@pytest.mark.parametrize('base', [DETECTOR, SEGMENTOR], ids=['detector', 'segmentor'])
+def test_detectors_and_segmentors_are_rounded_where_their_maps_feel_it(base, tmp_path):
+    """``scope='full'``: layers that no gradient reaches, such as RoI heads, are rounded as well."""
+    pytest.importorskip('mmdet' if base is DETECTOR else 'mmseg')
+    project = Project(tmp_path, base)
+    path = project.config(quant=dict(preset='psaq_v2_w4a8', scope='full'), iters=0, evolve_every=0, source='pink', rounding='guided')
+    assert dfq_train([str(path), '--work-dir', str(tmp_path / 'run')]) == 0
+    before, after = (read_checkpoint(file)['state_dict'] for file in (project.checkpoint, tmp_path / 'run' / 'student.pth'))
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert any(k.endswith('qkv.weight') for k in moved) and all(k.endswith('.weight') for k in moved)
+    assert any(k.startswith('roi_head' if base is DETECTOR else 'decode_head') for k in moved)
