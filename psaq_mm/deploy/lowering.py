@@ -46,7 +46,8 @@ class WeightStore:
             low: See :class:`.bundle.Weight`.
             shared: Whether a tensor of another name may stand for it.
         """
-        key = array.dtype.name, array.shape, None if low is None else str(np.asarray(low).tolist()), hashlib.sha256(array.tobytes()).digest(), None if shared else name
+        content = hashlib.sha256(array.tobytes()).digest(), None if low is None else np.asarray(low).tobytes()
+        key = array.dtype.name, array.shape, *content, None if shared else name
         if key not in self._names:
             unique, count = name, 1
             while unique in self.weights:

@@ -43,6 +43,6 @@ def sensitivity_loss(parts: Sequence[Tensor], logits: Optional[Tensor], seeds: T
         out = out.float().reshape(len(out), -1)
         fixed = out.detach()
         spread = (fixed - fixed.mean(1, keepdim=True)).abs().mean(1).clamp(min=1e-6)
-        signs = torch.stack([torch.randint(0, 2, out.shape[1:], generator=draw) for draw in draws]).to(out) * 2 - 1
+        signs = torch.stack([torch.randint(0, 2, out.shape[1:], generator=draw, dtype=torch.int8) for draw in draws]).to(out) * 2 - 1
         total = total + ((out * signs).sum(1) / (spread * out.shape[1]**0.5)).sum()
     return total
