@@ -118,8 +118,7 @@ METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='psaq_v2', repq='repq'
 """Published methods, and the steps beyond: each a preset of :data:`DFQ_PRESETS` with the quantizer's recipe that belongs to it
 (:data:`psaq_mm.quantization.RECIPES`), at 8-bit activations: see :func:`recipe_of`."""
 
-_OWN_SAMPLES = ('fast', 'best')
-"""Methods whose samples are what they are."""
+_UNPUBLISHED = ('fast', 'best')
 
 _OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
                    'save_samples', 'samples', 'teacher')
@@ -128,7 +127,7 @@ _OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_int
 def recipe_of(method: str, a_bits: int) -> str:
     """The quantizer's recipe of a method. Those that are no published one take RepQ-ViT's where activations have fewer than 8 bits: with
     one range a tensor the LayerNorm outputs of a DeiT leave nothing of it at 4."""
-    return 'repq' if method in _OWN_SAMPLES and a_bits < 8 else METHODS[method]
+    return 'repq' if method in _UNPUBLISHED and a_bits < 8 else METHODS[method]
 
 
 def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]:
@@ -154,8 +153,8 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
         own = DFQ_PRESETS[method].keys() - set(_MERGED)
         return {**{key: value for key, value in given.items() if key not in own}, 'preset': method}
     kept = {key: given[key] for key in _OF_THE_MACHINE if key in given}
-    saved = method == 'best' and isinstance(given.get('samples'), str)  # a path holds what it would make
-    if method in _OWN_SAMPLES and not saved:
+    # A path holds what a method would make. Another source, which is for a method that trains, is not this one's.
+    if method == 'fast' or not isinstance(given.get('samples'), str):
         kept.pop('samples', None)
     batch = (given.get('generator') or {}).get('batch_size')
     return {**kept, 'preset': method, **(dict(generator=dict(batch_size=batch)) if batch else {})}

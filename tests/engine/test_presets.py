@@ -81,6 +81,9 @@ def test_fast_and_best_as_methods_keep_their_steps_and_samples():
     assert fast['iters'] == best['iters'] == 0 and fast['samples'] == resolve_dfq('fast')['samples']
     assert fast['size'] == best['size'] == (64, 96) and best['generator']['batch_size'] == 4
     assert best['samples'] == 'saved.pt', 'a path holds what it would make'
+    for method in ('psaq_v1', 'repq'):
+        kept = [resolve_dfq(with_method(dict(own, samples=given), method))['samples'] for given in ('saved.pt', [dict(type='psaq_mm.PinkNoise')])]
+        assert kept == ['saved.pt', None], 'a source of the config is none of a method that makes its own'
     other = resolve_dfq(with_method(dict(own, samples=dict(type='psaq_mm.PinkNoise')), 'best'))
     assert other['samples'] == resolve_dfq('best')['samples']
     assert resolve_dfq(dict(preset='best', iters=60, lr=5e-5))['lr'] == 5e-5
