@@ -47,7 +47,7 @@ def test_students_start_nearer_to_their_teacher(name, quant):
 def test_how_to_round_is_chosen_by_the_bits_of_the_weights(quant, same):
     codes = {}
     for rounding in ('auto', 'compensated', 'guided'):
-        evolution = evolution_of('timm-vit', quant, rounding=rounding)
+        evolution = evolution_of('timm-vit', quant, rounding=rounding, calibration_samples=4)
         evolution.prepare()
         codes[rounding] = torch.cat([p.detach().flatten() for p in evolution.student.model.parameters()])
     assert not torch.equal(codes['guided'], codes['compensated'])
