@@ -52,14 +52,18 @@ def normalized_l1(student: Union[Tensor, Sequence[Tensor]],
             raise DataError(f'feature map {index} is {tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the '
                             'teacher; both must see the same images at the same scale')
         ours, theirs = _wide(ours).reshape(len(ours), -1), _wide(theirs).reshape(len(theirs), -1)
-        fixed = theirs.detach()
-        spread = (fixed - fixed.mean(1, keepdim=True)).abs().mean(1).clamp(min=eps)
-        losses.append((ours - theirs).abs().mean(1) / spread)
+        losses.append((ours - theirs).abs().mean(1) / spread_of(theirs, eps))
     if reduction == 'mean':
         return torch.stack([loss.mean() for loss in losses]).mean()
     if len({len(loss) for loss in losses}) > 1:
         raise DataError(f"feature maps hold {[len(loss) for loss in losses]} samples; reduction='none' needs one number")
     return torch.stack(losses).mean(0)
+
+
+def spread_of(values: Tensor, eps: float = 1e-6) -> Tensor:
+    """Mean absolute deviation of each row of ``values`` (B, N) from its mean, at least ``eps``: (B,), without gradient."""
+    fixed = values.detach()
+    return (fixed - fixed.mean(1, keepdim=True)).abs().mean(1).clamp(min=eps)
 
 
 def _maps(maps: Union[Tensor, Sequence[Tensor]]) -> Sequence[Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from psaq_mm.distillation.discrepancy import spread_of
 from psaq_mm.errors import DataError
 
 __all__ = ['sensitivity_loss']
@@ -41,8 +42,6 @@ def sensitivity_loss(parts: Sequence[Tensor], logits: Optional[Tensor], seeds: T
     total = outputs[0].new_zeros((), dtype=torch.float32)
     for out in outputs:
         out = out.float().reshape(len(out), -1)
-        fixed = out.detach()
-        spread = (fixed - fixed.mean(1, keepdim=True)).abs().mean(1).clamp(min=1e-6)
         signs = torch.stack([torch.randint(0, 2, out.shape[1:], generator=draw, dtype=torch.int8) for draw in draws]).to(out) * 2 - 1
-        total = total + ((out * signs).sum(1) / (spread * out.shape[1]**0.5)).sum()
+        total = total + ((out * signs).sum(1) / (spread_of(out) * out.shape[1]**0.5)).sum()
     return total
