@@ -17,6 +17,7 @@ from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.swin import (_PATCH_MERGING, QuantShiftWindowMSAMixin, QuantWindowMSAMixin)
 from psaq_mm.models.adapters.timm_swin import QuantTimmSwinBlockMixin
 from psaq_mm.quantization import AffineQuantizer, LogQuantizer, Quantizer, is_quantized_layer, quantize, quantizers
+from psaq_mm.quantization.primitives import along
 
 from . import symbols, windows
 from .pooling import LinearPooling
@@ -222,7 +223,7 @@ def _integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
     if quantizer.qmin == 0 and quantizer.bits < 8:
         # Asymmetric codes of less than 8 bits are signed ones of a byte with their zero point taken from them: no runtime multiplies with
         # weights that have zero points.
-        codes = codes - zero_point.reshape([-1 if i == axis else 1 for i in range(codes.dim())])
+        codes = codes - along(zero_point, codes, axis)
         zero_point, low = torch.zeros_like(zero_point), -zero_point
     elif quantizer.qmin == 0:
         codes, zero_point, low = codes - 128, zero_point - 128, -128

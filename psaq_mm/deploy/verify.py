@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from psaq_mm.models import spec_of
 from psaq_mm.quantization import LogQuantizer, Quantizer, log_quantize, quantize
+from psaq_mm.quantization.primitives import along
 from psaq_mm.quantization.logarithmic import BASES
 
 from .bundle import read_manifest, read_weights
@@ -252,10 +253,10 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
         weight = _reordered(layer.weight.detach(), order)
         quantizer = layer.weight_quantizer
         wanted = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis)
-        wanted = wanted - quantizer.zero_point.reshape([-1 if axis == layer.output_axis else 1 for axis in range(wanted.dim())])
+        wanted = wanted - along(quantizer.zero_point, wanted, layer.output_axis)
         wanted = wanted.t() if isinstance(layer, nn.Linear) else wanted
         wanted = wanted if integer.channels is None else wanted[:, slice(*integer.channels)]
-        zero = integer.zero_point.int().reshape([-1 if axis == integer.axis else 1 for axis in range(wanted.dim())])
+        zero = along(integer.zero_point.int(), wanted, integer.axis)
         gap = torch.from_numpy(codes.astype(np.int32)) - zero
         if not bool(((gap == wanted) | (gap == -wanted)).all()) and integer.layer not in wrong:
             wrong.append(integer.layer)

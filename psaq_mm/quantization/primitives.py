@@ -102,7 +102,7 @@ def choose_qparams(min_val: Tensor,
     return scale, zero_point
 
 
-def _along(param: Tensor, x: Tensor, axis: Optional[int]) -> Tensor:
+def along(param: Tensor, x: Tensor, axis: Optional[int]) -> Tensor:
     """Shape a per-channel parameter so that it broadcasts along ``axis`` of ``x``."""
     if axis is None:
         if param.dim() != 0:
@@ -168,7 +168,7 @@ def quantize(x: Tensor,
     Raises:
         DataError: ``x`` holds NaN, which has no code, or the scale does not fit ``axis``.
     """
-    codes = _unclamped_codes(x.detach(), _along(scale, x, axis), _along(zero_point, x, axis).to(torch.float32))
+    codes = _unclamped_codes(x.detach(), along(scale, x, axis), along(zero_point, x, axis).to(torch.float32))
     if bool(torch.isnan(codes).any()):
         raise DataError('The tensor holds NaN, which has no integer code: look for the layer that produced it.')
     # Clamp before the cast: a float32 beyond int32 has no defined integer value.
@@ -190,7 +190,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: Optional[
     Raises:
         DataError: The scale does not fit ``axis``.
     """
-    return (codes.to(torch.int32) - _along(zero_point, codes, axis)).float() * _along(scale, codes, axis)
+    return (codes.to(torch.int32) - along(zero_point, codes, axis)).float() * along(scale, codes, axis)
 
 
 def _to_real(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -352,8 +352,8 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, log_ratio: Tensor, zero_poin
 @torch.no_grad()
 def round_once(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: Optional[int] = None) -> Rounded:
     """The outcome of :func:`fake_quantize`, to be given a gradient as often as needed by :func:`straight_through`."""
-    x, scale = x.detach(), _along(scale, x, axis)
-    offset = _along(zero_point, x, axis).to(torch.float32)
+    x, scale = x.detach(), along(scale, x, axis)
+    offset = along(zero_point, x, axis).to(torch.float32)
     if _has_chunks(x, scale):
         clipped = _Clipped(memory_order(x), qmin - float(offset), qmax - float(offset))
         values = _in_chunks(x.float(), scale, clipped.low, clipped.high, clipped)
@@ -408,10 +408,10 @@ def fake_quantize(x: Tensor,
     """
     if x.requires_grad and torch.is_grad_enabled():
         return straight_through(x, round_once(x, scale, zero_point, qmin, qmax, axis))
-    x, scale = x.detach(), _along(scale, x, axis)
+    x, scale = x.detach(), along(scale, x, axis)
     # As float, because the codes are: whole numbers up to 2**24 are exact, what lies beyond is clamped anyway. Going
     # through the codes, instead of clamping at shifted ends, also makes round(-0.2) = -0.0 the +0.0 it decodes to.
-    offset = _along(zero_point, x, axis).to(torch.float32)
+    offset = along(zero_point, x, axis).to(torch.float32)
     if _has_chunks(x, scale):
         return _in_chunks(x.float(), scale, qmin - float(offset), qmax - float(offset)).to(x.dtype)
     return _to_real(_unclamped_codes(x, scale, offset).clamp_(qmin, qmax), scale, offset).to(x.dtype)
