@@ -40,10 +40,10 @@ def row_importance(model: nn.Module, run: Callable[[], None]) -> Dict[str, Tenso
     for name, _ in layers:
         # What activation checkpointing computes again is seen twice, and has gradients once.
         reached = [rows for rows, in slots[name] if rows is not None]
-        rows = torch.cat(reached) if reached else torch.zeros(0)
-        total, count = sum_(torch.tensor([float(rows.double().sum()), float(len(rows))], dtype=torch.float64)).tolist()
+        rows = torch.cat(reached) if reached else torch.zeros(0, dtype=torch.float64)
+        total, count = sum_(torch.tensor([float(rows.sum()), float(len(rows))], dtype=torch.float64)).tolist()
         if total > 0:
-            found[name] = (rows.double() * (count / total)).float()
+            found[name] = (rows * (count / total)).float()
     return found
 
 
