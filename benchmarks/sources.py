@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import Row, row  # noqa: E402
-from psaq_mm.synthesis import DeadLeaves, GaussianNoise, ImageSpec, PinkNoise, Source, source_of  # noqa: E402
+from psaq_mm.synthesis import DeadLeaves, GaussianNoise, ImageSpec, PinkNoise, Scenes, Source, source_of  # noqa: E402
 
 LIMIT = 5.
 """Per cent."""
@@ -34,6 +34,7 @@ SOURCES: Dict[str, Source] = {
     'Gaussian noise': GaussianNoise(),
     '1/f noise': PinkNoise(),
     'dead leaves': DeadLeaves(),
+    'scenes': Scenes(),
     'half 1/f, half dead leaves': source_of('mixture'),
 }
 

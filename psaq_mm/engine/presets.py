@@ -70,11 +70,11 @@ DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     # No synthesis and no training: dead leaves set the ranges, and the codes of the weights.
     'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='auto', fresh=1., iters=0, evolve_every=0,
                  reobserve=False, calibration_samples=32, pool_size=32),
-    # V2's samples and dead leaves beside them set the ranges and the codes. Nothing is trained: after guided rounding a student that learns
-    # on them agrees less with photographs (docs/method.md). With iters=N given, gains, offsets and biases learn and the codes stay. The
-    # synthesized two thirds pay under RepQ's quantizer, and are level with dead leaves alone at W4A8 and W3A8 (docs/results.md).
-    'best': dict(method='best', rounding='auto', iters=0, evolve_every=0, reobserve=False, lr=0., vector_lr=1e-3, calibration_samples=96,
-                 samples=[dict(type='psaq_mm.Generated', weight=2), dict(type='psaq_mm.DeadLeaves')]),
+    # More pictures, of two kinds: neither scenes nor dead leaves alone are as good where bits are few. V2's samples in their place are worse
+    # at W3A8 and no better at W4A8, so nothing is synthesized; nor is anything trained: after guided rounding a student that learns
+    # on samples agrees less with photographs (docs/method.md). With iters=N given, gains, offsets and biases learn and the codes stay.
+    'best': dict(method='best', rounding='auto', fresh=1., iters=0, evolve_every=0, reobserve=False, lr=0., vector_lr=1e-3,
+                 calibration_samples=96, pool_size=96, samples=[dict(type='psaq_mm.Scenes'), dict(type='psaq_mm.DeadLeaves')]),
 }
 
 

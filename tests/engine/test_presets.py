@@ -56,13 +56,13 @@ def test_fast_makes_nothing_out_of_the_model():
     assert fast['rounding'] == 'auto' and not fast['iters'] and not fast['evolve_every']
 
 
-def test_best_rounds_on_its_samples_and_dead_leaves():
+def test_best_rounds_on_scenes_and_dead_leaves():
     best = resolve_dfq('best')
     assert best['rounding'] == 'auto' and not best['iters'] and not best['evolve_every']
     assert (best['lr'], best['vector_lr']) == (0., 1e-3), 'codes stay where steps are asked for'
     source = source_of(best['samples'])
-    assert not source.procedural and type(source.procedural_part().sources[0]).__name__ == 'DeadLeaves'
-    assert source.weights == pytest.approx([2 / 3, 1 / 3])
+    assert source.procedural and [type(member).__name__ for member in source.sources] == ['Scenes', 'DeadLeaves']
+    assert best['calibration_samples'] > resolve_dfq('fast')['calibration_samples']
 
 
 def test_where_samples_come_from_is_one_setting_under_two_names():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.synthesis import (DeadLeaves, GaussianNoise, Generated, ImageSpec, Mixture, PinkNoise, SampleGenerator, SampleStream, Source,
+from psaq_mm.synthesis import (DeadLeaves, GaussianNoise, Generated, ImageSpec, Mixture, PinkNoise, SampleGenerator, SampleStream, Scenes, Source,
                                source_of)
 from psaq_mm.synthesis.sources import NAMED, SOURCES, of_rank
 from psaq_mm.synthesis.sources.base import mixed, number_seed
@@ -18,6 +18,7 @@ PROCEDURAL = {
     'gaussian': GaussianNoise(),
     'pink': PinkNoise(exponent=(0.8, 1.4)),
     'leaves': DeadLeaves(),
+    'scenes': Scenes(),
     'mixture': Mixture([PinkNoise(), DeadLeaves()], [2, 1]),
 }
 sources = pytest.mark.parametrize('source', PROCEDURAL.values(), ids=PROCEDURAL)

@@ -8,10 +8,11 @@ from psaq_mm.synthesis.sources.base import Generated, SampleStream, Source, of_r
 from psaq_mm.synthesis.sources.leaves import DeadLeaves
 from psaq_mm.synthesis.sources.mixture import NAMED, Mixture, source_of
 from psaq_mm.synthesis.sources.noise import GaussianNoise, PinkNoise, gaussian_noise, pink_noise
+from psaq_mm.synthesis.sources.scenes import Scenes
 
 __all__ = [
-    'DeadLeaves', 'GaussianNoise', 'Generated', 'Mixture', 'NAMED', 'PinkNoise', 'SOURCES', 'SampleStream', 'Source', 'gaussian_noise',
-    'of_rank', 'pink_noise', 'source_of'
+    'DeadLeaves', 'GaussianNoise', 'Generated', 'Mixture', 'NAMED', 'PinkNoise', 'SOURCES', 'SampleStream', 'Scenes', 'Source',
+    'gaussian_noise', 'of_rank', 'pink_noise', 'source_of'
 ]
 
 
@@ -25,5 +26,5 @@ class _Sources(dict):
 
 
 SOURCES: Dict[str, Callable[..., Tensor]] = _Sources(gaussian=gaussian_noise, pink=pink_noise, dead_leaves=DeadLeaves(),
-                                                     mixture=NAMED['mixture']())
+                                                     scenes=Scenes(), mixture=NAMED['mixture']())
 """Procedural sources by name, called as :func:`gaussian_noise` is."""

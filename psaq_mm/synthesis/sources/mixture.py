@@ -11,6 +11,7 @@ from psaq_mm.synthesis.normalization import ImageSpec
 from psaq_mm.synthesis.sources.base import Generated, Make, Source, checked_size, mixed
 from psaq_mm.synthesis.sources.leaves import DeadLeaves
 from psaq_mm.synthesis.sources.noise import GaussianNoise, PinkNoise
+from psaq_mm.synthesis.sources.scenes import Scenes
 
 __all__ = ['Mixture', 'NAMED', 'PLAIN', 'source_of']
 
@@ -84,10 +85,10 @@ class Mixture(Source):
         return whole
 
 
-PLAIN: Dict[str, Type[Source]] = {cls.__name__: cls for cls in (GaussianNoise, PinkNoise, DeadLeaves, Generated, Mixture)}
+PLAIN: Dict[str, Type[Source]] = {cls.__name__: cls for cls in (GaussianNoise, PinkNoise, DeadLeaves, Scenes, Generated, Mixture)}
 """Sources that need PyTorch alone, by the name that a config gives."""
 
-NAMED: Dict[str, Callable[[], Source]] = dict(gaussian=GaussianNoise, pink=PinkNoise, dead_leaves=DeadLeaves,
+NAMED: Dict[str, Callable[[], Source]] = dict(gaussian=GaussianNoise, pink=PinkNoise, dead_leaves=DeadLeaves, scenes=Scenes,
                                               mixture=lambda: Mixture([PinkNoise(), DeadLeaves()]), generated=Generated)
 """Short names of sources with their default settings; ``mixture`` is half 1/f noise, half dead leaves."""
 
