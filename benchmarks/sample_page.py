@@ -42,7 +42,7 @@ REAL = 'real images'
 FLOOR = 0.01  # least density drawn, on a logarithmic scale
 MINUS = '\u2212'  # as wide as the plus
 
-FIXED_STYLES = {'Gaussian noise': 1, REAL: 2, '1/f noise': 3, 'Dead leaves': 6, 'Half 1/f noise, half dead leaves': 7}
+FIXED_STYLES = {'Gaussian noise': 1, REAL: 2, '1/f noise': 3, 'Dead leaves': 6, 'Half 1/f noise, half dead leaves': 7, 'Scenes': 5}
 SAMPLE_STYLES = (0, 4, 5, 6, 7)
 """Numbers in the page's style sheet: procedural sources and real images look the same on every page; samples take what is free."""
 LINES = (('#0b62c4', '-'), ('#b4480a', (0, (5, 3))), ('#4a7a2a', (0, (1.5, 2))), ('#8a3fa0', (0, (8, 3, 1.5, 3))), ('#00807a', '-'),

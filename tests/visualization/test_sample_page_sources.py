@@ -57,6 +57,12 @@ def test_sources_with_their_pictures_curves_and_students(project):
     assert np.asarray(Image.open(out / 'samples.png')).shape[1] == sample_page.WIDTH
 
 
+def test_every_procedural_source_has_a_title_and_a_line_of_its_own():
+    assert set(sample_page.TITLES) == set(sample_page.SOURCES)
+    styles = [sample_page.FIXED_STYLES[title] for title in (*sample_page.TITLES.values(), sample_page.REAL)]
+    assert len(set(styles)) == len(styles) and max(styles) < len(sample_page.LINES)
+
+
 def test_what_a_source_shows_is_what_it_draws(project):
     config = sample_page.load_config(str(project.config(name='page.py', size=(32, 32))))
     leaves, = sample_page.measure_all(config, {}, say=lambda line: None, sources=['dead_leaves'])

@@ -22,7 +22,7 @@ _EXTENT = (0.8, 12.)
 """Of coordinates over the shorter side: the greater, the finer the pattern."""
 _SHARED = 16
 """Pictures, by number, whose objects choose from the same surfaces: those are what takes time."""
-_NETWORKS = 8
+_NETWORKS = 4
 """For as many pictures."""
 _ANGLES = 256
 """Directions in which an outline is kept."""
@@ -100,7 +100,7 @@ class Scenes(Source):
             part.copy_(torch.where(shape.covers(y[rows], x[columns]), surface, part))
         picture = _blurred(picture, 3) if uniform_in((0, 1), generator) < .5 else picture
         picture = picture - picture.mean((-2, -1), keepdim=True)
-        spread = picture.square().mean().sqrt().clamp(min=1e-6)
+        spread = picture.square().mean().sqrt().clamp(min=.01)  # of one colour, it stays so
         return picture * (uniform_in(self.contrast, generator) / spread) + uniform_in((-0.6, 0.6), generator)
 
     def _radius(self, generator: torch.Generator) -> float:
@@ -110,31 +110,26 @@ class Scenes(Source):
     def _surfaces(self, size: Tuple[int, int], channels: int, generator: torch.Generator) -> Tensor:
         """Patterns that the objects of some pictures share, (n, C, H, W), and noise among them; zero mean and unit spread each."""
         patterns = [pattern_maps(size, 2, channels, self.color_correlation, generator) for _ in range(_NETWORKS)]
-        grain = [power_law_noise(1, size, uniform_in((0.6, 1.6), generator), generator) for _ in range(_NETWORKS // 2)]
+        grain = [power_law_noise(1, size, uniform_in((0.6, 1.6), generator), generator) for _ in range(2)]
         return torch.cat([*patterns, torch.stack(grain).expand(-1, channels, -1, -1)])
 
     def _clad(self, surfaces: Tensor, y: Tensor, x: Tensor, part: Tuple[slice, slice], generator: torch.Generator) -> Tensor:
-        """Some rows and columns of a surface, moved around, in a colour of its own and shaded, (C, rows, columns)."""
+        """For some rows and columns of the picture a piece of a surface, in a colour of its own and shaded, (C, rows, columns)."""
         colour = correlated(torch.randn(surfaces.shape[1], generator=generator), 0.75)
         which, *moved = torch.rand(3, generator=generator).tolist()
-        rows, columns = (_mirrored(torch.arange(piece.start, piece.stop) + int(by * 2 * size), size)
-                         for piece, by, size in zip(part, moved, surfaces.shape[2:]))
-        pattern = surfaces[int(which * len(surfaces))][:, rows][:, :, columns]
+        pattern = surfaces[int(which * len(surfaces))]
+        for axis, (piece, share) in enumerate(zip(part, moved), 1):
+            length = piece.stop - piece.start
+            pattern = pattern.narrow(axis, int(share * (pattern.shape[axis] - length + 1)), length)
         turn, slope = uniform_in((0, 2 * math.pi), generator), 2 * uniform_in((0, self.shading), generator)
         light = (y[part[0]] - .5) * (slope * math.sin(turn)) + (x[part[1]] - .5) * (slope * math.cos(turn))
-        return pattern.mul_(uniform_in(self.texture, generator)).add_(colour[:, None, None]).add_(light)
+        return (pattern * uniform_in(self.texture, generator)).add_(colour[:, None, None]).add_(light)
 
 
 def _coordinates(size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
     """y (H, 1) and x (1, W) of the pixels' middles, the shorter side from 0 to 1."""
     height, width = size
     return (torch.arange(height) + .5).unsqueeze(1) / min(size), (torch.arange(width) + .5) / min(size)
-
-
-def _mirrored(places: Tensor, size: int) -> Tensor:
-    """Places on a line that goes to and fro between 0 and ``size``: a pattern laid out so has no seams."""
-    places = places % (2 * size)
-    return torch.minimum(places, 2 * size - 1 - places)
 
 
 def _reached(places: Tensor, middle: float, reach: float) -> slice:
@@ -147,8 +142,11 @@ def _blurred(picture: Tensor, side: int) -> Tensor:
     """Means over squares of ``side`` pixels, an odd number; (C, H, W) to the same."""
     if side == 1:
         return picture
-    picture = F.pad(picture.unsqueeze(0), (side // 2, ) * 4, mode='replicate')
-    return F.avg_pool2d(F.avg_pool2d(picture, (side, 1), 1), (1, side), 1)[0]  # rows, then columns: pooling takes side operations
+    picture = F.pad(picture.unsqueeze(0), (side // 2 + 1, side // 2) * 2, mode='replicate')[0]
+    for axis, size in ((-2, picture.shape[-2]), (-1, picture.shape[-1])):
+        sums = picture.cumsum(axis)  # differences of running sums: as fast for a large square as for a small one
+        picture = sums.narrow(axis, side, size - side) - sums.narrow(axis, 0, size - side)
+    return picture.div_(side**2)
 
 
 # ---------------------------------------------------------------------- patterns
