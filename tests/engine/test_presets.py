@@ -56,12 +56,12 @@ def test_fast_makes_nothing_out_of_the_model():
     assert fast['rounding'] == 'auto' and not fast['iters'] and not fast['evolve_every']
 
 
-def test_best_rounds_on_scenes_and_dead_leaves():
+def test_best_draws_pictures_of_three_kinds():
     best = resolve_dfq('best')
     assert best['rounding'] == 'auto' and not best['iters'] and not best['evolve_every']
     assert (best['lr'], best['vector_lr']) == (0., 1e-3), 'codes stay where steps are asked for'
     source = source_of(best['samples'])
-    assert source.procedural and [type(member).__name__ for member in source.sources] == ['Scenes', 'DeadLeaves']
+    assert source.procedural and [type(member).__name__ for member in source.sources] == ['Scenes', 'DeadLeaves', 'PinkNoise']
     assert best['calibration_samples'] > resolve_dfq('fast')['calibration_samples']
 
 
