@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Scenes: a few large shapes with soft outlines before a background, all clad in patterns that small random networks draw."""
+"""Scenes: a few large shapes with wavy outlines before a background, all clad in patterns that small random networks draw."""
 import math
 from typing import Callable, NamedTuple, Optional, Sequence, Tuple
 
