@@ -62,6 +62,7 @@ def draw(found: Mapping[Tuple[str, str], Mapping[str, Spread]], titles: Mapping[
         axes.set_title(f'{model}, {bits}', fontsize=11)
         axes.grid(axis='x', color='#d8dde2')
         axes.set_axisbelow(True)
+        axes.locator_params(axis='x', nbins=5)
         for side in ('top', 'right', 'left'):
             axes.spines[side].set_visible(False)
         axes.tick_params(length=0)
