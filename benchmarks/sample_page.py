@@ -297,7 +297,7 @@ def page_of(sources: Sequence[Source], model: str) -> str:
 
 
 # ---------------------------------------------------------------------- the PNG
-WIDTH, GAP, EDGE, TITLE, CAPTION, AXES = 1120, 4, 14, 46, 22, 320  # pixels
+WIDTH, GAP, EDGE, TITLE, TOLD, CAPTION, AXES = 1120, 4, 14, 46, 16, 22, 320  # pixels
 INK, SOFT = '#1d1f21', '#5b6166'
 
 
@@ -307,6 +307,11 @@ def _cells(source: Source, cell: int) -> List[np.ndarray]:
             for p, _ in source.pictures]
 
 
+def _told(source: Source) -> List[str]:
+    """What students got out of a source, a line for each precision."""
+    return source.student.split('; ') if source.student else []
+
+
 def draw(sources: Sequence[Source]) -> np.ndarray:
     """Pictures, two sources a row, and the chart in what is left of the last row or below; (H, 1120, 3), uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -314,7 +319,7 @@ def draw(sources: Sequence[Source]) -> np.ndarray:
     panel = (WIDTH - 3 * EDGE) // 2
     cell = (panel - (COLUMNS - 1) * GAP) // COLUMNS
     panels = [(source, _cells(source, cell)) for source in sources if source.pictures]
-    above = TITLE + (16 if any(source.student for source in sources) else 0)
+    above = TITLE + TOLD * max(len(_told(source)) for source in sources)
     heights = [above + -(-len(cells) // COLUMNS) * (max(len(c) for c in cells) + CAPTION) for _, cells in panels]
     rows = [max(heights[i:i + 2]) for i in range(0, len(heights), 2)]
     beside = len(panels) % 2 == 1
@@ -334,8 +339,8 @@ def draw(sources: Sequence[Source]) -> np.ndarray:
         share = '' if source.agreement is None else f', {source.agreement:.0%} classified as labelled'
         put(left, top + 21, f'similarity {_signed(source.mean)}, spread {source.spread:.2f}, entropy '
             f'{_signed(source.density.entropy)}{share}', 8.5, SOFT)
-        if source.student:
-            put(left, top + 37, source.student, 8.5, SOFT)
+        for line, words in enumerate(_told(source)):
+            put(left, top + 37 + TOLD * line, words, 8.5, SOFT)
         tallest = max(len(c) for c in cells)
         for place, (picture, (_, caption)) in enumerate(zip(cells, source.pictures)):
             x, y = left + place % COLUMNS * (cell + GAP), top + above + place // COLUMNS * (tallest + CAPTION)
@@ -351,8 +356,8 @@ def draw(sources: Sequence[Source]) -> np.ndarray:
 def _chart(figure, sources: Sequence[Source], box: Tuple[int, int, int, int], height: int) -> None:
     left, top, wide, high = box
     names = wide // 200  # side by side in the legend
-    unseen = next((source.student for source in sources if source.name == REAL), '')
-    above = (44 if unseen else 28) + 17 * -(-len(sources) // names)
+    unseen = next((_told(source) for source in sources if source.name == REAL), [])
+    above = 28 + TOLD * len(unseen) + 17 * -(-len(sources) // names)
     axes = figure.add_axes(((left + 46) / WIDTH, 1 - (top + high - 40) / height, (wide - 52) / WIDTH, (high - 40 - above) / height))
     for source in sources:
         colour, dashes = LINES[source.style]
@@ -371,8 +376,9 @@ def _chart(figure, sources: Sequence[Source], box: Tuple[int, int, int, int], he
     for side in ('top', 'right'):
         axes.spines[side].set_visible(False)
     axes.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=names, fontsize=8.5, frameon=False, borderpad=0, labelspacing=.3)
-    if unseen:
-        figure.text((left + 46) / WIDTH, 1 - (top + 19) / height, f'{REAL}: {unseen}', fontsize=8.5, color=SOFT, va='top', parse_math=False)
+    for line, words in enumerate(unseen):
+        figure.text(left / WIDTH, 1 - (top + 19 + TOLD * line) / height, f'{REAL}: {words}', fontsize=8.5, color=SOFT, va='top',
+                    parse_math=False)
     figure.text((left + 46) / WIDTH, 1 - top / height, f'Density of patch similarity, {sources[0].density.name}', fontsize=11.5,
                 color=INK, va='top')
 
