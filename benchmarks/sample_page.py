@@ -35,7 +35,8 @@ from psaq_mm.visualization import BlockDensity, Curve, Picture, area_chart, simi
 from psaq_mm.visualization.page import legend, page, picture_grid, table, text  # noqa: E402
 
 COLUMNS = 3  # pictures side by side, and classes shown
-TITLES = dict(gaussian='Gaussian noise', pink='1/f noise', dead_leaves='Dead leaves', scenes='Scenes', mixture='Half 1/f noise, half dead leaves')
+TITLES = dict(gaussian='Gaussian noise', pink='1/f noise', dead_leaves='Dead leaves', scenes='Scenes',
+              mixture='Half 1/f noise, half dead leaves')
 MADE_HERE = ('gaussian', 'pink')
 NOISE_COUNT = 32
 REAL = 'real images'

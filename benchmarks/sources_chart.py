@@ -37,7 +37,7 @@ def panels(rows: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> Dict[Tu
     """By (model, bits) and source the spread of the agreement with full precision, nothing trained."""
     found: Dict[Tuple[str, str], Dict[str, Dict[int, float]]] = {}
     for row in rows:
-        if row['source'] in sources and row['steps'] == 0 and row.get('agreement') is not None:
+        if row['source'] in sources and row['steps'] == 0 and row['agreement'] is not None:
             # A detector has a row a metric, all with one agreement.
             found.setdefault((row['model'], row['bits']), {}).setdefault(row['source'], {})[row['seed']] = row['agreement']
     return {key: {name: Spread(min(seeds.values()), sum(seeds.values()) / len(seeds), max(seeds.values()), len(seeds))

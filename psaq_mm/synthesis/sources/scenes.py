@@ -10,12 +10,13 @@ from torch import Tensor
 from psaq_mm.errors import DataError
 from psaq_mm.synthesis.normalization import ImageSpec
 from psaq_mm.synthesis.sources.base import Make, Source, checked_size, mixed, number_seed
-from psaq_mm.synthesis.sources.noise import bounds, check_correlation, correlated, power_law_noise, uniform_in
+from psaq_mm.synthesis.sources.noise import bounds, correlated, power_law_noise, uniform_in
 
 __all__ = ['Scenes', 'outline', 'pattern_maps']
 
 _ACTIVATIONS: Tuple[Callable[[Tensor], Tensor], ...] = (
-    torch.sin, torch.cos, torch.tanh, torch.abs, torch.relu, torch.frac, lambda x: torch.sin(3 * x), lambda x: torch.exp(-x * x), lambda x: x)
+    torch.sin, torch.cos, torch.tanh, torch.abs, torch.relu, torch.frac, lambda x: torch.sin(3 * x),
+    lambda x: torch.exp(-x * x), lambda x: x)
 _WIDTH = 12
 """Units of a layer."""
 _EXTENT = (0.8, 12.)
@@ -70,7 +71,7 @@ class Scenes(Source):
             raise DataError(f'objects={objects} must be (least, greatest) number of shapes, 0 .. 1000')
         self.radius = bounds('radius', radius, 0.005, 1.)
         self.texture, self.contrast = bounds('texture', texture, 0., 10.), bounds('contrast', contrast, 0., 10.)
-        self.color_correlation = tuple(check_correlation(c) for c in bounds('color_correlation', color_correlation, 0., 1.))
+        self.color_correlation = bounds('color_correlation', color_correlation, 0., 1.)
         self.roughness, self.shading = bounds('roughness', roughness, 0., 2.)[1], bounds('shading', shading, 0., 10.)[1]
 
     def draw(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int = 0,
