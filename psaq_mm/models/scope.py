@@ -12,7 +12,7 @@ from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
 
 __all__ = ['scope_filter', 'find_backbone', 'first_layer_name', 'check_backbone', 'check_scope', 'dense_head_name',
-           'is_query_based']
+           'is_query_based', 'network_of']
 
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
 """Parts that are not used at test time: they stay float in every scope."""
@@ -39,7 +39,7 @@ def find_backbone(model: nn.Module) -> nn.Module:
     return getattr(model, 'backbone', model)
 
 
-def _network(backbone: nn.Module) -> nn.Module:
+def network_of(backbone: nn.Module) -> nn.Module:
     """The network that does the work: timm's, inside what mmpretrain and timm wrap around it."""
     if class_named(backbone, _TIMM_BACKBONE):
         backbone = backbone.timm_model
@@ -66,7 +66,7 @@ def check_backbone(model: nn.Module) -> None:
         UnsupportedModelError: The backbone is none of the supported ones, or one of its attention modules is not; the message
             names it. Quantizing only its convolutions and linears would leave its attention float without a word.
     """
-    net = _network(find_backbone(model))
+    net = network_of(find_backbone(model))
     name = class_named(net, SUPPORTED_BACKBONES)
     kind = next((kind for kind in ARCHITECTURES if name in kind.backbones), None)
     if name is None or (kind is not None and not kind.has_blocks(net)):

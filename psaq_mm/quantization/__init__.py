@@ -13,6 +13,7 @@ from .primitives import choose_qparams, dequantize, fake_quantize, qrange, quant
 from .quantizers import AffineQuantizer, LogQuantizer, Quantizer
 from .ranges import learn_ranges_, learned_ranges, update_ranges_
 from .reparam import ReparameterizedQuantizer, norm_before, norm_feeds, reparameterize_
+from .rotation import StreamReader, random_rotation, rotate_heads_, rotate_stream_
 from .rounding import RoundedLayer, compensated_rounding, round_weights_
 from .spec import RECIPES, LayerSpec, Override, QuantSpec
 
@@ -21,10 +22,10 @@ __all__ = [
     'ChannelPercentileObserver', 'ConversionReport', 'FloatLayer', 'LayerSpec', 'LogObserver', 'LogQuantizer',
     'MSEObserver', 'MinMaxObserver', 'Override', 'PercentileObserver', 'QuantConv2d', 'QuantConvTranspose2d',
     'QuantLinear', 'QuantMatMul', 'QuantSpec', 'QuantizedLayer', 'Quantizer', 'RECIPES', 'ReparameterizedQuantizer',
-    'RoundedLayer', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge',
+    'RoundedLayer', 'StreamReader', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge',
     'attention_products', 'build_channel_observer', 'build_observer', 'calibrate', 'choose_qparams',
     'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation',
     'hold_weights', 'is_quantized_layer', 'is_quantizer_key', 'learn_ranges_', 'learned_ranges', 'log2_form', 'log_dequantize',
     'log_quantize', 'norm_before', 'norm_feeds', 'qrange', 'quantize', 'quantize_', 'quantize_output_', 'quantizer_state_keys', 'quantizers',
-    'register_adapter', 'reparameterize_', 'round_weights_', 'row_importance', 'set_mode', 'update_ranges_'
+    'random_rotation', 'register_adapter', 'reparameterize_', 'rotate_heads_', 'rotate_stream_', 'round_weights_', 'row_importance', 'set_mode', 'update_ranges_'
 ]

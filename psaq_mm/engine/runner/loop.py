@@ -18,7 +18,7 @@ from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.engine.real_images import TrainingImages, training_images
 from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, reads_rgb
 from psaq_mm.errors import CheckpointError, ConfigError
-from psaq_mm.models import TaskModel, spec_of
+from psaq_mm.models import TaskModel, rotate_model_, spec_of
 from psaq_mm.quantization import set_mode, update_ranges_
 from psaq_mm.quantization.reduction import broadcast_, ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
@@ -114,6 +114,8 @@ class DataFreeTrainLoop(BaseLoop):
         log_interval: Synthesis steps between two lines of the log.
         accumulative_counts: Batches of ``batch_size`` that one student step is made of, for a device that cannot hold them at once; as
             many times as large a batch gives the same step.
+        rotate: Whether the weights are rotated first, by rotations drawn from ``seed``: :func:`psaq_mm.models.rotate_model_`. Teacher and
+            student are the same function as before, and both are rotated.
         amp: ``'bfloat16'`` or ``'float16'`` runs teacher and student under autocast in the student's steps; synthesis, calibration and
             all quantizers stay in float32. float16 needs an ``AmpOptimWrapper``, which scales the loss.
         **settings: Fields of :class:`psaq_mm.distillation.CoEvolutionSettings`.
@@ -124,7 +126,8 @@ class DataFreeTrainLoop(BaseLoop):
                  block_stride: int = 3, model_config: Optional[Mapping] = None, dropped_hooks: Sequence[str] = (),
                  samples: Union[None, str, Mapping, Sequence] = None, save_samples: bool = False, seed: int = 0,
                  val_interval: int = 0, log_interval: int = 10, fresh: Union[float, Mapping] = 0.,
-                 max_seconds: Optional[float] = None, accumulative_counts: int = 1, amp: Optional[str] = None, **settings):
+                 max_seconds: Optional[float] = None, accumulative_counts: int = 1, amp: Optional[str] = None,
+                 rotate: bool = False, **settings):
         self._pool_dataset = _PoolDataset()
         super().__init__(runner, DataLoader(self._pool_dataset))
         self._max_iters, self._iter, self._epoch = int(max_iters), 0, 0
@@ -144,7 +147,9 @@ class DataFreeTrainLoop(BaseLoop):
             raise ConfigError(f'dfq.amp={amp!r} is not known: use bfloat16, float16, or None for float32 throughout')
         if accumulative_counts < 1:
             raise ConfigError(f'dfq.accumulative_counts={accumulative_counts} must be at least 1')
-        self.amp, self.accumulative_counts = amp, int(accumulative_counts)
+        if not isinstance(rotate, bool):
+            raise ConfigError(f'dfq.rotate={rotate!r} must be True or False')
+        self.amp, self.accumulative_counts, self.rotate = amp, int(accumulative_counts), rotate
         self.model_config, self.seed, self.log_interval = model_config, seed, log_interval
         self._resumed: Optional[Dict[str, Any]] = None
         self.evolution: Optional[CoEvolution] = None
@@ -190,13 +195,19 @@ class DataFreeTrainLoop(BaseLoop):
             self.teacher_config['sha256'] = found
         if self._resumed is None:
             load_weights(self.model, checkpoint, path)
+            self._rotate(self.model)
         teacher = copy.deepcopy(self.model)
         if self._resumed is not None:
             load_weights(teacher, checkpoint, path)  # the copy has the weights of a student that has learned
+            self._rotate(teacher)
         set_mode(teacher, 'off')
         teacher.requires_grad_(False)
         self._pool_dataset.metainfo = dict(checkpoint['meta'].get('dataset_meta') or {})
         return _tune(teacher)
+
+    def _rotate(self, model: nn.Module) -> None:
+        if self.rotate:
+            print_log(f'Rotated {rotate_model_(_tune(model), tuple(self.settings_given["size"]), self.seed)}', 'current')
 
     def _prepare(self) -> None:
         teacher, student = self._load_teacher(), _tune(self.model)

@@ -13,16 +13,16 @@ from .edges import add_residual_edges, mark_ffn, mark_norm
 from .match import Architecture, class_named
 from .swin import QuantWindowMSAMixin, convert_window_attention, valid_query_rows
 
-__all__ = ['TIMM_SWIN_ARCHITECTURES', 'QuantTimmWindowAttentionMixin', 'QuantTimmSwinBlockMixin']
+__all__ = ['TIMM_SWIN', 'TIMM_SWIN_ARCHITECTURES', 'QuantTimmWindowAttentionMixin', 'QuantTimmSwinBlockMixin']
 
-_BACKBONE = ('timm.models.swin_transformer.SwinTransformer', )
+TIMM_SWIN = ('timm.models.swin_transformer.SwinTransformer', )
 _ATTENTION = ('timm.models.swin_transformer.WindowAttention', )
 _BLOCK = ('timm.models.swin_transformer.SwinTransformerBlock', )
 _PATCH_MERGING = ('timm.models.swin_transformer.PatchMerging', )
 
 # With features_only=True, timm takes the model apart: only its stages are left, as layers_0, layers_1, ...
 TIMM_SWIN_ARCHITECTURES = (
-    Architecture(_BACKBONE + ('timm.models._features.FeatureListNet', ), r'layers[._]\d+\.blocks\.\d+', _BLOCK, _ATTENTION), )
+    Architecture(TIMM_SWIN + ('timm.models._features.FeatureListNet', ), r'layers[._]\d+\.blocks\.\d+', _BLOCK, _ATTENTION), )
 
 
 class QuantTimmWindowAttentionMixin(QuantWindowMSAMixin):

@@ -13,15 +13,15 @@ from psaq_mm.quantization import adopt, apply_edge, attention_products, register
 from .edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
 from .match import Architecture, class_named
 
-__all__ = ['TIMM_VIT_ARCHITECTURES', 'QuantTimmAttentionMixin', 'QuantTimmBlockMixin']
+__all__ = ['TIMM_VIT_ARCHITECTURES', 'TIMM_VIT_BACKBONES', 'QuantTimmAttentionMixin', 'QuantTimmBlockMixin']
 
-_BACKBONES = ('timm.models.vision_transformer.VisionTransformer', 'timm.models.deit.VisionTransformerDistilled')
+TIMM_VIT_BACKBONES = ('timm.models.vision_transformer.VisionTransformer', 'timm.models.deit.VisionTransformerDistilled')
 # Newer versions of timm have moved the attention among the layers.
 _ATTENTION = ('timm.models.vision_transformer.Attention', 'timm.layers.attention.Attention')
 _BLOCK = ('timm.models.vision_transformer.Block', )
 _PATCH_EMBED = ('timm.layers.patch_embed.PatchEmbed', )
 
-TIMM_VIT_ARCHITECTURES = (Architecture(_BACKBONES, r'blocks\.\d+', _BLOCK, _ATTENTION), )
+TIMM_VIT_ARCHITECTURES = (Architecture(TIMM_VIT_BACKBONES, r'blocks\.\d+', _BLOCK, _ATTENTION), )
 
 
 class QuantTimmAttentionMixin:
@@ -88,5 +88,5 @@ def _convert_patch_embed(module: nn.Module, name: str, spec) -> nn.Module:
 
 register_adapter(lambda m: class_named(m, _ATTENTION) is not None, _convert_attention)
 register_adapter(lambda m: class_named(m, _BLOCK) is not None, _convert_block)
-register_adapter(lambda m: class_named(m, _BACKBONES) is not None, _convert_backbone)
+register_adapter(lambda m: class_named(m, TIMM_VIT_BACKBONES) is not None, _convert_backbone)
 register_adapter(lambda m: class_named(m, _PATCH_EMBED) is not None, _convert_patch_embed)

@@ -1,0 +1,183 @@
+"""Rotations of a transformer's inner coordinates: the same function in full precision, with weights that few bits hold better.
+
+What a transformer computes does not hang on the axes of its residual stream, nor on those of a head's queries, keys and values: an
+orthogonal matrix may stand between any layer that writes there and every layer that reads, folded into the weights of both. A
+weight or token that sticks out on one axis is then spread over all of them, so that ranges narrow and steps shrink (QuaRot, Ashkboos
+et al., arXiv 2404.00456, section 3; SliceGPT, arXiv 2401.15024, section 3, for why the norms allow it). LayerNorm takes the mean out,
+which is the direction (1, ..., 1): rotations of a stream leave that direction where it is, and LayerNorm between rotated tokens is the
+rotated LayerNorm, no mean to be moved elsewhere first.
+
+A token is a row x here, and x R the rotated one.
+"""
+import math
+from typing import NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError
+
+__all__ = ['StreamReader', 'random_rotation', 'rotate_heads_', 'rotate_stream_']
+
+MIN_GAIN = 1e-3
+"""Of a LayerNorm, beside its greatest: offsets are divided by gains where zeros are padded to what it gives."""
+
+
+class StreamReader(NamedTuple):
+    """A LayerNorm that reads a residual stream, and the layers that read it.
+
+    Attributes:
+        norm: With gain and offset.
+        layers: Linear layers and convolutions; every reader of ``norm``. One that reads more channels has those of ``norm`` first.
+        tokens: How many tokens of the stream the norm spans: 4 in Swin's patch merging.
+        interleaved: Whether those lie beside each other channel by channel, as ``nn.Unfold`` gives them, and not one after the other.
+        padded: Whether zeros join its output as tokens or positions of their own, by window or convolution: they have to stay zeros.
+    """
+    norm: nn.LayerNorm
+    layers: Tuple[nn.Module, ...]
+    tokens: int = 1
+    interleaved: bool = False
+    padded: bool = False
+
+
+def random_rotation(size: int, generator: Optional[torch.Generator] = None, keep_mean: bool = False) -> Tensor:
+    """An orthogonal matrix, uniformly distributed (Haar measure; Mezzadri, arXiv math-ph/0609050, section 5).
+
+    Args:
+        size: Its width, at least 1.
+        generator: Source of randomness, on the CPU.
+        keep_mean: Only among those that map (1, ..., 1) onto itself, with which LayerNorm commutes.
+
+    Returns:
+        (size, size), float64, on the CPU.
+    """
+    if size < 1:
+        raise DataError(f'size={size} of a rotation must be at least 1')
+    if not keep_mean:
+        return _haar(size, generator)
+    first = torch.zeros(size, size, dtype=torch.float64)
+    first[:, 0] = 1 / math.sqrt(size)
+    first[:, 1:] = torch.randn(size, size - 1, generator=generator, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(first)
+    inner = torch.eye(size, dtype=torch.float64)
+    inner[1:, 1:] = _haar(size - 1, generator)
+    return basis @ inner @ basis.T
+
+
+def _haar(size: int, generator: Optional[torch.Generator]) -> Tensor:
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return q * torch.sign(r.diagonal())  # without the signs, qr's own choice of them would show
+
+
+@torch.no_grad()
+def rotate_heads_(qkv: nn.Linear, proj: nn.Linear, heads: int, generator: Optional[torch.Generator] = None, *, scores: bool = True,
+                  values: bool = True) -> None:
+    """Rotate the queries with the keys, and the values with what reads them, each head by a rotation of its own, in place.
+
+    Args:
+        qkv: Outputs (3, heads, width): queries, keys, values.
+        proj: Reads the heads' outputs, (heads, width).
+        heads: Their number.
+        generator: Source of randomness, on the CPU.
+        scores: Whether queries and keys are rotated; not where something stands between them and their product, as a norm.
+        values: The same of values and ``proj``.
+
+    Raises:
+        DataError: The layers' widths do not fit.
+    """
+    inner = proj.weight.shape[1]
+    if qkv.weight.shape[0] != 3 * inner or inner % heads:
+        raise DataError(f'qkv of {qkv.weight.shape[0]} outputs and proj of {inner} inputs are not those of {heads} heads of one width')
+    width = inner // heads
+    turned, read = qkv.weight.double().cpu().clone(), proj.weight.double().cpu().clone()
+    offset = None if qkv.bias is None else qkv.bias.double().cpu().clone()
+
+    def turn(start: int, rotation: Tensor) -> None:
+        part = slice(start, start + width)
+        turned[part] = rotation.T @ turned[part]
+        if offset is not None:
+            offset[part] = rotation.T @ offset[part]
+
+    for start in range(0, inner, width):
+        if scores:
+            rotation = random_rotation(width, generator)
+            turn(start, rotation)
+            turn(inner + start, rotation)
+        if values:
+            rotation = random_rotation(width, generator)
+            turn(2 * inner + start, rotation)
+            read[:, start:start + width] = read[:, start:start + width] @ rotation
+    qkv.weight.copy_(turned)
+    proj.weight.copy_(read)
+    if offset is not None:
+        qkv.bias.copy_(offset)
+
+
+@torch.no_grad()
+def rotate_stream_(rotation: Tensor, writers: Sequence[nn.Module], tokens: Sequence[Tensor], readers: Sequence[StreamReader]) -> None:
+    """Rotate a residual stream, in place: everything that writes to it, and everything that reads it.
+
+    LayerNorms that read end with gains of 1. Their offsets move into the layers behind them, or stay, rotated, where that has no bias
+    or zeros are padded between the two.
+
+    Args:
+        rotation: (channels, channels), orthogonal, with (1, ..., 1) as a fixed point: :func:`random_rotation` with ``keep_mean``.
+        writers: Linear layers and convolutions whose outputs are added to the stream.
+        tokens: Parameters that are added to it, (..., channels).
+        readers: Every LayerNorm that reads it. Nothing else may.
+
+    Raises:
+        DataError: Shapes do not fit, the rotation moves (1, ..., 1), or an offset has to stay beside a gain of 0. Nothing is changed then.
+    """
+    size = len(rotation)
+    rotation = rotation.double().cpu()
+    ones = torch.ones(size, dtype=torch.float64)
+    if rotation.shape != (size, size) or not torch.allclose(ones @ rotation, ones, atol=1e-9):
+        raise DataError('The rotation of a residual stream has to be square and keep (1, ..., 1) where it is: the mean that LayerNorm takes out')
+    for layer in writers:
+        if layer.weight.shape[0] != size:
+            raise DataError(f'A layer of {layer.weight.shape[0]} outputs does not write to a stream of {size} channels')
+    for reader in readers:
+        _check_reader(reader, size)
+    for layer in writers:
+        layer.weight.copy_(torch.einsum('oc,o...->c...', rotation, layer.weight.double().cpu()))
+        if layer.bias is not None:
+            layer.bias.copy_(layer.bias.double().cpu() @ rotation)
+    for token in tokens:
+        token.copy_(token.double().cpu() @ rotation)
+    for reader in readers:
+        _turn_reader(reader, rotation)
+
+
+def _offset_stays(reader: StreamReader) -> bool:
+    offset = bool((reader.norm.bias != 0).any())
+    return offset and (reader.padded or any(layer.bias is None for layer in reader.layers))
+
+
+def _check_reader(reader: StreamReader, size: int) -> None:
+    norm, wide = reader.norm, size * reader.tokens
+    if getattr(norm, 'weight', None) is None or getattr(norm, 'bias', None) is None or norm.weight.shape != (wide, ):
+        raise DataError(f'A reader of {reader.tokens} tokens of {size} channels has to be a LayerNorm of {wide}, with gain and offset')
+    if any(layer.weight.shape[1] < wide for layer in reader.layers):
+        raise DataError(f'A layer behind a LayerNorm of {wide} channels reads fewer')
+    gain = norm.weight.abs()
+    if _offset_stays(reader) and bool(((gain <= MIN_GAIN * gain.max()) & (norm.bias != 0)).any()):
+        raise DataError('A LayerNorm has a gain of 0 beside an offset that has to stay in it')
+
+
+def _turn_reader(reader: StreamReader, rotation: Tensor) -> None:
+    norm, wide = reader.norm, len(rotation) * reader.tokens
+    several = torch.eye(reader.tokens, dtype=torch.float64)
+    whole = torch.kron(rotation, several) if reader.interleaved else torch.kron(several, rotation)
+    gain, offset = norm.weight.double().cpu(), norm.bias.double().cpu()
+    stays = _offset_stays(reader)
+    for layer in reader.layers:
+        weight = layer.weight.double().cpu().clone()
+        part = weight[:, :wide].clone()
+        if not stays and layer.bias is not None:
+            layer.bias.copy_(layer.bias.double().cpu() + torch.einsum('oi...,i->o', part, offset))
+        scaled = torch.einsum('oi...,i->oi...', part, gain)
+        weight[:, :wide] = torch.einsum('oi...,ij->oj...', scaled, whole)
+        layer.weight.copy_(weight)
+    norm.weight.fill_(1)
+    norm.bias.copy_(torch.where(offset != 0, offset / gain, offset) @ whole if stays else torch.zeros_like(offset))
