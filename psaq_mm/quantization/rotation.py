@@ -72,7 +72,9 @@ def _haar(size: int, generator: Optional[torch.Generator]) -> Tensor:
 @torch.no_grad()
 def rotate_heads_(qkv: nn.Linear, proj: nn.Linear, heads: int, generator: Optional[torch.Generator] = None, *, scores: bool = True,
                   values: bool = True) -> None:
-    """Rotate the queries with the keys, and the values with what reads them, each head by a rotation of its own, in place.
+    """Rotate the queries with the keys, and the values with what reads them, in place.
+
+    All heads alike: the mean of their outputs is then rotated too, and what PSAQ-ViT reads off it, the similarity of its patches, stays.
 
     Args:
         qkv: Outputs (3, heads, width): queries, keys, values.
@@ -92,21 +94,21 @@ def rotate_heads_(qkv: nn.Linear, proj: nn.Linear, heads: int, generator: Option
     turned, read = qkv.weight.double().cpu().clone(), proj.weight.double().cpu().clone()
     offset = None if qkv.bias is None else qkv.bias.double().cpu().clone()
 
-    def turn(start: int, rotation: Tensor) -> None:
-        part = slice(start, start + width)
-        turned[part] = rotation.T @ turned[part]
-        if offset is not None:
-            offset[part] = rotation.T @ offset[part]
+    def turn(part: int, rotation: Tensor) -> None:
+        for start in range(part * inner, (part + 1) * inner, width):
+            rows = slice(start, start + width)
+            turned[rows] = rotation.T @ turned[rows]
+            if offset is not None:
+                offset[rows] = rotation.T @ offset[rows]
 
-    for start in range(0, inner, width):
-        if scores:
-            rotation = random_rotation(width, generator)
-            turn(start, rotation)
-            turn(inner + start, rotation)
-        if values:
-            rotation = random_rotation(width, generator)
-            turn(2 * inner + start, rotation)
-            read[:, start:start + width] = read[:, start:start + width] @ rotation
+    if scores:
+        rotation = random_rotation(width, generator)
+        turn(0, rotation)
+        turn(1, rotation)
+    if values:
+        rotation = random_rotation(width, generator)
+        turn(2, rotation)
+        read = (read.unflatten(1, (heads, width)) @ rotation).flatten(1)
     qkv.weight.copy_(turned)
     proj.weight.copy_(read)
     if offset is not None:

@@ -1,6 +1,7 @@
 """Rotating whole models: the same outputs, known streams, and weights that come back where something else reads them."""
 import pytest
 import torch
+import torch.nn.functional as F
 from classifier_models import MODELS, SIZES, build_classifier
 from mmengine.config import Config
 from tiny import CASCADE, DETECTOR, SEGMENTOR, build_full_precision
@@ -10,6 +11,7 @@ from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import TaskModel, quantize_model_, rotate_model_
 from psaq_mm.models.adapters.streams import streams_of
 from psaq_mm.quantization import quantizers, set_mode
+from psaq_mm.synthesis import AttentionTaps
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -91,6 +93,22 @@ def test_necks_that_are_not_known_leave_the_streams(text, reason):
     report = rotate_model_(model, (64, 96))
     assert report.streams == [] and len(report.left) == 4 and all(reason in line for line in report.left[-1:]), report
     assert report.heads == 2 * 1 + 2 * 2 + 4 + 8 and changed(before, run(model.backbone, images)) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['timm-vit', 'mmpretrain-swin'])
+def test_patch_similarity_is_what_it_was(name):
+    model = build_classifier(name)
+    images, found = torch.randn(2, 3, *[SIZES[name]] * 2), []
+    for rotated in (False, True):
+        if rotated:
+            rotate_model_(model, [SIZES[name]] * 2)
+        with torch.no_grad(), AttentionTaps(model).record(images) as record:
+            model(images)
+        found.append([tap.tokens for tap in record])
+    for plain, turned in zip(*found):
+        assert (plain - turned).abs().max() > 0.05 * plain.std()
+        torch.testing.assert_close(F.normalize(turned, dim=-1) @ F.normalize(turned, dim=-1).mT,
+                                   F.normalize(plain, dim=-1) @ F.normalize(plain, dim=-1).mT, rtol=0, atol=1e-4)
 
 
 def test_the_seed_alone_decides():
