@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import DataError, UnsupportedModelError
-from psaq_mm.models.adapters.streams import streams_of
+from psaq_mm.models.adapters.streams import is_identity, streams_of
 from psaq_mm.models.scope import find_backbone, network_of
 from psaq_mm.models.task import TaskModel
 from psaq_mm.quantization import quantizers, random_rotation, rotate_heads_, rotate_stream_
@@ -61,8 +61,8 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
     outputs = _outputs(model, parts, size)
     generator = torch.Generator().manual_seed(seed)
     for _, attention in find_attention(backbone):
-        scores = all(_is_plain(getattr(attention, name, None)) for name in ('q_norm', 'k_norm'))
-        values = _is_plain(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
+        scores = is_identity(getattr(attention, 'q_norm', None), getattr(attention, 'k_norm', None))
+        values = is_identity(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
         rotate_heads_(attention.qkv, attention.proj, attention.num_heads, generator, scores=scores, values=values)
         heads += attention.num_heads if scores or values else 0
     done = []
@@ -80,10 +80,6 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
         raise UnsupportedModelError(f'rotating {type(model).__name__} changed its outputs by {change:.1%} of their spread, so something '
                                     'reads its tokens that is not known here: set dfq.rotate=False')
     return RotationReport(heads, done, left)
-
-
-def _is_plain(module: object) -> bool:
-    return module is None or isinstance(module, nn.Identity)
 
 
 def _parts(model: nn.Module) -> Tuple[str, ...]:

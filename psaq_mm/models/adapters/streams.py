@@ -16,7 +16,7 @@ from .swin import SWIN_BACKBONES
 from .timm_swin import TIMM_SWIN
 from .timm_vit import TIMM_VIT_BACKBONES
 
-__all__ = ['Stream', 'streams_of']
+__all__ = ['Stream', 'is_identity', 'streams_of']
 
 _VITS = tuple(f'mmpretrain.models.backbones.{name}' for name in ('vision_transformer.VisionTransformer', 'deit.DistilledVisionTransformer'))
 _VIT_HEADS = tuple(f'mmpretrain.models.heads.{name}' for name in (
@@ -83,7 +83,7 @@ def _need(condition: object, reason: str) -> None:
         raise _Unknown(reason)
 
 
-def _plain(*modules: object) -> bool:
+def is_identity(*modules: object) -> bool:
     """Whether nothing is computed there: None or Identity."""
     return all(module is None or isinstance(module, nn.Identity) for module in modules)
 
@@ -92,7 +92,7 @@ def _ffn(ffn: nn.Module) -> Tuple[nn.Module, nn.Module]:
     """First and last layer of a feed-forward network."""
     if class_named(ffn, _TIMM_MLP):
         return ffn.fc1, ffn.fc2
-    _need(class_named(ffn, _FFN) and _plain(getattr(ffn, 'gamma2', None)), 'a feed-forward network of another kind, or with a LayerScale')
+    _need(class_named(ffn, _FFN) and is_identity(getattr(ffn, 'gamma2', None)), 'a feed-forward network of another kind, or with a LayerScale')
     linears = [layer for layer in ffn.layers.modules() if isinstance(layer, nn.Linear)]
     return linears[0], linears[-1]
 
@@ -107,14 +107,14 @@ def _stream(channels: int, writers: List[nn.Module], tokens: List[nn.Parameter],
 
 # ---------------------------------------------------------------------- ViT
 def _timm_vit(net: nn.Module) -> Stream:
-    _need(_plain(net.norm_pre, net.patch_embed.norm), 'a LayerNorm before the first block')
-    _need(_plain(getattr(net, 'attn_pool', None)) and isinstance(net.head, nn.Linear), 'no linear head that reads it')
-    norms = [norm for norm in (net.norm, net.fc_norm) if not _plain(norm)]
+    _need(is_identity(net.norm_pre, net.patch_embed.norm), 'a LayerNorm before the first block')
+    _need(is_identity(getattr(net, 'attn_pool', None)) and isinstance(net.head, nn.Linear), 'no linear head that reads it')
+    norms = [norm for norm in (net.norm, net.fc_norm) if not is_identity(norm)]
     _need(len(norms) == 1, 'not one LayerNorm before the head')
     heads = tuple(head for head in (net.head, getattr(net, 'head_dist', None)) if isinstance(head, nn.Linear))
     writers, readers = [net.patch_embed.proj], [StreamReader(norms[0], heads)]
     for block in net.blocks:
-        _need(_plain(block.ls1, block.ls2), 'a LayerScale')
+        _need(is_identity(block.ls1, block.ls2), 'a LayerScale')
         first, last = _ffn(block.mlp)
         readers += [StreamReader(block.norm1, (block.attn.qkv, )), StreamReader(block.norm2, (first, ))]
         writers += [block.attn.proj, last]
@@ -126,12 +126,12 @@ def _vit(model: nn.Module, net: nn.Module) -> Stream:
     head = getattr(model, 'head', None)
     _need(class_named(head, _VIT_HEADS) and getattr(model, 'neck', None) is None and net.out_type == 'cls_token' and net.final_norm
           and list(net.out_indices) == [len(net.layers) - 1], 'its tokens are read by more than a known head of class tokens')
-    _need(_plain(getattr(net, 'pre_norm', None), net.patch_embed.norm), 'a LayerNorm before the first block')
+    _need(is_identity(getattr(net, 'pre_norm', None), net.patch_embed.norm), 'a LayerNorm before the first block')
     linears = [getattr(head.layers, name, None) for name in ('pre_logits', 'head', 'head_dist')]
     behind = linears[:1] if linears[0] is not None else [layer for layer in linears if layer is not None]
     writers, readers = [net.patch_embed.projection], [StreamReader(net.ln1, tuple(behind))]
     for layer in net.layers:
-        _need(_plain(layer.attn.gamma1) and not layer.attn.v_shortcut, 'a LayerScale or a shortcut around the attention')
+        _need(is_identity(layer.attn.gamma1) and not layer.attn.v_shortcut, 'a LayerScale or a shortcut around the attention')
         first, last = _ffn(layer.ffn)
         readers += [StreamReader(layer.ln1, (layer.attn.qkv, )), StreamReader(layer.ln2, (first, ))]
         writers += [layer.attn.proj, last]
@@ -168,7 +168,7 @@ def _timm_swin_stage(net: nn.Module, number: int) -> Stream:
         merging = net.layers[number + 1].downsample
         readers.append(StreamReader(merging.norm, (merging.reduction, ), tokens=4))
     else:
-        _need(isinstance(getattr(net.head, 'fc', None), nn.Linear) and _plain(getattr(net.head, 'norm', None)), 'no linear head that reads it')
+        _need(isinstance(getattr(net.head, 'fc', None), nn.Linear) and is_identity(getattr(net.head, 'norm', None)), 'no linear head that reads it')
         readers.append(StreamReader(net.norm, (net.head.fc, )))
     return _stream(writers[0].weight.shape[0], writers, [], readers)
 
