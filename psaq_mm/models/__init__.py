@@ -7,5 +7,5 @@ from .rotation import RotationReport, rotate_model_
 from .task import TaskModel
 from . import sources
 
-__all__ = ['DeployedBackbone', 'Quantized', 'QuantSwinTransformer', 'RotationReport', 'TaskModel', 'deploy_model_', 'quantize_model_', 'report_of', 'rotate_model_', 'sources',
-           'spec_of']
+__all__ = ['DeployedBackbone', 'Quantized', 'QuantSwinTransformer', 'RotationReport', 'TaskModel', 'deploy_model_', 'quantize_model_',
+           'report_of', 'rotate_model_', 'sources', 'spec_of']

@@ -27,5 +27,6 @@ __all__ = [
     'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation',
     'hold_weights', 'is_quantized_layer', 'is_quantizer_key', 'learn_ranges_', 'learned_ranges', 'log2_form', 'log_dequantize',
     'log_quantize', 'norm_before', 'norm_feeds', 'qrange', 'quantize', 'quantize_', 'quantize_output_', 'quantizer_state_keys', 'quantizers',
-    'random_rotation', 'register_adapter', 'reparameterize_', 'rotate_heads_', 'rotate_stream_', 'round_weights_', 'row_importance', 'set_mode', 'update_ranges_'
+    'random_rotation', 'register_adapter', 'reparameterize_', 'rotate_heads_', 'rotate_stream_', 'round_weights_', 'row_importance',
+    'set_mode', 'update_ranges_'
 ]

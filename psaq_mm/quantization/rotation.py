@@ -91,28 +91,20 @@ def rotate_heads_(qkv: nn.Linear, proj: nn.Linear, heads: int, generator: Option
     if qkv.weight.shape[0] != 3 * inner or inner % heads:
         raise DataError(f'qkv of {qkv.weight.shape[0]} outputs and proj of {inner} inputs are not those of {heads} heads of one width')
     width = inner // heads
-    turned, read = qkv.weight.double().cpu().clone(), proj.weight.double().cpu().clone()
-    offset = None if qkv.bias is None else qkv.bias.double().cpu().clone()
-
-    def turn(part: int, rotation: Tensor) -> None:
-        for start in range(part * inner, (part + 1) * inner, width):
-            rows = slice(start, start + width)
-            turned[rows] = rotation.T @ turned[rows]
-            if offset is not None:
-                offset[rows] = rotation.T @ offset[rows]
-
+    layers = [qkv.weight] if qkv.bias is None else [qkv.weight, qkv.bias]
+    # (3, heads, width, inputs), a bias as a single input
+    parts = [value.double().cpu().reshape(3, heads, width, -1).clone() for value in layers]
     if scores:
         rotation = random_rotation(width, generator)
-        turn(0, rotation)
-        turn(1, rotation)
+        for part in parts:
+            part[:2] = rotation.T @ part[:2]
     if values:
         rotation = random_rotation(width, generator)
-        turn(2, rotation)
-        read = (read.unflatten(1, (heads, width)) @ rotation).flatten(1)
-    qkv.weight.copy_(turned)
-    proj.weight.copy_(read)
-    if offset is not None:
-        qkv.bias.copy_(offset)
+        for part in parts:
+            part[2] = rotation.T @ part[2]
+        proj.weight.copy_((proj.weight.double().cpu().unflatten(1, (heads, width)) @ rotation).flatten(1))
+    for value, part in zip(layers, parts):
+        value.copy_(part.view_as(value))
 
 
 @torch.no_grad()
@@ -174,8 +166,8 @@ def _turn_reader(reader: StreamReader, rotation: Tensor) -> None:
     gain, offset = norm.weight.double().cpu(), norm.bias.double().cpu()
     stays = _offset_stays(reader)
     for layer in reader.layers:
-        weight = layer.weight.double().cpu().clone()
-        part = weight[:, :wide].clone()
+        weight = layer.weight.double().cpu()
+        part = weight[:, :wide]
         if not stays and layer.bias is not None:
             layer.bias.copy_(layer.bias.double().cpu() + torch.einsum('oi...,i->o', part, offset))
         scaled = torch.einsum('oi...,i->oi...', part, gain)

@@ -8,11 +8,11 @@ from psaq_mm.quantization import edge_quantizer, feeds_activation, norm_feeds, q
 
 from .match import class_named
 
-__all__ = ['add_residual_edges', 'join', 'mark_ffn', 'mark_norm', 'quantize_outputs']
+__all__ = ['SEQUENTIAL_FFN', 'TIMM_MLP', 'add_residual_edges', 'join', 'mark_ffn', 'mark_norm', 'quantize_outputs']
 
-_SEQUENTIAL_FFN = ('mmcv.cnn.bricks.transformer.FFN', 'mmpretrain.models.backbones.deit3.DeiT3FFN')
+SEQUENTIAL_FFN = ('mmcv.cnn.bricks.transformer.FFN', 'mmpretrain.models.backbones.deit3.DeiT3FFN')
 _PACKED_GATE = ('mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN', 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFNFused')
-_TIMM_MLP = ('timm.layers.mlp.Mlp', )
+TIMM_MLP = ('timm.layers.mlp.Mlp', )
 _TIMM_PACKED_GATE = ('timm.layers.mlp.GluMlp', )
 
 
@@ -46,10 +46,10 @@ def mark_ffn(ffn: nn.Module, norm: Optional[nn.Module] = None) -> None:
         norm: LayerNorm whose output goes to the network alone, or None.
     """
     first, hidden = None, []
-    if class_named(ffn, _SEQUENTIAL_FFN):
+    if class_named(ffn, SEQUENTIAL_FFN):
         hidden = [layer[0] for layer in ffn.layers if isinstance(layer, nn.Sequential)]
         first = hidden[0]
-    elif class_named(ffn, _TIMM_MLP):
+    elif class_named(ffn, TIMM_MLP):
         first, hidden = ffn.fc1, [ffn.fc1]
     elif class_named(ffn, _TIMM_PACKED_GATE):
         first = ffn.fc1

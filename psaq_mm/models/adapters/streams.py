@@ -5,12 +5,13 @@ A ViT has one from its patch embedding to its head. A Swin has one a stage; the 
 single channels, and is left as it is. Stages end in norms that a neck or a head reads: where that is one known here, the stream may
 be rotated up to its convolutions.
 """
-from typing import Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from torch import nn
 
 from psaq_mm.quantization import StreamReader
 
+from .edges import SEQUENTIAL_FFN, TIMM_MLP
 from .match import class_named
 from .swin import SWIN_BACKBONES
 from .timm_swin import TIMM_SWIN
@@ -26,8 +27,6 @@ _LINEAR_HEADS = ('mmpretrain.models.heads.linear_head.LinearClsHead', )
 _FPN = ('mmdet.models.necks.fpn.FPN', )
 _UPER_HEADS = ('mmseg.models.decode_heads.uper_head.UPerHead', )
 _FCN_HEADS = ('mmseg.models.decode_heads.fcn_head.FCNHead', )
-_FFN = ('mmcv.cnn.bricks.transformer.FFN', )
-_TIMM_MLP = ('timm.layers.mlp.Mlp', )
 _BEHIND_A_NORM = 'it begins behind the LayerNorm of the patch embedding'
 
 
@@ -90,11 +89,19 @@ def is_identity(*modules: object) -> bool:
 
 def _ffn(ffn: nn.Module) -> Tuple[nn.Module, nn.Module]:
     """First and last layer of a feed-forward network."""
-    if class_named(ffn, _TIMM_MLP):
+    if class_named(ffn, TIMM_MLP):
         return ffn.fc1, ffn.fc2
-    _need(class_named(ffn, _FFN) and is_identity(getattr(ffn, 'gamma2', None)), 'a feed-forward network of another kind, or with a LayerScale')
+    _need(class_named(ffn, SEQUENTIAL_FFN) and is_identity(getattr(ffn, 'gamma2', None)), 'a feed-forward network of another kind, or with a LayerScale')
     linears = [layer for layer in ffn.layers.modules() if isinstance(layer, nn.Linear)]
     return linears[0], linears[-1]
+
+
+def _add_block(writers: List[nn.Module], readers: List[StreamReader], norm1: nn.Module, attention: nn.Module, norm2: nn.Module,
+               ffn: nn.Module, padded: bool = False) -> None:
+    """What a block adds to both lists; ``padded``: windows are, between the first norm and its projection."""
+    first, last = _ffn(ffn)
+    readers += [StreamReader(norm1, (attention.qkv, ), padded=padded), StreamReader(norm2, (first, ))]
+    writers += [attention.proj, last]
 
 
 def _stream(channels: int, writers: List[nn.Module], tokens: List[nn.Parameter], readers: List[StreamReader]) -> Stream:
@@ -115,9 +122,7 @@ def _timm_vit(net: nn.Module) -> Stream:
     writers, readers = [net.patch_embed.proj], [StreamReader(norms[0], heads)]
     for block in net.blocks:
         _need(is_identity(block.ls1, block.ls2), 'a LayerScale')
-        first, last = _ffn(block.mlp)
-        readers += [StreamReader(block.norm1, (block.attn.qkv, )), StreamReader(block.norm2, (first, ))]
-        writers += [block.attn.proj, last]
+        _add_block(writers, readers, block.norm1, block.attn, block.norm2, block.mlp)
     tokens = [getattr(net, name, None) for name in ('pos_embed', 'cls_token', 'dist_token', 'reg_token')]
     return _stream(net.embed_dim, writers, [token for token in tokens if token is not None], readers)
 
@@ -132,9 +137,7 @@ def _vit(model: nn.Module, net: nn.Module) -> Stream:
     writers, readers = [net.patch_embed.projection], [StreamReader(net.ln1, tuple(behind))]
     for layer in net.layers:
         _need(is_identity(layer.attn.gamma1) and not layer.attn.v_shortcut, 'a LayerScale or a shortcut around the attention')
-        first, last = _ffn(layer.ffn)
-        readers += [StreamReader(layer.ln1, (layer.attn.qkv, )), StreamReader(layer.ln2, (first, ))]
-        writers += [layer.attn.proj, last]
+        _add_block(writers, readers, layer.ln1, layer.attn, layer.ln2, layer.ffn)
     tokens = [getattr(net, name, None) for name in ('pos_embed', 'cls_token', 'dist_token')]
     return _stream(net.embed_dims, writers, [token for token in tokens if token is not None], readers)
 
@@ -145,10 +148,7 @@ def _swin_stage(model: nn.Module, net: nn.Module, number: int) -> Stream:
     _need(not getattr(net, 'out_after_downsample', False), 'outputs after the patch merging')
     stage, writers, readers = net.stages[number], [net.stages[number - 1].downsample.reduction], []
     for block in stage.blocks:
-        first, last = _ffn(block.ffn)
-        # Windows are padded between the first norm and its projection.
-        readers += [StreamReader(block.norm1, (block.attn.w_msa.qkv, ), padded=True), StreamReader(block.norm2, (first, ))]
-        writers += [block.attn.w_msa.proj, last]
+        _add_block(writers, readers, block.norm1, block.attn.w_msa, block.norm2, block.ffn, padded=True)
     if stage.downsample is not None:
         readers.append(StreamReader(stage.downsample.norm, (stage.downsample.reduction, ), tokens=4, interleaved=True))
     if number in net.out_indices:
@@ -161,9 +161,7 @@ def _timm_swin_stage(net: nn.Module, number: int) -> Stream:
     stage, readers = net.layers[number], []
     writers = [stage.downsample.reduction]
     for block in stage.blocks:
-        first, last = _ffn(block.mlp)
-        readers += [StreamReader(block.norm1, (block.attn.qkv, ), padded=True), StreamReader(block.norm2, (first, ))]
-        writers += [block.attn.proj, last]
+        _add_block(writers, readers, block.norm1, block.attn, block.norm2, block.mlp, padded=True)
     if number + 1 < len(net.layers):
         merging = net.layers[number + 1].downsample
         readers.append(StreamReader(merging.norm, (merging.reduction, ), tokens=4))
@@ -189,7 +187,7 @@ def _output(model: nn.Module, norm: nn.Module, level: int, levels: int) -> Strea
     return StreamReader(norm, tuple(layers), padded=any(layer.padding not in (0, (0, 0)) for layer in layers))
 
 
-def _listed(module: Union[None, nn.Module]) -> List[nn.Module]:
+def _listed(module: Optional[nn.Module]) -> List[nn.Module]:
     return list(module) if isinstance(module, nn.ModuleList) else [] if module is None else [module]
 
 
