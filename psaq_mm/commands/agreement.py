@@ -69,6 +69,19 @@ def _correct(sample) -> Optional[bool]:
     return int(truth) == int(sample.pred_label) if truth is not None and truth.numel() == 1 else None
 
 
+def _chances(sample) -> Optional[np.ndarray]:
+    """Probabilities of the classes, (classes,), of a classifier that gives them."""
+    scores = sample.get('pred_score')
+    return scores.float().cpu().numpy() if scores is not None and scores.dim() == 1 else None
+
+
+def _divergence(truth: np.ndarray, found: np.ndarray) -> float:
+    """KL(truth || found) of two distributions over classes, in nats."""
+    least = np.finfo(np.float32).tiny  # a softmax in float32 may say 0
+    truth, found = (np.maximum(p.astype(np.float64), least) for p in (truth, found))
+    return float((truth * np.log(truth / found)).sum())
+
+
 def _map(sample) -> np.ndarray:
     labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
     return labels.astype(np.uint8 if labels.max(initial=0) < 256 else np.uint16)
@@ -103,14 +116,15 @@ def _name(sample) -> str:
 class Predictions:
     """Predictions of one model on a test set, in its order, as little of them as a comparison needs.
 
-    A label a picture; or a label map, compressed; or the boxes of at least :data:`MIN_SCORE`. COCO's 5000 pictures take some
-    megabytes.
+    A label a picture, and the probabilities of all classes where the classifier gives them, 4 bytes each; or a label map, compressed; or
+    the boxes of at least :data:`MIN_SCORE`. COCO's 5000 pictures take some megabytes.
     """
 
     def __init__(self):
         self.kind: Optional[str] = None
         self.names: List[str] = []
         self.correct: List[Optional[bool]] = []
+        self.chances: List[Optional[np.ndarray]] = []
         self._records: List[Any] = []
         self.metrics: Dict[str, float] = {}
 
@@ -131,6 +145,7 @@ class Predictions:
         prediction = _READERS[self.kind][1](sample)
         self.names.append(_name(sample))
         self.correct.append(_correct(sample) if self.kind == 'label' else None)
+        self.chances.append(_chances(sample) if self.kind == 'label' else None)
         if self.kind == 'map':
             prediction = (prediction.shape, prediction.dtype.str, zlib.compress(prediction.tobytes(), 6))
         self._records.append(prediction)
@@ -143,6 +158,8 @@ class Predictions:
         arrays: Dict[str, np.ndarray] = {}
         if self.kind == 'label':
             arrays['labels'] = np.array(self._records, np.int64)
+            if all(chances is not None for chances in self.chances):
+                arrays['chances'] = np.array(self.chances, np.float32)
         elif self.kind == 'boxes':
             arrays['boxes'] = np.concatenate([np.zeros((0, _COLUMNS), np.float32), *self._records])
             arrays['counts'] = np.array([len(r) for r in self._records], np.int64)
@@ -170,6 +187,7 @@ class Predictions:
                 header = json.loads(content['header'].tobytes())
                 self.kind, self.names, self.metrics = header['kind'], header['names'], header['metrics']
                 self.correct = header['correct']
+                self.chances = list(content['chances']) if 'chances' in content else [None] * len(self.names)
                 if self.kind == 'label':
                     self._records = content['labels'].tolist()
                 elif self.kind == 'boxes':
@@ -206,6 +224,7 @@ class Agreement:
         self.truth = truth
         self._same, self._of = 0., 0.
         self._differences: List[int] = []
+        self._divergences: List[float] = []
 
     def add(self, index: int, sample) -> None:
         """Compare what the model predicted for picture ``index`` of the test set; ``sample`` is an OpenMMLab data sample.
@@ -226,6 +245,9 @@ class Agreement:
         self._same, self._of = self._same + same, self._of + of
         if truth.kind == 'label' and truth.correct[index] is not None:
             self._differences.append(int(_correct(sample)) - int(truth.correct[index]))
+        chances = _chances(sample)
+        if truth.kind == 'label' and truth.chances[index] is not None and chances is not None:
+            self._divergences.append(_divergence(truth.chances[index], chances))
 
     def result(self) -> Dict[str, Optional[float]]:
         """What the comparison came to.
@@ -234,7 +256,9 @@ class Agreement:
             ``agreement``, 0 to 1: the share of pictures with the same top-1 class; of pixels with the same class; of a
             detector, the F1 score of its boxes with the other's as truth. None where there is nothing to compare, as where
             neither detects anything. ``difference`` and ``difference_se``, in percentage points of top-1: the mean over
-            pictures of correct minus the other's correct, and its standard error; None without labels.
+            pictures of correct minus the other's correct, and its standard error; None without labels. ``divergence``: the mean over
+            pictures of the Kullback-Leibler divergence of the class probabilities from the other's, in nats; None where no
+            classifier gives them. It tells students apart that agree on as many pictures.
         """
         count = len(self._differences)
         mean = sum(self._differences) / count if count else None
@@ -243,7 +267,8 @@ class Agreement:
             squares = sum((d - mean)**2 for d in self._differences)
             error = 100 * math.sqrt(squares / (count - 1) / count)
         return dict(agreement=self._same / self._of if self._of else None,
-                    difference=None if mean is None else 100 * mean, difference_se=error)
+                    difference=None if mean is None else 100 * mean, difference_se=error,
+                    divergence=sum(self._divergences) / len(self._divergences) if self._divergences else None)
 
 
 class AgreementHook(Hook):

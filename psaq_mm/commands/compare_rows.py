@@ -120,7 +120,7 @@ def summarize(rows: Sequence[Mapping]) -> List[Dict[str, Any]]:
                                      failed=len(group) - len(good))
         if good:
             entry['metrics'] = {k: _spread([r['metrics'].get(k) for r in good]) for k in good[0]['metrics']}
-            for key in ('agreement', 'difference', 'difference_se', 'seconds', 'samples', 'iters'):
+            for key in ('agreement', 'difference', 'difference_se', 'divergence', 'seconds', 'samples', 'iters'):
                 entry[key] = _spread([r.get(key) for r in good])
             entry['full_precision'] = good[0]['full_precision']
         entries.append(entry)
@@ -154,7 +154,9 @@ def _one_config(entries: Sequence[Mapping]) -> List[str]:
     full = next((e['full_precision'] for e in entries if e.get('full_precision')), {})
     keys = [k for k in full if not _DETAIL.search(k)] or list(full)
     paired = any(e.get('difference') for e in entries)
-    head = ['method', 'quant', 'source', 'seeds', *keys, 'agreement', *(['difference'] if paired else []), 'samples', 'steps', 'seconds']
+    divergent = any(e.get('divergence') for e in entries)
+    head = ['method', 'quant', 'source', 'seeds', *keys, 'agreement', *(['difference'] if paired else []),
+            *(['divergence'] if divergent else []), 'samples', 'steps', 'seconds']
     # AP comes as a share, mIoU and top-1 in per cent.
     digits = {k: 3 if full[k] is None or abs(full[k]) <= 1 else 2 for k in keys}
     first = ['full precision', '-', '-', '-', *(f'{full[k]:.{digits[k]}f}' if full[k] is not None else '-' for k in keys), '1.000']
@@ -163,6 +165,7 @@ def _one_config(entries: Sequence[Mapping]) -> List[str]:
         metrics = e.get('metrics') or {}
         seeds = f'{len(e["seeds"])}' + (f' ({e["failed"]} failed)' if e['failed'] else '')
         lines.append([e['method'], e['quant'], e['source'], seeds, *(_cell(metrics.get(k), digits[k]) for k in keys),
-                      _cell(e.get('agreement'), 3), *([_difference(e)] if paired else []), _cell(e.get('samples'), 0),
-                      _cell(e.get('iters'), 0), _cell(e.get('seconds'), 1)])
+                      _cell(e.get('agreement'), 3), *([_difference(e)] if paired else []),
+                      *([_cell(e.get('divergence'), 4)] if divergent else []), _cell(e.get('samples'), 0), _cell(e.get('iters'), 0),
+                      _cell(e.get('seconds'), 1)])
     return ['| ' + ' | '.join(line) + ' |' for line in lines]

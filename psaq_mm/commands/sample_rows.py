@@ -11,7 +11,8 @@ from psaq_mm.errors import DataError
 __all__ = ['FIELDS', 'bits_of', 'merge_rows', 'principal_metrics', 'read_rows', 'rows_of']
 
 FIELDS = ('model', 'bits', 'source', 'seed', 'steps', 'seconds', 'metric', 'value', 'agreement')
-"""Keys of a row, in their order. ``seconds`` is those of the data-free part; ``agreement`` that with full precision, 0 to 1."""
+"""Keys of a row, in their order. ``seconds`` is those of the data-free part; ``agreement`` that with full precision, 0 to 1. Of classifiers that
+give probabilities, ``'divergence'`` is a metric as well: from those of full precision, in nats."""
 
 
 def principal_metrics(metrics: Mapping[str, Any]) -> List[str]:
@@ -34,9 +35,12 @@ def rows_of(model: str, bits: str, source: str, row: Mapping) -> List[Dict[str, 
     """A comparison's row as rows of :data:`FIELDS`, one a metric; none of one that failed."""
     if row.get('error'):
         return []
+    values = {metric: row['metrics'][metric] for metric in principal_metrics(row['metrics'])}
+    if row.get('divergence') is not None:
+        values['divergence'] = round(row['divergence'], 5)
     return [
         dict(model=model, bits=bits, source=source, seed=row['seed'], steps=row['iters'], seconds=row['seconds'], metric=metric,
-             value=row['metrics'][metric], agreement=row['agreement']) for metric in principal_metrics(row['metrics'])
+             value=value, agreement=row['agreement']) for metric, value in values.items()
     ]
 
 

@@ -76,6 +76,8 @@ class CoEvolutionSettings:
             ``'auto'`` is guided where weights have fewer than 8 bits and compensated where all have 8, which is all the same then and
             needs no gradients. Training, where there is any, goes on from there.
         damping: Of the compensated rounding: how little the samples are trusted.
+        prior_rows: Of the guided rounding, in place of ``damping`` where not None: the damping of a layer falls with the tokens or places
+            that count in it (:func:`psaq_mm.quantization.round_weights_`).
         logits_weight: Of the Kullback-Leibler divergence of the teacher's and the student's class probabilities (Hinton et al., arXiv
             1503.02531, temperature 1), beside the discrepancy, where the model is a classifier. 0 leaves it out.
         joint_lr: How far the samples of the pool move in each step of the student that draws them, in standard units, by the same
@@ -95,6 +97,7 @@ class CoEvolutionSettings:
     classes: Optional[str] = None
     rounding: str = 'nearest'
     damping: float = 0.1
+    prior_rows: Optional[float] = None
     logits_weight: float = 0.
     joint_lr: float = 0.
 
@@ -105,6 +108,8 @@ class CoEvolutionSettings:
             raise ConfigError(f'dfq.rounding={self.rounding!r} is not known: use one of {", ".join(ROUNDINGS)}')
         if not 0 < self.damping < float('inf'):
             raise ConfigError(f'dfq.damping={self.damping} must be positive: 0.1 is the usual value')
+        if self.prior_rows is not None and not 0 < self.prior_rows < float('inf'):
+            raise ConfigError(f'dfq.prior_rows={self.prior_rows} must be positive, or None for dfq.damping: 32 is the usual value')
         if not 0 <= self.logits_weight < float('inf'):
             raise ConfigError(f'dfq.logits_weight={self.logits_weight} must be 0 (off) or more')
         if self.source not in SOURCES:
@@ -262,7 +267,8 @@ class CoEvolution:
             rounding = 'guided' if self._has_few_bits() else 'compensated'
         if rounding != 'nearest':
             importance = self._importance(self.latest) if rounding == 'guided' else None
-            self.rounded = round_weights_(self.student.model, self._passing(self.latest), self.settings.damping, importance=importance)
+            self.rounded = round_weights_(self.student.model, self._passing(self.latest), self.settings.damping, importance=importance,
+                                          prior_rows=self.settings.prior_rows)
 
     def _has_few_bits(self) -> bool:
         return any(layer.weight_quantizer.bits < 8 for layer in self.student.model.modules() if is_quantized_layer(layer))

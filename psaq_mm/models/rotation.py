@@ -9,7 +9,7 @@ from psaq_mm.errors import DataError, UnsupportedModelError
 from psaq_mm.models.adapters.streams import is_identity, streams_of
 from psaq_mm.models.scope import find_backbone, network_of
 from psaq_mm.models.task import TaskModel
-from psaq_mm.quantization import quantizers, random_rotation, rotate_heads_, rotate_stream_
+from psaq_mm.quantization import in_mode, quantizers, random_rotation, rotate_heads_, rotate_stream_
 from psaq_mm.synthesis import find_attention
 
 __all__ = ['RotationReport', 'rotate_model_']
@@ -91,13 +91,8 @@ def _outputs(model: nn.Module, parts: Tuple[str, ...], size: Tuple[int, int]) ->
     """What parts of a model give in full precision for an image of noise."""
     view = TaskModel(model, parts)
     noise = torch.randn(1, view.image_spec.channels, *size, generator=torch.Generator().manual_seed(0))
-    modes = [(quantizer, quantizer.mode) for _, quantizer in quantizers(model)]
-    for quantizer, _ in modes:
-        quantizer.mode = 'off'
-    found = [out.float().clone() for out in view.outputs(noise.to(next(model.parameters()).device))]
-    for quantizer, mode in modes:
-        quantizer.mode = mode
-    return found
+    with in_mode([quantizer for _, quantizer in quantizers(model)], 'off'):
+        return [out.float().clone() for out in view.outputs(noise.to(next(model.parameters()).device))]
 
 
 def _change(old: Tensor, new: Tensor) -> float:

@@ -17,7 +17,7 @@ from psaq_mm.distillation.discrepancy import normalized_l1
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.scope import find_backbone
 from psaq_mm.models.task import TaskModel
-from psaq_mm.quantization import Override, QuantMatMul, QuantSpec, Quantizer, quantizers
+from psaq_mm.quantization import Override, QuantMatMul, QuantSpec, Quantizer, in_mode, quantizers
 
 __all__ = ['Choice', 'LayerError', 'choose_bits', 'layer_quantizers', 'mean_error', 'measure_layers', 'only_quantized',
            'outputs_to_compare', 'quantized_part', 'with_overrides']
@@ -91,16 +91,8 @@ def layer_quantizers(model: nn.Module) -> Dict[str, Dict[str, List[Quantizer]]]:
 @contextlib.contextmanager
 def only_quantized(model: nn.Module, chosen: Sequence[Quantizer]) -> Iterator[None]:
     """Inside, ``chosen`` are on and every other quantizer is off; as before afterwards."""
-    modes = [(quantizer, quantizer.mode) for _, quantizer in quantizers(model)]
-    try:
-        for quantizer, _ in modes:
-            quantizer.mode = 'off'
-        for quantizer in chosen:
-            quantizer.mode = 'on'
+    with in_mode([quantizer for _, quantizer in quantizers(model)], 'off'), in_mode(chosen, 'on'):
         yield
-    finally:
-        for quantizer, mode in modes:
-            quantizer.mode = mode
 
 
 def outputs_to_compare(model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], List[List[Tensor]]]:

@@ -11,7 +11,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from .layers import QuantConv2dMixin, QuantLinearMixin, is_quantized_layer
+from .layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
 from .observers import valid_rows_of
 from .reduction import sum_
 
@@ -20,6 +20,8 @@ __all__ = ['row_importance']
 
 def row_importance(model: nn.Module, run: Callable[[], None]) -> Dict[str, Tensor]:
     """Squared gradients at the outputs of every quantized Linear and convolution, a row (token, place of a convolution) at a time.
+
+    Taken with the weights in full precision, as :func:`.round_weights_` takes the inputs.
 
     Args:
         model: Calibrated quantized model. Its parameters need no gradients, the images that go in do.
@@ -33,6 +35,7 @@ def row_importance(model: nn.Module, run: Callable[[], None]) -> Dict[str, Tenso
     layers = [(n, m) for n, m in model.named_modules()
               if is_quantized_layer(m) and isinstance(m, (QuantLinearMixin, QuantConv2dMixin))]
     with contextlib.ExitStack() as hooks:
+        hooks.enter_context(full_precision_weights(model))
         for name, layer in layers:
             hooks.callback(layer.register_forward_hook(_output_hook(slots.setdefault(name, []))).remove)
         run()

@@ -5,14 +5,14 @@ keys plus ``input_quantizer.*`` and ``weight_quantizer.*``. Biases stay in float
 """
 
 from contextlib import contextmanager
-from typing import Dict, Iterator, Optional, Set, Tuple, Type
+from typing import ContextManager, Dict, Iterator, Optional, Set, Tuple, Type
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .primitives import Rounded, straight_through
-from .quantizers import AffineQuantizer, LogQuantizer, Quantizer
+from .quantizers import AffineQuantizer, LogQuantizer, Quantizer, in_mode
 from .reparam import ReparameterizedQuantizer, norm_before
 from .spec import LayerSpec, QuantSpec
 
@@ -400,6 +400,11 @@ def adopt(module: nn.Module, quant_class: Type[nn.Module]) -> nn.Module:
 def is_quantized_layer(module: nn.Module) -> bool:
     """Whether a module is one of the quantized layers with a weight."""
     return isinstance(module, _QuantizedWeightLayer)
+
+
+def full_precision_weights(model: nn.Module) -> ContextManager[None]:
+    """Inside the ``with`` block the weights of a model's quantized layers are not quantized; its activations are as before."""
+    return in_mode([m.weight_quantizer for m in model.modules() if is_quantized_layer(m)], 'off')
 
 
 _FLOAT_LAYERS = (

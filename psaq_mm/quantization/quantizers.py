@@ -1,6 +1,7 @@
 """The quantizer modules: a range as buffers, and the three things a quantizer can do with a tensor."""
 
-from typing import Optional, Tuple
+from contextlib import contextmanager
+from typing import Iterable, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -192,6 +193,24 @@ class Quantizer(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                           error_msgs)
         self._refresh()
+
+
+@contextmanager
+def in_mode(chosen: Iterable[Quantizer], mode: str) -> Iterator[None]:
+    """Quantizers in one mode inside the ``with`` block, each in its own again afterwards.
+
+    Args:
+        chosen: Quantizers of a model.
+        mode: ``'on'`` or ``'off'``.
+    """
+    modes = [(quantizer, quantizer.mode) for quantizer in chosen]
+    try:
+        for quantizer, _ in modes:
+            quantizer.mode = mode
+        yield
+    finally:
+        for quantizer, before in modes:
+            quantizer.mode = before
 
 
 class AffineQuantizer(Quantizer):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
-from .layers import QuantConv2dMixin, QuantLinearMixin, is_quantized_layer
+from .layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
 from .observers import valid_rows_of
 from .primitives import fake_quantize
 from .reduction import broadcast_, maximum_, sum_
@@ -96,12 +96,13 @@ def _inverse_factor(gram: Tensor, shift: float) -> Tensor:
 
 @torch.no_grad()
 def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0.1, memory: int = 2**30, max_inputs: int = 8192,
-                   importance: Optional[Mapping[str, Tensor]] = None) -> List[RoundedLayer]:
+                   importance: Optional[Mapping[str, Tensor]] = None, prior_rows: Optional[float] = None) -> List[RoundedLayer]:
     """Round the weights of every quantized Linear and convolution to codes that fit the layer's own quantized inputs, in place.
 
-    The model has to be calibrated; ranges, codes and scales stay. The samples go through the quantized model, so a layer's weights also
-    answer for what the quantization before it did to the inputs. Gram matrices of several layers are gathered in one pass, as
-    many as ``memory`` holds; later passes see the weights rounded before.
+    The model has to be calibrated; ranges, codes and scales stay. The samples go through the model with its activations quantized, so a
+    layer's weights also answer for what that did to the inputs. Weights that are still to be rounded are in full precision meanwhile:
+    their nearest codes spoil the inputs of the layers behind them more than the codes that they will get. Gram matrices of
+    several layers are gathered in one pass, as many as ``memory`` holds; later passes see the weights rounded before.
 
     Args:
         model: Calibrated quantized model.
@@ -112,18 +113,23 @@ def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0
         max_inputs: Layers with more inputs (channels times kernel) stay at their nearest codes: time grows with the third power.
         importance: By layer name, the weight of each row that ``run`` sends through, as :func:`.row_importance` finds it: errors are
             made small where outputs matter. Rows of layers that are missing weigh alike.
+        prior_rows: Damping of the layers with ``importance``, in place of ``damping``: as if so many rows more of uncorrelated inputs of
+            the mean energy had been seen, beside the effective number of rows under those weights, (sum w)^2 / sum w^2. The fewer
+            rows matter, the less they are trusted (shrinkage, Ledoit & Wolf, J. Multivariate Analysis 88, 2004). Positive.
 
     Returns:
         One entry a layer whose weight is quantized, its errors under those weights. A layer that compensation would not help stays as
         it was.
 
     Raises:
-        DataError: An input holds NaN or infinity, or ``importance`` is of other rows than ``run`` sends (names the layer).
+        DataError: An input holds NaN or infinity, ``importance`` is of other rows than ``run`` sends (names the layer), or
+            ``prior_rows`` is not positive.
 
     Example:
         >>> calibrate(model, lambda: model(samples))
         >>> report = round_weights_(model, lambda: model(samples))
     """
+    dampings = {} if prior_rows is None else _shrinkage(importance or {}, prior_rows)
     done: Dict[str, RoundedLayer] = {}
     waiting: List[Tuple[str, nn.Module]] = []
     layers = [(n, m) for n, m in model.named_modules() if is_quantized_layer(m) and m.weight_quantizer.mode == 'on']
@@ -138,17 +144,30 @@ def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0
         while waiting and (not batch or used + 4 * _inputs(waiting[0][1])**2 <= memory):
             used += 4 * _inputs(waiting[0][1])**2
             batch.append(waiting.pop(0))
-        grams = _gather(batch, run, importance or {})
+        with full_precision_weights(model):
+            grams = _gather(batch, run, importance or {})
         for name, layer in batch:
             gram = grams.pop(name, None)
             if gram is None:
                 done[name] = RoundedLayer(name, math.nan, math.nan, 'no sample went through it')
                 continue
             try:
-                done[name] = _round_layer(name, layer, gram, damping)
+                done[name] = _round_layer(name, layer, gram, dampings.get(name, damping))
             except DataError as error:
                 raise DataError(f'Layer {name!r}: {error}') from error
     return [done[name] for name, _ in layers]
+
+
+def _shrinkage(importance: Mapping[str, Tensor], prior_rows: float) -> Dict[str, float]:
+    """By layer name, the damping that so many rows more come to."""
+    if not 0 < prior_rows < math.inf:
+        raise DataError(f'prior_rows={prior_rows} must be positive and finite: 32 is the usual value')
+    found = {}
+    for name, weights in importance.items():
+        weights = weights.double()
+        total, squares = sum_(torch.stack([weights.sum(), weights.pow(2).sum()])).tolist()
+        found[name] = prior_rows * squares / total**2
+    return found
 
 
 def _inputs(layer: nn.Module) -> int:

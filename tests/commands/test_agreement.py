@@ -82,7 +82,29 @@ def test_classes_and_paired_difference():
 
 def test_without_labels_there_is_no_difference():
     unlabelled = [sample('0.png', pred_label=torch.tensor([1]))]
-    assert agreement(unlabelled, unlabelled) == dict(agreement=1.0, difference=None, difference_se=None)
+    assert agreement(unlabelled, unlabelled) == dict(agreement=1.0, difference=None, difference_se=None, divergence=None)
+
+
+def with_chances(logits):
+    return [sample(f'{i}.png', pred_label=torch.tensor([int(row.argmax())]), pred_score=row.softmax(0)) for i, row in enumerate(logits)]
+
+
+def test_class_probabilities_diverge_where_the_classes_agree(tmp_path):
+    truth = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    found = truth * 1.3
+    wanted = float(torch.nn.functional.kl_div(found.log_softmax(1), truth.log_softmax(1), reduction='batchmean', log_target=True))
+    result = agreement(with_chances(truth), with_chances(found))
+    assert result['agreement'] == 1. and wanted > 1e-3
+    assert result['divergence'] == pytest.approx(wanted, rel=1e-4)
+    assert agreement(with_chances(truth), with_chances(truth))['divergence'] == pytest.approx(0., abs=1e-9)
+    certain = torch.tensor([[0., 500.], [500., 0.]])  # the other class has no probability left in float32
+    assert np.isfinite(agreement(with_chances(certain), with_chances(-certain))['divergence'])
+    record = RecordHook()
+    record.after_test_iter(None, 0, outputs=with_chances(truth))
+    record.predictions.save(tmp_path / 'full.npz')
+    hook = AgreementHook(Predictions.load(tmp_path / 'full.npz'))
+    hook.after_test_iter(None, 0, outputs=with_chances(found))
+    assert hook.result()['divergence'] == pytest.approx(result['divergence'], rel=1e-12)
 
 
 def test_pixels_weigh_alike_whatever_picture_they_are_in():
@@ -206,5 +228,5 @@ def test_agreement_of_models_that_run(build, library, metric, tmp_path):
     hook, config = AgreementHook(truth), Config.fromfile(path)
     config.work_dir = str(tmp_path / 'again')
     metrics = evaluate(config, read_checkpoint(project.checkpoint), str(project.checkpoint), full_precision=True, hooks=[hook])
-    assert hook.result() == dict(agreement=1.0, difference=None, difference_se=None)
+    assert hook.result() == dict(agreement=1.0, difference=None, difference_se=None, divergence=None)
     assert metrics[metric] == truth.metrics[metric]

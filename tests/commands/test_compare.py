@@ -77,7 +77,7 @@ def test_the_table_sums_up_the_rows(compared):
         assert entry['metrics']['accuracy/top1'] == dict(mean=pytest.approx(statistics.mean(tops)), min=min(tops), max=max(tops))
     lines = (work_dir / 'compare.md').read_text().splitlines()
     cells = [[c.strip() for c in line.strip('|').split('|')] for line in lines if line.startswith('|')]
-    assert cells[0] == ['method', 'quant', 'source', 'seeds', 'accuracy/top1', 'agreement', 'difference', 'samples', 'steps',
+    assert cells[0] == ['method', 'quant', 'source', 'seeds', 'accuracy/top1', 'agreement', 'difference', 'divergence', 'samples', 'steps',
                         'seconds']
     assert cells[2][0] == 'full precision' and cells[2][4] == f'{found["rows"][0]["full_precision"]["accuracy/top1"]:.2f}'
     assert [c[:4] for c in cells[3:]] == [['calibration', e['quant'], e['source'], '2'] for e in found['table']]

@@ -56,10 +56,13 @@ def test_every_source_trains(trained, project):
 
 
 def test_the_list_of_rows_has_its_keys_and_nothing_else(trained):
-    rows = json.loads(trained[2].read_text())
+    found = json.loads(trained[2].read_text())
+    assert all(tuple(row) == FIELDS for row in found)
+    divergences = [row['value'] for row in found if row['metric'] == 'divergence']
+    assert divergences == [round(long['divergence'], 5) for long in content(trained[1])['rows']] and min(divergences) > 0
+    rows = [row for row in found if row['metric'] != 'divergence']
     assert [row['source'] for row in rows] == ['gaussian', 'pink', 'dead_leaves', 'mixture', 'generated', 'real', 'a']
     for row, long in zip(rows, content(trained[1])['rows']):
-        assert tuple(row) == FIELDS
         assert (row['model'], row['bits'], row['seed'], row['steps'], row['metric']) == ('quantized', 'W3A8', 0, 4, 'accuracy/top1')
         assert row['value'] == long['metrics']['accuracy/top1'] and row['agreement'] == long['agreement']
         assert row['seconds'] == long['seconds'] > 0
@@ -186,6 +189,8 @@ ROW = dict(seed=1, iters=300, seconds=9., agreement=0.5, metrics={'coco/bbox_mAP
 def test_a_row_a_metric_and_none_of_a_failure():
     rows = rows_of('m', 'W4A8', 'pink', ROW)
     assert [(row['metric'], row['value']) for row in rows] == [('coco/bbox_mAP', 0.4), ('coco/segm_mAP', 0.3)]
+    rows = rows_of('m', 'W4A8', 'pink', dict(ROW, divergence=0.0712345))
+    assert [(row['metric'], row['value']) for row in rows][2:] == [('divergence', 0.07123)]
     assert rows_of('m', 'W4A8', 'pink', dict(ROW, error='gone')) == []
 
 

@@ -83,6 +83,7 @@ def test_logits_are_learned_beside_the_blocks():
 @pytest.mark.parametrize('settings, match', [
     (dict(rounding='up'), "dfq.rounding='up' is not known"),
     (dict(damping=0.), 'dfq.damping=0.0 must be positive'),
+    (dict(prior_rows=0.), 'dfq.prior_rows=0.0 must be positive, or None'),
     (dict(logits_weight=-1.), 'dfq.logits_weight=-1.0'),
 ])
 def test_settings_out_of_range_are_named(settings, match):

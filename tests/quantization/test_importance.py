@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from psaq_mm.errors import DataError
-from psaq_mm.quantization import calibrate, quantize_, round_weights_, row_importance
+from psaq_mm.quantization import calibrate, full_precision_weights, quantize_, round_weights_, row_importance
 
 
 class Reader(nn.Module):
@@ -62,7 +62,8 @@ def test_rows_weigh_what_the_loss_makes_of_them(images):
 def test_they_are_the_squared_gradients_of_the_outputs(images):
     net, kept = made(images), []
     handle = net.first.register_forward_hook(lambda layer, args, out: (out.retain_grad(), kept.append(out))[0])
-    net(images.clone().requires_grad_()).sum().backward()
+    with full_precision_weights(net):
+        net(images.clone().requires_grad_()).sum().backward()
     handle.remove()
     wanted = kept[0].grad.pow(2).sum(-1).reshape(-1)
     torch.testing.assert_close(row_importance(net, passing(net, images))['first'], wanted / wanted.mean())
@@ -110,6 +111,23 @@ def test_rounding_spares_the_rows_that_count(images):
         errors[guided] = (seen[0][:, 0] @ (net.second.quantized_weight() - weight).t()).pow(2).sum()
         assert report['second'].compensated < report['second'].nearest and not report['unread'].reason
     assert errors[True] < .7 * errors[False]
+
+
+def test_few_rows_that_count_are_trusted_less(images):
+    """Pseudo-rows weigh against the effective number of rows, which is that of all of them only where they weigh alike."""
+    net = made(images, preset='w3a8')
+    start = {name: value.clone() for name, value in net.state_dict().items()}
+    one = torch.full((24, ), 1e-9)
+    one[0] = 24.
+    for weights, damping in ((torch.ones(24), 6 / 24), (torch.ones(24) * 5, 6 / 24), (one, 6.)):
+        rounded = []
+        for settings in (dict(damping=damping), dict(damping=1e-6, prior_rows=6)):
+            net.load_state_dict(start)
+            report = round_weights_(net, lambda: net(images), importance=dict(first=weights), **settings)
+            rounded.append(next(layer for layer in report if layer.name == 'first'))
+        assert rounded[0] == rounded[1]
+    with pytest.raises(DataError, match='prior_rows=0 must be positive'):
+        round_weights_(net, lambda: net(images), importance=dict(first=one), prior_rows=0)
 
 
 @pytest.mark.parametrize('count', [4, 8])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from psaq_mm.errors import DataError
-from psaq_mm.quantization import calibrate, quantize_, set_mode
+from psaq_mm.quantization import calibrate, full_precision_weights, quantize_, quantizers, set_mode
 from psaq_mm.quantization.primitives import fake_quantize
 from psaq_mm.quantization.rounding import compensated_rounding, round_weights_
 
@@ -130,6 +130,24 @@ def test_the_reported_error_is_the_layers_own(calibrated):
         error = (net.fc1.quantized_weight() - weight) @ inputs.t()
     assert bias is not None
     assert report['fc1'].compensated == pytest.approx(float(error.pow(2).sum() / (weight @ inputs.t()).pow(2).sum()), rel=1e-4)
+
+
+def test_inputs_are_those_of_weights_in_full_precision(calibrated):
+    """What is to be rounded in the same pass is not at its nearest codes meanwhile; activations are."""
+    net, x, _ = calibrated
+    seen = []
+    handle = net.fc2.register_forward_hook(lambda layer, args, out: seen.append(layer.input_quantizer(args[0]).flatten(0, 1)))
+    weight, nearest = net.fc2.weight.detach().clone(), net.fc2.quantized_weight().detach()
+    with torch.no_grad():
+        net(x)
+        with full_precision_weights(net):
+            net(x)
+        handle.remove()
+        error, spoilt = (float(((nearest - weight) @ inputs.t()).pow(2).sum() / (weight @ inputs.t()).pow(2).sum())
+                         for inputs in (seen[1], seen[0]))
+        report = {layer.name: layer for layer in round_weights_(net, lambda: net(x))}
+    assert report['fc2'].nearest == pytest.approx(error, rel=1e-4) != pytest.approx(spoilt, rel=1e-4)
+    assert all(quantizer.mode == 'on' for _, quantizer in quantizers(net))
 
 
 def test_passes_are_as_many_as_the_memory_asks_for(calibrated):
