@@ -101,7 +101,8 @@ def test_equal_seconds(project, tmp_path):
     arguments = [str(project.path), '--calibration', 'mixture', '--train', '--seeds', '0', '--work-dir', str(tmp_path),
                  '--seconds', '2', '--rows', str(tmp_path / 'rows.json'), '--cfg-options', 'dfq.fresh=1.0', 'dfq.evolve_every=0']
     assert main(arguments) == 0
-    row, = json.loads((tmp_path / 'rows.json').read_text())
+    row, divergence = json.loads((tmp_path / 'rows.json').read_text())
+    assert divergence['metric'] == 'divergence' and divergence['steps'] == row['steps']
     assert row['source'] == 'mixture, 100% fresh, 2 s' and 0 < row['steps'] < 10**6 and row['steps'] == content(tmp_path)['rows'][0]['iters']
     student = content(tmp_path)['rows'][0]
     assert student['samples'] == 2 + 2 * row['steps']
