@@ -10,7 +10,7 @@ from torch import nn
 
 from psaq_mm.errors import NotCalibratedError
 from psaq_mm.quantization import (LayerSpec, QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, adopt,
-                                  choose_qparams, fake_quantize, hold_weights, qrange)
+                                  choose_qparams, fake_quantize, full_precision_weights, hold_weights, qrange)
 
 LAYERS = {
     'linear': (lambda: nn.Linear(6, 5), QuantLinear, (2, 3, 6)),
@@ -376,3 +376,19 @@ def test_empty_batches_pass():
     for kind in LAYERS:
         layer, quantized, x = build(kind)
         assert quantized(x[:0]).shape == layer(x[:0]).shape
+
+
+@ALL
+def test_full_precision_weights_leave_activations_quantized_and_modes_as_they_were(kind):
+    _, layer, x = build(kind)
+    other = copy.deepcopy(layer)
+    other.weight_quantizer.mode = 'off'
+    quantized = layer(x)
+    with pytest.raises(RuntimeError, match='stop'), full_precision_weights(layer):
+        torch.testing.assert_close(layer(x), other(x), rtol=0, atol=0)
+        raise RuntimeError('stop')
+    assert not torch.equal(quantized, other(x))
+    torch.testing.assert_close(layer(x), quantized, rtol=0, atol=0)
+    with full_precision_weights(other):
+        pass
+    assert other.weight_quantizer.mode == 'off'
