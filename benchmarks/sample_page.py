@@ -139,8 +139,9 @@ def students(path: Optional[Path], model: str, bits: Sequence[str] = ()) -> Dict
         most = max(row['steps'] for row in own)
         own = [row for row in own if row['steps'] == most]
         agreement = list({row['seed']: row['agreement'] for row in own if row['agreement'] is not None}.values())
+        metrics = dict.fromkeys(row['metric'] for row in own if row['metric'] != 'divergence')  # a line has room for two numbers
         values = [f'{key.rpartition("/")[2]} {np.mean([row["value"] for row in own if row["metric"] == key]):.4g}'
-                  for key in dict.fromkeys(row['metric'] for row in own) if all(row['value'] is not None for row in own)]
+                  for key in metrics if all(row['value'] is not None for row in own)]
         shown = [f'agreement {np.mean(agreement):.3f}'] if agreement else []
         if len(agreement) > 1:
             shown[0] += f' ({min(agreement):.3f} to {max(agreement):.3f})'

@@ -70,13 +70,13 @@ DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     # Ranges from samples of the patch similarity alone, nothing trained: V2 without its second half.
     'calibrate': dict(method='calibrate', iters=0, evolve_every=0),
     # No synthesis and no training: dead leaves set the ranges, and the codes of the weights.
-    'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='auto', rotate=True, damping=0.3, prior_rows=32, fresh=1., iters=0,
-                 evolve_every=0, reobserve=False, calibration_samples=32, pool_size=32),
+    'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='auto', rotate=True, damping=0.3, prior_rows=32, fresh=1.,
+                 iters=0, evolve_every=0, reobserve=False, calibration_samples=32, pool_size=32),
     # More pictures, of three kinds. V2's samples beside dead leaves in their place are worse at W3A8 and no better at W4A8, so nothing is
     # synthesized (docs/results.md); nor is anything trained: after guided rounding a student that learns on samples agrees less
     # with photographs (docs/method.md). With iters=N given, gains, offsets and biases learn and the codes stay.
-    'best': dict(method='best', rounding='auto', rotate=True, damping=0.3, prior_rows=32, fresh=1., iters=0, evolve_every=0, reobserve=False, lr=0.,
-                 vector_lr=1e-3, calibration_samples=96, pool_size=96,
+    'best': dict(method='best', rounding='auto', rotate=True, damping=0.3, prior_rows=32, fresh=1., iters=0, evolve_every=0,
+                 reobserve=False, lr=0., vector_lr=1e-3, calibration_samples=96, pool_size=96,
                  samples=[dict(type='psaq_mm.Scenes'), dict(type='psaq_mm.DeadLeaves'), dict(type='psaq_mm.PinkNoise')]),
 }
 
