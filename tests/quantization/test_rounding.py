@@ -146,7 +146,8 @@ def test_inputs_are_those_of_weights_in_full_precision(calibrated):
         error, spoilt = (float(((nearest - weight) @ inputs.t()).pow(2).sum() / (weight @ inputs.t()).pow(2).sum())
                          for inputs in (seen[1], seen[0]))
         report = {layer.name: layer for layer in round_weights_(net, lambda: net(x))}
-    assert report['fc2'].nearest == pytest.approx(error, rel=1e-4) != pytest.approx(spoilt, rel=1e-4)
+    assert report['fc2'].nearest == pytest.approx(error, rel=1e-4)
+    assert report['fc2'].nearest != pytest.approx(spoilt, rel=1e-4)
     assert all(quantizer.mode == 'on' for _, quantizer in quantizers(net))
 
 
