@@ -126,7 +126,7 @@ def students(path: Optional[Path], model: str, bits: Sequence[str] = ()) -> Dict
         ConfigError: The file holds nothing of this model at these precisions.
         DataError: It holds something else.
     """
-    from psaq_mm.commands.sample_rows import read_rows
+    from psaq_mm.commands.sample_rows import DIVERGENCE, read_rows
     if path is None:
         return {}
     rows = [row for row in read_rows(path) if row['model'] == model and (not bits or row['bits'] in bits)]
@@ -139,7 +139,7 @@ def students(path: Optional[Path], model: str, bits: Sequence[str] = ()) -> Dict
         most = max(row['steps'] for row in own)
         own = [row for row in own if row['steps'] == most]
         agreement = list({row['seed']: row['agreement'] for row in own if row['agreement'] is not None}.values())
-        metrics = dict.fromkeys(row['metric'] for row in own if row['metric'] != 'divergence')  # a line has room for two numbers
+        metrics = dict.fromkeys(row['metric'] for row in own if row['metric'] != DIVERGENCE)  # a line has room for two numbers
         values = [f'{key.rpartition("/")[2]} {np.mean([row["value"] for row in own if row["metric"] == key]):.4g}'
                   for key in metrics if all(row['value'] is not None for row in own)]
         shown = [f'agreement {np.mean(agreement):.3f}'] if agreement else []

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import Row, row  # noqa: E402
+from psaq_mm.engine.presets import resolve_dfq  # noqa: E402
 from psaq_mm.synthesis import DeadLeaves, GaussianNoise, ImageSpec, PinkNoise, Scenes, Source, source_of  # noqa: E402
 
 LIMIT = 5.
@@ -36,6 +37,8 @@ SOURCES: Dict[str, Source] = {
     'dead leaves': DeadLeaves(),
     'scenes': Scenes(),
     'half 1/f, half dead leaves': source_of('mixture'),
+    'pictures of fast': source_of(resolve_dfq('fast')['samples']),
+    'pictures of best': source_of(resolve_dfq('best')['samples']),
 }
 
 

@@ -148,7 +148,7 @@ _ENDLESS = 10**6
 
 def _data_free_settings(config, source: str, seed: int, train: bool, samples: Optional[str],
                         seconds: Optional[float] = None) -> Dict[str, Any]:
-    from psaq_mm.engine.presets import resolve_dfq
+    from psaq_mm.engine.presets import Fresh, resolve_dfq
     given = config.get('dfq')
     dfq = dict(preset=given) if isinstance(given, str) else dict(given or {})
     dfq.update(source=source, seed=seed, checkpoint_interval=0, sheet_interval=0)
@@ -158,7 +158,7 @@ def _data_free_settings(config, source: str, seed: int, train: bool, samples: Op
         dfq.update(source='generated', samples=dict(type='psaq_mm.Folder', path=source))
     elif source != 'generated':
         dfq.pop('samples', None)  # a control is made of its own pictures, and so is what comes fresh
-        dfq['fresh'] = _share(resolve_dfq(dfq))
+        dfq['fresh'] = Fresh.parse(resolve_dfq(dfq)['fresh']).share
     elif samples:
         dfq['samples'] = samples
     if seconds is not None and resolve_dfq(dfq)['iters']:
@@ -168,20 +168,15 @@ def _data_free_settings(config, source: str, seed: int, train: bool, samples: Op
     return dfq
 
 
-def _share(dfq: Mapping) -> float:
-    """Of the student's batches, what is made for them."""
-    return dfq['fresh'].get('share', 1.) if isinstance(dfq['fresh'], Mapping) else dfq['fresh']
-
-
 def _label(source: str, method: Optional[str], dfq: Mapping, name: Optional[str], seconds: Optional[float]) -> str:
     """What a row and a curve are called: the source, and what of the run is not seen from method, steps and seconds."""
-    from psaq_mm.engine.presets import resolve_dfq
+    from psaq_mm.engine.presets import Fresh, resolve_dfq
     if source == 'generated':
         source = name or method or source
     elif source not in SOURCES:
         source = Path(source).stem
-    fresh = _share(dfq)
-    mixed = f', {fresh:.0%} fresh' if dfq['iters'] and fresh != (_share(resolve_dfq(method)) if method else 0.) else ''
+    fresh, usual = (Fresh.parse(settings['fresh']).share for settings in (dfq, resolve_dfq(method)))
+    mixed = f', {fresh:.0%} fresh' if dfq['iters'] and fresh != usual else ''
     return source + mixed + (f', {seconds:g} s' if seconds is not None and dfq['iters'] else '')
 
 

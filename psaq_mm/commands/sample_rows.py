@@ -8,11 +8,13 @@ from typing import Any, Dict, List, Mapping, Sequence
 from psaq_mm.commands.compare_rows import locked, write_whole
 from psaq_mm.errors import DataError
 
-__all__ = ['FIELDS', 'bits_of', 'merge_rows', 'principal_metrics', 'read_rows', 'rows_of']
+__all__ = ['DIVERGENCE', 'FIELDS', 'bits_of', 'merge_rows', 'principal_metrics', 'read_rows', 'rows_of']
 
 FIELDS = ('model', 'bits', 'source', 'seed', 'steps', 'seconds', 'metric', 'value', 'agreement')
-"""Keys of a row, in their order. ``seconds`` is those of the data-free part; ``agreement`` that with full precision, 0 to 1. Of classifiers that
-give probabilities, ``'divergence'`` is a metric as well: from those of full precision, in nats."""
+"""Keys of a row, in their order. ``seconds`` is those of the data-free part; ``agreement`` that with full precision, 0 to 1."""
+
+DIVERGENCE = 'divergence'
+"""A metric beside those of the evaluator, of classifiers that give probabilities: from those of full precision, in nats."""
 
 
 def principal_metrics(metrics: Mapping[str, Any]) -> List[str]:
@@ -36,8 +38,8 @@ def rows_of(model: str, bits: str, source: str, row: Mapping) -> List[Dict[str, 
     if row.get('error'):
         return []
     values = {metric: row['metrics'][metric] for metric in principal_metrics(row['metrics'])}
-    if row.get('divergence') is not None:
-        values['divergence'] = round(row['divergence'], 5)
+    if row.get(DIVERGENCE) is not None:
+        values[DIVERGENCE] = round(row[DIVERGENCE], 5)
     return [
         dict(model=model, bits=bits, source=source, seed=row['seed'], steps=row['iters'], seconds=row['seconds'], metric=metric,
              value=value, agreement=row['agreement']) for metric, value in values.items()

@@ -2,11 +2,11 @@
 """Named sets of data-free settings, so that a config elsewhere can say ``dfq='psaq_v2'`` without inheriting our files."""
 import copy
 import difflib
-from typing import Any, Dict, Mapping, Union
+from typing import Any, Dict, Mapping, NamedTuple, Union
 
 from psaq_mm.errors import ConfigError
 
-__all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'METHODS', 'recipe_of', 'resolve_dfq', 'with_method']
+__all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'Fresh', 'METHODS', 'recipe_of', 'resolve_dfq', 'with_method']
 
 DFQ_DEFAULTS: Dict[str, Any] = dict(
     method='psaq_v2',
@@ -50,6 +50,9 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     teacher=dict(checkpoint=None, sha256=None),
 )
 
+_LEAVES = dict(type='psaq_mm.DeadLeaves', exponent=2., radius=(3., 0.5), color_blur=5)
+"""Dead leaves with more large ones than natural pictures' x ** -3 has, and colour coarser than brightness: docs/method.md."""
+
 DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     'psaq_v2': dict(),
     # PSAQ-ViT as its released code makes samples (arXiv 2203.02250), ranges calibrated and nothing trained. Its quantizer is
@@ -70,14 +73,14 @@ DFQ_PRESETS: Dict[str, Dict[str, Any]] = {
     # Ranges from samples of the patch similarity alone, nothing trained: V2 without its second half.
     'calibrate': dict(method='calibrate', iters=0, evolve_every=0),
     # No synthesis and no training: dead leaves set the ranges, and the codes of the weights.
-    'fast': dict(method='fast', samples=dict(type='psaq_mm.DeadLeaves'), rounding='auto', rotate=True, damping=0.3, prior_rows=32, fresh=1.,
+    'fast': dict(method='fast', samples=dict(_LEAVES), rounding='auto', rotate=True, damping=0.3, prior_rows=32, fresh=1.,
                  iters=0, evolve_every=0, reobserve=False, calibration_samples=32, pool_size=32),
-    # More pictures, of three kinds. V2's samples beside dead leaves in their place are worse at W3A8 and no better at W4A8, so nothing is
+    # More pictures, of two kinds. V2's samples beside dead leaves in their place are worse at W3A8 and no better at W4A8, so nothing is
     # synthesized (docs/results.md); nor is anything trained: after guided rounding a student that learns on samples agrees less
     # with photographs (docs/method.md). With iters=N given, gains, offsets and biases learn and the codes stay.
     'best': dict(method='best', rounding='auto', rotate=True, damping=0.3, prior_rows=32, fresh=1., iters=0, evolve_every=0,
                  reobserve=False, lr=0., vector_lr=1e-3, calibration_samples=96, pool_size=96,
-                 samples=[dict(type='psaq_mm.Scenes'), dict(type='psaq_mm.DeadLeaves'), dict(type='psaq_mm.PinkNoise')]),
+                 samples=[dict(type='psaq_mm.Scenes', color_blur=5), dict(_LEAVES, weight=2)]),
 }
 
 
@@ -98,7 +101,7 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
     preset = given.pop('preset', 'psaq_v2')
     if preset not in DFQ_PRESETS:
         raise ConfigError(f'dfq preset {preset!r} is not known: use one of {", ".join(DFQ_PRESETS)}')
-    settings, named = copy.deepcopy(DFQ_DEFAULTS), dict(DFQ_PRESETS[preset])
+    settings, named = copy.deepcopy(DFQ_DEFAULTS), copy.deepcopy(DFQ_PRESETS[preset])
     # Where samples come from is one setting under two names: what is given takes the place of the preset's under either.
     if given.get('samples') is not None:
         named.pop('source', None)
@@ -115,6 +118,28 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
             else:
                 settings[key] = value
     return settings
+
+
+class Fresh(NamedTuple):
+    """``dfq.fresh``: the share of a batch that is made for it, and the config of a source for that, or None."""
+    share: float
+    samples: Any = None
+
+    @classmethod
+    def parse(cls, given: Union[float, Mapping]) -> 'Fresh':
+        """Read a number or ``dict(share=..., samples=...)``.
+
+        Raises:
+            ConfigError: Another key, or a share that is none.
+        """
+        settings = dict(given) if isinstance(given, Mapping) else dict(share=given)
+        share, samples = settings.pop('share', 1.), settings.pop('samples', None)
+        if settings:
+            raise ConfigError(f'dfq.fresh has the key {next(iter(settings))!r}, which is not known: give a number, or '
+                              'dict(share=..., samples=...)')
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise ConfigError(f'dfq.fresh={share!r} must be a share of the student\'s batches, within 0 .. 1')
+        return cls(float(share), samples)
 
 
 METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='psaq_v2', repq='repq', repq_v2='repq', fast='psaq_v2', best='psaq_v2')

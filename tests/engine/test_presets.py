@@ -56,13 +56,19 @@ def test_fast_makes_nothing_out_of_the_model():
     assert fast['rounding'] == 'auto' and not fast['iters'] and not fast['evolve_every']
 
 
-def test_best_draws_pictures_of_three_kinds():
+def test_best_draws_scenes_and_twice_as_many_leaves():
     best = resolve_dfq('best')
     assert best['rounding'] == 'auto' and not best['iters'] and not best['evolve_every']
     assert (best['lr'], best['vector_lr']) == (0., 1e-3), 'codes stay where steps are asked for'
     source = source_of(best['samples'])
-    assert source.procedural and [type(member).__name__ for member in source.sources] == ['Scenes', 'DeadLeaves', 'PinkNoise']
+    assert source.procedural and [type(member).__name__ for member in source.sources] == ['Scenes', 'DeadLeaves']
+    assert source.weights == pytest.approx([1 / 3, 2 / 3]) and repr(source.sources[1]) == repr(source_of(resolve_dfq('fast')['samples']))
     assert best['calibration_samples'] > resolve_dfq('fast')['calibration_samples']
+
+
+def test_presets_do_not_share_what_they_give():
+    resolve_dfq('fast')['samples']['exponent'] = 9.
+    assert resolve_dfq('fast')['samples']['exponent'] != 9. and resolve_dfq('best')['samples'][1]['exponent'] != 9.
 
 
 def test_where_samples_come_from_is_one_setting_under_two_names():

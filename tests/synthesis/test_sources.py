@@ -10,6 +10,7 @@ from psaq_mm.synthesis import (DeadLeaves, GaussianNoise, Generated, ImageSpec, 
                                source_of)
 from psaq_mm.synthesis.sources import NAMED, SOURCES, of_rank
 from psaq_mm.synthesis.sources.base import mixed, number_seed
+from psaq_mm.synthesis.sources.noise import blurred
 from synthesis.toys import ToyTransformer
 
 IMAGENET = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -266,3 +267,37 @@ def test_synthesis_begins_with_a_source(init):
 def test_what_synthesis_cannot_begin_with(init, error):
     with pytest.raises(error):
         SampleGenerator(init=init)
+
+
+# ---------------------------------------------------------------------- colour coarser than brightness
+@pytest.mark.parametrize('kind', [DeadLeaves, Scenes])
+def test_colour_is_softened_and_brightness_is_not(kind):
+    sharp, soft = (kind(color_blur=side).pictures(range(4), (64, 48), IMAGENET, 0) for side in (1, 5))  # nothing is cut off yet
+    torch.testing.assert_close(soft.mean(1), sharp.mean(1), rtol=0, atol=1e-4)
+    before, after = (steps(made - made.mean(1, keepdim=True)) for made in (sharp, soft))
+    assert after < .7 * before, 'differences of neighbours'
+    assert torch.equal(kind(color_blur=5).pictures([2], (64, 48), IMAGENET, 0)[0], soft[2])
+
+
+def steps(made):
+    return float((made[..., 1:] - made[..., :-1]).abs().mean())
+
+
+@pytest.mark.parametrize('kind', [DeadLeaves, Scenes])
+def test_softening_leaves_grey_pictures_and_small_ones(kind):
+    grey = ImageSpec((127.5, ), (50., ))
+    assert torch.equal(kind(color_blur=9).draw(range(2), (20, 20), grey), kind().draw(range(2), (20, 20), grey))
+    assert kind(color_blur=9).draw(range(2), (2, 1), IMAGENET).isfinite().all()
+
+
+@pytest.mark.parametrize('side', [0, 4, -3, 101, 2.5, True])
+def test_a_side_that_is_no_odd_number_is_named(side):
+    with pytest.raises(DataError, match=f'color_blur={side}'):
+        source_of(dict(type='psaq_mm.DeadLeaves', color_blur=side))
+
+
+def test_means_over_squares_are_those_of_a_pooling():
+    picture = torch.rand(2, 9, 11, generator=torch.Generator().manual_seed(0))
+    pooled = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(picture, (1, ) * 4, mode='replicate'), 3, 1)
+    torch.testing.assert_close(blurred(picture, 3), pooled)
+    assert blurred(picture, 1) is picture

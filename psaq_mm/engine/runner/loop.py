@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from typing import Any, ContextManager, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 import torch
 from mmengine.logging import print_log
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, FreshPool, SourcedEvolution
 from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
 from psaq_mm.engine.data_overlap import check_folder
+from psaq_mm.engine.presets import Fresh
 from psaq_mm.engine.real_images import TrainingImages, training_images
 from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, reads_rgb
 from psaq_mm.errors import CheckpointError, ConfigError
@@ -44,27 +45,6 @@ def _tune(model: nn.Module) -> nn.Module:
     """Eval mode throughout: no DropPath, no BatchNorm updates; gradients flow all the same."""
     model.eval()  # returns None in the libraries' backbones
     return model
-
-
-class _Fresh(NamedTuple):
-    """``dfq.fresh``: the share of a batch that is made for it, and the config of a source for that, or None."""
-    share: float
-    samples: Any = None
-
-    @classmethod
-    def parse(cls, given: Union[float, Mapping]) -> '_Fresh':
-        settings = dict(given) if isinstance(given, Mapping) else dict(share=given)
-        share, samples = settings.pop('share', 1.), settings.pop('samples', None)
-        if settings:
-            raise ConfigError(f'dfq.fresh has the key {next(iter(settings))!r}, which is not known: give a number, or '
-                              'dict(share=..., samples=...)')
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ConfigError(f'dfq.fresh={share!r} must be a share of the student\'s batches, within 0 .. 1')
-        return cls(float(share), samples)
-
-    def summary(self) -> Union[float, Dict[str, Any]]:
-        """JSON types only."""
-        return self.share if self.samples is None else dict(share=self.share, samples=_plain(self.samples))
 
 
 def _plain(config: Any) -> Any:
@@ -140,7 +120,7 @@ class DataFreeTrainLoop(BaseLoop):
         self.distil = None if distil is None else tuple(distil)
         self.source_config = samples if isinstance(samples, (Mapping, list, tuple)) else None
         self.samples_path = samples if self.source_config is None else None
-        self.fresh, self.max_seconds, self.save_samples = _Fresh.parse(fresh), max_seconds, save_samples
+        self.fresh, self.max_seconds, self.save_samples = Fresh.parse(fresh), max_seconds, save_samples
         if max_seconds is not None and not max_seconds > 0:
             raise ConfigError(f'dfq.max_seconds={max_seconds} must be above 0, or None for no bound')
         if amp not in (None, 'bfloat16', 'float16'):
@@ -427,7 +407,7 @@ class DataFreeTrainLoop(BaseLoop):
         """JSON types only: what ``student.pth`` says of how it was made."""
         settings: Dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings_given.items()}
         return dict(settings, samples=_plain(self.source_config) if self.samples_path is None else str(self.samples_path),
-                    max_iters=self._max_iters, steps=self._iter, max_seconds=self.max_seconds, fresh=self.fresh.summary(),
+                    max_iters=self._max_iters, steps=self._iter, max_seconds=self.max_seconds, fresh=self.fresh.share if self.fresh.samples is None else _plain(self.fresh._asdict()),
                     fresh_samples=getattr(self.evolution.pool, 'made', 0) if self.evolution else 0,
                     seed=self.seed, distil=list(self.distil or ()), block_stride=self.block_stride,
                     ranks=ranks()[1], accumulative_counts=self._batches, amp=self.amp,

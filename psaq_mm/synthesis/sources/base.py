@@ -58,7 +58,7 @@ def checked_size(batch: int, size: Tuple[int, int]) -> Tuple[int, int]:
 class Source:
     """Pictures by number. Number 7 of a seed is the same picture alone and in any batch, on one rank and on many.
 
-    A source of one's own has :meth:`picture`; one whose pictures are not made one by one has :meth:`draw` instead.
+    A source of one's own has :meth:`picture`; one whose pictures are not made one by one has :meth:`pictures` instead.
 
     Args:
         seed: Beside the run's seed, for two sources of one kind that are to differ.
@@ -73,6 +73,12 @@ class Source:
     def picture(self, size: Tuple[int, int], image_spec: ImageSpec, generator: torch.Generator) -> Tensor:
         """One picture, (C, height, width), in standard units (:class:`~psaq_mm.synthesis.ImageSpec`), range not yet kept."""
         raise NotImplementedError
+
+    def pictures(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int) -> Tensor:
+        """The pictures of some numbers, (len(numbers), C, height, width), as :meth:`picture` makes one; ``seed`` is the run's and the
+        source's in one. Here each has a generator to itself, of its own seed."""
+        generator = torch.Generator()
+        return torch.stack([self.picture(size, image_spec, generator.manual_seed(number_seed(seed, n))) for n in numbers])
 
     def draw(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int = 0,
              generated: Optional[Make] = None) -> Tensor:
@@ -91,8 +97,7 @@ class Source:
         Raises:
             DataError: No numbers, or a size that is not positive.
         """
-        size, generator, own = checked_size(len(numbers), size), torch.Generator(), mixed(seed, self.seed)
-        values = torch.stack([self.picture(size, image_spec, generator.manual_seed(number_seed(own, n))) for n in numbers])
+        values = self.pictures(numbers, checked_size(len(numbers), size), image_spec, mixed(seed, self.seed))
         return image_spec.clamp(image_spec.from_standard(values))
 
     def __call__(self, batch: int, size: Tuple[int, int], image_spec: ImageSpec, generator: Optional[torch.Generator] = None,

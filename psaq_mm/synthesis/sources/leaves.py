@@ -1,15 +1,15 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Dead leaves: pictures of shapes that hide each other, with sizes, edges and textures like those of a photograph."""
 import math
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from psaq_mm.errors import DataError
 from psaq_mm.synthesis.normalization import ImageSpec
-from psaq_mm.synthesis.sources.base import Make, Source, checked_size, mixed, number_seed
-from psaq_mm.synthesis.sources.noise import check_correlation, bounds, correlated, power_law_noise, uniform_in
+from psaq_mm.synthesis.sources.base import Source, number_seed
+from psaq_mm.synthesis.sources.noise import bounds, check_correlation, correlated, odd_side, power_law_noise, softened, uniform_in
 
 __all__ = ['DeadLeaves', 'SHAPES', 'leaf_maps', 'mean_square', 'power_law']
 
@@ -63,6 +63,8 @@ class DeadLeaves(Source):
         shading: Greatest difference of brightness from the middle of a leaf to its edge, in standard units.
         contrast: Spread of the leaves' colours, in standard units.
         color_correlation: Correlation of a leaf's colour between any two channels, 0 .. 1.
+        color_blur: Side in pixels, odd, of the squares over which colour, not brightness, is averaged, twice; 1 leaves it sharp. In photographs
+            colour is coarser than brightness: sensors' mosaics and JPEG's subsampling see to that.
         seed: As for :class:`Source`.
 
     Raises:
@@ -81,6 +83,7 @@ class DeadLeaves(Source):
                  shading: float = 0.6,
                  contrast: float = 1.0,
                  color_correlation: float = 0.8,
+                 color_blur: int = 1,
                  seed: int = 0) -> None:
         super().__init__(seed)
         self.exponent, self.radius, self.coverage = float(exponent), tuple(radius), float(coverage)
@@ -88,7 +91,7 @@ class DeadLeaves(Source):
         self.stretch, self.texture, self.wavelength = float(stretch), float(texture), tuple(wavelength)
         self.noise_exponent = bounds('noise_exponent', noise_exponent, -4., 4.)
         self.shading, self.contrast = float(shading), float(contrast)
-        self.color_correlation = check_correlation(color_correlation)
+        self.color_correlation, self.color_blur = check_correlation(color_correlation), odd_side('color_blur', color_blur)
         self._check()
 
     def _check(self) -> None:
@@ -107,20 +110,19 @@ class DeadLeaves(Source):
         if not 0 <= self.exponent <= 10:
             raise DataError(f'exponent={self.exponent} must be within 0 .. 10')
 
-    def draw(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int = 0,
-             generated: Optional[Make] = None) -> Tensor:
-        """See :meth:`Source.draw`."""
-        size, generator, own = checked_size(len(numbers), size), torch.Generator(), mixed(seed, self.seed)
+    def pictures(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int) -> Tensor:
+        """See :meth:`Source.pictures`."""
+        generator = torch.Generator()
         together = max(1, _TOGETHER // (size[0] * size[1]))
         painted: List[Tensor] = []
         for begin in range(0, len(numbers), together):
             drawn = []
             for number in numbers[begin:begin + together]:
-                generator.manual_seed(number_seed(own, number))
+                generator.manual_seed(number_seed(seed, number))
                 drawn.append((self.leaves(size, generator), self._paints(size, image_spec.channels, generator)))
             maps = leaf_maps([leaves for leaves, _ in drawn], size)
-            painted += [_painted(ids, leaves, paints) for ids, (leaves, paints) in zip(maps, drawn)]
-        return image_spec.clamp(image_spec.from_standard(torch.stack(painted)))
+            painted += [softened(_painted(ids, leaves, paints), self.color_blur) for ids, (leaves, paints) in zip(maps, drawn)]
+        return torch.stack(painted)
 
     def leaves(self, size: Tuple[int, int], generator: torch.Generator) -> Leaves:
         """Geometry of all leaves of a picture, the hindmost first.

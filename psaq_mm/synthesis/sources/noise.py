@@ -3,14 +3,15 @@
 from typing import Optional, Sequence, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from psaq_mm.errors import DataError
 from psaq_mm.synthesis.normalization import ImageSpec
 from psaq_mm.synthesis.sources.base import Source, checked_size
 
-__all__ = ['GaussianNoise', 'PinkNoise', 'bounds', 'check_correlation', 'correlated', 'gaussian_noise', 'pink_noise', 'power_law_noise',
-           'uniform_in']
+__all__ = ['GaussianNoise', 'PinkNoise', 'blurred', 'bounds', 'check_correlation', 'correlated', 'gaussian_noise', 'odd_side', 'pink_noise',
+           'power_law_noise', 'softened', 'uniform_in']
 
 
 def gaussian_noise(batch: int,
@@ -110,6 +111,27 @@ def correlated(planes: Tensor, correlation: float) -> Tensor:
     return planes * own + planes.sum(0) * common
 
 
+def blurred(picture: Tensor, side: int) -> Tensor:
+    """Means over squares of ``side`` pixels, an odd number; (C, H, W) to the same."""
+    if side == 1:
+        return picture
+    picture = F.pad(picture.unsqueeze(0), (side // 2 + 1, side // 2) * 2, mode='replicate')[0]
+    for axis, size in ((-2, picture.shape[-2]), (-1, picture.shape[-1])):
+        sums = picture.cumsum(axis)  # differences of running sums: as fast for a large square as for a small one
+        picture = sums.narrow(axis, side, size - side) - sums.narrow(axis, 0, size - side)
+    return picture.div_(side**2)
+
+
+def softened(picture: Tensor, side: int) -> Tensor:
+    """A picture (C, H, W) whose colour is less sharp than its brightness: the channels' differences from their mean are averaged over
+    squares of ``side`` pixels, an odd number, and once more."""
+    if side == 1 or len(picture) == 1:
+        return picture
+    brightness = picture.mean(0, keepdim=True)
+    colour = blurred(blurred(picture[:-1] - brightness, side), side)
+    return torch.cat([colour, -colour.sum(0, keepdim=True)]).add_(brightness)  # differences from a mean add up to none
+
+
 class GaussianNoise(Source):
     """N(0, 1) in standard units: no structure at all, the control of every published table."""
 
@@ -161,6 +183,17 @@ def check_correlation(value: float) -> float:
     if not 0 <= value <= 1:
         raise DataError(f'color_correlation={value} must be within 0 .. 1')
     return float(value)
+
+
+def odd_side(name: str, value: int) -> int:
+    """The side of a square of pixels.
+
+    Raises:
+        DataError: It is no odd number within 1 .. 99; the sentence has its name.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 99 or value % 2 == 0:
+        raise DataError(f'{name}={value} must be an odd number of pixels within 1 .. 99; 1 leaves pictures as they are')
+    return value
 
 
 def _seeded(generator: Optional[torch.Generator]) -> torch.Generator:

@@ -1,16 +1,15 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Scenes: a few large shapes with wavy outlines before a background, all clad in patterns that small random networks draw."""
 import math
-from typing import Callable, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, NamedTuple, Sequence, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from psaq_mm.errors import DataError
 from psaq_mm.synthesis.normalization import ImageSpec
-from psaq_mm.synthesis.sources.base import Make, Source, checked_size, mixed, number_seed
-from psaq_mm.synthesis.sources.noise import bounds, correlated, power_law_noise, uniform_in
+from psaq_mm.synthesis.sources.base import Source, mixed, number_seed
+from psaq_mm.synthesis.sources.noise import blurred, bounds, correlated, odd_side, power_law_noise, softened, uniform_in
 
 __all__ = ['Scenes', 'outline', 'pattern_maps']
 
@@ -46,6 +45,7 @@ class Scenes(Source):
         shading: Greatest difference of brightness across half the picture, in standard units.
         color_correlation: (least, greatest) correlation of a pattern's channels, 0 .. 1.
         contrast: (least, greatest) spread of the whole picture, in standard units.
+        color_blur: As for :class:`DeadLeaves`.
         seed: As for :class:`Source`.
 
     Raises:
@@ -64,6 +64,7 @@ class Scenes(Source):
                  shading: float = 0.8,
                  color_correlation: Sequence[float] = (0.3, 0.95),
                  contrast: Sequence[float] = (0.6, 1.3),
+                 color_blur: int = 1,
                  seed: int = 0) -> None:
         super().__init__(seed)
         self.objects = tuple(int(n) for n in objects) if isinstance(objects, Sequence) else ()
@@ -73,25 +74,26 @@ class Scenes(Source):
         self.texture, self.contrast = bounds('texture', texture, 0., 10.), bounds('contrast', contrast, 0., 10.)
         self.color_correlation = bounds('color_correlation', color_correlation, 0., 1.)
         self.roughness, self.shading = bounds('roughness', roughness, 0., 2.)[1], bounds('shading', shading, 0., 10.)[1]
+        self.color_blur = odd_side('color_blur', color_blur)
 
-    def draw(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int = 0,
-             generated: Optional[Make] = None) -> Tensor:
-        """See :meth:`Source.draw`."""
-        size, generator, own = checked_size(len(numbers), size), torch.Generator(), mixed(seed, self.seed)
+    def pictures(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int) -> Tensor:
+        """See :meth:`Source.pictures`."""
+        generator = torch.Generator()
         whole = torch.empty(len(numbers), image_spec.channels, *size)
         for wardrobe in sorted({number // _SHARED for number in numbers}):
-            surfaces = self._surfaces(size, image_spec.channels, generator.manual_seed(number_seed(mixed(own, 1), wardrobe)))
+            surfaces = self._surfaces(size, image_spec.channels, generator.manual_seed(number_seed(mixed(seed, 1), wardrobe)))
             for place, number in enumerate(numbers):
                 if number // _SHARED == wardrobe:
-                    whole[place] = self._scene(surfaces, generator.manual_seed(number_seed(own, number)))
-        return image_spec.clamp(image_spec.from_standard(whole))
+                    scene = self._scene(surfaces, generator.manual_seed(number_seed(seed, number)))
+                    whole[place] = softened(scene, self.color_blur)
+        return whole
 
     def _scene(self, surfaces: Tensor, generator: torch.Generator) -> Tensor:
         """One picture, (C, H, W), in standard units."""
         size, least, most = surfaces.shape[2:], *self.objects
         y, x = _coordinates(size)
         whole = slice(0, size[0]), slice(0, size[1])
-        picture = _blurred(self._clad(surfaces, y, x, whole, generator), 2 * int(torch.randint(8, (), generator=generator)) + 1)
+        picture = blurred(self._clad(surfaces, y, x, whole, generator), 2 * int(torch.randint(8, (), generator=generator)) + 1)
         for _ in range(least + int(torch.randint(most - least + 1, (), generator=generator))):
             shape = outline(uniform_in((0, float(y[-1])), generator), uniform_in((0, float(x[-1])), generator), self._radius(generator),
                             uniform_in((0.35, 1.), generator), self.roughness, generator)
@@ -99,7 +101,7 @@ class Scenes(Source):
             surface = self._clad(surfaces, y, x, (rows, columns), generator)
             part = picture[:, rows, columns]
             part.copy_(torch.where(shape.covers(y[rows], x[columns]), surface, part))
-        picture = _blurred(picture, 3) if uniform_in((0, 1), generator) < .5 else picture
+        picture = blurred(picture, 3) if uniform_in((0, 1), generator) < .5 else picture
         picture = picture - picture.mean((-2, -1), keepdim=True)
         spread = picture.square().mean().sqrt().clamp(min=.01)  # of one colour, it stays so
         return picture * (uniform_in(self.contrast, generator) / spread) + uniform_in((-0.6, 0.6), generator)
@@ -137,17 +139,6 @@ def _reached(places: Tensor, middle: float, reach: float) -> slice:
     """Which of the places, in order, are within ``reach`` of the middle."""
     first, last = torch.searchsorted(places, torch.tensor([middle - reach, middle + reach])).tolist()
     return slice(first, last)
-
-
-def _blurred(picture: Tensor, side: int) -> Tensor:
-    """Means over squares of ``side`` pixels, an odd number; (C, H, W) to the same."""
-    if side == 1:
-        return picture
-    picture = F.pad(picture.unsqueeze(0), (side // 2 + 1, side // 2) * 2, mode='replicate')[0]
-    for axis, size in ((-2, picture.shape[-2]), (-1, picture.shape[-1])):
-        sums = picture.cumsum(axis)  # differences of running sums: as fast for a large square as for a small one
-        picture = sums.narrow(axis, side, size - side) - sums.narrow(axis, 0, size - side)
-    return picture.div_(side**2)
 
 
 # ---------------------------------------------------------------------- patterns
