@@ -103,6 +103,9 @@ def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.
     keep_freed_memory()
     try:
         command(args)
+        if getattr(args, 'launcher', 'none') != 'none':
+            from psaq_mm.quantization.reduction import leave
+            leave()
     except PsaqError as error:
         print(f'{parser.prog}: {error}', file=sys.stderr)
         return 1

@@ -92,6 +92,14 @@ def barrier() -> None:
     sum_(torch.zeros(1))
 
 
+def leave() -> None:
+    """End the group of ranks, once all of them are here. A process that ends while its group's threads still run is aborted now and
+    then, and the launcher takes a run for failed whose files are all written."""
+    if dist.is_available() and dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
 def gathered(part: Tensor, count: int) -> Tensor:
     """The whole of what the ranks hold parts of.
 

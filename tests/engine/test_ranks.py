@@ -162,6 +162,21 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(halves, case):
 
 
 # ---------------------------------------------------------------------- command lines
+def test_a_launched_command_ends_its_group_and_no_other_does(tmp_path):
+    import argparse
+
+    from psaq_mm.commands.common import add_run_arguments, run_command
+    parser = argparse.ArgumentParser(prog='launched')
+    add_run_arguments(parser)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
+    try:
+        assert run_command(lambda args: None, parser, []) == 0 and torch.distributed.is_initialized()
+        assert run_command(lambda args: None, parser, ['--launcher', 'pytorch']) == 0 and not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 DFQ = dict(size=(32, 32), batch_size=4, calibration_samples=6, pool_size=10, evolve_every=2, evolve_samples=5, iters=4, save_samples=True,
            generator=dict(batch_size=4, steps=2))
 HALF = dict(DFQ, batch_size=2, generator=dict(batch_size=2, steps=2))
