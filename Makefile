@@ -30,7 +30,8 @@ DATA   ?=
 # Two threads: the models are small, and more of them only wait for each other. Tests: a process a core beats threads, with one each.
 THREADS_GIVEN := $(OMP_NUM_THREADS)
 OMP_NUM_THREADS ?= 2
-export OMP_NUM_THREADS MMCV_FIND_LINKS PSAQ_MM_WHEELS PSAQ_MM_DATA
+# Not PSAQ_MM_DATA, which is passed on where it is given: exported, it would be there and empty, which is no folder.
+export OMP_NUM_THREADS MMCV_FIND_LINKS PSAQ_MM_WHEELS
 
 SET_UP = $(PYTHON) .dev/setup_env.py --torch "$(TORCH)"
 CORE_TESTS = $(wildcard tests/quantization tests/synthesis tests/distillation)

@@ -30,7 +30,7 @@ def tree(tmp_path):
     (root / '.dev' / 'setup_env.py').write_text('import sys; print("SETUP", sys.argv[1:])\n')
     python = root / '.venv' / 'bin' / 'python'
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "RAN $*, threads $OMP_NUM_THREADS, data $PSAQ_MM_DATA"\nexit "${FAKE_STATUS:-0}"\n')
+    python.write_text('#!/bin/sh\necho "RAN $*, threads $OMP_NUM_THREADS, data ${PSAQ_MM_DATA-unset}"\nexit "${FAKE_STATUS:-0}"\n')
     python.chmod(0o755)
     return root
 
@@ -76,6 +76,11 @@ def test_arguments_and_environment_reach_pytest(tree):
     result = make('test', PYTHON, 'ARGS=-k "one or two"', cwd=tree, PSAQ_MM_DATA='/some/data')
     assert 'RAN -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -k one or two, threads ' in result.stdout
     assert result.stdout.strip().endswith('data /some/data')
+
+
+def test_a_folder_that_nobody_names_is_not_there_as_an_empty_one(tree, monkeypatch):
+    monkeypatch.delenv('PSAQ_MM_DATA', raising=False)
+    assert make('test', PYTHON, cwd=tree).stdout.strip().endswith('data unset')
 
 
 @pytest.mark.parametrize('given,threads', [({}, '1'), ({'OMP_NUM_THREADS': '7'}, '7')])
