@@ -12,9 +12,10 @@ from psaq_mm.engine.data_overlap import check_no_overlap
 from psaq_mm.engine.presets import recipe_of, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
+from psaq_mm.type_names import type_name
 
 __all__ = ['apply_method', 'to_data_free', 'quant_holder', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config', 'sample_size',
-           'drop_pretrained']
+           'drop_pretrained', 'type_name']
 
 _DATA_HOOKS = ('EMAHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
                'MeanTeacherHook', 'PreciseBNHook', 'SyncNormHook', 'SwitchRecipeHook', 'SwAVHook')
@@ -24,13 +25,13 @@ _RESIZES = ('Resize', 'FixScaleResize', 'ResizeEdge')
 """Steps of a pipeline whose ``scale`` is the size of what a model sees; an int is a classifier's."""
 
 
-def _type_name(config: Mapping) -> str:
-    return str(config.get('type', '')).split('.')[-1]
+_PRETRAINED = ('Pretrained', 'PretrainedInit')
+"""MMEngine's name of the initialization from a file, and the class that a pure-Python config names."""
 
 
 def is_quantized_config(model: Mapping) -> bool:
     """Whether a model config builds quantized layers, as a whole or through its backbone."""
-    return _type_name(model) == 'Quantized' or _type_name(model.get('backbone') or {}) == 'QuantSwinTransformer'
+    return type_name(model) == 'Quantized' or type_name(model.get('backbone') or {}) == 'QuantSwinTransformer'
 
 
 def quantized_model_config(config: Config, quant=None, method: Optional[str] = None) -> ConfigDict:
@@ -66,7 +67,7 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
 
 def quant_holder(model: Mapping) -> Any:
     """The part of a quantized model config that has ``quant``: the model, or its backbone."""
-    return model if _type_name(model) == 'Quantized' else model['backbone']
+    return model if type_name(model) == 'Quantized' else model['backbone']
 
 
 def _preset_of(quant: Any, method: Optional[str]) -> Any:
@@ -77,10 +78,10 @@ def _preset_of(quant: Any, method: Optional[str]) -> Any:
 def full_precision_model_config(model: Mapping) -> ConfigDict:
     """The model config that a quantized one was made from."""
     plain = ConfigDict({k: v for k, v in model.items() if k not in ('base_type', 'quant')})
-    if _type_name(model) == 'Quantized':
+    if type_name(model) == 'Quantized':
         plain.type = model['base_type']
     backbone = plain.get('backbone')
-    if backbone and _type_name(backbone) == 'QuantSwinTransformer':
+    if backbone and type_name(backbone) == 'QuantSwinTransformer':
         kept = {k: v for k, v in backbone.items() if k not in ('quant', 'library')}
         library = backbone.get('library')
         plain.backbone = ConfigDict({**kept, 'type': f'{library}.SwinTransformer' if library else 'SwinTransformer'})
@@ -92,8 +93,7 @@ def drop_pretrained(model: Any) -> None:
     if isinstance(model, dict):
         if model.get('pretrained') is not None:
             model['pretrained'] = None
-        init = model.get('init_cfg')
-        if isinstance(init, dict) and _type_name(init) == 'Pretrained':
+        if type_name(model.get('init_cfg')) in _PRETRAINED:
             model['init_cfg'] = None
         for value in model.values():
             drop_pretrained(value)
@@ -120,8 +120,8 @@ def sample_size(config: Config) -> Tuple[int, int]:
     size = (config.model.get('data_preprocessor') or config.get('data_preprocessor') or {}).get('size')
     if not size:
         steps = [step for pipeline in _pipelines(config) for step in pipeline]
-        crops = [step.get('crop_size') for step in steps if _type_name(step) == 'CenterCrop']
-        scales = [step['scale'] for step in steps if _type_name(step) in _RESIZES and step.get('scale')]
+        crops = [step.get('crop_size') for step in steps if type_name(step) == 'CenterCrop']
+        scales = [step['scale'] for step in steps if type_name(step) in _RESIZES and step.get('scale')]
         exact = crops or [scale for scale in scales if isinstance(scale, int)]
         if exact:
             return (exact[-1], exact[-1]) if isinstance(exact[-1], int) else tuple(exact[-1])
@@ -138,8 +138,8 @@ def sample_size(config: Config) -> Tuple[int, int]:
 def _sorted_hooks(config: Config) -> Tuple[List, List[str]]:
     kept, dropped = [], []
     for hook in config.get('custom_hooks') or []:
-        (dropped if _type_name(hook) in _DATA_HOOKS else kept).append(hook)
-    return [h for h in kept if _type_name(h) != 'DataFreeQuantHook'], [str(h.get('type')) for h in dropped]
+        (dropped if type_name(hook) in _DATA_HOOKS else kept).append(hook)
+    return [h for h in kept if type_name(h) != 'DataFreeQuantHook'], [type_name(h) for h in dropped]
 
 
 def apply_method(config: Config, quant: Optional[str] = None, method: Optional[str] = None) -> Config:

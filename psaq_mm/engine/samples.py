@@ -16,6 +16,7 @@ from psaq_mm.registry import TASK_UTILS
 from psaq_mm.synthesis import ImageSpec, Mixture, Source, source_of
 from psaq_mm.synthesis.sources.base import Make, checked_size, mixed
 from psaq_mm.synthesis.sources.mixture import PLAIN
+from psaq_mm.type_names import type_name
 from psaq_mm.visualization import write_png
 
 __all__ = ['Folder', 'SavedSamples', 'build_source', 'folders_in', 'load_samples', 'procedural_of', 'reads_rgb',
@@ -233,15 +234,15 @@ def build_source(given: Union[str, Mapping, Sequence, Source], rgb: bool = True)
 
     def build(config: Mapping) -> Any:
         settings = dict(config)
-        name = str(settings['type']).rpartition('.')[2]
-        if TASK_UTILS.get(f'psaq_mm.{name}' if '.' not in str(settings['type']) else settings['type']) is None:
+        name = type_name(settings)
+        if settings['type'] == name:
+            settings['type'] = f'psaq_mm.{name}'
+        if isinstance(settings['type'], str) and TASK_UTILS.get(settings['type']) is None:
             known = sorted({*PLAIN, 'Folder'})
-            raise ConfigError(f'dfq.samples has type={settings["type"]!r}, which is no source of samples: use one of '
+            raise ConfigError(f'dfq.samples has type={config["type"]!r}, which is no source of samples: use one of '
                               f'{", ".join("psaq_mm." + one for one in known)}')
         if name == 'Folder':
             settings.setdefault('rgb', rgb)
-        if '.' not in str(settings['type']):
-            settings['type'] = f'psaq_mm.{name}'
         try:
             return TASK_UTILS.build(settings)
         except TypeError as error:

@@ -14,6 +14,7 @@ from psaq_mm.models.loading import guard_loading
 from psaq_mm.models.scope import check_backbone, find_backbone, first_layer_name, scope_filter
 from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_
 from psaq_mm.registry import MODELS
+from psaq_mm.type_names import type_name
 
 __all__ = ['Quantized', 'quantize_model_', 'report_of', 'spec_of']
 
@@ -68,11 +69,11 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
 
 
 @MODELS.register_module()
-def Quantized(base_type: str, quant: Union[Mapping, str] = 'w8a8', **model) -> nn.Module:
+def Quantized(base_type: Union[str, type], quant: Union[Mapping, str] = 'w8a8', **model) -> nn.Module:
     """Build ``base_type`` and quantize it; a config needs no other change.
 
     Args:
-        base_type: The model type that the user's config had, e.g. ``'MaskRCNN'`` or ``'mmseg.EncoderDecoder'``.
+        base_type: The model type that the user's config had, e.g. ``'MaskRCNN'``, ``'mmseg.EncoderDecoder'`` or the class itself.
         quant: See :func:`quantize_model_`.
         **model: The other keys of the user's model config, untouched.
 
@@ -84,7 +85,7 @@ def Quantized(base_type: str, quant: Union[Mapping, str] = 'w8a8', **model) -> n
         >>> _base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']
         >>> model = dict(type='psaq_mm.Quantized', base_type={{_base_.model.type}}, quant='w8a8')
     """
-    if not base_type or str(base_type).endswith('Quantized'):
+    if type_name(base_type) in ('', 'Quantized'):
         raise ConfigError(f'base_type={base_type!r} is no model type: write base_type={{{{_base_.model.type}}}} in the config '
                           'that inherits the full-precision one')
     built = ROOT_MODELS.build(dict(type=base_type, **model))

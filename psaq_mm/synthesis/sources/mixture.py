@@ -12,6 +12,7 @@ from psaq_mm.synthesis.sources.base import Generated, Make, Source, checked_size
 from psaq_mm.synthesis.sources.leaves import DeadLeaves
 from psaq_mm.synthesis.sources.noise import GaussianNoise, PinkNoise
 from psaq_mm.synthesis.sources.scenes import Scenes
+from psaq_mm.type_names import type_name
 
 __all__ = ['Mixture', 'NAMED', 'PLAIN', 'source_of']
 
@@ -97,8 +98,8 @@ Given = Union[str, Mapping, Sequence, Source]
 
 def _plain(config: Mapping) -> Source:
     settings = dict(config)
-    name = str(settings.pop('type', ''))
-    short = name.rpartition('.')[2]
+    name = settings.pop('type', '')
+    short = type_name(name)
     if short not in PLAIN:
         near = difflib.get_close_matches(short, PLAIN, 1)
         hint = f'did you mean {near[0]}? Known are' if near else 'use one of'
@@ -139,7 +140,7 @@ def source_of(given: Given, build: Callable[[Mapping], Any] = _plain) -> Source:
             raise ConfigError(f'{dict(given)} is no source of samples: it lacks its type, such as \'psaq_mm.PinkNoise\'')
         settings = dict(given)
         settings.pop('weight', None)
-        if str(settings['type']).rpartition('.')[2] != 'Mixture':
+        if type_name(settings) != 'Mixture':
             found = build(settings)
         else:
             settings['sources'] = [source_of(one, build) for one in settings.get('sources') or ()]
