@@ -9,13 +9,14 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import is_cuda_available
 
 from psaq_mm.engine.data_overlap import check_no_overlap
-from psaq_mm.engine.presets import recipe_of, resolve_dfq, with_method
+from psaq_mm.engine.presets import preset_name, recipe_of, resolve_dfq, with_method
+from psaq_mm.engine.pure_python import with_named_types
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.type_names import type_name
 
 __all__ = ['apply_method', 'to_data_free', 'quant_holder', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config', 'sample_size',
-           'drop_pretrained', 'type_name']
+           'drop_pretrained', 'preset_of', 'type_name']
 
 _DATA_HOOKS = ('EMAHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
                'MeanTeacherHook', 'PreciseBNHook', 'SyncNormHook', 'SwitchRecipeHook', 'SwAVHook')
@@ -49,6 +50,7 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
     """
     if not config.get('model'):
         raise ConfigError(f'the config {config.filename} has no model: give a full model config, not one of its bases')
+    config = with_named_types(config)
     model = copy.deepcopy(ConfigDict(config.model))
     if config.get('data_preprocessor') and not model.get('data_preprocessor'):
         # mmpretrain has it beside the model; whoever builds from the model config alone needs its mean and std too.
@@ -57,11 +59,11 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
         if quant is None:
             raise ConfigError(f'the config {config.filename} is full-precision: set model = dict(type=\'psaq_mm.Quantized\', '
                               'base_type={{_base_.model.type}}, quant=\'w8a8\') in a config that inherits it, or give --quant')
-        return ConfigDict({**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': _preset_of(quant, method)})
+        return ConfigDict({**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': preset_of(quant, method)})
     holder = quant_holder(model)
     own = QuantSpec.parse(holder.get('quant', 'w8a8'))
     if quant is not None or method:
-        holder.quant = dict(preset=_preset_of(quant or own.label.lower(), method), scope=own.scope)
+        holder.quant = dict(preset=preset_of(quant or own.label.lower(), method), scope=own.scope)
     return model
 
 
@@ -70,7 +72,8 @@ def quant_holder(model: Mapping) -> Any:
     return model if type_name(model) == 'Quantized' else model['backbone']
 
 
-def _preset_of(quant: Any, method: Optional[str]) -> Any:
+def preset_of(quant: Any, method: Optional[str]) -> Any:
+    """A preset such as ``'w4a8'`` with a method's recipe before it; one that names a recipe, and a dict, stay as they are."""
     plain = re.fullmatch(r'w\d+a(\d+)', quant, re.IGNORECASE) if isinstance(quant, str) else None
     return f'{recipe_of(method, int(plain[1]))}_{quant}' if method and plain else quant
 
@@ -145,7 +148,7 @@ def _sorted_hooks(config: Config) -> Tuple[List, List[str]]:
 def apply_method(config: Config, quant: Optional[str] = None, method: Optional[str] = None) -> Config:
     """A copy of a config with another precision, another method, or both: see :func:`quantized_model_config` for the quantizer
     and :func:`psaq_mm.engine.presets.with_method` for the samples and the training."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(with_named_types(config))
     config.model = quantized_model_config(config, quant, method)
     if method:
         config.dfq = with_method(config.get('dfq'), method)
@@ -168,33 +171,32 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     Raises:
         ConfigError: No checkpoint, no such file, no image size, or an unknown setting.
     """
-    config = copy.deepcopy(config)
-    dfq = resolve_dfq(config.get('dfq'))
+    config = copy.deepcopy(with_named_types(config))
+    given = config.get('dfq')
+    dfq = resolve_dfq(given)
     if dfq['source'] == 'real':  # while the config still has its validation set, and before anything is written
         check_no_overlap(config)
     config.model = quantized_model_config(config, quant)
     drop_pretrained(config.model)
 
-    checkpoint = checkpoint or dfq['teacher'].get('checkpoint') or config.get('load_from')
-    if not checkpoint:
-        raise ConfigError('there is no full-precision checkpoint to quantize: set load_from in the config or give --checkpoint')
-    if '://' not in str(checkpoint) and not os.path.isfile(checkpoint):
-        raise ConfigError(f'the full-precision checkpoint {checkpoint} does not exist: set load_from or give --checkpoint')
-    dfq['teacher'] = dict(checkpoint=str(checkpoint), sha256=dfq['teacher'].get('sha256'))
+    before = config.get('train_cfg') or {}  # of a config that is data-free already: what a run leaves in its work dir
+    before = before if type_name(before) == 'DataFreeTrainLoop' else {}
+    dfq['teacher'] = dict(checkpoint=_teacher(checkpoint, dfq, config, before), sha256=dfq['teacher'].get('sha256'))
     dfq['size'] = tuple(dfq['size'] or sample_size(config))
 
     hooks, dropped = _sorted_hooks(config)
     config.custom_hooks = hooks + [
-        ConfigDict(type='psaq_mm.DataFreeQuantHook', checkpoint_interval=dfq.pop('checkpoint_interval'),
-                   keep_checkpoints=dfq.pop('keep_checkpoints'), sheet_interval=dfq.pop('sheet_interval'))
+        ConfigDict(type='psaq_mm.DataFreeQuantHook', **{name: dfq[name] for name in _OF_THE_HOOK})
     ]
-    iters = int(dfq.pop('iters'))
+    iters = int(dfq['iters'])
     if iters < 0:
         raise ConfigError(f'dfq.iters={iters} must be 0 (calibrate only) or more')
-    lr, clip, rates = dfq.pop('lr'), dfq.pop('clip_grad'), {name: dfq.pop(name) for name in ('vector_lr', 'range_lr')}
-    config.train_cfg = ConfigDict(type='psaq_mm.DataFreeTrainLoop', max_iters=iters, dropped_hooks=dropped,
-                                  model_config=config.model, **_loop_settings(dfq))
-    config.dfq = dfq  # kept whole: a dumped config is data-free already, and says so
+    lr, clip, rates = dfq['lr'], dfq['clip_grad'], {name: dfq[name] for name in ('vector_lr', 'range_lr')}
+    config.train_cfg = ConfigDict(type='psaq_mm.DataFreeTrainLoop', max_iters=iters,
+                                  dropped_hooks=[*before.get('dropped_hooks', ()), *dropped], model_config=config.model,
+                                  **_loop_settings(dfq))
+    # Kept whole: the config that a run leaves in its work dir is that run, for whoever runs it again, also with another --method.
+    config.dfq = dict(preset=preset_name(given), **dfq)
     # A runner wants a training dataloader beside a training loop; the loop brings its own over the pool of samples.
     if not config.get('train_dataloader'):
         config.train_dataloader = ConfigDict(batch_size=dfq['batch_size'])
@@ -212,8 +214,21 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     return config
 
 
+def _teacher(given: Optional[str], dfq: Mapping, config: Config, before: Mapping) -> str:
+    path = given or dfq['teacher'].get('checkpoint') or config.get('load_from') or (before.get('teacher') or {}).get('checkpoint')
+    if not path:
+        raise ConfigError('there is no full-precision checkpoint to quantize: set load_from in the config or give --checkpoint')
+    if '://' not in str(path) and not os.path.isfile(path):
+        raise ConfigError(f'the full-precision checkpoint {path} does not exist: set load_from or give --checkpoint')
+    return str(path)
+
+
+_OF_THE_HOOK = ('checkpoint_interval', 'keep_checkpoints', 'sheet_interval')
+_OF_THE_OPTIMIZER = ('iters', 'lr', 'clip_grad', 'vector_lr', 'range_lr')
+
+
 def _loop_settings(dfq: Mapping) -> dict:
-    return {k: v for k, v in dfq.items() if k not in ('method', )}
+    return {k: v for k, v in copy.deepcopy(dfq).items() if k not in ('method', *_OF_THE_HOOK, *_OF_THE_OPTIMIZER)}
 
 
 def _set_runtime(config: Config, dfq: Mapping) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Union
 
 from psaq_mm.errors import ConfigError
 
-__all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'Fresh', 'METHODS', 'recipe_of', 'resolve_dfq', 'with_method']
+__all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'Fresh', 'METHODS', 'preset_name', 'recipe_of', 'resolve_dfq', 'with_method']
 
 DFQ_DEFAULTS: Dict[str, Any] = dict(
     method='psaq_v2',
@@ -88,6 +88,11 @@ _MERGED = ('generator', 'teacher')
 """Settings that are dicts, of which a config may give some keys."""
 
 
+def preset_name(given: Union[None, str, Mapping]) -> str:
+    """The preset that a config's ``dfq`` key starts from."""
+    return given if isinstance(given, str) else (given or {}).get('preset', 'psaq_v2')
+
+
 def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
     """Complete a config's ``dfq`` key.
 
@@ -97,8 +102,8 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
     Raises:
         ConfigError: An unknown preset or setting, with the nearest known name.
     """
-    given = dict(preset=given) if isinstance(given, str) else dict(given or {})
-    preset = given.pop('preset', 'psaq_v2')
+    preset = preset_name(given)
+    given = {} if given is None or isinstance(given, str) else {key: value for key, value in given.items() if key != 'preset'}
     if preset not in DFQ_PRESETS:
         raise ConfigError(f'dfq preset {preset!r} is not known: use one of {", ".join(DFQ_PRESETS)}')
     settings, named = copy.deepcopy(DFQ_DEFAULTS), copy.deepcopy(DFQ_PRESETS[preset])
@@ -158,6 +163,15 @@ def recipe_of(method: str, a_bits: int) -> str:
     return 'repq' if method in _UNPUBLISHED and a_bits < 8 else METHODS[method]
 
 
+def _given_beside(usual: Mapping, given: Mapping) -> Dict[str, Any]:
+    """What of ``dfq`` is not as its own preset has it: the config that a run leaves in its work dir holds every setting."""
+    kept = {key: value for key, value in given.items() if key not in usual or value != usual[key]}
+    for key in _MERGED:
+        if isinstance(kept.get(key), Mapping):
+            kept[key] = {k: v for k, v in kept[key].items() if k not in usual[key] or v != usual[key][k]}
+    return kept
+
+
 def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]:
     """A config's ``dfq`` key under another method.
 
@@ -176,7 +190,7 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
         near = difflib.get_close_matches(str(method), METHODS, 1)
         hint = f'did you mean {near[0]}? Known are' if near else 'use one of'
         raise ConfigError(f'the method {method!r} is not known: {hint} {", ".join(METHODS)}')
-    given = {} if given is None or isinstance(given, str) else dict(given)
+    given = {} if given is None or isinstance(given, str) else _given_beside(resolve_dfq(preset_name(given)), given)
     if resolve_dfq(method)['iters']:
         own = DFQ_PRESETS[method].keys() - set(_MERGED)
         return {**{key: value for key, value in given.items() if key not in own}, 'preset': method}
