@@ -46,14 +46,13 @@ def write_checkpoint(config: str, path: Path) -> None:
     """Random weights of a config's full-precision model, as its library saves them."""
     import torch
     from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
+
+    from psaq_mm.engine.building import build_model
+    from psaq_mm.engine.config import full_precision_model_config
     loaded = Config.fromfile(str(ROOT / config))
-    init_default_scope(loaded.get('default_scope', 'mmengine'))
-    settings = dict(loaded.model)
-    settings.update(type=settings.pop('base_type'))
-    settings.pop('quant')
     torch.manual_seed(0)
-    torch.save(dict(state_dict=MODELS.build(settings).state_dict(), meta=dict(dataset_meta=dict(classes=('a', )))), path)
+    model = build_model(loaded, full_precision_model_config(loaded.model))
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=('a', )))), path)
 
 
 def run(workload: Workload, checkpoint: Path, with_cp: bool, threads: int, quick: bool) -> Tuple[float, float]:

@@ -65,15 +65,12 @@ def random_checkpoint(config: str, out: Path) -> Path:
     """A checkpoint of the config's full-precision model with random weights."""
     import torch
     from mmengine.config import Config
-    from mmengine.registry import MODELS, init_default_scope
 
-    from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
+    from psaq_mm.engine.building import build_model
+    from psaq_mm.engine.config import full_precision_model_config
     cfg = Config.fromfile(ROOT / config)
-    init_default_scope(cfg.default_scope)
-    model_cfg = full_precision_model_config(cfg.model)
-    drop_pretrained(model_cfg)
     torch.manual_seed(0)
-    model = MODELS.build(model_cfg)
+    model = build_model(cfg, full_precision_model_config(cfg.model))
     model.init_weights()
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(state_dict=model.state_dict(), meta={}), out)

@@ -157,8 +157,7 @@ def load_teacher(config) -> Tuple[TaskModel, Tuple[int, int]]:
     Raises:
         PsaqError: The config or its checkpoint does not serve.
     """
-    from mmengine.registry import MODELS, init_default_scope
-
+    from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import is_quantized, load_weights, read_checkpoint
     from psaq_mm.engine.config import to_data_free
     from psaq_mm.quantization import set_mode
@@ -167,9 +166,8 @@ def load_teacher(config) -> Tuple[TaskModel, Tuple[int, int]]:
     checkpoint = read_checkpoint(path)
     if is_quantized(checkpoint):
         raise CheckpointError(f'{path} is quantized already: set load_from to the full-precision checkpoint')
-    init_default_scope(free.get('default_scope', 'mmengine'))
     with silence():
-        model = MODELS.build(free.model)
+        model = build_model(free)
         load_weights(model, checkpoint, path)
     set_mode(model, 'off')  # and not the library's own model: this one tells which rows are window padding
     model.eval()

@@ -4,9 +4,10 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 import numpy as np
 import torch
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
+from psaq_mm.engine.building import build_model, set_scope
 from psaq_mm.engine.checkpoint import load_weights
 from psaq_mm.engine.config import full_precision_model_config
 from psaq_mm.visualization import Picture, draw_detections, draw_label_map
@@ -28,15 +29,14 @@ class Predicted(NamedTuple):
 
 def scenes_of(config, count: int) -> List[Dict]:
     """The first ``count`` pictures of a config's test set, through its own pipeline, with their ground truth."""
-    init_default_scope(config.default_scope)
+    set_scope(config)
     dataset = DATASETS.build(config.test_dataloader.dataset)
     return [dataset[i] for i in range(min(count, len(dataset)))]
 
 
 def build(config, checkpoint: Mapping, source: str, full_precision: bool) -> nn.Module:
     """The config's model with a checkpoint's weights, in eval mode."""
-    init_default_scope(config.default_scope)
-    model = MODELS.build(full_precision_model_config(config.model) if full_precision else config.model)
+    model = build_model(config, full_precision_model_config(config.model) if full_precision else None)
     load_weights(model, checkpoint, source)
     model.eval()
     return model

@@ -10,13 +10,10 @@ __all__ = ['main', 'inspect']
 
 def inspect(config, quant: Optional[str] = None) -> str:
     """The table for a loaded config; ``quant`` (a preset) is needed where the config is full-precision."""
-    from mmengine.registry import MODELS, init_default_scope
-
+    from psaq_mm.engine.building import build_model
     from psaq_mm.engine.config import quantized_model_config
     from psaq_mm.models import report_of
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    model = MODELS.build(quantized_model_config(config, quant))
-    return report_of(model).to_table()
+    return report_of(build_model(config, quantized_model_config(config, quant))).to_table()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -7,6 +7,7 @@ import sys
 from typing import Callable, Mapping, Optional, Sequence
 
 from psaq_mm.commands.allocator import keep_freed_memory
+from psaq_mm.commands.missing import missing_from
 from psaq_mm.errors import ConfigError, PsaqError
 
 __all__ = ['add_config_arguments', 'add_quant_arguments', 'add_run_arguments', 'load_config', 'merge_options', 'run_command', 'runnable_config']
@@ -42,16 +43,26 @@ def load_config(path: str, options: Optional[Mapping] = None, quant: Optional[st
     from mmengine.config import Config
 
     import psaq_mm.engine  # noqa: F401: from here on the configs of the forks are found
+    from psaq_mm.engine.pure_python import with_named_types
     if not os.path.isfile(path):
         raise ConfigError(f'there is no config file {path}: check the path')
     try:
-        config = Config.fromfile(path)
-    except (OSError, KeyError, TypeError, AttributeError, SyntaxError, ImportError) as error:
-        raise ConfigError(f'the config {path} cannot be read: {error}') from error
+        config = with_named_types(Config.fromfile(path))
+    except (OSError, KeyError, TypeError, AttributeError, SyntaxError, ImportError, RuntimeError) as error:
+        raise ConfigError(f'the config {path} cannot be read: {_why_unreadable(error)}') from error
     if quant or method:
         from psaq_mm.engine.config import apply_method
         config = apply_method(config, quant, method)
     return merge_options(config, options)
+
+
+def _why_unreadable(error: Exception) -> str:
+    message = ' '.join(str(error).split())
+    if 'lazy_import' in message:  # MMEngine's word for it
+        return ('it and one of its bases are of two kinds, and a pure-Python config is inherited by a pure-Python one alone: write `with '
+                'read_base(): from .BASE import *`, then model.update(type=\'psaq_mm.Quantized\', base_type=model.type, '
+                'quant=\'w8a8\')')
+    return missing_from(error) or message
 
 
 def merge_options(config, options: Optional[Mapping]):
@@ -112,10 +123,18 @@ def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        print(f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some space or give '
-              'another --work-dir; what was saved before is whole', file=sys.stderr)
+        elsewhere = next((f' or give another --{name.replace("_", "-")}' for name in ('work_dir', 'out') if hasattr(args, name)), '')
+        print(f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some space{elsewhere}; what was '
+              'saved before is whole', file=sys.stderr)
+        return 1
+    except (ImportError, RuntimeError, AssertionError, KeyError) as error:
+        missing = missing_from(error)
+        if missing is None:
+            raise
+        print(f'{parser.prog}: {missing}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f'{parser.prog}: interrupted; go on with --resume', file=sys.stderr)
+        again = 'go on with --resume' if hasattr(args, 'resume') else 'what was saved before is whole, and the same command begins anew'
+        print(f'{parser.prog}: interrupted; {again}', file=sys.stderr)
         return 130
     return 0

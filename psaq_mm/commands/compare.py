@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from psaq_mm.commands.common import load_config, merge_options, run_command
 from psaq_mm.commands.compare_rows import RowFile, alone_in, finite, summarize, to_markdown, write_whole
+from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
 from psaq_mm.distillation.coevolution import SOURCES
 from psaq_mm.errors import ConfigError, DataError, PsaqError
@@ -344,6 +345,9 @@ def _row_or_error(run: Run, work_dir: Path, keep_students: bool, say: Callable[[
     except Exception as error:  # what the libraries raise is not ours to foresee, and the other rows do not depend on it
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise
+        missing = missing_from(error)
+        if missing:
+            return dict(row, error=missing)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'traceback.txt').write_text(traceback.format_exc())
         message = (str(error).splitlines() or [''])[0][:300]

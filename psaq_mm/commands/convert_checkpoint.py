@@ -32,20 +32,16 @@ def convert_checkpoint(config, source: str, backbone_only: bool = False, drop: S
         CheckpointError: ``source`` cannot be read, holds no Swin or is quantized.
         UnsupportedModelError: The config's model has no Swin of OpenMMLab as its backbone.
     """
-    from mmengine.registry import MODELS, init_default_scope
-
+    from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
-    from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
+    from psaq_mm.engine.config import full_precision_model_config
     from psaq_mm.errors import CheckpointError
     from psaq_mm.models.conversion import fit_weights, rename_swin
     checkpoint = read_checkpoint(source)
     if is_quantized(checkpoint):
         raise CheckpointError(f'{source} is quantized: convert the full-precision checkpoint and quantize that')
     renamed = rename_swin(checkpoint['state_dict'])
-    model_config = full_precision_model_config(config.model)
-    drop_pretrained(model_config)
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    conversion = fit_weights(renamed, MODELS.build(model_config), backbone_only, drop)
+    conversion = fit_weights(renamed, build_model(config, full_precision_model_config(config.model)), backbone_only, drop)
     meta = dict(dataset_meta=dataset_meta_of(checkpoint['meta']),
                 converted_from=dict(checkpoint=str(source), naming=renamed.naming))
     return dict(meta=meta, state_dict=conversion.state_dict), renamed, conversion

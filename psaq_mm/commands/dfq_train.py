@@ -13,12 +13,13 @@ __all__ = ['main', 'data_free_runner', 'run_data_free']
 
 def data_free_runner(config, resume: bool = False):
     """A runner for a config in data-free form (:func:`psaq_mm.engine.config.to_data_free`)."""
-    from mmengine.registry import RUNNERS, init_default_scope
+    from mmengine.registry import RUNNERS
     from mmengine.runner import Runner
 
+    from psaq_mm.engine.building import set_scope
     from psaq_mm.engine.checkpoint import RESTRICTED, read_checkpoint
     from psaq_mm.engine.hooks.data_free_quant_hook import checkpoints_in
-    init_default_scope(config.get('default_scope', 'mmengine'))
+    set_scope(config)
     if resume:
         found = checkpoints_in(config.work_dir)
         whole = None

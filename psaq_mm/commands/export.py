@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A quantized model to ONNX with integer weights and activations: ``tools/export.py CONFIG STUDENT.pth --out DIR``."""
 import argparse
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
 from psaq_mm.errors import CheckpointError, ConfigError, PsaqError
@@ -34,46 +34,49 @@ def default_sizes(config) -> List[Tuple[int, int]]:
     return list(dict.fromkeys(size for width in widths for size in ((short, width), (width, short))))
 
 
-def build_student(config, checkpoint_path: str):
+def build_student(config, checkpoint_path: str, quant: Optional[str] = None, method: Optional[str] = None,
+                  options: Optional[Mapping] = None):
     """The quantized model of a config with a student's weights, and its checkpoint.
 
-    Raises:
-        CheckpointError: The checkpoint is full-precision, of another spec, or does not fit.
-    """
-    from mmengine.registry import MODELS, init_default_scope
+    Args:
+        config: A loaded config of a full-precision or a quantized model; the student says how it is quantized.
+        checkpoint_path: Of the student.
+        quant, method, options: What a command line says of that, see :func:`psaq_mm.engine.students.config_of_student`.
 
-    from psaq_mm.commands.test import _check_spec
+    Raises:
+        CheckpointError: The checkpoint is full-precision, of another spec than was given, or does not fit.
+    """
+    from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import is_quantized, load_weights, read_checkpoint
-    from psaq_mm.engine.config import drop_pretrained, quantized_model_config
+    from psaq_mm.engine.config import quantized_model_config
+    from psaq_mm.engine.students import config_of_student
     checkpoint = read_checkpoint(checkpoint_path)
     if not is_quantized(checkpoint):
         raise CheckpointError(f'{checkpoint_path} is a full-precision checkpoint, which has no integer codes to export: quantize it with '
                               'tools/dfq_train.py and export the student.pth that it writes')
-    model_config = quantized_model_config(config)
-    drop_pretrained(model_config)
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    model = MODELS.build(model_config)
-    _check_spec(model, checkpoint, checkpoint_path)
+    config = config_of_student(config, checkpoint, checkpoint_path, quant, method, options)
+    model = build_model(config, quantized_model_config(config))
     load_weights(model, checkpoint, checkpoint_path)
     model.eval()
     return model, checkpoint
 
 
 def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequence[int]]] = None, opset: Optional[int] = None,
-           dynamic: bool = False):
+           dynamic: bool = False, stated: Sequence = ()):
     """Export a student; returns the quantized model and :class:`psaq_mm.deploy.export.ExportedModel`.
 
     Args:
-        config: A loaded config of a quantized model.
+        config: A loaded config of a full-precision or a quantized model.
         checkpoint_path: Of the student.
         out: Directory to be written.
         sizes: Image sizes (height, width). Defaults to None, :func:`default_sizes`.
         opset: Of ONNX. Defaults to None, the oldest that serves.
         dynamic: One graph for every size.
+        stated: What a command line says of the quantization: ``quant``, ``method`` and ``options`` of :func:`build_student`.
     """
     from psaq_mm.deploy.export import OPSET, check_opset, export_model
     check_opset(opset or OPSET)
-    model, checkpoint = build_student(config, checkpoint_path)
+    model, checkpoint = build_student(config, checkpoint_path, *stated)
     classes = (checkpoint['meta'].get('dataset_meta') or {}).get('classes')
     return model, export_model(model, out, sizes or default_sizes(config), opset or OPSET, classes, dynamic)
 
@@ -129,7 +132,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.dynamic and args.size:
             raise ConfigError('--size and --dynamic contradict each other: give sizes, or have one graph for all')
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
-        model, exported = export(config, args.checkpoint, args.out, args.size, args.opset, args.dynamic)
+        model, exported = export(config, args.checkpoint, args.out, args.size, args.opset, args.dynamic,
+                                 (args.quant, args.method, args.cfg_options))
         print(summary(exported.manifest['tensors']))
         print(size_line(model, exported), flush=True)
         for runtime in runtimes:

@@ -41,14 +41,10 @@ def _samples(config, task, number: int, source: str, seed: int, path: Optional[s
 def _build(config, model_config: Mapping, checkpoint: Mapping, source: str):
     """The quantized model with full-precision weights, not calibrated yet, in eval mode."""
     import torch
-    from mmengine.registry import MODELS, init_default_scope
 
+    from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import load_weights
-    from psaq_mm.engine.config import drop_pretrained
-    model_config = copy.deepcopy(model_config)
-    drop_pretrained(model_config)
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    model = MODELS.build(model_config)
+    model = build_model(config, model_config)
     load_weights(model, checkpoint, source)
     model.eval()  # None in the libraries' backbones
     return model.to('cuda' if torch.cuda.is_available() else 'cpu')

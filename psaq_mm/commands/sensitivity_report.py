@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What :mod:`psaq_mm.commands.sensitivity` shows and leaves: a table, a page with a plot, and a config with mixed precision."""
+import copy
 import os
 import pprint
 from pathlib import Path
@@ -75,7 +76,8 @@ def sensitivity_page(report: Mapping) -> str:
 
 
 def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping, folder: Path) -> str:
-    """A config that inherits ``path`` and differs in what ``quant`` says.
+    """A config that inherits ``path`` and differs in what ``quant`` says; one that holds all of ``config`` where that is a pure-Python one,
+    whose heirs are pure Python too and name it as a module.
 
     Args:
         path: The config that was analysed, relative to the current folder or not.
@@ -87,7 +89,9 @@ def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping
     from mmengine.config import Config
 
     from psaq_mm.engine.config import is_quantized_config, quant_holder
-    own = Config.fromfile(path).get('model') or {}
+    from psaq_mm.engine.pure_python import with_named_types
+    given = Config.fromfile(path)
+    own = given.get('model') or {}
     inherits = is_quantized_config(own)
     quant: Dict[str, Any] = {**(dict(_delete_=True) if inherits and 'quant' in quant_holder(own) else {}), **settings}
     model: Dict[str, Any] = dict(quant=quant)
@@ -96,7 +100,12 @@ def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping
     elif quant_holder(config.model) is not config.model:
         model = dict(backbone=model)
     checkpoint = os.path.abspath(report['checkpoint']) if os.path.isfile(report['checkpoint']) else report['checkpoint']
-    lines: List[str] = ['# Written by tools/sensitivity.py: ' + _mixed_line(report) + '.',
+    written = '# Written by tools/sensitivity.py: ' + _mixed_line(report) + '.'
+    if with_named_types(given) is not given:
+        whole = copy.deepcopy(config)
+        quant_holder(whole.model)['quant'], whole.load_from = dict(settings), checkpoint
+        return f'{written}\n{whole.pretty_text}'
+    lines: List[str] = [written,
                         f'_base_ = [{os.path.relpath(os.path.abspath(path), os.path.abspath(folder))!r}]',
                         f'model = {pprint.pformat(model, width=110, sort_dicts=False)}',
                         f'load_from = {checkpoint!r}']

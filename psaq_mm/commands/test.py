@@ -64,13 +64,14 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
         DataError: Its images or annotations are not there.
         CheckpointError: The checkpoint does not fit, or is quantized under another spec.
     """
-    from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
 
+    from psaq_mm.engine.building import set_scope
     from psaq_mm.engine.checkpoint import load_weights
     from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
+    from psaq_mm.engine.pure_python import with_named_types
     from psaq_mm.models import deploy_model_
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(with_named_types(config))
     check_test_set(config)
     config.load_from, config.resume = None, False
     for key in ('train_cfg', 'train_dataloader', 'optim_wrapper', 'val_cfg', 'val_dataloader', 'val_evaluator'):
@@ -80,7 +81,7 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
     if full_precision:
         config.model = full_precision_model_config(config.model)
     drop_pretrained(config.model)
-    init_default_scope(config.get('default_scope', 'mmengine'))
+    set_scope(config)
     runner = Runner.from_cfg(config)
     model = getattr(runner.model, 'module', runner.model)
     if runtime is not None:
@@ -95,12 +96,12 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
 
 
 def _check_spec(model, checkpoint: Mapping, source: str) -> None:
+    from psaq_mm.engine.students import spec_in
     from psaq_mm.models import spec_of
-    from psaq_mm.quantization import QuantSpec
-    made = (checkpoint['meta'].get('psaq_mm') or {}).get('quant')
-    if not made:
+    made = spec_in(checkpoint)
+    if made is None:
         return
-    made, wanted = QuantSpec.from_dict(made).to_dict(), spec_of(model).to_dict()  # a setting that came later has its default there
+    made, wanted = made.to_dict(), spec_of(model).to_dict()
     odd = [f'{k}={made[k]!r}, the config {wanted[k]!r}' for k in wanted if made[k] != wanted[k]]
     if odd:
         raise CheckpointError(f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with, or set '
@@ -140,10 +141,15 @@ def _test_deployed(config, args) -> None:
     """Metrics of an exported model, beside those of the fake-quantized one where its checkpoint is given too."""
     from psaq_mm.deploy import load
     from psaq_mm.engine.checkpoint import read_checkpoint
+    from psaq_mm.engine.students import config_of_student
     if args.full_precision is not None:
         raise ConfigError('--deployed and --full-precision do not go together: evaluate one after the other')
     label = f'{load(args.deployed, args.runtime).manifest["label"]} {args.runtime}'  # before the test set is opened
-    fake = evaluate(config, read_checkpoint(args.checkpoint), args.checkpoint) if args.checkpoint else None
+    fake = None
+    if args.checkpoint:
+        checkpoint = read_checkpoint(args.checkpoint)
+        own = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
+        fake = evaluate(own, checkpoint, args.checkpoint)
     found = evaluate(config, None, args.deployed, runtime=args.runtime, threads=args.threads)
     _show(config, before_after_table(fake, found, label, 'fake-quantized'),
           dict(deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=fake, integer=found))
@@ -178,6 +184,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     def command(args) -> None:
         from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
+        from psaq_mm.engine.students import config_of_student
         config = runnable_config(args)
         if args.deployed:
             _test_deployed(config, args)
@@ -185,6 +192,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if not args.checkpoint:
             raise CheckpointError('there is no checkpoint to evaluate: give student.pth after the config, or --deployed DIR')
         checkpoint = read_checkpoint(args.checkpoint)
+        config = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
         before = after = None
         if args.full_precision is not None:
             path = args.checkpoint

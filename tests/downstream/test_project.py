@@ -1,7 +1,6 @@
 """A project outside of the package, with a dataset class and backbone options of its own, quantizes its detector by inheritance."""
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from quick_builds import metafiles_read_once
 from tiny import build_full_precision
 
 from psaq_mm.commands.dfq_train import main as dfq_train
@@ -21,35 +18,7 @@ from psaq_mm.quantization import is_quantizer_key, quantizers, set_mode
 
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.filterwarnings('ignore')
-PROJECT = Path(__file__).parent / 'project'
 CHECKOUT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope='module', autouse=True)
-def quick_configs():
-    with metafiles_read_once():
-        yield
-
-
-@pytest.fixture(scope='module')
-def welds(tmp_path_factory):
-    """The project in a folder of its own, which is the current one, with pictures and a full-precision checkpoint."""
-    folder = tmp_path_factory.mktemp('welds')
-    shutil.copytree(PROJECT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns('__pycache__'))
-    random = np.random.default_rng(0)
-    for part in ('train', 'test'):
-        (folder / 'data' / part).mkdir(parents=True)
-        for name in ('0.png', '1.png'):
-            Image.fromarray(random.integers(0, 255, (50, 80, 3), dtype=np.uint8)).save(folder / 'data' / part / name)
-        (folder / 'data' / f'{part}.txt').write_text('0.png pore 4 6 30 40\n0.png slag 40 8 70 30\n1.png crack 10 10 60 20\n')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.syspath_prepend(str(folder))
-        from mmengine.config import Config
-        from welds import WeldDataset
-        model = build_full_precision(Config.fromfile('configs/weld_detector.py'))
-        torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=WeldDataset.METAINFO)), 'weld_detector.pth')
-        yield folder
 
 
 @pytest.fixture(scope='module')
@@ -77,6 +46,12 @@ def test_the_student_has_the_projects_classes_and_its_frozen_stages(welds, stude
     assert not [key for key in moved if key.startswith(('backbone.patch_embed', 'backbone.stages.0.', 'rpn_head', 'roi_head'))]
     assert any(key.startswith('backbone.stages.1.') for key in moved)
     assert bool(found['state_dict']['backbone.stages.0.blocks.0.attn.w_msa.qkv.weight_quantizer.calibrated'])
+
+
+def test_the_student_knows_where_the_projects_classes_are(student):
+    """Built from the checkpoint alone, as an inferencer does that is given no config."""
+    from mmengine.config import Config
+    assert Config.fromstring(read_checkpoint(student)['meta']['cfg'], '.py').custom_imports == dict(imports=['welds'])
 
 
 def test_ap_before_and_after(welds, student, capsys):

@@ -20,6 +20,11 @@ __all__ = ['DataFreeQuantHook', 'checkpoints_in']
 _NAME = re.compile(r'iter_(\d+)\.pth')
 
 
+_OF_A_STUDENT = ('custom_imports', 'test_pipeline', 'test_dataloader')
+"""What of a run's config goes into ``student.pth`` beside the model: without its ``custom_imports``, a class of a project of its own is not
+found by an inferencer that builds from the checkpoint alone."""
+
+
 def checkpoints_in(work_dir: str) -> List[Path]:
     """``iter_N.pth`` of a folder, oldest first."""
     found = [(int(m.group(1)), p) for p in Path(work_dir).glob('iter_*.pth') if (m := _NAME.fullmatch(p.name))]
@@ -93,7 +98,7 @@ class DataFreeQuantHook(Hook):
     def _save_student(self, runner) -> None:
         loop = runner.train_loop
         config = Config(dict(default_scope=runner.cfg.get('default_scope'), model=loop.model_config,
-                             **{k: runner.cfg[k] for k in ('test_pipeline', 'test_dataloader') if runner.cfg.get(k)}))
+                             **{k: runner.cfg[k] for k in _OF_A_STUDENT if runner.cfg.get(k)}))
         teacher = (loop.teacher_config['checkpoint'], loop.teacher_config.get('sha256') or '')
         path = Path(runner.work_dir) / 'student.pth'
         save_atomic(student_checkpoint(loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher,

@@ -5,10 +5,13 @@ from mmdet.datasets import BaseDetDataset
 from mmdet.registry import DATASETS
 
 
+CLASSES = ('pore', 'crack', 'slag')
+
+
 @DATASETS.register_module()
 class WeldDataset(BaseDetDataset):
     """A format that no library knows. ``opened`` counts how often anybody has read annotations."""
-    METAINFO = dict(classes=('pore', 'crack', 'slag'), palette=[(230, 80, 70), (70, 140, 230), (90, 190, 90)])
+    METAINFO = dict(classes=CLASSES, palette=[(230, 80, 70), (70, 140, 230), (90, 190, 90)])
     opened = 0
 
     def load_data_list(self):

@@ -1,0 +1,55 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""What a config needs and this environment lacks, in one sentence: the libraries say it in a dozen ways, at the end of a traceback."""
+import re
+from typing import Iterator, Optional
+
+__all__ = ['missing_from']
+
+_DISTRIBUTIONS = dict(cv2='opencv-python', PIL='pillow', skimage='scikit-image', sklearn='scikit-learn', yaml='pyyaml',
+                      mmdet='mmdet', mmseg='mmsegmentation', mmcv='mmcv', mmpretrain='mmpretrain')
+"""Modules that pip knows by another name."""
+
+_NO_MODULE = re.compile(r'No module named [\'"]([\w.]+)')
+_PIP_INSTALL = re.compile(r'pip install((?: -[-\w]+)*) +[\'"`]?([^\s\'"`]+)')
+_NOT_INSTALLED = re.compile(r'(?:[Pp]ackage )?[\'"`]?([\w.-]+)[\'"`]? is not installed')
+_UNREGISTERED = re.compile(r'(\S+) is not in the (\S+) registry')
+
+
+def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def missing_from(error: BaseException) -> Optional[str]:
+    """What an error says is missing, and the way out; None where it is of another kind.
+
+    Args:
+        error: As MMEngine, a library or Python raised it. A library checks for an optional package when a part is built, and raises an
+            ImportError, a RuntimeError or an AssertionError of its own, with ``pip install`` in its text or without.
+    """
+    for one in _chain(error):
+        found = _sentence(one)
+        if found:
+            return found
+    return None
+
+
+def _sentence(error: BaseException) -> Optional[str]:
+    message = ' '.join(str(error).split())
+    module = _NO_MODULE.search(message) if isinstance(error, ImportError) else None
+    if module:
+        name = module[1].split('.')[0]
+        return None if name == 'psaq_mm' else (
+            f'the module {module[1]} is not there: pip install {_DISTRIBUTIONS.get(name, name)}, or put the folder that it is in on '
+            'PYTHONPATH')
+    if isinstance(error, (ImportError, RuntimeError, AssertionError)):
+        command, absent = _PIP_INSTALL.search(message), _NOT_INSTALLED.search(message)
+        package = command[2].rstrip('.,;)') if command else absent[1] if absent else None
+        if package:
+            return f'the package {absent[1] if absent else package} is not installed: pip install{command[1] if command else ""} {package}'
+    unregistered = _UNREGISTERED.search(message) if isinstance(error, KeyError) else None
+    if unregistered:
+        return (f'type={unregistered[1].strip(chr(34) + chr(39))!r} is not known to {unregistered[2]}: check its name, or name the module '
+                'that registers it in custom_imports')
+    return None
