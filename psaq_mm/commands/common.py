@@ -121,7 +121,7 @@ def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.
         print(f'{parser.prog}: {error}', file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
         elsewhere = next((f' or give another --{name.replace("_", "-")}' for name in ('work_dir', 'out') if hasattr(args, name)), '')
         print(f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some space{elsewhere}; what was '
@@ -134,7 +134,7 @@ def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.
         print(f'{parser.prog}: {missing}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = 'go on with --resume' if hasattr(args, 'resume') else 'what was saved before is whole, and the same command begins anew'
+        again = 'go on with --resume' if hasattr(args, 'resume') else 'the same command begins anew'
         print(f'{parser.prog}: interrupted; {again}', file=sys.stderr)
         return 130
     return 0
