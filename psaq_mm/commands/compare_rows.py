@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 from psaq_mm.errors import ConfigError, DataError
+from psaq_mm.files import locked
 
 __all__ = ['RowFile', 'alone_in', 'locked', 'summarize', 'to_markdown']
 
@@ -27,25 +28,6 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f'.{path.name}.partial')
     partial.write_text(text)
     os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file while the block runs.
-
-    The lock is the system's, so that one of a process that was killed is gone with it. Without ``fcntl`` (Windows) nothing is locked.
-
-    Raises:
-        BlockingIOError: Another process holds it, and ``wait`` is False.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with open(path, 'w') as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
 
 
 @contextlib.contextmanager

@@ -4,11 +4,13 @@ import _compat_pickle
 import contextlib
 import errno
 import hashlib
+import http.client
 import os
 import pickle
 import re
 import types
 import urllib.parse
+import urllib.request
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 import psaq_mm
 from psaq_mm.errors import CheckpointError, PsaqError
-from psaq_mm.files import file_sha256
+from psaq_mm.files import file_sha256, locked
 from psaq_mm.models import spec_of
 from psaq_mm.models.loading import convert_timm_keys, whole_loading
 from psaq_mm.quantization import is_quantizer_key
@@ -48,8 +50,11 @@ _ALLOWED = {
 """What checkpoints of OpenMMLab hold beside tensors: histories of the logger, numpy scalars, metainfo."""
 
 
-_CONTENT_HASH = re.compile(r'-[0-9a-f]{8,}\.\w+$')
-"""What the names of OpenMMLab's and PyTorch's own checkpoints end with; such a name stands for one content."""
+_CONTENT_HASH = re.compile(r'-([0-9a-f]{8,})\.\w+$')
+"""What the names of OpenMMLab's and PyTorch's own checkpoints end with: how the SHA-256 of the content begins."""
+
+_DATE = re.compile(r'(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])')
+"""A name may end with the day instead, which tells nothing of the content."""
 
 
 def _history_method(owner: type, name: str):
@@ -116,21 +121,54 @@ def _is_own(content: Any) -> bool:
 
 
 def _downloaded(url: str) -> str:
-    """Where a URL's file lies in PyTorch's cache, after downloading it there if need be."""
-    from torch.hub import download_url_to_file, get_dir
+    """Where a URL's file lies in PyTorch's cache, after downloading it there if need be.
+
+    One process downloads it, and those that want it too, such as the other ranks of a machine, wait for it.
+    """
+    from torch.hub import get_dir
     name = os.path.basename(urllib.parse.urlparse(url).path)
-    if not _CONTENT_HASH.search(name):
+    found = _CONTENT_HASH.search(name)
+    if not found:
         # Many a model is called model.safetensors.
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}_{name}'
-    cached = os.path.join(get_dir(), 'checkpoints', name)
-    if not os.path.isfile(cached):
-        os.makedirs(os.path.dirname(cached), exist_ok=True)
-        try:
-            download_url_to_file(url, cached, progress=False)
-        except OSError as error:
-            raise CheckpointError(f'{url} could not be downloaded ({error}): fetch it yourself and give its '
-                                  'local path') from error
-    return cached
+    cached = Path(get_dir(), 'checkpoints', name)
+    if not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        lock = cached.with_name(f'.{name}.lock')
+        with locked(lock):
+            try:
+                if not cached.is_file():
+                    _download(url, cached, found[1] if found and not _DATE.fullmatch(found[1]) else None)
+            finally:
+                lock.unlink(missing_ok=True)
+    return str(cached)
+
+
+def _download(url: str, path: Path, sha256: Optional[str]) -> None:
+    """Fetch a file, whole or not at all; ``sha256``, or what it begins with, is compared."""
+    from torch.hub import download_url_to_file
+    print(f'downloading {url} to {path}', flush=True)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        download_url_to_file(url, str(partial), hash_prefix=sha256, progress=True)
+        expected = None if sha256 else _length_of(url)  # a connection that ends early is no error to urllib
+        if expected not in (None, partial.stat().st_size):
+            raise OSError(f'{partial.stat().st_size} of {expected} bytes came')
+        os.replace(partial, path)
+    except RuntimeError as error:
+        raise CheckpointError(f'{url} is not what its name says, whose SHA-256 begins with {sha256} ({error}): try again, or give the local '
+                              'path of a file that you trust') from error
+    except (OSError, http.client.HTTPException) as error:
+        raise CheckpointError(f'{url} could not be downloaded ({error}): fetch it yourself and give its '
+                              'local path') from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _length_of(url: str) -> Optional[int]:
+    with urllib.request.urlopen(urllib.request.Request(url, headers={'User-Agent': 'torch.hub'})) as answer:
+        length = answer.headers.get('Content-Length')
+    return int(length) if length else None
 
 
 def load_restricted(path: PathLike) -> Any:

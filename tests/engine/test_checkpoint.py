@@ -1,7 +1,10 @@
 """Checkpoints by URL, and those of timm in today's and in older layouts."""
+import concurrent.futures
 import functools
+import hashlib
 import http.server
 import threading
+import time
 
 import pytest
 import torch
@@ -17,21 +20,42 @@ from psaq_mm.quantization import calibrate, set_mode
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
+class Site(tuple):
+    """Folder and URL, with what was asked for (``asked``) and where downloads go (``cache``)."""
+
+    def __new__(cls, pair, asked, cache):
+        self = super().__new__(cls, pair)
+        self.asked, self.cache = asked, cache
+        return self
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder and the URL under which it is served."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
+        asked = []
 
         def log_message(self, *args):
             pass
 
+        def do_GET(self):
+            self.asked.append(self.path)
+            if 'slow' in self.path:
+                time.sleep(0.5)
+            if 'cut_short' not in self.path:
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header('Content-Length', '1000')
+            self.end_headers()
+            self.wfile.write(b'x' * 10)
+
     folder = tmp_path / 'site'
     folder.mkdir()
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f'http://127.0.0.1:{server.server_address[1]}'
+    threading.Thread(target=server.serve_forever, args=(0.01, ), daemon=True).start()
+    yield Site((folder, f'http://127.0.0.1:{server.server_address[1]}'), Quiet.asked, tmp_path / 'cache' / 'hub' / 'checkpoints')
     server.shutdown()
     server.server_close()
 
@@ -47,16 +71,59 @@ def test_two_models_of_one_file_name_do_not_collide(site):
     assert read_checkpoint(f'{url}/one/model.safetensors?download=true')['state_dict']  # from the cache
 
 
-def test_a_name_that_tells_its_content_keeps_it_in_the_cache(site, tmp_path):
+def publish(folder, stem):
+    """A checkpoint under a name that tells its content, as OpenMMLab publishes it."""
+    torch.save(dict(state_dict=dict(weight=torch.ones(1))), folder / 'net.pth')
+    name = f'{stem}-{hashlib.sha256((folder / "net.pth").read_bytes()).hexdigest()[:8]}.pth'
+    (folder / 'net.pth').rename(folder / name)
+    return name
+
+
+def test_a_name_that_tells_its_content_keeps_it_in_the_cache(site, capsys):
     folder, url = site
-    torch.save(dict(state_dict=dict(weight=torch.ones(1))), folder / 'net_20210902-9d6b7cfa.pth')
-    read_checkpoint(f'{url}/net_20210902-9d6b7cfa.pth')
-    assert (tmp_path / 'cache' / 'hub' / 'checkpoints' / 'net_20210902-9d6b7cfa.pth').is_file()
+    name = publish(folder, 'net_20210902')
+    read_checkpoint(f'{url}/{name}')
+    said = capsys.readouterr()
+    assert [path.name for path in site.cache.iterdir()] == [name]
+    assert f'downloading {url}/{name}' in said.out and '100%' in said.err
+    read_checkpoint(f'{url}/{name}')
+    assert len(site.asked) == 1 and not capsys.readouterr().out
 
 
-def test_a_url_that_is_not_there(site):
-    with pytest.raises(CheckpointError, match='nothing.pth could not be downloaded'):
-        read_checkpoint(f'{site[1]}/nothing.pth')
+def test_content_that_is_not_what_the_name_says_is_refused(site):
+    folder, url = site
+    (folder / publish(folder, 'net')).rename(folder / 'net_20210902-9d6b7cfa.pth')
+    with pytest.raises(CheckpointError, match=r'net_20210902-9d6b7cfa.pth is not what its name says, whose SHA-256 begins with 9d6b7cfa .*try '
+                       'again, or give the local path'):
+        read_checkpoint(f'{url}/net_20210902-9d6b7cfa.pth')
+    assert not list(site.cache.iterdir())
+
+
+def test_a_day_at_the_end_of_a_name_is_no_hash(site):
+    folder, url = site
+    (folder / publish(folder, 'net')).rename(folder / 'net-20210902.pth')
+    assert read_checkpoint(f'{url}/net-20210902.pth')['state_dict']
+
+
+@pytest.mark.parametrize('name', ['nothing.pth', 'cut_short.pth', 'cut_short-9d6b7cfa.pth'])
+def test_a_download_that_fails_leaves_nothing(site, name):
+    with pytest.raises(CheckpointError, match=f'{name} (could not be downloaded|is not what its name says)'):
+        read_checkpoint(f'{site[1]}/{name}')
+    assert not list(site.cache.iterdir())
+
+
+@pytest.mark.parametrize('name', ['{}', 'slow.pth'])
+def test_those_who_want_one_file_at_once_download_it_once(site, name):
+    """As the ranks of a machine do; the lock is the system's, and does not tell threads from processes."""
+    folder, url = site
+    published = publish(folder, 'slow_net')
+    if name == 'slow.pth':
+        (folder / published).rename(folder / name)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: read_checkpoint(f'{url}/{name.format(published)}'), range(4)))
+    assert len(found) == 4 and all(torch.equal(one['state_dict']['weight'], torch.ones(1)) for one in found)
+    # Under a name that tells no hash, its length is asked for once more.
+    assert len(site.asked) == (1 if name == '{}' else 2) and len(list(site.cache.iterdir())) == 1
 
 
 TIMM = ['timm-vit', 'timm-deit-distilled', 'timm-swin']
