@@ -7,6 +7,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
+try:
+    from setuptools.command.editable_wheel import editable_wheel
+except ImportError:  # before 64, which is what mim's own requirements leave in an environment: editable installations of another kind
+    editable_wheel = object
+
 ROOT = Path(__file__).resolve().parent
 
 # What is copied into the package, and which files of it. OpenMMLab's tools look for `<package>/.mim/`.
@@ -68,6 +73,19 @@ class BuildWithConfigs(build_py):
         return [(str(ROOT / name), os.path.join(base, *name.split('/'))) for name in shipped_files()]
 
 
+class EditableForMim(editable_wheel):
+    """`pip install -e .`, found by `mim run psaq_mm ...` too.
+
+    mim and MMEngine look for a package beside its metadata, and where it is not there, beside it under the name that stands first in
+    `top_level.txt`. An editable installation has its metadata alone there; so that name is the path of the source tree, whose `tools`,
+    `configs` and `model-index.yml` they find as they stand.
+    """
+
+    def _ensure_dist_info(self):
+        super()._ensure_dist_info()
+        (Path(self.dist_info_dir) / 'top_level.txt').write_text(f'{ROOT}\npsaq_mm\n', encoding='utf-8')
+
+
 # The OpenMMLab libraries stand in extras, not in install_requires: their maintained forks have the same import names
 # under other distribution names, and a hard requirement would install the originals over them.
 # pillow: sample sheets are drawn with it.
@@ -123,6 +141,6 @@ setup(
             'psaq-sensitivity = psaq_mm.commands.sensitivity:main',
         ],
     },
-    cmdclass={'build_py': BuildWithConfigs},
+    cmdclass={'build_py': BuildWithConfigs, **({} if editable_wheel is object else {'editable_wheel': EditableForMim})},
     zip_safe=False,
 )

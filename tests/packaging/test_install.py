@@ -2,6 +2,7 @@
 import ast
 import configparser
 import email
+import os
 import re
 import shutil
 import subprocess
@@ -36,8 +37,8 @@ PROBES = {
 }
 
 
-def run(*command, cwd):
-    result = subprocess.run([str(part) for part in command], cwd=cwd, text=True, stdin=subprocess.DEVNULL,
+def run(*command, cwd, **environment):
+    result = subprocess.run([str(part) for part in command], cwd=cwd, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout
     return result.stdout
@@ -178,6 +179,34 @@ def test_sdist_builds_the_same_wheel(source, names, tmp_path):
     unpacked, = (tmp_path / 'unpacked').iterdir()
     with zipfile.ZipFile(build_wheel(unpacked, tmp_path / 'wheel')) as archive:
         assert sorted(archive.namelist()) == sorted(names)
+
+
+def test_manifest_names_what_is_there():
+    for line in (ROOT / 'MANIFEST.in').read_text().splitlines():
+        command, *names = line.split()
+        if command in ('include', 'graft'):
+            assert all(list(ROOT.glob(name)) for name in names), line
+
+
+def test_an_editable_installation_is_found_by_mim(source, tmp_path):
+    """mim and MMEngine find the folder of a package with the same lines of code."""
+    pytest.importorskip('mmengine')
+    code = 'import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])'
+    run(sys.executable, '-c', code, tmp_path, cwd=source)
+    built, = tmp_path.glob('*.whl')
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(site)
+    assert (next(site.glob('*.dist-info')) / 'top_level.txt').read_text().split() == [str(source), 'psaq_mm']
+    code = 'from mmengine.utils import get_installed_path; print(get_installed_path("psaq_mm"))'
+    found = run(sys.executable, '-c', code, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()[-1]
+    # Of .mim/tools, tools, .mim/demo and demo `mim run` takes the first; without .mim it reads model-index.yml beside them.
+    assert Path(found) == source and not (source / '.mim').exists()
+    assert {path.stem for path in (Path(found) / 'tools').glob('*.py')} >= {'dfq_train', 'test', 'export'}
+    assert (Path(found) / 'model-index.yml').is_file() and (Path(found) / 'configs').is_dir()
+    # And what is imported is the package, as before.
+    finder, = site.glob('__editable__*finder.py')
+    assert f"'psaq_mm': '{source / 'psaq_mm'}'" in finder.read_text()
 
 
 @pytest.mark.parametrize('files', [
