@@ -66,6 +66,7 @@ def _sentence(error: BaseException) -> Optional[str]:
     unregistered = _UNREGISTERED.search(message) if isinstance(error, KeyError) else None
     if unregistered:
         library = _absent_library()
-        return _absent(library) if library else (f'type={unregistered[1].strip(chr(34) + chr(39))!r} is not known to {unregistered[2]}: check its name, or name the module '
-                'that registers it in custom_imports')
+        name = unregistered[1].strip('\'"')
+        return _absent(library) if library else (f'type={name!r} is not known to {unregistered[2]}: check its name, or name the module '
+                                                 'that registers it in custom_imports')
     return None

@@ -94,9 +94,9 @@ def test_each_way_of_saying_it(error, words):
 
 def test_a_library_that_is_not_installed():
     from mmengine.registry import DefaultScope
-    with DefaultScope.overwrite_default_scope('mmpose'):
+    with DefaultScope.overwrite_default_scope('mmabsent'):
         sentence = missing_from(KeyError("'TopdownPoseEstimator is not in the mmengine::model registry. Please check'"))
-    assert 'the module mmpose is not there: pip install mmpose' in sentence
+    assert 'the module mmabsent is not there: pip install mmabsent' in sentence
 
 
 @pytest.mark.parametrize('error', [
