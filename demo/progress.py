@@ -1,10 +1,12 @@
 """What a long run says of itself on the console: what it does now, for how long, and how long it still takes."""
 import contextlib
 import logging
+import math
 import re
+import statistics
 import sys
 import time
-from typing import Iterator, Optional, Sequence, TextIO, Tuple
+from typing import Iterator, List, Optional, Sequence, TextIO, Tuple
 
 HEARTBEAT = 15.  # seconds between two lines of one step
 
@@ -18,7 +20,9 @@ def clock(seconds: float) -> str:
 class Progress:
     """Steps known beforehand, each with the seconds it took on another machine.
 
-    What is left is their sum, scaled by how this machine compares on the steps done so far.
+    What is left is their sum, scaled by how this machine compares on the steps done so far: the median of their ratios, the lower
+    one of two, so that one step that was held up says nothing of the others. The first one also pays for imports and cold files: where it
+    was slow, the square root of its ratio counts.
 
     Args:
         plan: Name and expected seconds of every step, in order.
@@ -28,7 +32,7 @@ class Progress:
     def __init__(self, plan: Sequence[Tuple[str, float]], stream: Optional[TextIO] = None):
         self.plan, self.stream = list(plan), stream or sys.stdout
         self.begun = time.perf_counter()
-        self.done, self.spent = 0, 0.
+        self.ratios: List[float] = []  # of the seconds of each step that is done to those expected
         self._step_begun, self._spoken = self.begun, self.begun
 
     @property
@@ -41,14 +45,22 @@ class Progress:
         """Expected seconds until the end."""
         if self.done == len(self.plan):
             return 0.
-        done = sum(seconds for _, seconds in self.plan[:self.done])
         now = self.plan[self.done][1]
         later = sum(seconds for _, seconds in self.plan[self.done + 1:])
         running = time.perf_counter() - self._step_begun
-        pace = self.spent / done if done else 1.
-        if running > now * pace:  # it takes longer than thought, and so will the others
-            pace = (self.spent + running) / (done + now)
+        pace = self._pace([*self.ratios, running / now]) if running > now * self._pace(self.ratios) else self._pace(self.ratios)
         return max(0., now * pace - running) + later * pace
+
+    @property
+    def done(self) -> int:
+        """Steps that have ended."""
+        return len(self.ratios)
+
+    @staticmethod
+    def _pace(ratios: Sequence[float]) -> float:
+        """Seconds here for one second of the plan."""
+        first, others = ratios[:1], ratios[1:]
+        return statistics.median_low([*(min(ratio, math.sqrt(ratio)) for ratio in first), *others] or [1.])
 
     def say(self, line: str = '') -> None:
         """A line of its own, at once on the console."""
@@ -63,7 +75,8 @@ class Progress:
         self.say(f'[{clock(self.elapsed):>5}, about {clock(self.remaining)} left]  {name}')
         yield
         now = time.perf_counter()
-        self.spent, self.done, self._step_begun = self.spent + now - self._step_begun, self.done + 1, now
+        self.ratios.append((now - self._step_begun) / self.plan[self.done][1])
+        self._step_begun = now
 
     def beat(self, detail: str) -> None:
         """Within a step: ``detail`` on a line, unless the last line is younger than :data:`HEARTBEAT` seconds."""

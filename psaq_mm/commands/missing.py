@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What a config needs and this environment lacks, in one sentence: the libraries say it in a dozen ways, at the end of a traceback."""
+import importlib.util
 import re
 from typing import Iterator, Optional
 
@@ -35,14 +36,28 @@ def missing_from(error: BaseException) -> Optional[str]:
     return None
 
 
+def _absent(module: str) -> str:
+    name = module.split('.')[0]
+    return (f'the module {module} is not there: pip install {_DISTRIBUTIONS.get(name, name)}, or put the folder that it is in on '
+            'PYTHONPATH')
+
+
+def _absent_library() -> Optional[str]:
+    """The library that a config names as its scope, where it is not installed: MMEngine then knows its own types alone."""
+    from mmengine.registry import DefaultScope
+    scope = DefaultScope.get_current_instance()
+    try:
+        there = scope is None or importlib.util.find_spec(scope.scope_name) is not None
+    except ImportError:
+        there = False
+    return None if there else scope.scope_name
+
+
 def _sentence(error: BaseException) -> Optional[str]:
     message = ' '.join(str(error).split())
     module = _NO_MODULE.search(message) if isinstance(error, ImportError) else None
     if module:
-        name = module[1].split('.')[0]
-        return None if name == 'psaq_mm' else (
-            f'the module {module[1]} is not there: pip install {_DISTRIBUTIONS.get(name, name)}, or put the folder that it is in on '
-            'PYTHONPATH')
+        return None if module[1].split('.')[0] == 'psaq_mm' else _absent(module[1])
     if isinstance(error, (ImportError, RuntimeError, AssertionError)):
         command, absent = _PIP_INSTALL.search(message), _NOT_INSTALLED.search(message)
         package = command[2].rstrip('.,;)') if command else absent[1] if absent else None
@@ -50,6 +65,8 @@ def _sentence(error: BaseException) -> Optional[str]:
             return f'the package {absent[1] if absent else package} is not installed: pip install{command[1] if command else ""} {package}'
     unregistered = _UNREGISTERED.search(message) if isinstance(error, KeyError) else None
     if unregistered:
-        return (f'type={unregistered[1].strip(chr(34) + chr(39))!r} is not known to {unregistered[2]}: check its name, or name the module '
-                'that registers it in custom_imports')
+        library = _absent_library()
+        name = unregistered[1].strip('\'"')
+        return _absent(library) if library else (f'type={name!r} is not known to {unregistered[2]}: check its name, or name the module '
+                                                 'that registers it in custom_imports')
     return None

@@ -156,8 +156,8 @@ def _download(url: str, path: Path, sha256: Optional[str]) -> None:
             raise OSError(f'{partial.stat().st_size} of {expected} bytes came')
         os.replace(partial, path)
     except RuntimeError as error:
-        raise CheckpointError(f'{url} is not what its name says, whose SHA-256 begins with {sha256} ({error}): try again, or give the local '
-                              'path of a file that you trust') from error
+        raise CheckpointError(f'{url} is not what its name says, whose SHA-256 begins with {sha256} ({error}): try again, or give the '
+                              'local path of a file that you trust') from error
     except (OSError, http.client.HTTPException) as error:
         raise CheckpointError(f'{url} could not be downloaded ({error}): fetch it yourself and give its '
                               'local path') from error

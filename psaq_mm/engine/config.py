@@ -15,8 +15,8 @@ from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.type_names import type_name
 
-__all__ = ['apply_method', 'to_data_free', 'quant_holder', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config', 'sample_size',
-           'drop_pretrained', 'preset_of', 'type_name']
+__all__ = ['apply_method', 'to_data_free', 'quant_holder', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config',
+           'sample_size', 'drop_pretrained', 'preset_of', 'type_name']
 
 _DATA_HOOKS = ('EMAHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
                'MeanTeacherHook', 'PreciseBNHook', 'SyncNormHook', 'SwitchRecipeHook', 'SwAVHook')

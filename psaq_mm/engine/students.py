@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A student knows how it was quantized: what a config and a command line say of that is asked only whether it contradicts."""
 import copy
+import os
 import re
 from typing import Any, Dict, Mapping, Optional
 
@@ -40,7 +41,7 @@ def config_of_student(config: Config, checkpoint: Mapping, source: str, quant: O
         return config
     _check_stated(made, source, quant, method, options or {})
     own = QuantSpec.parse(quant_holder(config.model).get('quant', 'w8a8')) if is_quantized_config(config.model) else made
-    if own != made and not (quant or method):
+    if own != made and not (quant or method) and os.environ.get('RANK', '0') == '0':
         print(f'{source} was quantized as {made.label} with {_differences(made, own)}: the student is taken as it was made', flush=True)
     config = copy.deepcopy(config)
     config.model = quantized_model_config(config, 'w8a8' if not is_quantized_config(config.model) else None)

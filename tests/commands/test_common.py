@@ -92,6 +92,13 @@ def test_each_way_of_saying_it(error, words):
     assert all(word in sentence for word in words), sentence
 
 
+def test_a_library_that_is_not_installed():
+    from mmengine.registry import DefaultScope
+    with DefaultScope.overwrite_default_scope('mmabsent'):
+        sentence = missing_from(KeyError("'TopdownPoseEstimator is not in the mmengine::model registry. Please check'"))
+    assert 'the module mmabsent is not there: pip install mmabsent' in sentence
+
+
 @pytest.mark.parametrize('error', [
     RuntimeError('CUDA out of memory'), KeyError('data_root'), AssertionError(), ImportError("cannot import name 'x' from 'torch'"),
     ModuleNotFoundError("No module named 'psaq_mm.commands.absent'"), ValueError('numpy is not installed'),

@@ -25,20 +25,47 @@ def test_what_is_left_is_scaled_by_what_was_measured(clock):
     run = progress.Progress([('a', 10.), ('b', 30.), ('c', 20.)], out)
     assert run.remaining == 60
     with run.step():
-        clock[0] += 20  # half as fast as planned
-    assert run.remaining == 100
+        clock[0] += 40  # a quarter as fast as planned, or a slow start
+    assert run.remaining == 50 * 2
     with run.step():
         clock[0] += 15
         assert run.remaining == pytest.approx(60 - 15 + 40)
-        clock[0] += 1000  # a step that outlasts its plan says that the later ones will too
-        assert run.remaining == pytest.approx(20 * 1035 / 40)
+        clock[0] += 105
+        assert run.remaining == pytest.approx(20 * 2)
+    assert run.remaining == pytest.approx(20 * 2)
     with run.step():
         clock[0] += 1
     assert run.remaining == 0
-    assert out.getvalue().splitlines() == [
-        '[ 0:00, about 1:00 left]  a', '[ 0:20, about 1:40 left]  b',
-        f'[17:15, about {progress.clock(20 * 1035 / 40)} left]  c'
-    ]
+    assert out.getvalue().splitlines() == ['[ 0:00, about 1:00 left]  a', '[ 0:40, about 1:40 left]  b', '[ 2:40, about 0:40 left]  c']
+
+
+@pytest.mark.parametrize('slow', range(6))
+def test_one_step_that_was_held_up_says_nothing_of_the_others(clock, slow):
+    """Imports from a cold disk in the first, another program's turn in a later one."""
+    run = progress.Progress([(str(number), 10. + number) for number in range(10)], io.StringIO())
+    for number in range(9):
+        left = sum(seconds for _, seconds in run.plan[number:])
+        if number != 1 or slow:
+            assert run.remaining == pytest.approx(left), number
+        assert run.remaining < 6 * left
+        with run.step():
+            clock[0] += run.plan[number][1] * (30 if number == slow else 1)
+
+
+def test_a_machine_that_is_slower_throughout_is_known_by_the_third_step(clock):
+    run = progress.Progress([('x', 10.)] * 6, io.StringIO())
+    for number in range(5):
+        with run.step():
+            clock[0] += 35
+        if number > 1:
+            assert run.remaining == pytest.approx(35. * (5 - number))
+
+
+def test_a_first_step_that_outlasts_its_plan_says_so_before_it_ends(clock):
+    run = progress.Progress([('x', 10.)] * 3, io.StringIO())
+    with run.step():
+        clock[0] += 90
+        assert run.remaining == pytest.approx(20. * 3)
 
 
 def test_a_step_that_fails_is_not_counted(clock):

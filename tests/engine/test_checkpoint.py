@@ -93,8 +93,8 @@ def test_a_name_that_tells_its_content_keeps_it_in_the_cache(site, capsys):
 def test_content_that_is_not_what_the_name_says_is_refused(site):
     folder, url = site
     (folder / publish(folder, 'net')).rename(folder / 'net_20210902-9d6b7cfa.pth')
-    with pytest.raises(CheckpointError, match=r'net_20210902-9d6b7cfa.pth is not what its name says, whose SHA-256 begins with 9d6b7cfa .*try '
-                       'again, or give the local path'):
+    with pytest.raises(CheckpointError, match='net_20210902-9d6b7cfa.pth is not what its name says, whose SHA-256 begins with 9d6b7cfa '
+                       '.*try again, or give the local path'):
         read_checkpoint(f'{url}/net_20210902-9d6b7cfa.pth')
     assert not list(site.cache.iterdir())
 

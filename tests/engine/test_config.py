@@ -69,7 +69,8 @@ def dumped(config, folder):
 def test_a_dumped_config_is_the_run_it_came_from(project, tmp_path, preset):
     own = dict(preset=preset, size=(32, 32), checkpoint_interval=0, sheet_interval=7, generator=dict(batch_size=4))
     given = config_of(project, own)
-    changes = [{}, {'dfq.iters': 9, 'dfq.lr': 3e-4, 'dfq.vector_lr': 1e-3, 'dfq.range_lr': 1e-2, 'dfq.clip_grad': None, 'dfq.keep_checkpoints': 5},
+    changes = [{}, {'dfq.iters': 9, 'dfq.lr': 3e-4, 'dfq.vector_lr': 1e-3, 'dfq.range_lr': 1e-2, 'dfq.clip_grad': None,
+                    'dfq.keep_checkpoints': 5},
                {'dfq.source': 'gaussian', 'dfq.iters': 3}]
     pairs = []
     for options in changes:

@@ -30,8 +30,8 @@ def project(tmp_path_factory):
 def fast(project):
     """A student of the full-precision config, by another method and precision than any config has."""
     work = project.folder / 'fast'
-    assert dfq_train([str(project.base), '--checkpoint', str(project.checkpoint), '--method', 'fast', '--quant', 'w4a8', '--work-dir', str(work),
-                      *SHORT]) == 0
+    assert dfq_train([str(project.base), '--checkpoint', str(project.checkpoint), '--method', 'fast', '--quant', 'w4a8',
+                      '--work-dir', str(work), *SHORT]) == 0
     return work / 'student.pth'
 
 
@@ -67,7 +67,8 @@ def test_a_contradiction_ends_with_one_sentence(project, fast, capsys, tmp_path)
     (dict(quant='w4a8'), None), (dict(quant='W4A8'), None), (dict(method='fast'), None), (dict(quant='psaq_v2_w4a8'), None),
     (dict(options={'model.quant.w_bits': 4}), None), (dict(options={'model.quant': 'w4a8'}), None),
     (dict(options={'model.backbone.depths': [1]}), None), (dict(options={'model.quant.preset': 'w4a8', 'dfq.seed': 1}), None),
-    (dict(quant='w8a8'), 'w_bits=4'), (dict(quant='w4a4', method='fast'), 'a_bits=8'), (dict(method='repq'), 'reparameterize=False'),
+    (dict(quant='w8a8'), 'w_bits=4'), (dict(quant='w4a4', method='fast'), 'a_bits=8'),
+    (dict(method='repq'), 'reparameterize=False'),
     (dict(quant='repq_w4a8'), "softmax_quantizer='affine'"), (dict(options={'model.quant.w_bits': 8}), 'w_bits=4'),
     (dict(options={'model.quant': 'w8a8'}), 'w_bits=4'), (dict(options={'model.quant.scope': 'full'}), "scope='backbone'"),
     (dict(options={'model.quant.preset': 'repq_w4a8'}), 'reparameterize=False'), (dict(options={'model.backbone.quant.a_bits': 4}), 'a_bits=8'),

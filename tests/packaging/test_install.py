@@ -38,8 +38,8 @@ PROBES = {
 
 
 def run(*command, cwd, **environment):
-    result = subprocess.run([str(part) for part in command], cwd=cwd, text=True, stdin=subprocess.DEVNULL, env={**os.environ, **environment},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run([str(part) for part in command], cwd=cwd, text=True, stdin=subprocess.DEVNULL,
+                            env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout
     return result.stdout
 
