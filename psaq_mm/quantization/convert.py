@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import DataError, SpecError
 from .layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
-from .quantizers import STATE_NAMES, Quantizer
+from .quantizers import STATE_NAMES, Quantizer, check_mode
 from .reduction import reduce_observers
 from .reparam import ReparameterizedQuantizer, reparameterize_
 from .spec import Override, QuantSpec, names_asked, nearest
@@ -265,8 +265,7 @@ def set_mode(model: nn.Module, mode: str, pattern: str = '*') -> List[str]:
     Raises:
         SpecError: The mode is not known, or the pattern matches nothing.
     """
-    if mode not in ('on', 'off'):
-        raise SpecError(f"mode={mode!r} is not known: choose 'on' or 'off'.")
+    check_mode(mode)
     found = dict(quantizers(model))
     matched = [n for n in found if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition('.')[0], pattern)]
     if not matched:

@@ -78,7 +78,7 @@ class ReparameterizedQuantizer(AffineQuantizer):
         """Full-precision weights took the place of folded ones: what folding left behind goes with those."""
         self.fill.zero_()
         self.folded_bias.zero_()
-        self.calibrated.fill_(False)
+        self.calibrated.fill_(0)
         self._refresh()
 
 
