@@ -147,13 +147,24 @@ class Quantizer(nn.Module):
         Raises:
             DataError: The tensor is empty or not finite.
         """
-        mode, self.observer = self.mode, None
-        self._observe(x)
-        if not self.saw_data:
-            raise DataError(f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a '
-                            'range from.')
-        self.finish_observing()
-        self.mode = mode
+        self.set_qparams(*self.qparams_of(x))
+        self.observer = None
+
+    def qparams_of(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Scale and zero point for one tensor, which are not set; what was observed stays.
+
+        Raises:
+            DataError: The tensor is empty or not finite.
+        """
+        kept, self.observer = self.observer, None
+        try:
+            self._observe(x)
+            if not self.saw_data:
+                raise DataError(f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a '
+                                'range from.')
+            return self.checked(*self.observed_qparams())
+        finally:
+            self.observer = kept
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -166,6 +177,15 @@ class Quantizer(nn.Module):
         Raises:
             DataError: Shape or value does not fit.
         """
+        self.checked(scale, zero_point)
+        # In place: whoever holds the buffers (a DDP wrapper, an average of weights) keeps seeing the right ones.
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated.fill_(KINDS[self.kind])
+        self._ready = True
+
+    def checked(self, scale: Tensor, zero_point: Tensor) -> Tuple[Tensor, Tensor]:
+        """The two, as :meth:`set_qparams` takes them; DataError where it does not."""
         if scale.shape != self.scale.shape or zero_point.shape != self.scale.shape:
             raise DataError(f'Quantizer {self.name!r} needs a scale of shape {tuple(self.scale.shape)}, not '
                             f'{tuple(scale.shape)} (zero point {tuple(zero_point.shape)}).')
@@ -173,11 +193,7 @@ class Quantizer(nn.Module):
             raise DataError(f'Quantizer {self.name!r} needs a positive, finite scale, not {scale.min().item()}.')
         if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
             raise DataError(f'Quantizer {self.name!r} needs zero points from {self.qmin} to {self.qmax}.')
-        # In place: whoever holds the buffers (a DDP wrapper, an average of weights) keeps seeing the right ones.
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
-        self.calibrated.fill_(KINDS[self.kind])
-        self._ready = True
+        return scale, zero_point
 
     def _apply(self, fn, *args, **kwargs):
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
