@@ -52,12 +52,27 @@ def test_ranks_together_draw_what_one_draws(source):
 
 
 @sources
-def test_global_random_state_and_threads_do_not_matter(source):
+def test_global_random_state_does_not_matter(source):
     state = torch.get_rng_state()
     first = source.draw(range(2), (40, 24), IMAGENET)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
     assert torch.equal(source.draw(range(2), (40, 24), IMAGENET), first)
+
+
+@sources
+@pytest.mark.parametrize('size, channels', [((224, 224), 3), ((200, 240), 1)])
+def test_threads_do_not_matter(source, size, channels):
+    """Also of pictures that PyTorch splits among threads, which it does from 32768 values on."""
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert torch.get_num_threads() == count
+            found[count] = source.draw(range(2), size, ImageSpec(channels=channels), seed=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[1], found[2])
 
 
 def test_a_stream_goes_on_where_its_state_was():

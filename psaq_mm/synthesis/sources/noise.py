@@ -77,6 +77,13 @@ def uniform_in(bounds: Sequence[float], generator: torch.Generator) -> float:
     return low if low == high else low + (high - low) * float(torch.rand((), generator=generator))
 
 
+def row_means(rows: Tensor) -> Tensor:
+    """Mean of each row, (n, ...) to (n,), the same whatever the number of threads: the sum of a single row is split among them by
+    PyTorch, and rounded otherwise by each number of them; of two or more rows every one has a thread to itself."""
+    rows = rows.flatten(1)
+    return (rows.expand(2, -1) if len(rows) == 1 else rows).mean(1)[:len(rows)]
+
+
 def power_law_noise(planes: int, size: Tuple[int, int], exponent: float, generator: torch.Generator) -> Tensor:
     """Independent planes of noise whose amplitude falls as 1 / f ** exponent; periodic, zero mean, unit spread each.
 
@@ -97,7 +104,7 @@ def power_law_noise(planes: int, size: Tuple[int, int], exponent: float, generat
         amplitude[:, -1] *= 2**0.5
     spectrum = torch.view_as_complex(torch.randn(planes, height, half, 2, generator=generator) * amplitude.unsqueeze(-1))
     noise = torch.fft.irfft2(spectrum, s=(height, width))
-    spread = noise.flatten(1).square().mean(1).sqrt()
+    spread = row_means(noise.square()).sqrt()
     return noise / torch.where(spread > 1e-12, spread, torch.ones_like(spread)).view(-1, 1, 1)
 
 
