@@ -300,11 +300,11 @@ def test_classes_are_those_of_samples_that_are_all_synthesized():
     assert torch.equal(mixed.latest[chosen == 0], PinkNoise().draw(numbers, SIZE, SPEC, seed_of(mixed.stream.seed, 0)))
 
 
-@pytest.mark.parametrize('kind', ['named', 'sourced', 'mixed'])
+@pytest.mark.parametrize('kind', ['named', 'given', 'sourced', 'mixed'])
 def test_a_resumed_evolution_goes_on_as_it_would_have(kind):
 
     def fresh():
-        if kind == 'named':
+        if kind in ('named', 'given'):
             return evolution_of()
         return evolution_of(SourcedEvolution, (SampleStream(source_of('pink' if kind == 'sourced' else ['pink', 'generated']), SIZE, SPEC, 5), ))
 
@@ -314,7 +314,7 @@ def test_a_resumed_evolution_goes_on_as_it_would_have(kind):
         return images, float(evolution.learn(images, Tensor.backward)), evolution.pool.samples.clone(), evolution.rounds, len(evolution.history)
 
     one = fresh()
-    one.prepare()
+    one.prepare(torch.randn(4, 3, *SIZE) if kind == 'given' else None)
     one.learn(one.draw(), Tensor.backward)
     state, weights = copy.deepcopy(one.state_dict()), copy.deepcopy(one.student.model.state_dict())
     other = fresh()
