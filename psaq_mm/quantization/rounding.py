@@ -248,8 +248,8 @@ class _Weights:
     def begin(self, count: int) -> None:
         """A call of so many rows follows."""
         if self.calls is not None and self.calls[self.made:self.made + 1] != (count, ):
-            raise DataError(f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit. It is called several times in a pass, call '
-                            f'{self.made + 1} has {count} rows, and the weights are of calls of {", ".join(map(str, self.calls[:8]))} '
+            raise DataError(f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit. It is called several times in a pass, '
+                            f'call {self.made + 1} has {count} rows, and the weights are of calls of {", ".join(map(str, self.calls[:8]))} '
                             'rows: put the same samples through in the same batches both times.')
         self.made += 1
 

@@ -50,7 +50,8 @@ def evolution_of(kind=CoEvolution, arguments=(), quant='w4a8', generator=None, *
     quantize_(student, quant)
     teacher = copy.deepcopy(student).requires_grad_(False)
     set_mode(teacher, 'off')
-    settings = dict(size=SIZE, batch_size=3, calibration_samples=4, pool_size=6, evolve_every=2, evolve_samples=2, **{'source': 'pink', **settings})
+    settings = dict(size=SIZE, batch_size=3, calibration_samples=4, pool_size=6, evolve_every=2, evolve_samples=2,
+                    **{'source': 'pink', **settings})
     if kind is SourcedEvolution:
         settings['source'] = 'generated'
     maker = SampleGenerator(size=SIZE, batch_size=2, steps=2, **(generator or {}))
@@ -306,12 +307,14 @@ def test_a_resumed_evolution_goes_on_as_it_would_have(kind):
     def fresh():
         if kind in ('named', 'given'):
             return evolution_of()
-        return evolution_of(SourcedEvolution, (SampleStream(source_of('pink' if kind == 'sourced' else ['pink', 'generated']), SIZE, SPEC, 5), ))
+        source = source_of('pink' if kind == 'sourced' else ['pink', 'generated'])
+        return evolution_of(SourcedEvolution, (SampleStream(source, SIZE, SPEC, 5), ))
 
     def going_on(evolution):
         evolution.evolve()
         images = evolution.draw()
-        return images, float(evolution.learn(images, Tensor.backward)), evolution.pool.samples.clone(), evolution.rounds, len(evolution.history)
+        value = float(evolution.learn(images, Tensor.backward))
+        return images, value, evolution.pool.samples.clone(), evolution.rounds, len(evolution.history)
 
     one = fresh()
     one.prepare(torch.randn(4, 3, *SIZE) if kind == 'given' else None)

@@ -213,7 +213,8 @@ def test_other_batches_fit_layers_that_are_called_once(one, other, images):
         net = made(images, preset='w3a8')
         found = row_importance(net, lambda: [net(part.clone().requires_grad_()).sum().backward() for part in images.split(one)])
         assert not found.calls
-        errors.append([layer.nearest for layer in round_weights_(net, lambda: [net(part) for part in images.split(batch)], importance=found)])
+        report = round_weights_(net, lambda: [net(part) for part in images.split(batch)], importance=found)
+        errors.append([layer.nearest for layer in report])
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
 
 

@@ -183,7 +183,8 @@ def of_kind(kind):
     return quantizer
 
 
-@pytest.mark.parametrize('loader', [lambda q, state: q.load_state_dict(state), lambda q, state: q.load_state_dict(dict(state), strict=False)])
+@pytest.mark.parametrize('loader', [lambda q, state: q.load_state_dict(state),
+                                    lambda q, state: q.load_state_dict(dict(state), strict=False)])
 @pytest.mark.parametrize('source', KINDS)
 @pytest.mark.parametrize('target', KINDS)
 def test_a_state_of_another_kind_is_refused_and_leaves_the_quantizer_uncalibrated(source, target, loader):

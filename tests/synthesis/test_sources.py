@@ -60,7 +60,8 @@ def test_global_random_state_does_not_matter(source):
     assert torch.equal(source.draw(range(2), (40, 24), IMAGENET), first)
 
 
-@pytest.mark.parametrize('source', [GaussianNoise(), PinkNoise(), DeadLeaves(), Scenes(objects=(1, 1))], ids=lambda source: type(source).__name__)
+@pytest.mark.parametrize('source', [GaussianNoise(), PinkNoise(), DeadLeaves(), Scenes(objects=(1, 1))],
+                         ids=lambda source: type(source).__name__)
 @pytest.mark.parametrize('channels', [1, 3])
 def test_threads_do_not_matter(source, channels):
     """Also of pictures that PyTorch splits among threads, which it does from 32768 values on."""
@@ -110,8 +111,8 @@ def test_a_name_and_its_class_give_the_same_pictures(name, spelled):
     made = [source(3, (16, 20), IMAGENET, torch.Generator().manual_seed(1)) for source in (SOURCES[name], source_of(spelled))]
     assert torch.equal(*made)
     assert torch.equal(SOURCES[name].draw([4, 1], (16, 20), IMAGENET, 7), source_of(spelled).draw([4, 1], (16, 20), IMAGENET, 7))
-    begun = [SampleGenerator(size=(8, 12), batch_size=2, steps=1, lr=1e-9, drop_tokens=1, init=init).generate(ToyTransformer(), IMAGENET).samples
-             for init in (name, spelled)]
+    makers = [SampleGenerator(size=(8, 12), batch_size=2, steps=1, lr=1e-9, drop_tokens=1, init=init) for init in (name, spelled)]
+    begun = [maker.generate(ToyTransformer(), IMAGENET).samples for maker in makers]
     assert torch.equal(*begun)
 
 
