@@ -21,7 +21,7 @@ from psaq_mm.distillation.weighting import AdaptiveWeight
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.quantization import RoundedLayer, calibrate, hold_weights, is_quantized_layer, learned_ranges, round_weights_, row_importance
 from psaq_mm.quantization.reduction import WholeBatch, broadcast_, gathered, minimum_, own_part, ranks, sum_
-from psaq_mm.synthesis import ImageSpec, SampleGenerator
+from psaq_mm.synthesis import ImageSpec, SampleGenerator, SampleStream
 from psaq_mm.synthesis.sources import SOURCES as NOISES
 
 __all__ = ['CoEvolutionSettings', 'CoEvolution', 'Network', 'SOURCES']
@@ -162,6 +162,8 @@ class CoEvolution:
         if settings.source == 'real' and real_source is None:
             raise ConfigError('dfq.source=\'real\' needs a training dataset in the config; a data-free run has none')
         self.teacher, self.student, self.generator, self.settings = teacher, student, generator, settings
+        # A source by name gives the pictures that its class gives by number, see SourcedEvolution.
+        self.named = SampleStream(NOISES[settings.source], settings.size, teacher.image_spec, seed) if settings.source in NOISES else None
         self.real_source, self.progress = real_source, progress
         self.pool = SamplePool(settings.pool_size, replace='random', seed=seed)
         # A generator of weight 0 does not compete: the rule that adapts the weight is then never asked.
@@ -184,8 +186,8 @@ class CoEvolution:
         """``count`` new samples, (count, C, H, W) on the CPU; ``compete``: hard for the student as well."""
         spec, size = self.teacher.image_spec, self.settings.size
         source = self.settings.source
-        if source in NOISES:
-            return NOISES[source](count, size, spec, generator=self.random)
+        if self.named is not None:
+            return taken_from(self.named, count)
         if source == 'real':
             return self._real(count)
         first = NOISES[self.generator.init](count, size, spec, generator=self.random)
@@ -444,7 +446,8 @@ class CoEvolution:
     def state_dict(self) -> Dict[str, Any]:
         """What a resumed run needs beside weights and optimizer."""
         real = self.real_source.state_dict() if hasattr(self.real_source, 'state_dict') else None
-        return dict(pool=self.pool.state_dict(), weight=self.weight.state_dict(), random=self.random.get_state(),
+        named = None if self.named is None else self.named.state_dict()
+        return dict(named=named, pool=self.pool.state_dict(), weight=self.weight.state_dict(), random=self.random.get_state(),
                     rounds=self.rounds, history=list(self.history), real=real)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -453,8 +456,18 @@ class CoEvolution:
         self.weight.load_state_dict(state['weight'])
         self.random.set_state(state['random'].cpu())
         self.rounds, self.history = state['rounds'], list(state['history'])
+        if self.named is not None:
+            # A state from before names had numbers: go on behind those that its samples would have had.
+            made = self.settings.calibration_samples + max(self.rounds - 1, 0) * self.settings.evolve_samples
+            self.named.load_state_dict(state.get('named') or dict(position=made))
         if state.get('real') is not None and hasattr(self.real_source, 'load_state_dict'):
             self.real_source.load_state_dict(state['real'])
+
+
+def taken_from(stream: SampleStream, count: int) -> Tensor:
+    """The next ``count`` pictures of a procedural source, (count, C, H, W); in a distributed run each rank makes a part of them."""
+    rank, world = ranks()
+    return gathered(stream.take(count, rank=rank, world_size=world), count) if 1 < world <= count else stream.take(count)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,7 @@
 """Co-evolution whose samples come from a source object, such as a mixture of procedural and generated ones."""
 from torch import Tensor
 
-from psaq_mm.distillation.coevolution import CoEvolution
-from psaq_mm.quantization.reduction import gathered, ranks
+from psaq_mm.distillation.coevolution import CoEvolution, taken_from
 from psaq_mm.synthesis import Generated, SampleStream
 
 __all__ = ['SourcedEvolution']
@@ -24,10 +23,9 @@ class SourcedEvolution(CoEvolution):
 
     def make_samples(self, count: int, compete: bool) -> Tensor:
         """The next ``count`` samples, (count, C, H, W) on the CPU."""
-        rank, world = ranks()
-        if 1 < world <= count and self.stream.source.procedural:  # what is synthesized is split over the ranks where it is made
+        if self.stream.source.procedural:  # what is synthesized is split over the ranks where it is made
             self.labels = None
-            return gathered(self.stream.take(count, rank=rank, world_size=world), count)
+            return taken_from(self.stream, count)
         made = self.stream.take(count, lambda some: super(SourcedEvolution, self).make_samples(some, compete))
         if not isinstance(self.stream.source, Generated):
             self.labels = None  # classes of a part of the samples are none of the whole

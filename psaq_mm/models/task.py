@@ -245,8 +245,10 @@ class TaskModel:
             find_backbone(self.model)(images)  # a timm network holds its head: it runs too
             return
         stages, levels = self.features(images)
-        self._dense_head(levels)
         roi_head = getattr(self.model, 'roi_head', None)
+        # A layer's rows are paired with those of another pass call by call (row_importance): the RPN runs once, for its proposals.
+        if roi_head is None or dense_head_name(self.model) != 'rpn_head':
+            self._dense_head(levels)
         if roi_head is not None:
             self._roi_forward(images, tuple(levels), roi_head, self._proposals(images, tuple(levels)))
 

@@ -2,7 +2,7 @@
 
 from .convert import (ADAPTERS, Adapter, ConversionReport, FloatLayer, QuantizedLayer, calibrate, is_quantizer_key,
                       quantize_, quantizer_state_keys, quantizers, register_adapter, set_mode)
-from .importance import row_importance
+from .importance import RowImportance, row_importance
 from .layers import (SAME_AS_CONV2D, SAME_AS_CONVTRANSPOSE2D, SAME_AS_LINEAR, QuantConv2d, QuantConvTranspose2d,
                      QuantLinear, QuantMatMul, adopt, apply_edge, attention_products, edge_quantizer, feeds_activation,
                      full_precision_weights, hold_weights, is_quantized_layer, quantize_output_)
@@ -22,7 +22,7 @@ __all__ = [
     'ChannelPercentileObserver', 'ConversionReport', 'FloatLayer', 'LayerSpec', 'LogObserver', 'LogQuantizer',
     'MSEObserver', 'MinMaxObserver', 'Override', 'PercentileObserver', 'QuantConv2d', 'QuantConvTranspose2d',
     'QuantLinear', 'QuantMatMul', 'QuantSpec', 'QuantizedLayer', 'Quantizer', 'RECIPES', 'ReparameterizedQuantizer',
-    'RoundedLayer', 'StreamReader', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge',
+    'RoundedLayer', 'RowImportance', 'StreamReader', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge',
     'attention_products', 'build_channel_observer', 'build_observer', 'calibrate', 'choose_qparams',
     'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation', 'full_precision_weights',
     'hold_weights', 'in_mode', 'is_quantized_layer', 'is_quantizer_key', 'learn_ranges_', 'learned_ranges', 'log2_form', 'log_dequantize',

@@ -6,13 +6,13 @@ from fnmatch import fnmatchcase
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DataError, SpecError
 from .layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
-from .quantizers import STATE_NAMES, Quantizer
+from .quantizers import STATE_NAMES, Quantizer, check_mode
 from .reduction import reduce_observers
-from .reparam import ReparameterizedQuantizer, reparameterize_
+from .reparam import ReparameterizedQuantizer, fold_, folded_weight, folding_of
 from .spec import Override, QuantSpec, names_asked, nearest
 
 # Quantizers that the row of their layer or product speaks for.
@@ -265,8 +265,7 @@ def set_mode(model: nn.Module, mode: str, pattern: str = '*') -> List[str]:
     Raises:
         SpecError: The mode is not known, or the pattern matches nothing.
     """
-    if mode not in ('on', 'off'):
-        raise SpecError(f"mode={mode!r} is not known: choose 'on' or 'off'.")
+    check_mode(mode)
     found = dict(quantizers(model))
     matched = [n for n in found if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition('.')[0], pattern)]
     if not matched:
@@ -283,7 +282,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
     Where a layer's input is reparameterized (:attr:`.QuantSpec.reparameterize`), its LayerNorm and weight change as
     :func:`.reparam.reparameterize_` says. While ``run`` is under way nothing is quantized, so the ranges do not depend on
     the order of the layers. In a distributed run each rank puts samples of its own through, and all get the ranges of all samples.
-    Quantizers that are switched off stay so. After an error the modes are as before and no activation range has changed.
+    Quantizers that are switched off stay so. All ranges are found before the first is set: after an error the model is as before.
 
     Args:
         model: Quantized model.
@@ -295,37 +294,43 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
         DataError: A weight or an activation holds NaN or infinity (names the layer), or a quantizer saw no data.
     """
     weights = {id(m.weight_quantizer): m for _, m in model.named_modules() if is_quantized_layer(m)}
-    active = [(n, q) for n, q in quantizers(model) if q.mode != 'off']
-    observed = {id(q) for _, q in active}
-    activations = [(n, q) for n, q in active if id(q) not in weights]
-    modes = [(q, q.mode) for _, q in active]
+    active = [q for _, q in quantizers(model) if q.mode != 'off']
+    activations = [(n, q) for n, q in quantizers(model) if q.mode != 'off' and id(q) not in weights]
+    modes = [(q, q.mode) for q in active]
     try:
+        ranges: Dict[Quantizer, Tuple[Tensor, Tensor]] = {}
         with torch.no_grad():
-            for _, quantizer in active:
+            for quantizer in active:
                 if id(quantizer) in weights:
-                    quantizer.calibrate_from(weights[id(quantizer)].weight)
+                    ranges[quantizer] = quantizer.qparams_of(weights[id(quantizer)].weight)
                     quantizer.mode = 'off'
                 else:
                     quantizer.begin_observing()
             run()
         reduce_observers([q.observer for _, q in activations])
-        unseen = [n for n, q in activations if not q.saw_data]
-        if unseen and not allow_unseen:
-            names = ', '.join(unseen[:5]) + (f' and {len(unseen) - 5} more' if len(unseen) > 5 else '')
-            raise DataError(f'{len(unseen)} quantizers saw no data in calibration ({names}): put samples through these '
-                            'layers, switch them off, or pass allow_unseen=True.')
-        for _, quantizer in activations:
-            if quantizer.saw_data and not isinstance(quantizer, ReparameterizedQuantizer):
-                quantizer.finish_observing()
-        for layer in weights.values():
-            if isinstance(layer.input_quantizer, ReparameterizedQuantizer) and layer.input_quantizer.saw_data:
-                reparameterize_(layer)
-                if id(layer.weight_quantizer) in observed:  # the weight has moved
-                    layer.weight_quantizer.calibrate_from(layer.weight)
+        _check_seen([n for n, q in activations if not q.saw_data], allow_unseen)
+        ranges.update((q, q.checked(*q.observed_qparams())) for _, q in activations
+                      if q.saw_data and not isinstance(q, ReparameterizedQuantizer))
+        foldings = [(layer, folding_of(layer)) for layer in weights.values()
+                    if isinstance(layer.input_quantizer, ReparameterizedQuantizer) and layer.input_quantizer.saw_data]
+        for layer, folding in foldings:
+            if layer.weight_quantizer in ranges:  # of the weight that folding will make
+                ranges[layer.weight_quantizer] = layer.weight_quantizer.qparams_of(folded_weight(layer, folding))
+        for quantizer, found in ranges.items():
+            quantizer.set_qparams(*found)
+        for layer, folding in foldings:
+            fold_(layer, folding)
     finally:
         for quantizer, mode in modes:
             quantizer.mode = 'on' if mode == 'observe' else mode
             quantizer.observer = None
+
+
+def _check_seen(unseen: List[str], allow_unseen: bool) -> None:
+    if unseen and not allow_unseen:
+        names = ', '.join(unseen[:5]) + (f' and {len(unseen) - 5} more' if len(unseen) > 5 else '')
+        raise DataError(f'{len(unseen)} quantizers saw no data in calibration ({names}): put samples through these '
+                        'layers, switch them off, or pass allow_unseen=True.')
 
 
 def is_quantizer_key(key: str) -> bool:

@@ -11,14 +11,28 @@ from typing import Callable, Dict, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError
 from .layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
 from .observers import valid_rows_of
 from .reduction import sum_
 
-__all__ = ['row_importance']
+__all__ = ['RowImportance', 'row_importance']
 
 
-def row_importance(model: nn.Module, run: Callable[[], None]) -> Dict[str, Tensor]:
+class RowImportance(Dict[str, Tensor]):
+    """By layer name, the weight of each of its rows, (rows,): a dict that knows by which calls the rows came.
+
+    Attributes:
+        calls: How many rows each call had, by name of the layers that were called several times between two backward passes, such as a
+            head that goes over all levels: under another size of the batches their rows lie in another order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Dict[str, Tuple[int, ...]] = {}
+
+
+def row_importance(model: nn.Module, run: Callable[[], None]) -> RowImportance:
     """Squared gradients at the outputs of every quantized Linear and convolution, a row (token, place of a convolution) at a time.
 
     Taken with the weights in full precision, as :func:`.round_weights_` takes the inputs.
@@ -28,44 +42,110 @@ def row_importance(model: nn.Module, run: Callable[[], None]) -> Dict[str, Tenso
         run: Puts the samples through the model in forward and backward passes, the losses being sums over samples.
 
     Returns:
-        By layer name, (rows,) in the order in which the rows went in, padding left out, with mean 1 over the rows of all ranks.
-        Layers that no gradient reached are missing.
+        By layer name, (rows,) in the order in which the rows went in, padding left out, with mean 1 over the rows of all ranks; 0 for
+        the rows of a call that no gradient reached. Layers that no gradient reached at all are missing.
+
+    Raises:
+        DataError: Reentrant activation checkpointing runs a layer several times in a pass, and it is not known which is which.
     """
-    slots: Dict[str, List[List[Optional[Tensor]]]] = {}
     layers = [(n, m) for n, m in model.named_modules()
               if is_quantized_layer(m) and isinstance(m, (QuantLinearMixin, QuantConv2dMixin))]
+    passes = _Passes()
+    seen = {name: _Calls(name, passes) for name, _ in layers}
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(full_precision_weights(model))
         for name, layer in layers:
-            hooks.callback(layer.register_forward_hook(_output_hook(slots.setdefault(name, []))).remove)
+            hooks.callback(layer.register_forward_hook(seen[name].hook).remove)
         run()
-    found = {}
-    for name, _ in layers:
-        # What activation checkpointing computes again is seen twice, and has gradients once.
-        reached = [rows for rows, in slots[name] if rows is not None]
-        rows = torch.cat(reached) if reached else torch.zeros(0, dtype=torch.float64)
+    found = RowImportance()
+    for name, calls in seen.items():
+        rows = calls.rows()
         total, count = sum_(torch.tensor([float(rows.sum()), float(len(rows))], dtype=torch.float64)).tolist()
         if total > 0:
             found[name] = (rows * (count / total)).float()
+            if len({call.number for call in calls.made}) < len(calls.made):
+                found.calls[name] = tuple(call.count for call in calls.made)
     return found
 
 
-def _output_hook(slots: List[List[Optional[Tensor]]]) -> Callable:
+class _Passes:
+    """Which pass a run is in: one begins with the first call after a backward pass.
 
-    def hook(layer: nn.Module, args: Tuple, output: Tensor) -> None:
-        if not output.requires_grad:
-            return
-        slot: List[Optional[Tensor]] = [None]
-        slots.append(slot)
+    Attributes:
+        number: Of the pass.
+    """
+
+    def __init__(self) -> None:
+        self.number, self._went_back = 0, False
+
+    def backward(self) -> None:
+        """A backward pass is under way."""
+        self._went_back = True
+
+    def forward(self) -> int:
+        """A layer was called, outside of a backward pass: the number of its pass."""
+        if self._went_back:
+            self.number, self._went_back = self.number + 1, False
+        return self.number
+
+
+class _Call:
+    """One call of a layer.
+
+    Attributes:
+        number: Of the pass.
+        count: Rows that take part.
+        open: Whether activation checkpointing may compute it again, and have its gradient then.
+        energy: Squared gradient of each row, (count,), float64; None where none has come.
+    """
+
+    def __init__(self, number: int, count: int, open_: bool) -> None:
+        self.number, self.count, self.open = number, count, open_
+        self.energy: Optional[Tensor] = None
+
+
+class _Calls:
+    """The calls of a layer, and the gradients that reach them."""
+
+    def __init__(self, name: str, passes: _Passes) -> None:
+        self.name, self.passes = name, passes
+        self.made: List[_Call] = []
+
+    def rows(self) -> Tensor:
+        """(rows,), float64."""
+        parts = [torch.zeros(call.count, dtype=torch.float64) if call.energy is None else call.energy.cpu() for call in self.made]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+    def hook(self, layer: nn.Module, args: Tuple, output: Tensor) -> None:
         valid, images = layer.valid_rows, isinstance(layer, QuantConv2dMixin)
+        if torch._C._current_graph_task_id() == -1:
+            rows = (output[..., :1, :, :] if images else output[..., :1]).detach()
+            rows = rows if valid is None or images else valid_rows_of(rows, valid)
+            call = _Call(self.passes.forward(), rows.numel(), not output.requires_grad)
+            self.made.append(call)
+        else:
+            call = self._computed_again()
+        if call is None or not output.requires_grad:
+            return
 
         def keep(gradient: Tensor) -> None:
+            self.passes.backward()
             # In float64: squares of small gradients are beyond float32.
             energy = gradient.double().pow(2).sum(-3 if images else -1)
             energy = valid_rows_of(energy[..., None], valid) if valid is not None and not images else energy
             energy = energy.reshape(-1)
-            slot[0] = energy if slot[0] is None else slot[0] + energy
+            call.energy = energy if call.energy is None else call.energy + energy
 
         output.register_hook(keep)
 
-    return hook
+    def _computed_again(self) -> Optional[_Call]:
+        """The call that activation checkpointing computes again; None where the first time has the gradient (not reentrant)."""
+        self.passes.backward()
+        waiting = [call for call in self.made if call.open and call.number == self.passes.number]
+        if len(waiting) > 1:
+            raise DataError(f'Layer {self.name!r} is called {len(waiting)} times in a pass under reentrant activation checkpointing, which '
+                            'does not tell which call has which gradient: use torch.utils.checkpoint with use_reentrant=False, or '
+                            'with_cp=False')
+        for call in waiting:
+            call.open = False
+        return waiting[0] if waiting else None

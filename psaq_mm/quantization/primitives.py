@@ -325,8 +325,11 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         x, values, inside = ctx.saved_tensors
         passed = grad * inside
-        # d values / d ln(scale) = values - x inside the range, and values where they are clipped.
-        slope = (grad * values).sum(dtype=torch.float32) - (passed * x).sum(dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        slope = None
+        if ctx.needs_input_grad[1]:
+            # d values / d ln(scale) = values - x inside the range, and values where they are clipped. One sum of differences in
+            # float32: two sums of opposite sign would lose what they differ by, and overflow in float16 under a loss scale.
+            slope = (values.float() - torch.where(inside, x.float(), 0.)).mul_(grad).sum()
         return passed, slope, None, None, None, None
 
 

@@ -13,6 +13,9 @@ from .primitives import Rounded, choose_qparams, fake_quantize, learned_fake_qua
 
 MODES = ('on', 'observe', 'off')
 
+# What the buffer ``calibrated`` holds beside 0: of which kind of quantizer the range is. Older checkpoints have 1 (True) for each.
+KINDS = {'affine': 2, 'log2': 3, 'log_sqrt2': 4}
+
 # Buffers of a quantizer, the last component of its state-dict keys. The last two belong to a reparameterized input.
 STATE_NAMES = ('scale', 'zero_point', 'calibrated', 'code_range', 'fill', 'folded_bias')
 
@@ -20,30 +23,34 @@ STATE_NAMES = ('scale', 'zero_point', 'calibrated', 'code_range', 'fill', 'folde
 class Quantizer(nn.Module):
     """What every quantizer is: buffers, a mode, and an observer while it observes.
 
-    The buffers ``scale`` (float32), ``zero_point`` (int32), both ``()`` or ``(C,)``, ``calibrated`` (bool) and
-    ``code_range`` (int32, least and greatest code) are in the state dict. ``code_range`` is only compared on loading: a
-    checkpoint of other bits is refused and leaves the quantizer uncalibrated, instead of giving wrong values silently.
+    The buffers ``scale`` (float32), ``zero_point`` (int32), both ``()`` or ``(C,)``, ``calibrated`` (uint8, 0 or a number of
+    :data:`KINDS`) and ``code_range`` (int32, least and greatest code) are in the state dict. The last two are compared on loading:
+    a checkpoint of other bits, or of another kind of quantizer, is refused and leaves the quantizer uncalibrated, instead of
+    giving wrong values silently. Older checkpoints have ``calibrated`` as a bool, which fits every kind.
 
     Args:
         bits: Width of a code, 2 to 8.
         codes: Least and greatest code.
         shape: Of scale and zero point.
+        kind: One of :data:`KINDS`.
 
     Attributes:
         name: What errors call this quantizer; set on conversion.
         mode: ``'on'`` fake-quantizes, ``'observe'`` records and passes the input on, ``'off'`` passes it on.
     """
 
-    def __init__(self, bits: int, codes: Tuple[int, int], shape: Tuple[int, ...] = ()):
+    def __init__(self, bits: int, codes: Tuple[int, int], shape: Tuple[int, ...] = (), kind: str = 'affine'):
         super().__init__()
-        self.bits = bits
+        self.bits, self.kind = bits, kind
         self.qmin, self.qmax = codes
         self.name = ''
         self.mode = 'on'
         self.observer = None
         self.register_buffer('scale', torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=torch.int32))
-        self.register_buffer('calibrated', torch.tensor(False))
+        # The kind is kept here and not under a key of its own: strict loading of checkpoints from before, and by code from before,
+        # goes on.
+        self.register_buffer('calibrated', torch.tensor(0, dtype=torch.uint8))
         self.register_buffer('code_range', torch.tensor([self.qmin, self.qmax], dtype=torch.int32))
         # Reading the buffer in every forward would make the host wait for the device.
         self._ready = False
@@ -140,13 +147,24 @@ class Quantizer(nn.Module):
         Raises:
             DataError: The tensor is empty or not finite.
         """
-        mode, self.observer = self.mode, None
-        self._observe(x)
-        if not self.saw_data:
-            raise DataError(f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a '
-                            'range from.')
-        self.finish_observing()
-        self.mode = mode
+        self.set_qparams(*self.qparams_of(x))
+        self.observer = None
+
+    def qparams_of(self, x: Tensor) -> Tuple[Tensor, Tensor]:
+        """Scale and zero point for one tensor, which are not set; what was observed stays.
+
+        Raises:
+            DataError: The tensor is empty or not finite.
+        """
+        kept, self.observer = self.observer, None
+        try:
+            self._observe(x)
+            if not self.saw_data:
+                raise DataError(f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a '
+                                'range from.')
+            return self.checked(*self.observed_qparams())
+        finally:
+            self.observer = kept
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -159,6 +177,15 @@ class Quantizer(nn.Module):
         Raises:
             DataError: Shape or value does not fit.
         """
+        self.checked(scale, zero_point)
+        # In place: whoever holds the buffers (a DDP wrapper, an average of weights) keeps seeing the right ones.
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+        self.calibrated.fill_(KINDS[self.kind])
+        self._ready = True
+
+    def checked(self, scale: Tensor, zero_point: Tensor) -> Tuple[Tensor, Tensor]:
+        """The two, as :meth:`set_qparams` takes them; DataError where it does not."""
         if scale.shape != self.scale.shape or zero_point.shape != self.scale.shape:
             raise DataError(f'Quantizer {self.name!r} needs a scale of shape {tuple(self.scale.shape)}, not '
                             f'{tuple(scale.shape)} (zero point {tuple(zero_point.shape)}).')
@@ -166,11 +193,7 @@ class Quantizer(nn.Module):
             raise DataError(f'Quantizer {self.name!r} needs a positive, finite scale, not {scale.min().item()}.')
         if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
             raise DataError(f'Quantizer {self.name!r} needs zero points from {self.qmin} to {self.qmax}.')
-        # In place: whoever holds the buffers (a DDP wrapper, an average of weights) keeps seeing the right ones.
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
-        self.calibrated.fill_(True)
-        self._ready = True
+        return scale, zero_point
 
     def _apply(self, fn, *args, **kwargs):
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
@@ -184,15 +207,33 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs):
         # Not load_state_dict: mmengine's loader calls this method of every module itself.
-        saved = state_dict.get(prefix + 'code_range')
-        if saved is not None and saved.tolist() != [self.qmin, self.qmax]:
-            error_msgs.append(f'{prefix[:-1]} was saved with codes {saved.tolist()} but has {[self.qmin, self.qmax]} '
-                              'here: build the model with the bits of the checkpoint.')
-            self.calibrated.fill_(False)
+        problem = self._problem_of(state_dict.get(prefix + 'code_range'), state_dict.get(prefix + 'calibrated'))
+        if problem:
+            error_msgs.append(f'{prefix[:-1]} was saved {problem}')
+            self.calibrated.fill_(0)
         else:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                           error_msgs)
+            if self._refresh():
+                # Also from a checkpoint that does not say the kind: what is saved from here on does.
+                self.calibrated = self.calibrated.to(torch.uint8).fill_(KINDS[self.kind])
         self._refresh()
+
+    def _problem_of(self, codes: Optional[Tensor], calibrated: Optional[Tensor]) -> str:
+        """Why a state is not this quantizer's; empty where it is, or does not say."""
+        if codes is not None and codes.tolist() != [self.qmin, self.qmax]:
+            return f'with codes {codes.tolist()} but has {[self.qmin, self.qmax]} here: build the model with the bits of the checkpoint.'
+        kind = 0 if calibrated is None or calibrated.is_meta else int(calibrated)
+        if kind in (0, 1, KINDS[self.kind]):
+            return ''
+        name = next((name for name, number in KINDS.items() if number == kind), f'unknown (number {kind})')
+        return f'by a quantizer of kind {name!r} but is {self.kind!r} here: build the model with the softmax_quantizer of the checkpoint.'
+
+
+def check_mode(mode: str) -> None:
+    """Refuse what is no mode that a caller sets; to observe is :func:`.convert.calibrate`'s."""
+    if mode not in ('on', 'off'):
+        raise SpecError(f"mode={mode!r} is not known: choose 'on' or 'off'.")
 
 
 @contextmanager
@@ -202,7 +243,11 @@ def in_mode(chosen: Iterable[Quantizer], mode: str) -> Iterator[None]:
     Args:
         chosen: Quantizers of a model.
         mode: ``'on'`` or ``'off'``.
+
+    Raises:
+        SpecError: The mode is not known; no quantizer has changed.
     """
+    check_mode(mode)
     modes = [(quantizer, quantizer.mode) for quantizer in chosen]
     try:
         for quantizer, _ in modes:
@@ -294,7 +339,7 @@ class LogQuantizer(Quantizer):
     def __init__(self, bits: int, base: str = 'log_sqrt2'):
         if base not in ('log2', 'log_sqrt2'):
             raise SpecError(f"base={base!r} is not known: choose 'log2' or 'log_sqrt2'.")
-        super().__init__(bits, qrange(bits, symmetric=False))
+        super().__init__(bits, qrange(bits, symmetric=False), kind=base)
         self.base = base
 
     def extra_repr(self) -> str:

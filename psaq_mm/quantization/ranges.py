@@ -5,10 +5,15 @@ from typing import Iterator, List
 import torch
 from torch import Tensor, nn
 
+from ..errors import DataError
 from .convert import quantizers
+from .primitives import MIN_SCALE
 from .quantizers import AffineQuantizer
 
 __all__ = ['learn_ranges_', 'learned_ranges', 'update_ranges_']
+
+MAX_SCALE = torch.finfo(torch.float32).max / 2**9
+"""Codes, less their zero point, are below 2**9: products with them stay finite too."""
 
 
 def learn_ranges_(model: nn.Module) -> List[Tensor]:
@@ -43,9 +48,20 @@ def learned_ranges(model: nn.Module) -> List[Tensor]:
 
 @torch.no_grad()
 def update_ranges_(model: nn.Module) -> None:
-    """Move each learned scale as far as the optimizer has moved its logarithm, which is 0 again afterwards."""
-    for quantizer in _learning(model):
-        quantizer.scale.mul_(quantizer.log_ratio.exp())
+    """Move each learned scale as far as the optimizer has moved its logarithm, which is 0 again afterwards.
+
+    A scale stays a normal, finite float32, however large the step.
+
+    Raises:
+        DataError: The optimizer has made a logarithm NaN (names the quantizer). No scale has moved then.
+    """
+    learning = list(_learning(model))
+    if learning and bool(torch.stack([quantizer.log_ratio for quantizer in learning]).isnan().any()):
+        name = next(quantizer.name for quantizer in learning if bool(quantizer.log_ratio.isnan()))
+        raise DataError(f'The learned scale of quantizer {name!r} became NaN: lower its learning rate, or leave out steps whose gradients '
+                        'are not finite.')
+    for quantizer in learning:
+        quantizer.scale.mul_(quantizer.log_ratio.exp()).clamp_(MIN_SCALE, MAX_SCALE)
         quantizer.log_ratio.zero_()
 
 

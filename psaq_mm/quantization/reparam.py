@@ -13,7 +13,7 @@ of the zero points, moved into the code range, where the released code keeps a f
 A channel that is constant on the samples has no scale. Its value goes into the bias as a whole: y' is 0 there.
 """
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -78,32 +78,37 @@ class ReparameterizedQuantizer(AffineQuantizer):
         """Full-precision weights took the place of folded ones: what folding left behind goes with those."""
         self.fill.zero_()
         self.folded_bias.zero_()
-        self.calibrated.fill_(False)
+        self.calibrated.fill_(0)
         self._refresh()
 
 
+class Folding(NamedTuple):
+    """What folding the ranges of a layer's input into LayerNorm and layer comes to.
+
+    Attributes:
+        scale, zero_point: Of all channels from then on, ``()``, float32 and int32.
+        ratio, shift: Of each channel, (in_features,), float64; see the top of this file.
+    """
+    scale: Tensor
+    zero_point: Tensor
+    ratio: Tensor
+    shift: Tensor
+
+
 @torch.no_grad()
-def reparameterize_(layer: nn.Module) -> None:
-    """Fold the ranges that a layer's :class:`ReparameterizedQuantizer` observed into LayerNorm and layer, in place.
-
-    In full precision the two together give what they gave before, up to rounding. Folding a layer that was folded before adds
-    up. The layer's weight quantizer has to be calibrated anew afterwards.
-
-    Args:
-        layer: Quantized Linear; its LayerNorm as :func:`norm_feeds` named it.
+def folding_of(layer: nn.Module) -> Folding:
+    """What :func:`reparameterize_` would do; nothing is changed.
 
     Raises:
-        NotCalibratedError: The quantizer observed nothing.
-        DataError: The channels of LayerNorm and layer differ.
+        As :func:`reparameterize_`.
     """
     quantizer, norm = layer.input_quantizer, norm_before(layer)
     if not quantizer.saw_data:
         raise NotCalibratedError(f'Quantizer {quantizer.name!r} saw no data: put samples through its layer first.')
-    if norm.weight.shape != (layer.weight.shape[1], ):
+    scale, zero_point = (t.double() for t in quantizer.observer.qparams(quantizer.bits))
+    if not norm.weight.shape == scale.shape == (layer.weight.shape[1], ):
         raise DataError(f'The LayerNorm before {quantizer.name!r} has {norm.weight.numel()} channels and the layer '
                         f'{layer.weight.shape[1]}: name the LayerNorm that feeds it.')
-    # float64: the product of a division and a multiplication has to give the weight back.
-    scale, zero_point = (t.double() for t in quantizer.observer.qparams(quantizer.bits))
     live, value = ~quantizer.observer.constant, quantizer.observer.low.double()
     if bool(live.any()):
         one_scale = scale[live].mean()
@@ -119,13 +124,41 @@ def reparameterize_(layer: nn.Module) -> None:
     zero_point = torch.where(held, (middle - center / scale).round(), zero_point)
     ratio = torch.where(live, scale / one_scale, torch.ones_like(scale))
     shift = torch.where(live, scale * (zero_point - one_zero), -value)
+    return Folding(*quantizer.checked(one_scale.float(), one_zero.to(torch.int32)), ratio, shift)
 
-    weight = layer.weight.double()
-    quantizer.folded_bias.copy_(quantizer.folded_bias.double() - weight @ shift)
+
+def folded_weight(layer: nn.Module, folding: Folding) -> Tensor:
+    """The layer's weight as it will be."""
+    # float64: the product of a division and a multiplication has to give the weight back.
+    return (layer.weight.detach().double() * folding.ratio).to(layer.weight.dtype)
+
+
+@torch.no_grad()
+def reparameterize_(layer: nn.Module) -> None:
+    """Fold the ranges that a layer's :class:`ReparameterizedQuantizer` observed into LayerNorm and layer, in place.
+
+    In full precision the two together give what they gave before, up to rounding. Folding a layer that was folded before adds
+    up. The layer's weight quantizer has to be calibrated anew afterwards.
+
+    Args:
+        layer: Quantized Linear; its LayerNorm as :func:`norm_feeds` named it.
+
+    Raises:
+        NotCalibratedError: The quantizer observed nothing.
+        DataError: The channels of LayerNorm and layer differ. Nothing is changed then.
+    """
+    fold_(layer, folding_of(layer))
+
+
+@torch.no_grad()
+def fold_(layer: nn.Module, folding: Folding) -> None:
+    """Do what :func:`folding_of` found."""
+    quantizer, norm, ratio, shift = layer.input_quantizer, norm_before(layer), folding.ratio, folding.shift
+    quantizer.folded_bias.copy_(quantizer.folded_bias.double() - layer.weight.double() @ shift)
     quantizer.fill.copy_((quantizer.fill.double() + shift) / ratio)
-    layer.weight.copy_(weight * ratio)
+    layer.weight.copy_(folded_weight(layer, folding))
     norm.weight.copy_(norm.weight.double() / ratio)
     norm.bias.copy_((norm.bias.double() + shift) / ratio)
-    quantizer.set_qparams(one_scale.float(), one_zero.to(torch.int32))
+    quantizer.set_qparams(folding.scale, folding.zero_point)
     quantizer.observer = None
     quantizer.mode = 'on'

@@ -121,13 +121,17 @@ def rotate_stream_(rotation: Tensor, writers: Sequence[nn.Module], tokens: Seque
         readers: Every LayerNorm that reads it. Nothing else may.
 
     Raises:
-        DataError: Shapes do not fit, the rotation moves (1, ..., 1), or an offset has to stay beside a gain of 0. Nothing is changed then.
+        DataError: Shapes do not fit, the rotation is not orthogonal or moves (1, ..., 1), something is named twice, or an offset has to
+            stay beside a gain of 0. Nothing is changed then.
     """
     size = len(rotation)
     rotation = rotation.double().cpu()
     ones = torch.ones(size, dtype=torch.float64)
     if rotation.shape != (size, size) or not torch.allclose(ones @ rotation, ones, atol=1e-9):
         raise DataError('The rotation of a residual stream has to be square and keep (1, ..., 1) where it is: the mean that LayerNorm takes out')
+    if not torch.allclose(rotation @ rotation.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-5):
+        raise DataError('The rotation of a residual stream is not orthogonal: its readers would not get back what its writers wrote')
+    _check_named_once(writers, tokens, readers)
     for layer in writers:
         if layer.weight.shape[0] != size:
             raise DataError(f'A layer of {layer.weight.shape[0]} outputs does not write to a stream of {size} channels')
@@ -141,6 +145,16 @@ def rotate_stream_(rotation: Tensor, writers: Sequence[nn.Module], tokens: Seque
         token.copy_(token.double().cpu() @ rotation)
     for reader in readers:
         _turn_reader(reader, rotation)
+
+
+def _check_named_once(writers: Sequence[nn.Module], tokens: Sequence[Tensor], readers: Sequence[StreamReader]) -> None:
+    """By parameter, as two modules may share one: what is rotated twice is rotated too far."""
+    norms, layers = [getattr(reader.norm, 'weight', None) for reader in readers], [layer for reader in readers for layer in reader.layers]
+    for what, parts in (('writer', [layer.weight for layer in writers]), ('token', tokens), ('LayerNorm', norms),
+                        ('layer behind a LayerNorm', [layer.weight for layer in layers])):
+        parts = [part for part in parts if part is not None]
+        if len({id(part) for part in parts}) < len(parts):
+            raise DataError(f'A {what} of the residual stream is named twice, or shares its weight with another: name each once')
 
 
 def _offset_stays(reader: StreamReader) -> bool:

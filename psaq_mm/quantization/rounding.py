@@ -8,7 +8,7 @@ model with better codes in it.
 """
 import contextlib
 import math
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,13 @@ __all__ = ['RoundedLayer', 'compensated_rounding', 'round_weights_']
 
 BLOCK = 128
 """Columns that are worked through before the rest of the matrix hears of their errors (GPTQ's lazy batch)."""
+
+STRIP = 1 << 26
+"""Bytes of a convolution's inputs that are unfolded at a time."""
+
+
+class LowRankError(DataError):
+    """The inputs of a layer span too few directions for their damping: their Gram matrix has no inverse in float64."""
 
 
 class RoundedLayer(NamedTuple):
@@ -59,6 +66,10 @@ def compensated_rounding(weight: Tensor, gram: Tensor, round_columns: Callable[[
 
     Raises:
         DataError: The shapes do not fit, a value is not finite, or the damping is not positive.
+        LowRankError: With this little damping the Gram matrix has no inverse (a DataError).
+
+    Memory: beside its arguments, one float64 matrix of the size of ``gram`` (8 inputs^2 bytes, 0.5 GB at 8192 inputs) and three of that
+    of ``weight``.
     """
     inputs = weight.shape[-1]
     if weight.dim() != 2 or gram.shape != (inputs, inputs):
@@ -68,30 +79,46 @@ def compensated_rounding(weight: Tensor, gram: Tensor, round_columns: Callable[[
         raise DataError(f'damping={damping} must be positive and finite: 0.1 is the usual value')
     if not bool(torch.isfinite(gram).all()) or not bool(torch.isfinite(weight).all()):
         raise DataError('The weight or the inputs of the layer hold NaN or infinity: look for what made them before rounding.')
-    left, energy = weight.double(), gram.diagonal().double()
+    energy = gram.diagonal().double()
     order = torch.argsort(energy, descending=True, stable=True)
-    factor = _inverse_factor(gram.double()[order][:, order], damping * max(float(energy.mean()), torch.finfo(torch.float32).tiny))
-    left = left[:, order].clone()
-    rounded = torch.empty_like(left)
+    factor = _inverse_factor_(_ordered(gram, order), damping * max(float(energy.mean()), torch.finfo(torch.float32).tiny), damping)
+    left = weight[:, order].double()  # columns that are rounded stay in it
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
         errors = left.new_empty(len(left), stop - start)
         for i in range(start, stop):
             column = left[:, i:i + 1]
-            rounded[:, i:i + 1] = round_columns(column.to(weight.dtype)).double()
-            errors[:, i - start:i - start + 1] = (column - rounded[:, i:i + 1]) / factor[i, i]
+            rounded = round_columns(column.to(weight.dtype)).double()
+            errors[:, i - start:i - start + 1] = (column - rounded) / factor[i, i]
+            left[:, i:i + 1] = rounded
             left[:, i + 1:stop] -= errors[:, i - start:i - start + 1] @ factor[i:i + 1, i + 1:stop]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
-    out = torch.empty_like(rounded)
-    out[:, order] = rounded
-    return out.to(weight.dtype)
+    out = torch.empty_like(weight)
+    out[:, order] = left.to(weight.dtype)
+    return out
 
 
-def _inverse_factor(gram: Tensor, shift: float) -> Tensor:
-    """Upper Cholesky factor of the inverse of ``gram`` + ``shift`` on the diagonal."""
-    damped = gram.clone()
-    damped.diagonal().add_(shift)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+def _ordered(gram: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of ``gram`` in an order, as a new float64 matrix; a strip of rows at a time, so that there is one copy alone."""
+    found = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    for rows, part in zip(found.split(BLOCK), order.split(BLOCK)):
+        rows.copy_(gram[part][:, order])
+    return found
+
+
+def _inverse_factor_(gram: Tensor, shift: float, damping: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of ``gram`` + ``shift`` on the diagonal, in the memory of ``gram``."""
+    gram = gram.t()  # symmetric: the same matrix, laid out as LAPACK works in place
+    gram.diagonal().add_(shift)
+    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
+    for inverted in (False, True):
+        if inverted:
+            torch.cholesky_inverse(gram, out=gram)
+        torch.linalg.cholesky_ex(gram, upper=inverted, out=(gram, failed))
+        if bool(failed):
+            raise LowRankError(f'damping={damping:g} is too little: the inputs of the layer span fewer directions than it has inputs, and '
+                               'nothing tells how to share errors among the others; give more damping, or more samples')
+    return gram
 
 
 @torch.no_grad()
@@ -103,6 +130,10 @@ def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0
     layer's weights also answer for what that did to the inputs. Weights that are still to be rounded are in full precision meanwhile:
     their nearest codes spoil the inputs of the layers behind them more than the codes that they will get. Gram matrices of
     several layers are gathered in one pass, as many as ``memory`` holds; later passes see the weights rounded before.
+
+    Beside those matrices a pass needs the memory of the model's forward, the quantized inputs of a layer once more in float32, of a
+    convolution at most 64 MiB of its unfolded inputs at a time (twice that with ``importance``), and rounding what
+    :func:`compensated_rounding` says, for one layer at a time. Matrices are float32 and summed in float32 also under autocast.
 
     Args:
         model: Calibrated quantized model.
@@ -119,7 +150,7 @@ def round_weights_(model: nn.Module, run: Callable[[], None], damping: float = 0
 
     Returns:
         One entry a layer whose weight is quantized, its errors under those weights. A layer that compensation would not help stays as
-        it was.
+        it was, and so does one whose inputs are of too low a rank for the damping: its ``reason`` says so.
 
     Raises:
         DataError: An input holds NaN or infinity, ``importance`` is of other rows than ``run`` sends (names the layer), or
@@ -188,7 +219,8 @@ def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
 def _gather(layers: List[Tuple[str, nn.Module]], run: Callable[[], None], importance: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """Gram matrices of the quantized inputs of ``layers`` over one run."""
     grams: Dict[str, Tensor] = {}
-    weights = {name: _Weights(name, importance[name]) for name, _ in layers if name in importance}
+    calls = getattr(importance, 'calls', {})
+    weights = {name: _Weights(name, importance[name], calls.get(name)) for name, _ in layers if name in importance}
     with contextlib.ExitStack() as hooks:
         for name, layer in layers:
             # On the input's quantizer: layers whose owner multiplies for them (packed projections) are seen as well.
@@ -201,10 +233,25 @@ def _gather(layers: List[Tuple[str, nn.Module]], run: Callable[[], None], import
 
 
 class _Weights:
-    """Weights of the rows that go through a layer, in their order."""
+    """Weights of the rows that go through a layer, in their order.
 
-    def __init__(self, name: str, values: Tensor):
-        self.name, self.values, self.used = name, values, 0
+    Args:
+        name: Of the layer.
+        values: (rows,).
+        calls: How many of them each call had, see :class:`.RowImportance`; None where their order says enough.
+    """
+
+    def __init__(self, name: str, values: Tensor, calls: Optional[Sequence[int]] = None):
+        self.name, self.values, self.calls = name, values, calls
+        self.used = self.made = 0
+
+    def begin(self, count: int) -> None:
+        """A call of so many rows follows."""
+        if self.calls is not None and self.calls[self.made:self.made + 1] != (count, ):
+            raise DataError(f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit. It is called several times in a pass, '
+                            f'call {self.made + 1} has {count} rows, and the weights are of calls of {", ".join(map(str, self.calls[:8]))} '
+                            'rows: put the same samples through in the same batches both times.')
+        self.made += 1
 
     def next(self, count: int) -> Tensor:
         """(count, 1)."""
@@ -234,40 +281,75 @@ def _gram_hook(grams: Dict[str, Tensor], name: str, layer: nn.Module, weights: O
 
     def hook(quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
         valid = args[1] if len(args) > 1 else None
-        for rows in _rows(layer, output, valid):
-            rows = rows.float()
-            if weights is not None:
-                rows = rows * weights.next(len(rows)).sqrt()
-            found = grams.get(name)
-            if found is None:
-                grams[name] = rows.t() @ rows
-            else:
-                found.addmm_(rows.t(), rows)
+        rows = output if isinstance(layer, QuantConv2dMixin) or valid is None else valid_rows_of(output, valid)
+        if weights is not None:
+            weights.begin(_count(layer, rows))
+        with torch.autocast(output.device.type, enabled=False):  # sums of thousands of products are no numbers of eight bits
+            for part in _rows(layer, rows.float()):
+                if weights is not None:
+                    part = part * weights.next(len(part)).sqrt()
+                found = grams.get(name)
+                if found is None:
+                    grams[name] = part.t() @ part
+                else:
+                    found.addmm_(part.t(), part)
 
     return hook
 
 
-def _rows(layer: nn.Module, x: Tensor, valid: Optional[Tensor]) -> Iterator[Tensor]:
-    """The vectors (rows, inputs) that the layer multiplies with, an image of a convolution at a time."""
+def _places(layer: nn.Module, x: Tensor) -> Tuple[int, int]:
+    """Height and width of what a convolution gives for ``x`` (..., H, W)."""
+    height, width = ((size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for size, pad, dilation, kernel, stride in zip(
+        x.shape[-2:], layer.padding, layer.dilation, layer.kernel_size, layer.stride))
+    return height, width
+
+
+def _count(layer: nn.Module, x: Tensor) -> int:
+    """How many vectors :func:`_rows` gives."""
     if isinstance(layer, QuantConv2dMixin):
-        for image in (x if x.dim() == 4 else x[None]).split(1):
-            unfolded = F.unfold(image, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-            yield unfolded[0].t()
+        height, width = _places(layer, x)
+        return (len(x) if x.dim() == 4 else 1) * height * width
+    return x.shape[:-1].numel()
+
+
+def _rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """The vectors (rows, inputs) that the layer multiplies with, of a convolution an image at a time, or a strip of one."""
+    if not isinstance(layer, QuantConv2dMixin):
+        yield x.reshape(-1, x.shape[-1])
         return
-    yield valid_rows_of(x, valid) if valid is not None else x.reshape(-1, x.shape[-1])
+    height, width = _places(layer, x)
+    lines = max(1, STRIP // (4 * _inputs(layer) * max(width, 1)))  # of the output
+    step, reach = layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
+    for image in (x if x.dim() == 4 else x[None]).split(1):
+        if lines >= height:
+            yield F.unfold(image, layer.kernel_size, layer.dilation, layer.padding, layer.stride)[0].t()
+            continue
+        down, across = layer.padding
+        image = F.pad(image, (across, across, down, down))
+        for first in range(0, height, lines):
+            last = min(first + lines, height) - 1
+            yield F.unfold(image[..., first * step:last * step + reach, :], layer.kernel_size, layer.dilation, 0, layer.stride)[0].t()
 
 
 def _round_layer(name: str, layer: nn.Module, gram: Tensor, damping: float) -> RoundedLayer:
-    quantizer, weight, gram = layer.weight_quantizer, layer.weight.flatten(1), gram.double()
+    quantizer, weight = layer.weight_quantizer, layer.weight.flatten(1)
     nearest = quantizer.fake_quantize(layer.weight).flatten(1)
 
     def round_columns(columns: Tensor) -> Tensor:
         return fake_quantize(columns, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, 0)
 
+    energy = max(_squared(weight, gram), 1e-30)
+    before = _squared(nearest - weight, gram) / energy
+    reason, better = '', nearest
+    try:
+        better = compensated_rounding(weight, gram, round_columns, damping)
+    except LowRankError as error:
+        reason = str(error)
+    if int(maximum_(torch.tensor(bool(reason), dtype=torch.int32))):  # one word for all ranks
+        return RoundedLayer(name, before, before, reason or 'another rank cannot round it')
     # Of rank 0: one error decides over all codes after it, so ranks that differed in a last digit would drift apart.
-    better = broadcast_(compensated_rounding(weight, gram, round_columns, damping))
-    energy = _squared(weight, gram)
-    before, after = (_squared(rounded - weight, gram) / max(energy, 1e-30) for rounded in (nearest, better))
+    better = broadcast_(better)
+    after = _squared(better - weight, gram) / energy
     if after >= before:
         return RoundedLayer(name, before, before, 'nothing gained')
     layer.weight.copy_(better.view_as(layer.weight))
@@ -275,6 +357,6 @@ def _round_layer(name: str, layer: nn.Module, gram: Tensor, damping: float) -> R
 
 
 def _squared(weight: Tensor, gram: Tensor) -> float:
-    """Squared norm of X weight^T over the rows of X that ``gram``, in float64, was made of."""
+    """Squared norm of X weight^T over the rows of X that ``gram`` was made of; in float64, some columns of it at a time."""
     weight = weight.double()
-    return float(((weight @ gram) * weight).sum())
+    return float(sum(((weight @ columns.double()) * part).sum() for columns, part in zip(gram.split(BLOCK, 1), weight.split(BLOCK, 1))))

@@ -84,6 +84,13 @@ def _check_keys(what: str, given: Mapping, known: Iterable[str]) -> None:
             raise SpecError(f'{key!r} is no setting of {what}: {hint} {", ".join(map(repr, known))}.')
 
 
+def _without_idle_softmax(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
+    """``chosen`` less its ``softmax_quantizer`` where ``settings`` quantize no attention weights. A preset's choice then means nothing,
+    nor does one in a file from before the two were refused beside each other."""
+    idle = settings.get('quantize_softmax') is False or settings.get('points') == 'linear'
+    return {key: value for key, value in chosen.items() if not (idle and key == 'softmax_quantizer')}
+
+
 @dataclass(frozen=True)
 class Override:
     """Other bits, or none, for the layers whose name matches a pattern.
@@ -167,7 +174,8 @@ class QuantSpec:
             of every one that no activation function follows (patch embedding, q/k/v, projection, logits), the sum with
             the position embedding, scores before softmax, and both residual sums.
         quantize_softmax: Quantize the attention weights (post-softmax), the left operand of the second product.
-        softmax_quantizer: How: ``'affine'``, or logarithmic with base 2 or sqrt(2) (RepQ-ViT, arXiv 2212.08254, section 3.3).
+        softmax_quantizer: How: ``'affine'``, or logarithmic with base 2 or sqrt(2) (RepQ-ViT, arXiv 2212.08254, section 3.3). Not beside
+            ``quantize_softmax=False`` or ``points='linear'``, where it would have no effect.
         symmetric_attention: Signed codes with zero point 0 for queries and values. Of keys the zero point costs nothing: it adds the
             same to all scores of a query.
         reparameterize: Observe LayerNorm outputs that feed a Linear per channel, and fold the channels' scales and zero
@@ -218,6 +226,10 @@ class QuantSpec:
         if self.symmetric_attention and self.points != 'gemm':
             raise SpecError(f'symmetric_attention=True contradicts points={self.points!r}, where queries and values have no quantizers of '
                             'their own: choose points=\'gemm\'.')
+        if self.softmax_quantizer != 'affine' and (not self.quantize_softmax or self.points == 'linear'):
+            off = 'quantize_softmax=False' if not self.quantize_softmax else 'points=\'linear\''
+            raise SpecError(f'softmax_quantizer={self.softmax_quantizer!r} contradicts {off}, which leaves the attention weights in floating '
+                            'point: leave one of the two out.')
         _check_choice('w_observer', self.w_observer, OBSERVERS)
         _check_choice('a_observer', self.a_observer, OBSERVERS)
         if isinstance(self.overrides, (str, Mapping)) or not isinstance(self.overrides, Iterable):
@@ -264,7 +276,7 @@ class QuantSpec:
     def from_dict(cls, data: Mapping) -> 'QuantSpec':
         """Inverse of :meth:`to_dict`; missing keys have their defaults, SpecError on an unknown key."""
         _check_keys('the quantization', data, (f.name for f in fields(cls)))
-        return cls(**data)
+        return cls(**_without_idle_softmax(data, data))
 
     def to_json(self) -> str:
         """JSON text of :meth:`to_dict`."""
@@ -301,7 +313,7 @@ class QuantSpec:
             settings = dict(x)
             base = cls._preset(settings.pop('preset')) if 'preset' in settings else {}
             _check_keys('the quantization', settings, [f.name for f in fields(cls)] + ['preset'])
-            return cls(**{**base, **settings})
+            return cls(**{**_without_idle_softmax(base, {**base, **settings}), **settings})
         raise SpecError(f'quant={x!r} is no quantization: give a preset such as "w8a8", or a dict of settings.')
 
     @staticmethod

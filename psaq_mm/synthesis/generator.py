@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Samples out of a trained model: noise is changed until the model sees diverse patches in it."""
+import functools
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,19 @@ class GeneratedSamples:
     """
     samples: Tensor
     history: List[Dict[str, float]] = field(default_factory=list)
+
+
+def _outside_inference_mode(method: Callable) -> Callable:
+    """Runs a method that needs gradients of its own under ``torch.inference_mode()`` too, which has none to switch on."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 class SampleGenerator:
@@ -153,6 +167,7 @@ class SampleGenerator:
             raise DataError(f'samples of {height} x {width} pixels are smaller than the {self.min_size[0]} x '
                             f'{self.min_size[1]} of one patch or window; choose a larger size')
 
+    @_outside_inference_mode
     def generate(self,
                  model: nn.Module,
                  image_spec: ImageSpec,
@@ -168,7 +183,8 @@ class SampleGenerator:
         """Makes one batch of samples.
 
         Only the images are changed: no parameter of the model, or of what ``discrepancy`` calls, gets a gradient, and
-        the global random state is not touched. The model runs in the mode (train or eval) it is in.
+        the global random state is not touched. The model runs in the mode (train or eval) it is in. It works under
+        ``torch.no_grad()`` and ``torch.inference_mode()`` too; only the model must not have been built under the latter.
 
         Args:
             model: Teacher that the attention taps are put on.

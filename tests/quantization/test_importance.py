@@ -136,3 +136,132 @@ def test_weights_of_other_rows_are_refused(images, count):
     found = row_importance(net, passing(net, images))
     with pytest.raises(DataError, match="'conv': weights of 24 rows do not fit"):
         round_weights_(net, lambda: net(torch.cat([images, images])[:count]), importance=found)
+
+
+# ---------------------------------------------------------------------- layers that are called several times in a pass
+class Levels(nn.Module):
+    """A head goes over two maps of one size; of the second, the loss reads what ``read`` says."""
+
+    def __init__(self, read=('first', 'second'), checkpointed=None):
+        super().__init__()
+        self.near, self.far, self.head = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.read, self.checkpointed = read, checkpointed
+
+    def once(self, layer, x):
+        return layer(x) if self.checkpointed is None else checkpoint(layer, x, use_reentrant=self.checkpointed == 'reentrant')
+
+    def forward(self, x):
+        maps = dict(first=self.once(self.head, self.near(x).relu()), second=self.once(self.head, self.far(x).tanh()))
+        return sum(maps[name].square().sum() for name in self.read)
+
+
+def levels(x, **settings):
+    torch.manual_seed(0)
+    net = Levels(**settings)
+    quantize_(net, 'w3a8')
+    calibrate(net, lambda: net(x))
+    return net.requires_grad_(False)
+
+
+def tokens():
+    return torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([1., 1, 1, .1, .1, .1]).view(-1, 1, 1)
+
+
+def through(net, x, batch, backward=True):
+
+    def run():
+        for part in x.split(batch):
+            loss = net(part.clone().requires_grad_(backward))
+            loss.backward() if backward else None
+
+    return run
+
+
+def test_rows_of_a_layer_that_is_called_twice_are_paired_call_by_call():
+    x = tokens()
+    net = levels(x)
+    found = row_importance(net, through(net, x, 4))
+    assert found.calls['head'] == (20, 20, 10, 10) and found['head'].shape == (60, )
+    by_call, kept = found['head'].split(found.calls['head']), []
+    handle = net.head.register_forward_hook(lambda layer, args, out: (out.retain_grad(), kept.append(out))[0])
+    with full_precision_weights(net):
+        through(net, x, 4)()
+    handle.remove()
+    wanted = [out.grad.square().sum(-1).flatten() for out in kept]
+    mean = torch.cat(wanted).mean()
+    for ours, theirs in zip(by_call, wanted):
+        torch.testing.assert_close(ours, theirs / mean)
+    round_weights_(net, through(net, x, 4, backward=False), importance=found)
+
+
+@pytest.mark.parametrize('one, other', [(4, 6), (4, 3), (6, 4), (2, 3)])
+def test_other_batches_of_a_layer_that_is_called_twice_are_refused(one, other):
+    """The number of rows fits, their order does not."""
+    x = tokens()
+    net = levels(x)
+    found = row_importance(net, through(net, x, one))
+    start = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(DataError, match="'head'.*weights of 60 rows do not fit.*in the same batches"):
+        round_weights_(net, through(net, x, other, backward=False), importance=found)
+    assert all(torch.equal(value, start[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize('one, other', [(4, 6), (6, 4), (4, 3)])
+def test_other_batches_fit_layers_that_are_called_once(one, other, images):
+    errors = []
+    for batch in (one, other):
+        net = made(images, preset='w3a8')
+        found = row_importance(net, lambda: [net(part.clone().requires_grad_()).sum().backward() for part in images.split(one)])
+        assert not found.calls
+        report = round_weights_(net, lambda: [net(part) for part in images.split(batch)], importance=found)
+        errors.append([layer.nearest for layer in report])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_a_call_that_the_loss_does_not_read_weighs_nothing():
+    x = tokens()
+    net = levels(x, read=('first', ))
+    found = row_importance(net, through(net, x, 4))
+    first, second, *others = found['head'].split(found.calls['head'])
+    assert bool((first > 0).all()) and not second.any() and bool((others[0] > 0).all()) and not others[1].any()
+    assert float(found['head'].mean()) == pytest.approx(1.) and 'far' not in found
+    weight, seen = net.head.weight.detach().clone(), []
+    handle = net.head.register_forward_hook(lambda layer, args, out: seen.append(args[0].flatten(0, 1)))
+    report = {layer.name: layer for layer in round_weights_(net, through(net, x, 4, backward=False), importance=found, memory=1)}
+    handle.remove()
+    rows = net.head.input_quantizer(torch.cat(seen[-4:])) * found['head'].sqrt()[:, None]  # of the pass in which the head was rounded
+    wanted = ((net.head.weight - weight) @ rows.t()).square().sum() / (weight @ rows.t()).square().sum()
+    assert report['head'].compensated == pytest.approx(float(wanted), rel=1e-3)
+
+
+@pytest.mark.parametrize('read', [('first', ), ('second', ), ('first', 'second')])
+def test_checkpointed_calls_are_told_apart_or_refused(read):
+    x = tokens()
+    plain, again, reentrant = (levels(x, read=read, checkpointed=way) for way in (None, 'other', 'reentrant'))
+    wanted, found = (row_importance(net, through(net, x, 4)) for net in (plain, again))
+    assert found.calls == wanted.calls
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-7)
+    with pytest.raises(DataError, match="'head' is called 2 times in a pass under reentrant"):
+        row_importance(reentrant, through(reentrant, x, 4))
+
+
+def test_weights_without_calls_are_paired_by_position(images):
+    """What is no result of row_importance has no more than its order."""
+    net = made(images)
+    found = row_importance(net, passing(net, images))
+    round_weights_(net, lambda: net(images), importance=dict(found))
+
+
+def test_gradients_of_several_losses_on_one_pass_add_up(images):
+    net = made(images)
+
+    def separately():
+        out = net(images.clone().requires_grad_())
+        for loss in (out[:, 0].sum(), out[:, 1].sum()):
+            loss.backward(retain_graph=True)
+
+    found = row_importance(net, separately)['first']
+    parts = [row_importance(net, lambda: net(images.clone().requires_grad_())[:, k].sum().backward())['first'] for k in (0, 1)]
+    shares = torch.linalg.lstsq(torch.stack(parts, 1), found[:, None]).solution.flatten()  # each has mean 1
+    assert bool((shares > .01).all()) and float(shares.sum()) == pytest.approx(1, rel=1e-3)

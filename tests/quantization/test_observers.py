@@ -6,6 +6,7 @@ import torch
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
 from psaq_mm.quantization import (MinMaxObserver, MSEObserver, PercentileObserver, build_observer, choose_qparams,
                                   fake_quantize, qrange)
+from psaq_mm.quantization.histograms import Histogram
 
 NAMES = ['minmax', 'percentile', 'mse']
 CANDIDATES = (.999, .9999, .99999, 1.0)
@@ -265,3 +266,20 @@ def test_mse_per_tensor_is_no_worse_than_minmax(kind):
 def test_row_mask_per_channel_is_refused():
     with pytest.raises(DataError, match='per channel'):
         MinMaxObserver(channel_axis=0).update(torch.ones(2, 3), torch.tensor([True, False]))
+
+
+def test_a_histogram_that_is_asked_between_two_updates_sees_both():
+    """What it keeps for the candidates of a search is of the counts as they are."""
+    first, second, scale = make_data('normal', 5000), make_data('normal', 5000, seed=1) * 30, torch.tensor(.1)
+    asked, once = Histogram(), Histogram()
+    asked.update(first)
+    zero = torch.tensor(0, dtype=torch.int32)
+    before = float(asked.squared_error(scale, zero, -8, 7))
+    for part, later in ((second, 'wider'), (first, 'of the same width')):
+        asked.update(part)
+        after = float(asked.squared_error(scale, zero, -8, 7))
+        assert after > before, later
+        before = after
+    for part in (first, second, first):
+        once.update(part)
+    assert after == float(once.squared_error(scale, zero, -8, 7))

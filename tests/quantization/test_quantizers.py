@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization import AffineQuantizer, choose_qparams, fake_quantize
+from psaq_mm.quantization import AffineQuantizer, LogQuantizer, choose_qparams, fake_quantize, in_mode
 
 
 def calibrated(bits=8, **kwargs):
@@ -170,3 +170,61 @@ def test_device_gives_the_same_values():
     for quantizer in (calibrated(), calibrated(4)):
         expected = quantizer(x)
         assert torch.equal(quantizer.cuda()(x.cuda()).cpu(), expected)
+
+
+# ---------------------------------------------------------------------- the kind of a state
+KINDS = {'affine': lambda: AffineQuantizer(4), 'log2': lambda: LogQuantizer(4, 'log2'), 'log_sqrt2': lambda: LogQuantizer(4, 'log_sqrt2')}
+
+
+def of_kind(kind):
+    quantizer = KINDS[kind]()
+    quantizer.name = 'matmul_av.lhs_quantizer'
+    quantizer.calibrate_from(torch.tensor([0., .2, 1.]))
+    return quantizer
+
+
+@pytest.mark.parametrize('loader', [lambda q, state: q.load_state_dict(state),
+                                    lambda q, state: q.load_state_dict(dict(state), strict=False)])
+@pytest.mark.parametrize('source', KINDS)
+@pytest.mark.parametrize('target', KINDS)
+def test_a_state_of_another_kind_is_refused_and_leaves_the_quantizer_uncalibrated(source, target, loader):
+    saved, quantizer = of_kind(source), of_kind(target)
+    x = torch.tensor([.05, .25, .9])
+    if source == target:
+        loader(quantizer, saved.state_dict())
+        assert torch.equal(quantizer(x), saved(x))
+        return
+    with pytest.raises(RuntimeError, match=f"by a quantizer of kind '{source}' but is '{target}' here"):
+        loader(quantizer, saved.state_dict())
+    with pytest.raises(NotCalibratedError):
+        quantizer(x)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('assign', [False, True])
+def test_states_of_before_kinds_were_told_apart_load_and_are_marked_from_then_on(kind, assign):
+    saved, quantizer, x = of_kind(kind), KINDS[kind](), torch.tensor([.05, .25, .9])
+    state = saved.state_dict()
+    old = {**state, 'calibrated': torch.tensor(True)}  # what it was: a bool
+    assert not quantizer.load_state_dict(old, assign=assign).missing_keys
+    assert torch.equal(quantizer(x), saved(x))
+    assert torch.equal(quantizer.state_dict()['calibrated'], state['calibrated'])
+    with pytest.raises(NotCalibratedError):
+        quantizer.load_state_dict({**state, 'calibrated': torch.tensor(False)})
+        quantizer(x)
+
+
+def test_a_state_fits_where_code_of_before_looks_for_it():
+    """The same keys and shapes, and a number that a bool takes in."""
+    state = of_kind('log2').state_dict()
+    assert {key: tuple(value.shape) for key, value in state.items()} == dict(scale=(), zero_point=(), calibrated=(), code_range=(2, ))
+    assert bool(torch.tensor(False).copy_(state['calibrated'])) and state['code_range'].tolist() == [0, 15]
+
+
+@pytest.mark.parametrize('mode', ['offf', 'observe', None])
+def test_a_mode_that_is_none_is_refused_before_any_quantizer_has_it(mode):
+    quantizer = calibrated()
+    with pytest.raises(SpecError, match=f'mode={mode!r} is not known'):
+        with in_mode([quantizer], mode):
+            pytest.fail('the block runs')
+    assert quantizer.mode == 'on'

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from psaq_mm.errors import DataError
 from psaq_mm.quantization import (AffineQuantizer, LogQuantizer, QuantSpec, calibrate, fake_quantize, learn_ranges_, learned_ranges,
                                   quantize_, quantizers, update_ranges_)
 
@@ -95,3 +96,62 @@ def test_half_precision_keeps_its_dtype_and_a_float32_gradient(dtype):
     out = found(x)
     out.float().square().sum().backward()
     assert out.dtype == x.grad.dtype == dtype and found.log_ratio.grad.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------- numbers that are large, or many
+def slope_of(x, grad, bits=8):
+    """Of the scale's logarithm: by the layer, and in float64."""
+    found = quantizer_on(torch.tensor([-1., 3.]), bits)
+    y = x.clone().requires_grad_()
+    found(y).backward(grad)
+    values, steps = found(x).detach().double(), x.double() / found.scale.double()
+    inside = (steps.round() + found.zero_point >= found.qmin) & (steps.round() + found.zero_point <= found.qmax)
+    wanted = ((values - torch.where(inside, x.double(), 0.)) * grad.double()).sum()
+    return float(found.log_ratio.grad), float(wanted)
+
+
+def test_the_slope_is_one_sum_of_small_differences():
+    """A million values that hardly differ from their codes: two sums of millions would leave two digits of what they differ by."""
+    x = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2.9
+    found, wanted = slope_of(x, torch.ones_like(x))
+    assert abs(wanted) < 20 and found == pytest.approx(wanted, rel=2e-3)
+
+
+def test_float16_gradients_under_a_loss_scale_give_a_finite_slope():
+    x = (torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 4).half()
+    grad = torch.full_like(x, 60000.)  # 65536 times a gradient of 0.9; times a value of 2 it is beyond float16
+    found, wanted = slope_of(x, grad)
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_infinite_inputs_are_clipped_values_like_others():
+    found, wanted = slope_of(torch.tensor([.5, torch.inf, -torch.inf]), torch.tensor([1., .1, .2]))
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize('step', [.5, -2., 30., -30., 200., -200., torch.inf, -torch.inf])
+def test_a_step_of_any_size_leaves_a_scale_that_is_a_normal_number(step):
+    found = quantizer_on(torch.tensor([-1., 3.]))
+    before = found.scale.double()
+    with torch.no_grad():
+        found.log_ratio.fill_(step)
+    update_ranges_(found)
+    limits = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 512
+    wanted = (before * torch.tensor(step, dtype=torch.float64).exp()).clamp(*limits)
+    torch.testing.assert_close(found.scale.double(), wanted, rtol=1e-5, atol=0)
+    assert float(found.log_ratio) == 0 and found(torch.tensor([-1e38, 0., 1e38])).isfinite().all()
+    found.set_qparams(found.scale, found.zero_point)  # which refuses what is no scale
+
+
+def test_a_step_that_is_nan_is_named_and_moves_nothing():
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    quantize_(model, 'w4a8')
+    calibrate(model, lambda: model(torch.randn(9, 6)))
+    first, second = learn_ranges_(model)
+    with torch.no_grad():
+        first.fill_(1.)
+        second.fill_(float('nan'))
+    before = [q.scale.clone() for _, q in quantizers(model)]
+    with pytest.raises(DataError, match="'2.input_quantizer' became NaN"):
+        update_ranges_(model)
+    assert all(torch.equal(q.scale, scale) for (_, q), scale in zip(quantizers(model), before))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from psaq_mm.errors import SpecError
+from psaq_mm.errors import DataError, SpecError
 from psaq_mm.quantization import (ReparameterizedQuantizer, calibrate, choose_qparams, fake_quantize, norm_feeds, quantize_,
                                   quantizers, set_mode)
 
@@ -143,3 +143,81 @@ def test_a_norm_without_gain_keeps_one_range():
     norm_feeds(model[0], model[1])
     quantize_(model, 'repq_w8a4')
     assert not any(isinstance(q, ReparameterizedQuantizer) for _, q in quantizers(model))
+
+
+# ---------------------------------------------------------------------- the weight after folding, and channels that hardly vary
+@pytest.mark.parametrize('quant', ['repq_w8a4', dict(preset='repq_w4a4', w_observer='minmax')])
+def test_weights_have_the_range_that_folding_leaves_them(quant):
+    """Channels whose ranges differ a hundredfold: folding makes columns, and with them rows, of the weight grow."""
+    model = block()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.logspace(-1, 1, 12))
+    start = model[1].weight.detach().clone()
+    model, _ = folded(model, quant)
+    quantizer, weight = model[1].weight_quantizer, model[1].weight.detach()
+    assert float((weight.abs().amax(1) / start.abs().amax(1)).max()) > 2, 'the old range would do'
+    low, high = weight.amin(1), weight.amax(1)
+    if quant != 'repq_w8a4':
+        wanted = choose_qparams(low, high, 4, symmetric=False)
+        assert torch.equal(quantizer.scale, wanted[0]) and torch.equal(quantizer.zero_point, wanted[1])
+    step = quantizer.scale[:, None]
+    assert bool(((model[1].quantized_weight() - weight).abs() <= .51 * step).all()), 'nothing is clipped'
+
+
+def test_a_channel_that_hardly_varies_keeps_a_gain_that_a_float_holds():
+    model, data = block(), torch.randn(64, 12, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model[0].weight[4], model[0].bias[4] = 1e-9, 0.
+    reference, gains = copy.deepcopy(model), model[0].weight.detach().clone()
+    model, _ = folded(model, data=data)
+    grown = model[0].weight / gains
+    assert 1e3 < float(grown[4]) <= 1.001e4 and float(grown[torch.arange(12) != 4].max()) < 100
+    set_mode(model, 'off')
+    assert torch.allclose(model(data), reference(data), rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- what fails changes nothing
+def kept_state(model):
+    modes = {name: (quantizer.mode, quantizer.observer) for name, quantizer in quantizers(model)}
+    return {key: value.clone() for key, value in model.state_dict().items()}, modes
+
+
+@pytest.mark.parametrize('fault, message', [('weight', "'2.weight_quantizer'.*NaN"), ('sample', 'the sample is broken'),
+                                            ('unseen', '1 quantizers saw no data'), ('input', "'2.input_quantizer'.*NaN"),
+                                            ('norm', 'has 1 channels'), ('overflow', "'1.weight_quantizer'.*infinity")])
+@pytest.mark.parametrize('before', [True, False])
+def test_a_calibration_that_fails_leaves_the_model_as_it_was(fault, message, before):
+    model = nn.Sequential(*block(), nn.Linear(5, 4), nn.Linear(4, 3))
+    norm_feeds(model[0], model[1])
+    quantize_(model, 'repq_w8a4')
+    data = torch.randn(64, 12, generator=torch.Generator().manual_seed(3))
+    if before:
+        calibrate(model, lambda: model(data))
+    set_mode(model, 'off', '3')
+
+    def run():
+        out = model[1](model[0](3 * data)) if fault != 'overflow' else model[1](model[0](data)).nan_to_num(0., 0., 0.)
+        if fault == 'sample':
+            raise DataError('the sample is broken')
+        if fault != 'unseen':
+            model[2](out * (float('nan') if fault == 'input' else 1))
+        model[2](out[:0])
+
+    with torch.no_grad():
+        if fault == 'weight':
+            model[2].weight[1, 1] = float('nan')
+        elif fault == 'norm':
+            model[1].norm_before = (nn.LayerNorm(1), )
+        elif fault == 'overflow':  # finite, but no longer after folding
+            model[0].weight.fill_(1e-3)
+            model[0].weight[0] = 1.
+            model[1].weight[0, 0] = 3e38
+            model[1].weight[1:] = 0
+            model[1].weight[0, 1:] = 0
+    state, modes = kept_state(model)
+    with pytest.raises(DataError, match=message):
+        calibrate(model, run)
+    found, after = kept_state(model)
+    assert after == modes
+    for key, value in state.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=0, equal_nan=True, msg=key)

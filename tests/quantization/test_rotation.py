@@ -168,11 +168,28 @@ def broken(name):
         readers.append(StreamReader(nn.LayerNorm(CHANNELS, elementwise_affine=False), ()))
     elif name == 'layer':
         readers.append(StreamReader(nn.LayerNorm(CHANNELS), (nn.Linear(7, 3), )))
+    elif name == 'shear':
+        rotation = rotation.clone()
+        rotation[:2] += torch.tensor([[.1], [-.1]])  # (1, ..., 1) stays where it is
+    elif name == 'writer twice':
+        writers.append(writers[0])
+    elif name == 'weight twice':
+        writers.append(nn.Linear(40, CHANNELS))
+        writers[-1].weight = writers[1].weight
+    elif name == 'token twice':
+        tokens.append(tokens[0])
+    elif name == 'norm twice':
+        readers.append(StreamReader(readers[0].norm, ()))
+    elif name == 'reader twice':
+        readers.append(StreamReader(nn.LayerNorm(CHANNELS), readers[0].layers))
     return model, rotation, writers, tokens, readers
 
 
 @pytest.mark.parametrize('name, message', [('mean', r'keep \(1, \.\.\., 1\)'), ('gain', 'gain of 0'), ('writer', '5 outputs'),
-                                           ('norm', 'LayerNorm of 24'), ('plain norm', 'gain and offset'), ('layer', 'reads fewer')])
+                                           ('norm', 'LayerNorm of 24'), ('plain norm', 'gain and offset'), ('layer', 'reads fewer'),
+                                           ('shear', 'not orthogonal'), ('writer twice', 'writer.*named twice'),
+                                           ('weight twice', 'writer.*named twice'), ('token twice', 'token.*named twice'),
+                                           ('norm twice', 'LayerNorm.*named twice'), ('reader twice', 'behind a LayerNorm.*named twice')])
 def test_what_does_not_fit_changes_nothing(name, message):
     model, *arguments = broken(name)
     before = copy.deepcopy(model.state_dict())

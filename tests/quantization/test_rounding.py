@@ -4,11 +4,45 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from psaq_mm.errors import DataError
-from psaq_mm.quantization import calibrate, full_precision_weights, quantize_, quantizers, set_mode
+from psaq_mm.quantization import calibrate, full_precision_weights, quantize_, quantizers, rounding, set_mode
 from psaq_mm.quantization.primitives import fake_quantize
-from psaq_mm.quantization.rounding import compensated_rounding, round_weights_
+from psaq_mm.quantization.rounding import BLOCK, compensated_rounding, round_weights_
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the tensors that operations make inside the ``with`` block.
+
+    Attributes:
+        peak: Most that lived at a time.
+        largest: Of the largest one that each operation made, by name.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self.largest = 0, {}
+        self.live = {}  # by storage: a weak reference and its bytes; 0 where it was there before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.live = {key: value for key, value in self.live.items() if not value[0].expired()}
+        for tensor in self.tensors((args, kwargs)):
+            storage = tensor.untyped_storage()
+            self.live.setdefault(storage._cdata, (StorageWeakRef(storage), 0))
+        out = func(*args, **(kwargs or {}))
+        for tensor in self.tensors(out):
+            storage = tensor.untyped_storage()
+            self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+            self.largest[func.name()] = max(self.largest.get(func.name(), 0), tensor.numel() * tensor.element_size())
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+    @staticmethod
+    def tensors(tree):
+        return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def correlated(rows, inputs, seed=0):
@@ -199,3 +233,112 @@ def test_padded_rows_take_no_part():
         round_weights_(layer, lambda: layer(spoilt))
         results.append(layer[0].weight.clone())
     assert torch.equal(*results) and not torch.equal(results[0], weight)
+
+
+# ---------------------------------------------------------------------- autocast
+@pytest.mark.parametrize('batches', [1, 4])
+@pytest.mark.parametrize('importance', [False, True])
+def test_autocast_around_the_samples_changes_no_sum(batches, importance):
+    """Inputs of whole numbers have no rounding of their own, so that what differs is the sum."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(24, 8)), torch.randint(-8, 8, (4, 300, 24)).float()
+    x[..., 1] = x[..., 0]
+    quantize_(net, 'w3a8')
+    calibrate(net, lambda: net(x))
+    start, found = net[0].weight.detach().clone(), []
+    weights = {'0': torch.rand(1200, generator=torch.Generator().manual_seed(0))} if importance else None
+    for enabled in (False, True):
+        with torch.no_grad():
+            net[0].weight.copy_(start)
+
+        def run():
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=enabled):
+                for batch in x.chunk(batches):
+                    net(batch)
+
+        report, = round_weights_(net, run, damping=1e-4, importance=weights)
+        found.append((report, net[0].weight.detach().clone()))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1]) and not found[0][0].reason
+
+
+# ---------------------------------------------------------------------- what cannot be inverted
+def low_rank(damped=1e-30):
+    """A layer whose inputs are all alike."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(40, 8)), torch.ones(50, 40)
+    quantize_(net, 'w4a8')
+    calibrate(net, lambda: net(x))
+    return net, lambda: round_weights_(net, lambda: net(x), damping=damped)
+
+
+def test_inputs_of_too_low_a_rank_are_named():
+    with pytest.raises(DataError, match='damping=1e-30 is too little.*fewer directions'):
+        compensated_rounding(torch.randn(3, 20), torch.ones(20, 20), halves, damping=1e-30)
+    net, rounding = low_rank()
+    weight = net[0].weight.detach().clone()
+    report, = rounding()
+    assert 'damping=1e-30 is too little' in report.reason and report.nearest == report.compensated > 0
+    assert torch.equal(net[0].weight, weight)
+    report, = low_rank(.1)[1]()
+    assert not report.reason and report.compensated < report.nearest
+
+
+def test_nothing_gained_is_nothing_changed():
+    """Uncorrelated inputs of one energy: every weight is at its best code already."""
+    net, x = nn.Sequential(nn.Linear(8, 8, bias=False)), torch.eye(8).repeat(3, 1)
+    with torch.no_grad():
+        net[0].weight.copy_(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    quantize_(net, 'w4a8')
+    calibrate(net, lambda: net(x))
+    weight = net[0].weight.detach().clone()
+    report, = round_weights_(net, lambda: net(x))
+    assert report.reason == 'nothing gained' and report.nearest == report.compensated > 0
+    assert torch.equal(net[0].weight, weight), 'not even moved to its codes'
+
+
+# ---------------------------------------------------------------------- memory
+def test_rounding_holds_one_matrix_beside_the_gram_matrix():
+    inputs, outputs = 640, 16
+    x, weight = correlated(1000, inputs), torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
+    gram = x.t() @ x
+    with PeakMemory() as memory:
+        compensated_rounding(weight, gram, halves, damping=1e-2)
+    matrix = 8 * inputs**2
+    strips = 2 * 4 * BLOCK * inputs
+    assert matrix < memory.peak < matrix + strips + 4 * 8 * outputs * inputs
+
+
+def test_a_layer_is_rounded_with_one_matrix_beside_the_gram_matrix():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(640, 16)), correlated(200, 640)
+    quantize_(net, 'w4a8')
+    calibrate(net, lambda: net(x))
+    gram, matrix = 4 * 640**2, 8 * 640**2
+    with PeakMemory() as memory:
+        round_weights_(net, lambda: net(x))
+    assert gram + matrix < memory.peak < gram + 1.6 * matrix
+
+
+@pytest.mark.parametrize('settings', [dict(), dict(padding=1), dict(padding=(0, 2), stride=(2, 1)), dict(dilation=(2, 1), padding=1),
+                                      dict(stride=3, padding=2, dilation=2)])
+@pytest.mark.parametrize('weighed', [False, True])
+def test_a_convolution_is_unfolded_in_strips(settings, weighed, monkeypatch):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(4, 6, (3, 2), **settings)), torch.randn(2, 4, 33, 21).cumsum(-1)
+    quantize_(net, 'w3a8')
+    calibrate(net, lambda: net(x))
+    rows = net(x)[:, 0].numel()
+    weights = {'0': torch.rand(rows, generator=torch.Generator().manual_seed(0))} if weighed else None
+    start, whole = net[0].weight.detach().clone(), 4 * 24 * rows // 2
+    found = []
+    for strip in (rounding.STRIP, whole // 5):
+        monkeypatch.setattr(rounding, 'STRIP', strip)
+        with torch.no_grad():
+            net[0].weight.copy_(start)
+        with PeakMemory() as memory:
+            report, = round_weights_(net, lambda: net(x), importance=weights)
+        found.append((report, torch.cat(list(rounding._rows(net[0], x))), memory.largest['aten::im2col']))
+    assert torch.equal(found[0][1], found[1][1]), 'the same rows in the same order'
+    assert found[0][0].nearest == pytest.approx(found[1][0].nearest, rel=1e-4), 'and each with its weight'
+    assert found[0][0].compensated == pytest.approx(found[1][0].compensated, rel=.05)
+    assert found[0][2] == whole > 3 * found[1][2]

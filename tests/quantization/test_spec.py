@@ -127,3 +127,16 @@ def test_specs_are_frozen():
 def test_a_recipe_may_differ_below_eight_bits():
     assert QuantSpec.parse('psaq_v2_w8a8').w_symmetric and not QuantSpec.parse('psaq_v2_w4a8').w_symmetric
     assert QuantSpec.parse(dict(preset='psaq_v2_w4a8', w_symmetric=True)).w_symmetric, 'what is given goes first'
+
+
+@pytest.mark.parametrize('kind', ['log2', 'log_sqrt2'])
+@pytest.mark.parametrize('off', [dict(quantize_softmax=False), dict(points='linear')])
+def test_a_softmax_quantizer_without_a_softmax_to_quantize_is_refused(kind, off):
+    for given in (dict(softmax_quantizer=kind, **off), dict(preset='repq_w4a4', softmax_quantizer=kind, **off)):
+        with pytest.raises(SpecError, match=f"softmax_quantizer='{kind}' contradicts {next(iter(off))}"):
+            QuantSpec.parse(given)
+    # A preset's own choice gives way, and a file from before says what it said.
+    wanted = QuantSpec.parse(dict(preset='repq_w4a4', softmax_quantizer='affine', **off))
+    assert QuantSpec.parse(dict(preset='repq_w4a4', **off)) == wanted
+    assert QuantSpec.from_dict({**wanted.to_dict(), 'softmax_quantizer': kind}) == wanted
+    assert QuantSpec(points='all', softmax_quantizer=kind).softmax_quantizer == kind

@@ -175,3 +175,33 @@ def test_model_without_attention_needs_a_weight_of_zero():
 def test_bad_settings_are_named(options, match):
     with pytest.raises(DataError, match=match):
         small(**options)
+
+
+def test_the_target_of_the_total_variation_is_drawn_from_its_range():
+    """First of all that is drawn for given images, and once a call."""
+    init = torch.zeros(2, 3, 24, 32)  # no variation at all: the prior's distance is the target
+    found = []
+    for seed in range(12):
+        made = small(steps=2, lr=1e-12, jitter=0, flip=0., entropy_weight=0., variation=(1000., 3000.))
+        history = made.generate(nn.Identity(), SPEC, init=init, generator=torch.Generator().manual_seed(seed)).history
+        wanted = 1000 + 2000 * float(torch.rand((), generator=torch.Generator().manual_seed(seed)))
+        assert history[0]['prior'] == pytest.approx(wanted, rel=1e-4) and history[1]['prior'] == pytest.approx(wanted, rel=1e-4)
+        found.append(history[0]['prior'])
+    assert max(found) - min(found) > 1000
+
+
+@pytest.mark.parametrize('given', [False, True])
+def test_works_inside_inference_mode(given):
+    teacher, student = ToyTransformer(), ToyTransformer(seed=1)
+    settings = dict(discrepancy=lambda x: (student(x) - teacher(x)).abs().mean(), class_loss=lambda out: out.square().mean())
+    if given:
+        settings['init'] = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    wanted = small().generate(teacher, SPEC, **settings)
+    with torch.inference_mode():
+        if given:
+            settings['init'] = settings['init'].clone()
+            assert settings['init'].is_inference()
+        found = small().generate(teacher, SPEC, **settings)
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(found.samples, wanted.samples) and found.history == wanted.history
+    assert not found.samples.requires_grad and not found.samples.is_inference()

@@ -7,7 +7,7 @@ import torch
 
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.synthesis import (DeadLeaves, GaussianNoise, Generated, ImageSpec, Mixture, PinkNoise, SampleGenerator, SampleStream, Scenes, Source,
-                               source_of)
+                               gaussian_noise, pink_noise, source_of)
 from psaq_mm.synthesis.sources import NAMED, SOURCES, of_rank
 from psaq_mm.synthesis.sources.base import mixed, number_seed
 from psaq_mm.synthesis.sources.noise import blurred
@@ -52,12 +52,28 @@ def test_ranks_together_draw_what_one_draws(source):
 
 
 @sources
-def test_global_random_state_and_threads_do_not_matter(source):
+def test_global_random_state_does_not_matter(source):
     state = torch.get_rng_state()
     first = source.draw(range(2), (40, 24), IMAGENET)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
     assert torch.equal(source.draw(range(2), (40, 24), IMAGENET), first)
+
+
+@pytest.mark.parametrize('source', [GaussianNoise(), PinkNoise(), DeadLeaves(), Scenes(objects=(1, 1))],
+                         ids=lambda source: type(source).__name__)
+@pytest.mark.parametrize('channels', [1, 3])
+def test_threads_do_not_matter(source, channels):
+    """Also of pictures that PyTorch splits among threads, which it does from 32768 values on."""
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert torch.get_num_threads() == count
+            found[count] = source.draw(range(2), (200, 240), ImageSpec(channels=channels), seed=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[1], found[2])
 
 
 def test_a_stream_goes_on_where_its_state_was():
@@ -85,6 +101,34 @@ def test_a_source_is_called_like_the_functions():
     assert SOURCES[own] is own
     with pytest.raises(KeyError):
         SOURCES['white']
+
+
+@pytest.mark.parametrize('name, spelled', [('gaussian', dict(type='psaq_mm.GaussianNoise')), ('pink', dict(type='PinkNoise')),
+                                           ('dead_leaves', dict(type='DeadLeaves')), ('scenes', dict(type='psaq_mm.Scenes')),
+                                           ('mixture', [dict(type='PinkNoise'), dict(type='DeadLeaves')])])
+def test_a_name_and_its_class_give_the_same_pictures(name, spelled):
+    """Out of a random generator, as a synthesis begins, and by number."""
+    made = [source(3, (16, 20), IMAGENET, torch.Generator().manual_seed(1)) for source in (SOURCES[name], source_of(spelled))]
+    assert torch.equal(*made)
+    assert torch.equal(SOURCES[name].draw([4, 1], (16, 20), IMAGENET, 7), source_of(spelled).draw([4, 1], (16, 20), IMAGENET, 7))
+    makers = [SampleGenerator(size=(8, 12), batch_size=2, steps=1, lr=1e-9, drop_tokens=1, init=init) for init in (name, spelled)]
+    begun = [maker.generate(ToyTransformer(), IMAGENET).samples for maker in makers]
+    assert torch.equal(*begun)
+
+
+@pytest.mark.parametrize('name, function', [('gaussian', gaussian_noise), ('pink', pink_noise)])
+def test_noise_out_of_a_generator_is_that_of_the_functions(name, function):
+    made = SOURCES[name](3, (16, 20), IMAGENET, torch.Generator().manual_seed(1))
+    assert torch.equal(made, function(3, (16, 20), IMAGENET, torch.Generator().manual_seed(1)))
+    seeded = [type(SOURCES[name])(seed=seed)(3, (16, 20), IMAGENET, torch.Generator().manual_seed(1)) for seed in (1, 2)]
+    assert not torch.equal(*seeded) and not any(torch.equal(made, other) for other in seeded)
+    assert torch.equal(SOURCES[name](2, (8, 8), IMAGENET), function(2, (8, 8), IMAGENET))
+
+
+def test_noise_out_of_a_generator_has_exponents_of_its_own():
+    noise = PinkNoise((0.2, 2.0), 0.)(12, (64, 64), WIDE, torch.Generator().manual_seed(0))
+    slopes = [power_of(picture)[0] for picture in noise]
+    assert max(slopes) - min(slopes) > 0.8 and -2.2 < min(slopes) and max(slopes) < 0
 
 
 # ---------------------------------------------------------------------- ranges, sizes, channels

@@ -141,3 +141,13 @@ def test_channels_of_a_leaf_correlate():
 @pytest.mark.parametrize('size', [(1, 1), (3, 200), (2, 2)])
 def test_sizes_smaller_than_a_leaf(size):
     assert DeadLeaves().draw([0, 1], size, SPEC).isfinite().all()
+
+
+def test_a_texture_is_stronger_in_one_channel_than_in_another():
+    """With channels that correlate wholly, colours are grey: what is left of colour is the tint of the textures."""
+    settings = dict(color_correlation=1., shading=0.)
+    grey, tinted = (DeadLeaves(texture=amount, **settings).pictures(range(4), (48, 48), ImageSpec(), 0) for amount in (0., .8))
+    assert (grey[:, 1] - grey[:, 0])[..., 1:].abs().median() < 1e-5
+    colour = tinted - tinted.mean(1, keepdim=True)
+    brightness = DeadLeaves(texture=.8, **settings).pictures(range(4), (48, 48), ImageSpec(), 0).mean(1)
+    assert .03 < float(colour.std()) < .3 * float(brightness.std())

@@ -1,8 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Pictures from nothing: where synthesis starts from, what it has to beat, and what a student can learn from without it."""
-from typing import Callable, Dict
-
-from torch import Tensor
+from typing import Dict
 
 from psaq_mm.synthesis.sources.base import Generated, SampleStream, Source, of_rank
 from psaq_mm.synthesis.sources.leaves import DeadLeaves
@@ -25,6 +23,5 @@ class _Sources(dict):
         raise KeyError(key)
 
 
-SOURCES: Dict[str, Callable[..., Tensor]] = _Sources(gaussian=gaussian_noise, pink=pink_noise, dead_leaves=DeadLeaves(),
-                                                     scenes=Scenes(), mixture=NAMED['mixture']())
+SOURCES: Dict[str, Source] = _Sources((name, make()) for name, make in NAMED.items() if make().procedural)
 """Procedural sources by name, called as :func:`gaussian_noise` is."""

@@ -55,6 +55,10 @@ def checked_size(batch: int, size: Tuple[int, int]) -> Tuple[int, int]:
     return height, width
 
 
+def _drawn(generator: Optional[torch.Generator]) -> int:
+    return 0 if generator is None else int(torch.randint(0, 2**62, (), generator=generator))
+
+
 class Source:
     """Pictures by number. Number 7 of a seed is the same picture alone and in any batch, on one rank and on many.
 
@@ -102,10 +106,14 @@ class Source:
 
     def __call__(self, batch: int, size: Tuple[int, int], image_spec: ImageSpec, generator: Optional[torch.Generator] = None,
                  device: Union[str, torch.device, None] = None) -> Tensor:
-        """``batch`` pictures with their seed out of ``generator``, as :func:`psaq_mm.synthesis.gaussian_noise` is called."""
+        """``batch`` pictures out of a random generator, as :func:`psaq_mm.synthesis.gaussian_noise` is called: what a synthesis begins
+        with. Here the generator gives the seed, and the pictures are those of the numbers from 0 on."""
         checked_size(batch, size)
-        drawn = 0 if generator is None else int(torch.randint(0, 2**62, (), generator=generator))
-        return self.draw(range(batch), size, image_spec, drawn).to(device)
+        return self.draw(range(batch), size, image_spec, _drawn(generator)).to(device)
+
+    def _of(self, generator: Optional[torch.Generator]) -> Optional[torch.Generator]:
+        """The generator itself, or one of its own for a source that has a seed."""
+        return torch.Generator().manual_seed(number_seed(mixed(_drawn(generator), self.seed), 0)) if self.seed else generator
 
     def __repr__(self) -> str:
         settings = ', '.join(f'{k}={v!r}' for k, v in vars(self).items() if not k.startswith('_'))

@@ -57,24 +57,37 @@ def pink_noise(batch: int,
         units before it is moved into the range.
     """
     check_correlation(color_correlation)
-    height, width = checked_size(batch, size)
-    generator = _seeded(generator)
-    shape = (batch, image_spec.channels, height, width)
+    noise = _shaped((batch, image_spec.channels, *checked_size(batch, size)), [exponent], color_correlation, _seeded(generator))
+    return image_spec.clamp(image_spec.from_standard(noise)).to(device)
+
+
+def _shaped(shape: Tuple[int, int, int, int], exponents: Sequence[float], color_correlation: float, generator: torch.Generator) -> Tensor:
+    """White noise of a whole batch, drawn together, with the spectrum of :func:`pink_noise`; one exponent for all pictures, or one each."""
+    batch, _, height, width = shape
     common, own = _normal((batch, 1, height, width), generator), _normal(shape, generator)
     noise = color_correlation**0.5 * common + (1 - color_correlation)**0.5 * own
 
     frequency = (torch.fft.fftfreq(height).unsqueeze(1).square() + torch.fft.rfftfreq(width).square()).sqrt()
     # A constant has no scale to fall with; the mean is set to zero instead.
-    amplitude = torch.where(frequency > 0, frequency.clamp(min=1e-12)**-exponent, torch.zeros_like(frequency))
+    amplitude = torch.stack([torch.where(frequency > 0, frequency.clamp(min=1e-12)**-exponent, torch.zeros_like(frequency))
+                             for exponent in exponents]).unsqueeze(1)
     noise = torch.fft.irfft2(torch.fft.rfft2(noise) * amplitude, s=(height, width))
-    spread = noise.flatten(2).std(-1, unbiased=False).clamp(min=1e-12)
-    return image_spec.clamp(image_spec.from_standard(noise / spread[..., None, None])).to(device)
+    spread = noise.flatten(0, 1).flatten(1)
+    spread = (spread.expand(2, -1) if len(spread) == 1 else spread).std(-1, unbiased=False)[:len(spread)]  # as row_means
+    return noise / spread.clamp(min=1e-12).view(*shape[:2], 1, 1)
 
 
 def uniform_in(bounds: Sequence[float], generator: torch.Generator) -> float:
     """A number within (least, greatest); nothing is drawn where they are equal."""
     low, high = bounds
     return low if low == high else low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def row_means(rows: Tensor) -> Tensor:
+    """Mean of each row, (n, ...) to (n,), the same whatever the number of threads: the sum of a single row is split among them by
+    PyTorch, and rounded otherwise by each number of them; of two or more rows every one has a thread to itself."""
+    rows = rows.flatten(1)
+    return (rows.expand(2, -1) if len(rows) == 1 else rows).mean(1)[:len(rows)]
 
 
 def power_law_noise(planes: int, size: Tuple[int, int], exponent: float, generator: torch.Generator) -> Tensor:
@@ -97,7 +110,7 @@ def power_law_noise(planes: int, size: Tuple[int, int], exponent: float, generat
         amplitude[:, -1] *= 2**0.5
     spectrum = torch.view_as_complex(torch.randn(planes, height, half, 2, generator=generator) * amplitude.unsqueeze(-1))
     noise = torch.fft.irfft2(spectrum, s=(height, width))
-    spread = noise.flatten(1).square().mean(1).sqrt()
+    spread = row_means(noise.square()).sqrt()
     return noise / torch.where(spread > 1e-12, spread, torch.ones_like(spread)).view(-1, 1, 1)
 
 
@@ -139,6 +152,11 @@ class GaussianNoise(Source):
         """See :meth:`Source.picture`."""
         return torch.randn(image_spec.channels, *size, generator=generator)
 
+    def __call__(self, batch: int, size: Tuple[int, int], image_spec: ImageSpec, generator: Optional[torch.Generator] = None,
+                 device: Union[str, torch.device, None] = None) -> Tensor:
+        """:func:`gaussian_noise`: the batch is drawn together."""
+        return gaussian_noise(batch, size, image_spec, self._of(generator), device)
+
 
 class PinkNoise(Source):
     """1/f noise: the spectrum of natural pictures (Field, J. Opt. Soc. Am. A 4(12), 1987) and nothing else of them.
@@ -165,6 +183,14 @@ class PinkNoise(Source):
         """See :meth:`Source.picture`; every channel has zero mean and about unit spread."""
         exponent = uniform_in(self.exponent, generator)
         return correlated(power_law_noise(image_spec.channels, size, exponent, generator), self.color_correlation)
+
+    def __call__(self, batch: int, size: Tuple[int, int], image_spec: ImageSpec, generator: Optional[torch.Generator] = None,
+                 device: Union[str, torch.device, None] = None) -> Tensor:
+        """:func:`pink_noise`: the batch is drawn together; with exponents of their own those come first."""
+        shape, generator = (batch, image_spec.channels, *checked_size(batch, size)), _seeded(self._of(generator))
+        one = self.exponent[0] == self.exponent[1]
+        exponents = [uniform_in(self.exponent, generator) for _ in range(1 if one else batch)]
+        return image_spec.clamp(image_spec.from_standard(_shaped(shape, exponents, self.color_correlation, generator))).to(device)
 
 
 def bounds(name: str, given: Union[float, Sequence[float]], least: float, greatest: float) -> Tuple[float, float]:

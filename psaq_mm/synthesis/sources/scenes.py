@@ -9,7 +9,7 @@ from torch import Tensor
 from psaq_mm.errors import DataError
 from psaq_mm.synthesis.normalization import ImageSpec
 from psaq_mm.synthesis.sources.base import Source, mixed, number_seed
-from psaq_mm.synthesis.sources.noise import blurred, bounds, correlated, odd_side, power_law_noise, softened, uniform_in
+from psaq_mm.synthesis.sources.noise import blurred, bounds, correlated, odd_side, power_law_noise, row_means, softened, uniform_in
 
 __all__ = ['Scenes', 'outline', 'pattern_maps']
 
@@ -102,8 +102,8 @@ class Scenes(Source):
             part = picture[:, rows, columns]
             part.copy_(torch.where(shape.covers(y[rows], x[columns]), surface, part))
         picture = blurred(picture, 3) if uniform_in((0, 1), generator) < .5 else picture
-        picture = picture - picture.mean((-2, -1), keepdim=True)
-        spread = picture.square().mean().sqrt().clamp(min=.01)  # of one colour, it stays so
+        picture = picture - row_means(picture).view(-1, 1, 1)
+        spread = row_means(picture.square().unsqueeze(0))[0].sqrt().clamp(min=.01)  # of one colour, it stays so
         return picture * (uniform_in(self.contrast, generator) / spread) + uniform_in((-0.6, 0.6), generator)
 
     def _radius(self, generator: torch.Generator) -> float:
@@ -175,8 +175,8 @@ def pattern_maps(size: Tuple[int, int], count: int, channels: int, color_correla
         colours = correlated(torch.randn(channels, _WIDTH, generator=generator), uniform_in(color_correlation, generator))
         found.append(colours @ units / _WIDTH**.5)
     maps = torch.stack(found)
-    maps = maps - maps.mean(-1, keepdim=True)
-    return (maps / maps.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-6)).view(count, channels, *size)
+    maps = maps - row_means(maps.flatten(0, 1)).view(count, channels, 1)
+    return (maps / row_means(maps.square()).view(count, 1, 1).sqrt().clamp(min=1e-6)).view(count, channels, *size)
 
 
 def _standard(rows: Tensor) -> Tensor:
