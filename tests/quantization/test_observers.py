@@ -160,7 +160,7 @@ def test_histogram_error_is_the_error_on_the_data(kind, bits, symmetric):
     for p in (.999, 1.0):
         low, high = x.quantile(1 - p), x.quantile(p)
         exact = error_of(x, low, high, bits, symmetric)
-        got = observer.data.squared_error(*choose_qparams(low, high, bits, symmetric), *qrange(bits, symmetric)).item()
+        got = observer.data.histogram.squared_error(*choose_qparams(low, high, bits, symmetric), *qrange(bits, symmetric)).item()
         within_bins = x.numel() * observer.data.histogram.width**2
         assert abs(got - exact) <= .02 * exact + within_bins
 
