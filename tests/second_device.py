@@ -14,7 +14,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 _INDEXED = {'aten::index', 'aten::index_put', 'aten::index_put_', 'aten::_index_put_impl_', 'aten::_unsafe_index'}
 """Their indices may lie on the CPU."""
@@ -23,7 +22,21 @@ _TO_HOST = {'item', 'tolist', '__bool__', '__float__', '__int__', '__index__', '
 
 
 def _tensors(*values):
-    return [v for v in tree_flatten(values)[0] if isinstance(v, torch.Tensor)]
+    """The tensors in any nesting of lists, tuples and dicts."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
+
+
+def _address(x):
+    """Of a tensor's storage, None where it has none."""
+    return x.untyped_storage()._cdata if x.layout is torch.strided and not x.is_meta else None
 
 
 class _Move(torch.autograd.Function):
@@ -72,20 +85,21 @@ class SecondDevice:
     def has(self, x):
         """Whether a tensor is on the device."""
         with torch._C.DisableTorchFunction():
-            return x.layout == torch.strided and not x.is_meta and x.untyped_storage()._cdata in self.here
+            return _address(x) in self.here
 
     def place(self, x, there):
         """Say that a tensor's storage is there, or here; the tensor."""
         with torch._C.DisableTorchFunction():
-            if x.layout == torch.strided and not x.is_meta:
+            if _address(x) is not None:
                 storage = x.untyped_storage()
+                address = storage._cdata
                 if not there:
-                    self.here.pop(storage._cdata, None)
-                elif storage._cdata not in self.here:
+                    self.here.pop(address, None)
+                elif address not in self.here:
                     if self.kind == 'mps' and x.dtype == torch.float64:
                         raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
                                         'Please use float32 instead.')
-                    self.here[storage._cdata] = StorageWeakRef(storage)
+                    self.here[address] = StorageWeakRef(storage)
                     self._forget()
         return x
 
@@ -96,9 +110,9 @@ class SecondDevice:
     def place_new(self, made, given):
         """Outcomes that lie in no memory of what was given."""
         with torch._C.DisableTorchFunction():
-            known = {x.untyped_storage()._cdata for x in given if x.layout == torch.strided}
+            known = {*map(_address, given)}
             for x in made:
-                if x.layout == torch.strided and x.untyped_storage()._cdata not in known:
+                if _address(x) not in known:
                     self.place(x, True)
 
     def moved(self, x, there):
@@ -203,8 +217,9 @@ class _Operations(TorchDispatchMode):
         second, kwargs = self.second, kwargs or {}
         with torch._C.DisableTorchFunction():
             given = _tensors(args, kwargs)
-            there = [second.has(x) for x in given]
-            self._check(func, args, kwargs, given, there)
+            there = [_address(x) in second.here for x in given]
+            if any(there) and not all(there):
+                self._check(func, args, kwargs, given, there)
             if func is torch.ops.aten._local_scalar_dense.default and any(there) and not second.inherit:
                 second.waits.append('_local_scalar_dense')
             out = func(*args, **kwargs)
@@ -213,7 +228,7 @@ class _Operations(TorchDispatchMode):
             return out
 
     def _check(self, func, args, kwargs, given, there):
-        if all(there) or not any(there) or func._schema.name == 'aten::copy_':
+        if func._schema.name == 'aten::copy_':
             return
         second, name = self.second, func._schema.name
         if name in _INDEXED:
