@@ -2,15 +2,23 @@
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmengine.registry import MODELS, init_default_scope
 from second_device import second_device
 from tiny import DETECTOR, Project
 from tiny_classifier import ClassifierProject
 
+from psaq_mm.commands.common import load_config
 from psaq_mm.commands.dfq_train import main as dfq_train
+from psaq_mm.commands.dfq_train import run_data_free
 from psaq_mm.commands.sensitivity import main as sensitivity
 from psaq_mm.commands.test import main as evaluate
+from psaq_mm.engine.config import quantized_model_config
+from psaq_mm.models import TaskModel
+from psaq_mm.quantization import calibrate
+from psaq_mm.visualization import write_png
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -53,12 +61,12 @@ def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monke
     pytest.importorskip('mmdet')
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / 'demo'))
     from run_demo import Demo
-    from psaq_mm.commands.common import load_config
-    from psaq_mm.commands.dfq_train import run_data_free
     project = Project(tmp_path, DETECTOR)
     config = load_config(str(project.config('w8a8', preset='psaq_v2', calibration_samples=2, pool_size=2, iters=1, evolve_every=0,
                                             generator=dict(batch_size=2, steps=1))))
-    config.work_dir, config.launcher = str(tmp_path / 'detection' / 'data_free_w8a8'), 'none'
+    config.work_dir, config.launcher = str(tmp_path / 'work'), 'none'
+    for key in ('data_free_w8a8', 'data_free_w4a8'):
+        write_png(np.zeros((4, 4, 3), np.uint8), tmp_path / 'detection' / key / 'samples' / '0.png')
     with second_device():
         evolution = run_data_free(config).train_loop.evolution
         assert whole_models == [{'cuda'}]
@@ -67,23 +75,25 @@ def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monke
     assert samples and len(densities) == 3 and all(densities.values())
 
 
-def test_an_export_of_a_model_that_is_not_on_the_cpu(classifier, tmp_path):
+def test_an_export_of_a_model_that_is_not_on_the_cpu(classifier, tmp_path, monkeypatch):
     pytest.importorskip('onnxruntime')
-    from psaq_mm.commands.common import load_config
-    from psaq_mm.deploy.export import export_model
+    from psaq_mm.deploy import export
     from psaq_mm.deploy.verify import verify
-    from psaq_mm.models import TaskModel
-    from psaq_mm.quantization import calibrate
-    from mmengine.registry import MODELS, init_default_scope
     config = load_config(str(classifier.config('w8a8', 'export.py', **SHORT)))
     init_default_scope('mmpretrain')
-    from psaq_mm.engine.config import quantized_model_config
-    model = MODELS.build(quantized_model_config(config)).eval()
-    with second_device():
+    model, trace = MODELS.build(quantized_model_config(config)).eval(), export._trace
+    with second_device() as second:
         model.cuda()
+
+        def traced(graph, *args):
+            assert not any(p.is_cuda for p in graph.parameters())
+            with second.paused():
+                return trace(graph, *args)
+
+        monkeypatch.setattr(export, '_trace', traced)
         images = torch.randn(1, 3, 32, 32)
         calibrate(model, lambda: TaskModel(model).calibration_forward(images.cuda(), 'full'))
-        exported = export_model(model, str(tmp_path / 'out'), [(32, 32)])
+        exported = export.export_model(model, str(tmp_path / 'out'), [(32, 32)])
         assert verify(model, exported, images, 'onnxruntime', 1).good
         assert {p.device.type for p in model.parameters()} == {'cuda'}
 
