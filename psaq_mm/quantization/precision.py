@@ -17,19 +17,26 @@ from typing import Iterator, Tuple
 import torch
 
 
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """PyTorch 2.9 and later advise fp32_precision in place of allow_tf32. Who reads allow_tf32 after that was set gets an error, and there
+    are libraries that do; allow_tf32 sets both."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        yield
+
+
 def _allowed() -> Tuple[bool, str]:
     """Whether convolutions may use TF32, and the precision of products of matrices."""
     try:
-        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        with _without_advice():
+            return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     except RuntimeError:  # set through both of the interfaces that PyTorch 2.9 and later have: it does not tell then
         return True, 'high'
 
 
 def _allow(convolutions: bool, matmul: str) -> None:
-    with warnings.catch_warnings():
-        # PyTorch 2.9 and later advise fp32_precision in place of allow_tf32. Who reads allow_tf32 after that was set gets an error, and
-        # there are libraries that do; allow_tf32 sets both.
-        warnings.simplefilter('ignore')
+    with _without_advice():
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_float32_matmul_precision(matmul)
 
