@@ -48,6 +48,7 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        ctx.device.inherit = ctx.back  # the nodes before it are on that device
         return ctx.device.place(grad.clone(), ctx.back), None, None
 
 
