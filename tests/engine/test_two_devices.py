@@ -57,6 +57,15 @@ def test_presets_of_a_classifier_from_samples_to_accuracy(classifier, whole_mode
         assert all(value.device.type == 'cpu' for value in content['state_dict'].values())
 
 
+def test_settings_that_no_preset_has(classifier, whole_models):
+    sources = [dict(type='psaq_mm.Generated'), dict(type='psaq_mm.DeadLeaves')]
+    config = classifier.config('w4a8', 'settings.py', **{**SHORT, 'pool_size': 4}, classes='random', accumulative_counts=2, augment=True,
+                               fresh=.5, samples=sources, range_lr=1e-3, vector_lr=1e-3, logits_weight=1., evolve_samples=2)
+    with second_device():
+        assert dfq_train([str(config), '--work-dir', str(classifier.folder / 'settings')]) == 0
+    assert whole_models == [{'cuda'}]
+
+
 def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monkeypatch):
     pytest.importorskip('mmdet')
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / 'demo'))
