@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from psaq_mm.commands.allocator import keep_freed_memory  # noqa: E402
+from psaq_mm.quantization import use_full_float32  # noqa: E402
 
 Row = Dict[str, Any]
 
@@ -191,6 +192,7 @@ def begin(device: str, threads: int) -> bool:
         return False
     torch.set_num_threads(threads)
     keep_freed_memory()
+    use_full_float32()
     print(machine(device), flush=True)
     return True
 

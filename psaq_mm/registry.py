@@ -9,10 +9,11 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
 from mmengine.registry import Registry
 
-__all__ = ['MODELS', 'HOOKS', 'LOOPS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'TASK_UTILS']
+__all__ = ['MODELS', 'HOOKS', 'LOOPS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'TASK_UTILS']
 
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.models'])
 """Builders of quantized models and backbones."""
@@ -22,6 +23,9 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='psaq_mm', locations=['psa
 
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='psaq_mm', locations=['psaq_mm.engine.runner'])
 """The data-free training loop."""
+
+OPTIM_WRAPPERS = Registry('optim wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='psaq_mm', locations=['psaq_mm.engine.optim'])
+"""Wrappers of the student's optimizer."""
 
 OPTIM_WRAPPER_CONSTRUCTORS = Registry('optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope='psaq_mm',
                                      locations=['psaq_mm.engine.optim'])

@@ -35,6 +35,18 @@ if importlib.util.find_spec('torchvision') is None:
     sys.meta_path.insert(0, NeedsTorchvision)
 
 
+@pytest.fixture(params=['emulated', pytest.param('cuda', marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')])])
+def device(request):
+    """A device that is not the CPU: an emulated one, and a GPU where there is one."""
+    if request.param == 'cuda':
+        yield torch.device('cuda')
+        return
+    from second_device import SecondDevice
+    with SecondDevice() as second:
+        yield second.device
+
+
 @pytest.fixture(scope='session')
 def data_root():
     """Folder of real weights and images, as the environment variable PSAQ_MM_DATA names it; skips where there is none."""

@@ -92,6 +92,8 @@ def runnable_config(args: argparse.Namespace):
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, args.cfg_options, getattr(args, 'quant', None), getattr(args, 'method', None))
+    from psaq_mm.quantization import use_full_float32
+    use_full_float32()  # the full-precision model too: it is what a quantized one is compared with
     config.launcher = args.launcher
     if args.work_dir:
         config.work_dir = args.work_dir

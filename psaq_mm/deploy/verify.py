@@ -5,6 +5,7 @@ Layer by layer: a copy of the graph is cut behind every quantizer and before eve
 has there, and the codes that come out are compared. So each layer sees the same inputs, and a difference belongs to the layer that
 shows it; end to end the layers' differences add up, which is reported beside it.
 """
+import copy
 import math
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -279,12 +280,15 @@ def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: s
     """Compare an exported model with the fake-quantized one it was made of.
 
     Args:
-        model: The fake-quantized model.
+        model: The fake-quantized model, on any device: a copy on the CPU, where the runtime is, is compared.
         exported: What :func:`.export.export_model` returned.
         images: Normalized, (N, C, H, W), of an exported size.
         runtime: ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime.
     """
+    if next(model.parameters()).device.type != 'cpu':
+        model = copy.deepcopy(model).cpu()
+    images = images.cpu()
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:

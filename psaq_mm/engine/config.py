@@ -6,7 +6,6 @@ import re
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from mmengine.config import Config, ConfigDict
-from mmengine.device import is_cuda_available
 
 from psaq_mm.engine.data_overlap import check_no_overlap
 from psaq_mm.engine.presets import preset_name, recipe_of, resolve_dfq, with_method
@@ -204,8 +203,8 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
                                       clip_grad=dict(max_norm=clip) if clip else None)
     if lr < 0 or iters and (not lr or rates != dict(vector_lr=None, range_lr=0.)):
         config.optim_wrapper.update(constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates)
-    if dfq['amp'] == 'float16' and is_cuda_available():  # its small gradients vanish unless the loss is scaled; bfloat16's do not
-        config.optim_wrapper.update(type='AmpOptimWrapper', dtype='float16')
+    if dfq['amp'] == 'float16':  # its small gradients vanish unless the loss is scaled; bfloat16's do not
+        config.optim_wrapper.type = 'psaq_mm.Float16OptimWrapper'
     config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', T_max=iters, eta_min=0, by_epoch=False)] if iters else []
     config.pop('auto_scale_lr', None)
     if not val:

@@ -3,14 +3,26 @@
 import math
 from typing import Any, Dict, List, Mapping, Optional
 
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.device import get_device
+from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
 from torch import Tensor, nn
 
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import learn_ranges_
-from psaq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from psaq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
-__all__ = ['StudentOptimWrapperConstructor', 'parameter_groups']
+__all__ = ['Float16OptimWrapper', 'StudentOptimWrapperConstructor', 'parameter_groups']
+
+
+@OPTIM_WRAPPERS.register_module()
+def Float16OptimWrapper(**settings: Any) -> OptimWrapper:
+    """What ``dfq.amp='float16'`` needs where it runs: MMEngine's ``AmpOptimWrapper``, which scales the loss, on a GPU.
+
+    Elsewhere a plain wrapper, with which the loop says that float16 needs a GPU: a config may be written on a computer without one.
+    """
+    if get_device() in ('cpu', 'mps'):
+        return OptimWrapper(**settings)
+    return AmpOptimWrapper(**settings, dtype='float16')
 
 
 def parameter_groups(model: nn.Module, lr: float, vector_lr: Optional[float] = None, range_lr: float = 0.) -> List[Dict[str, Any]]:

@@ -6,13 +6,15 @@ augmentation serve the quantized model: inferencers run no hooks, and TTA and DD
 """
 from typing import Mapping, Union
 
+import torch
+from mmengine.logging import print_log
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import nn
 
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.loading import guard_loading
 from psaq_mm.models.scope import check_backbone, find_backbone, first_layer_name, scope_filter
-from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_
+from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_, use_full_float32
 from psaq_mm.registry import MODELS
 from psaq_mm.type_names import type_name
 
@@ -61,6 +63,8 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
     """
     spec = QuantSpec.parse(quant)
     check_backbone(model)
+    if use_full_float32() and torch.cuda.is_available():
+        print_log('TF32 is switched off for this process: it would round quantized values a second time', 'current')
     report = quantize_(model, spec, filter_fn=scope_filter(model, spec.scope), first_layer=first_layer_name(model))
     model.quant_spec = spec
     model.quant_report = report

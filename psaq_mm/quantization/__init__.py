@@ -9,6 +9,7 @@ from .layers import (SAME_AS_CONV2D, SAME_AS_CONVTRANSPOSE2D, SAME_AS_LINEAR, Qu
 from .channel_observers import ChannelMinMaxObserver, ChannelMSEObserver, ChannelPercentileObserver, build_channel_observer
 from .logarithmic import LogObserver, fake_log_quantize, log2_form, log_dequantize, log_quantize
 from .observers import MinMaxObserver, MSEObserver, PercentileObserver, build_observer
+from .precision import full_float32, use_full_float32
 from .primitives import choose_qparams, dequantize, fake_quantize, qrange, quantize
 from .quantizers import AffineQuantizer, LogQuantizer, Quantizer, in_mode
 from .ranges import learn_ranges_, learned_ranges, update_ranges_
@@ -24,9 +25,9 @@ __all__ = [
     'QuantLinear', 'QuantMatMul', 'QuantSpec', 'QuantizedLayer', 'Quantizer', 'RECIPES', 'ReparameterizedQuantizer',
     'RoundedLayer', 'RowImportance', 'StreamReader', 'SAME_AS_CONV2D', 'SAME_AS_CONVTRANSPOSE2D', 'SAME_AS_LINEAR', 'adopt', 'apply_edge',
     'attention_products', 'build_channel_observer', 'build_observer', 'calibrate', 'choose_qparams',
-    'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation', 'full_precision_weights',
+    'compensated_rounding', 'dequantize', 'edge_quantizer', 'fake_log_quantize', 'fake_quantize', 'feeds_activation', 'full_float32', 'full_precision_weights',
     'hold_weights', 'in_mode', 'is_quantized_layer', 'is_quantizer_key', 'learn_ranges_', 'learned_ranges', 'log2_form', 'log_dequantize',
     'log_quantize', 'norm_before', 'norm_feeds', 'qrange', 'quantize', 'quantize_', 'quantize_output_', 'quantizer_state_keys', 'quantizers',
     'random_rotation', 'register_adapter', 'reparameterize_', 'rotate_heads_', 'rotate_stream_', 'round_weights_', 'row_importance',
-    'set_mode', 'update_ranges_'
+    'set_mode', 'update_ranges_', 'use_full_float32'
 ]

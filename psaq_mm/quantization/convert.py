@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, SpecError
 from .layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
+from .precision import use_full_float32
 from .quantizers import STATE_NAMES, Quantizer, check_mode
 from .reduction import reduce_observers
 from .reparam import ReparameterizedQuantizer, fold_, folded_weight, folding_of
@@ -220,6 +221,8 @@ def quantize_(model: nn.Module,
     parents share is converted once. With ``spec.points='linear'`` the products
     stay in floating point.
 
+    TF32 is switched off for the whole process, see :mod:`.precision`.
+
     Args:
         model: Float model.
         spec: :class:`.spec.QuantSpec` or what its ``parse`` reads.
@@ -241,7 +244,9 @@ def quantize_(model: nn.Module,
     name = next((n for n, _ in quantizers(model)), None)
     if name is not None:
         raise SpecError(f'The model is quantized already ({name!r}): build a float model and quantize that once.')
-    return _Conversion(model, spec, filter_fn, first_layer).run()
+    report = _Conversion(model, spec, filter_fn, first_layer).run()
+    use_full_float32()
+    return report
 
 
 def quantizers(model: nn.Module) -> Iterator[Tuple[str, Quantizer]]:

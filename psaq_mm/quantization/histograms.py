@@ -126,12 +126,13 @@ class Histogram:
     def update(self, data: Tensor) -> None:
         """Count the values of a flat float32 tensor; DataError on NaN or infinity."""
         low, high = torch.aminmax(data)
-        refuse_non_finite(low, high)
+        ends = torch.stack([low, high]).tolist()  # read once: a device is waited for each time
+        refuse_non_finite(*torch.tensor(ends))
         self.min = low if self.min is None else torch.minimum(self.min, low)
         self.max = high if self.max is None else torch.maximum(self.max, high)
         if self.counts is None:
             self.counts = torch.zeros(self.BINS, dtype=torch.int64, device=data.device)
-        self._widen(math.frexp(max(abs(float(low)), abs(float(high))))[1])
+        self._widen(math.frexp(max(map(abs, ends)))[1])
         per_unit = 1.0 / self.width  # a power of two: the product below is exact
         size = min(self._CHUNK, len(data))
         place, index = data.new_empty(size), data.new_empty(size, dtype=torch.int32)
@@ -174,23 +175,40 @@ class Histogram:
         return torch.minimum(torch.maximum(value, self.min.double()), self.max.double()).float()
 
     def squared_error(self, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-        """Sum of squared errors that fake quantization would make, values spread evenly over each bin.
+        """:meth:`squared_errors` of one quantizer, scale and zero point ``()``."""
+        return self.squared_errors(scale[None], zero_point[None], qmin, qmax)[0]
+
+    def squared_errors(self, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+        """Sums of squared errors that fake quantization would make, values spread evenly over each bin.
 
         With u = x / scale and k = clamp(round(u)), the integral of (u - k)^2 is k/12 + (u - k)^3/3, also where it
         clips: exact however many steps a bin spans, where evaluating at bin centres fails for steps finer than a bin.
-        """
-        step = float(scale)
-        left, counts = self._occupied()
-        low, high = qmin - int(zero_point), qmax - int(zero_point)
 
-        def integral(edges: Tensor) -> Tensor:
+        Args:
+            scale: ``(K, )``.
+            zero_point: ``(K, )``.
+            qmin: Least code.
+            qmax: Greatest code.
+
+        Returns:
+            float64, ``(K, )``.
+        """
+        left, counts = self._occupied()
+        steps, offsets = scale.double()[:, None], zero_point[:, None]
+
+        def integral(edges: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
             ratio = edges * (self.width / step)
             code = ratio.round().clamp_(low, high)
             rest = ratio.sub_(code)
             return (rest * rest).mul_(rest).div_(3).add_(code, alpha=1 / 12)
 
-        mean = integral(left + 1).sub_(integral(left)).mul_(step / self.width)
-        return (mean * counts).sum() * step**2
+        found = []
+        # One at a time stays in a processor's cache; a GPU is better off with few large operations.
+        for step, offset in zip(*(t.split(1 if left.device.type == 'cpu' else len(scale)) for t in (steps, offsets))):
+            ends = (qmin - offset).double(), (qmax - offset).double()
+            mean = integral(left + 1, step, *ends).sub_(integral(left, step, *ends)).mul_(step / self.width)
+            found.append((mean * counts).sum(1) * step.squeeze(1)**2)
+        return torch.cat(found)
 
     def _occupied(self) -> Tuple[Tensor, Tensor]:
         """Left edges, in bins from 0, and counts of the bins that hold a value, float64: the same for all candidates."""
@@ -243,9 +261,10 @@ class ChannelHistogram:
         self.rows += len(data)
         if self.rows > torch.iinfo(torch.int32).max:
             self.counts = self.counts.long()
+        wide = (self.exponent > 0).cpu()  # read once: a device is waited for each time
         for part in self._parts():
             # Divided by a width above 1, a tiny float32 could underflow, and a negative one would end in the bin of 0.
-            dtype = torch.float64 if bool((self.exponent[part] > 0).any()) else torch.float32
+            dtype = torch.float64 if bool(wide[part].any()) else torch.float32
             per_unit, start = _power_of_two(-self.exponent[part]).to(dtype), self.start[part].to(dtype)
             base = torch.arange(len(start), dtype=torch.int32, device=data.device) * self.BINS
             for chunk in data[:, part].split(max(self._VALUES // len(base), 1)):

@@ -233,6 +233,7 @@ class LogObserver:
         levels = torch.exp2(-codes / per_octave).masked_fill_(codes == zero_code, 0)[None]
         edges = torch.exp2(-(codes[:-1] - 0.5) / per_octave)[None]
         # Most of a tensor may be 0, and a quantile with it.
-        deltas = [delta for delta in values.quantiles(self.candidates)[:, 0] if delta > 0] or [greatest]
+        found = values.quantiles(self.candidates)[:, 0]
+        deltas = [delta for delta, positive in zip(found, (found > 0).tolist()) if positive] or [greatest]
         errors = torch.cat([values.squared_error(edges * delta, levels * delta) for delta in deltas])
         return torch.stack(deltas)[errors.argmin()].clamp(min=MIN_SCALE).float()

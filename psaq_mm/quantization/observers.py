@@ -7,7 +7,7 @@ Per channel the searches keep all values, which is meant for weights; activation
 ``channel_observers.py``.
 """
 
-from typing import Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -186,8 +186,8 @@ class _HistogramData:
     def quantiles(self, q: Sequence[float]) -> Tensor:
         return self.histogram.quantiles(q)
 
-    def squared_error(self, scale, zero_point, qmin, qmax) -> Tensor:
-        return self.histogram.squared_error(scale, zero_point, qmin, qmax)
+    def squared_errors(self, scale, zero_point, qmin, qmax) -> Tensor:
+        return self.histogram.squared_errors(scale, zero_point, qmin, qmax)
 
 
 class _ExactData:
@@ -219,9 +219,10 @@ class _ExactData:
         low, high = self.values[:, floor].double(), self.values[:, ceil].double()
         return (low + (high - low) * (rank - floor)).float().T
 
-    def squared_error(self, scale, zero_point, qmin, qmax) -> Tensor:
-        error = fake_quantize(self.values, scale, zero_point, qmin, qmax, axis=0).sub_(self.values)
-        return error.square_().sum(dim=1, dtype=torch.float64)
+    def squared_errors(self, scale, zero_point, qmin, qmax) -> Iterator[Tensor]:
+        for one in zip(scale, zero_point):
+            error = fake_quantize(self.values, *one, qmin, qmax, axis=0).sub_(self.values)
+            yield error.square_().sum(dim=1, dtype=torch.float64)
 
 
 class _SearchObserver(Observer):
@@ -251,10 +252,10 @@ class _SearchObserver(Observer):
 
     def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
         qmin, qmax = qrange(bits, symmetric)
-        best = None
-        for low, high in zip(*self._candidates()):
-            scale, zero_point = choose_qparams(low, high, bits, symmetric)
-            error = self.data.squared_error(scale, zero_point, qmin, qmax)
+        best, candidates = None, self._candidates()
+        # Of all candidates at once, and nothing in the loop asks for a value: the host would wait for the device each time.
+        errors = self.data.squared_errors(*choose_qparams(*candidates, bits, symmetric), qmin, qmax)
+        for error, low, high in zip(errors, *candidates):
             if best is None:
                 best = error, low, high
             else:

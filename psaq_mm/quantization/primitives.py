@@ -85,9 +85,10 @@ def choose_qparams(min_val: Tensor,
         raise DataError('The range is empty: a scale can only be chosen from at least one value.')
     # float64, so that max - min cannot overflow; the outcome always fits into float32.
     low, high = min_val.detach().double(), max_val.detach().double()
-    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
-        raise DataError('The range holds NaN or infinity: look for the layer that produced it before calibrating.')
-    if not bool((low <= high).all()):
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    if not bool((finite & (low <= high)).all()):  # asked once: a device is waited for each time
+        if not bool(finite.all()):
+            raise DataError('The range holds NaN or infinity: look for the layer that produced it before calibrating.')
         raise DataError('The range is upside down: min_val must not exceed max_val.')
     if symmetric:
         scale = torch.maximum(low.abs(), high.abs()) / ((qmax - qmin) / 2 if full_range else qmax)

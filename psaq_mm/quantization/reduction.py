@@ -16,6 +16,8 @@ from ..errors import PsaqError
 _BUCKET = 1 << 23
 """Gradients that are sent together, in elements: one message a parameter would take longer than what it carries."""
 
+_OUT_OF_MEMORY = getattr(torch, 'OutOfMemoryError', None) or torch.cuda.OutOfMemoryError
+
 
 class RankError(PsaqError, RuntimeError):
     """Another rank failed, or did not answer in time."""
@@ -38,6 +40,8 @@ def own_part(count: int) -> slice:
 def _answered() -> Iterator[None]:
     try:
         yield
+    except _OUT_OF_MEMORY:  # a RuntimeError too, of this rank's own device
+        raise
     except RuntimeError as error:  # a closed connection, or the time limit of the process group
         first = (str(error).splitlines() or [''])[0]
         raise RankError('another rank failed or did not answer in time; its own message says why, and --resume goes on from the '

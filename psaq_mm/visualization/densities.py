@@ -94,7 +94,7 @@ def similarity_densities(model: nn.Module,
     Args:
         model: A model with attention that :class:`psaq_mm.synthesis.AttentionTaps` finds. Rows of padded queries take
             no part where its attention tells them (``valid_rows``), as quantized models' does, quantizers on or off.
-        samples: Normalized images, shape (n, C, H, W).
+        samples: Normalized images, shape (n, C, H, W), on any device.
         forward: Runs the blocks. Defaults to None: ``model.backbone``, or ``model`` where it is a backbone.
         bins: Equal bins of -1 .. 1.
         batch_size: Images in a forward pass.
@@ -117,7 +117,9 @@ def similarity_densities(model: nn.Module,
     taps = AttentionTaps(model, drop_tokens)
     run = forward or getattr(model, 'backbone', model)
     counts: Dict[str, Tensor] = {}
+    device = next((p.device for p in model.parameters()), samples.device)
     for batch in samples.split(batch_size):
+        batch = batch.to(device)
         with taps.record(batch) as record:
             run(batch)
         for tap in record:

@@ -153,3 +153,29 @@ def test_no_batch_at_all(project, capsys):
     config = project.config('w8a8', 'none.py', **DFQ, accumulative_counts=0)
     assert dfq_train([str(config), '--work-dir', str(project.folder / 'none')]) == 1
     assert 'dfq.accumulative_counts=0' in capsys.readouterr().err
+
+
+def test_float16_is_decided_where_the_run_is(project, monkeypatch):
+    """And not where its config was written, which may be a computer without a GPU."""
+    from mmengine.config import Config
+    from mmengine.optim import OptimWrapper
+    from mmengine.registry import OPTIM_WRAPPERS
+
+    import psaq_mm.engine.optim as optim
+    from psaq_mm.engine.config import to_data_free
+    config = to_data_free(Config.fromfile(project.config('w8a8', 'float16.py', **DFQ, amp='float16')))
+    written = Config.fromstring(config.pretty_text, '.py').optim_wrapper
+    made = {}
+
+    class Scaled:  # AmpOptimWrapper itself is refused without a GPU
+        def __init__(self, **settings):
+            made.update(settings)
+
+    monkeypatch.setattr(optim, 'AmpOptimWrapper', Scaled)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    settings = dict(type=written.type, clip_grad=written.clip_grad, optimizer=optimizer)
+    monkeypatch.setattr(optim, 'get_device', lambda: 'cpu')
+    assert type(OPTIM_WRAPPERS.build(dict(settings))) is OptimWrapper and not made
+    monkeypatch.setattr(optim, 'get_device', lambda: 'cuda')
+    assert type(OPTIM_WRAPPERS.build(dict(settings))) is Scaled
+    assert made['dtype'] == 'float16' and made['optimizer'] is optimizer

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from classifier_models import MODELS, SIZES, build_classifier
 from mmengine.config import Config
+from tf32 import tf32  # noqa: F401
 from tiny import CASCADE, DETECTOR, SEGMENTOR, build_full_precision
 from vit_models import CONFIGS, build, images_of, run
 
@@ -142,3 +143,15 @@ def test_a_gain_of_zero_leaves_its_stage():
 def test_backbones_alone_hand_out_the_maps_that_they_did():
     model, _ = task_model('detector')
     assert streams_of(model.backbone, model.backbone)[0] == []
+
+@pytest.mark.parametrize('name', ['detector', 'segmentor'])
+@pytest.mark.parametrize('quantized', [False, True])
+def test_the_check_is_not_made_in_tf32(name, quantized, tf32):  # noqa: F811
+    """On cards that shorten the factors of a convolution, which tells good rotations from wrong ones no more."""
+    model, _ = task_model(name)
+    if quantized:
+        quantize_model_(model, 'w8a8')
+        set_mode(model, 'off')
+        torch.backends.cudnn.allow_tf32 = True
+    assert rotate_model_(model, (64, 96)).streams
+    assert not tf32 and torch.backends.cudnn.allow_tf32

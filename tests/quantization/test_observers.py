@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from second_device import SecondDevice
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization import (MinMaxObserver, MSEObserver, PercentileObserver, build_observer, choose_qparams,
+from psaq_mm.quantization import (AffineQuantizer, MinMaxObserver, MSEObserver, PercentileObserver, build_observer, choose_qparams,
                                   fake_quantize, qrange)
 from psaq_mm.quantization.histograms import Histogram
 
@@ -161,7 +162,7 @@ def test_histogram_error_is_the_error_on_the_data(kind, bits, symmetric):
     for p in (.999, 1.0):
         low, high = x.quantile(1 - p), x.quantile(p)
         exact = error_of(x, low, high, bits, symmetric)
-        got = observer.data.squared_error(*choose_qparams(low, high, bits, symmetric), *qrange(bits, symmetric)).item()
+        got = observer.data.histogram.squared_error(*choose_qparams(low, high, bits, symmetric), *qrange(bits, symmetric)).item()
         within_bins = x.numel() * observer.data.histogram.width**2
         assert abs(got - exact) <= .02 * exact + within_bins
 
@@ -283,3 +284,59 @@ def test_a_histogram_that_is_asked_between_two_updates_sees_both():
     for part in (first, second, first):
         once.update(part)
     assert after == float(once.squared_error(scale, zero, -8, 7))
+
+
+def error_in_python(histogram, scale, zero_point, qmin, qmax):
+    """:meth:`Histogram.squared_error` with numbers that the host has read."""
+    step, bins = float(scale), histogram.counts.nonzero().squeeze(1)
+    left, counts = (bins - histogram.BINS // 2).double(), histogram.counts[bins].double()
+
+    def integral(edges):
+        ratio = edges * (histogram.width / step)
+        code = ratio.round().clamp_(qmin - int(zero_point), qmax - int(zero_point))
+        rest = ratio.sub_(code)
+        return (rest * rest).mul_(rest).div_(3).add_(code, alpha=1 / 12)
+
+    mean = integral(left + 1).sub_(integral(left)).mul_(step / histogram.width)
+    return (mean * counts).sum() * step**2
+
+
+EXTREME = {
+    'constant': torch.full((9, ), 3.), 'zero': torch.zeros(4), 'negative and tiny': torch.full((3, ), -1e-30),
+    'as large as float32': torch.tensor([1e38, -3e38]), 'denormal': torch.tensor([1e-38, 1e-45]), 'far': torch.tensor([-1., 1e30])}
+
+
+@pytest.mark.parametrize('kind', [*KINDS, *EXTREME])
+@pytest.mark.parametrize('name', ['percentile', 'mse'])
+def test_the_range_is_the_one_of_a_search_candidate_by_candidate(name, kind):
+    x = EXTREME[kind] if kind in EXTREME else make_data(kind, 5000)
+    whole, channels = build_observer(name), build_observer(name, 0)
+    whole.update(x)
+    channels.update(torch.stack([x, -x, x.flip(0) / 8]))
+    for bits, symmetric in ((2, True), (4, False), (8, False)):
+        ends = qrange(bits, symmetric)
+        best = []
+        for low, high in zip(*whole._candidates()):
+            best.append((error_in_python(whole.data.histogram, *choose_qparams(low, high, bits, symmetric), *ends), low, high))
+        least = min(best, key=lambda found: float(found[0]))  # the first of equals
+        assert all(map(torch.equal, whole.range(bits, symmetric), least[1:]))
+        for row, found in enumerate(zip(*channels.range(bits, symmetric))):
+            values, best = channels.data.values[row], []
+            for low, high in zip(*(ends[:, row] for ends in channels._candidates())):
+                error = fake_quantize(values, *choose_qparams(low, high, bits, symmetric), *ends).sub_(values)
+                best.append((error.square_().sum(dtype=torch.float64), low, high))
+            assert all(map(torch.equal, found, min(best, key=lambda found: float(found[0]))[1:]))
+
+
+@pytest.mark.parametrize('axis', [None, 0])
+@pytest.mark.parametrize('name', ['percentile', 'mse'])
+def test_a_search_hardly_waits_for_the_device(name, axis):
+    with SecondDevice() as second:
+        x = make_data('normal', 3000).view(3, 1000).cuda()
+        quantizer = AffineQuantizer(4, channel_axis=axis, num_channels=None if axis is None else 3, observer=name).cuda()
+        for batch in range(2):
+            quantizer._observe(x)
+        assert len(second.waits) <= 4, second.waits
+        second.waits.clear()
+        quantizer.finish_observing()
+        assert quantizer.scale.is_cuda and len(second.waits) <= 6, second.waits

@@ -241,3 +241,23 @@ def test_a_rank_that_failed_ends_the_others_with_one_sentence(tmp_path):
     assert failed == ('DataError', 'rank 1 has no samples')
     assert waiting[0] == 'RankError' and waiting[1].startswith('another rank failed or did not answer in time')
     assert len(waiting[1].splitlines()) == 1
+
+
+def test_memory_that_runs_out_in_a_collective_is_this_ranks_own_error(monkeypatch):
+    import torch.distributed as dist
+
+    from psaq_mm.quantization.reduction import RankError, _answered
+
+    with pytest.raises(torch.cuda.OutOfMemoryError, match='Tried to allocate'), _answered():
+        raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+    with pytest.raises(RankError, match='another rank failed.*closed by peer'), _answered():
+        raise RuntimeError('Connection closed by peer')
+
+    def all_reduce(tensor, operation):
+        raise torch.cuda.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr('psaq_mm.quantization.reduction.ranks', lambda: (0, 2))
+    monkeypatch.setattr(dist, 'get_backend', lambda: 'gloo')
+    monkeypatch.setattr(dist, 'all_reduce', all_reduce)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        sum_(torch.ones(2))

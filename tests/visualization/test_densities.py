@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from second_device import SecondDevice
 from torch import nn
 
 from psaq_mm.errors import DataError, UnsupportedModelError
@@ -140,3 +141,11 @@ def test_what_has_no_density_is_refused():
         similarity_densities(Model(), _images() * float('nan'))
     with pytest.raises(DataError, match='no group of first holds two patches'):
         similarity_densities(Model(), _images()[..., :1, :1])
+
+
+def test_samples_may_lie_elsewhere_than_the_model():
+    expected = similarity_densities(Model(), _images())
+    with SecondDevice():
+        found = similarity_densities(Model().cuda(), _images(), batch_size=2)
+    for one, other in zip(found, expected):
+        assert torch.equal(one.density, other.density)

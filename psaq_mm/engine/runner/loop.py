@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, FreshPool, SourcedEvolution
 from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
 from psaq_mm.engine.data_overlap import check_folder
+from psaq_mm.engine.device import leave_device_without_float64
 from psaq_mm.engine.presets import Fresh
 from psaq_mm.engine.real_images import TrainingImages, training_images
 from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, reads_rgb
 from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
-from psaq_mm.quantization import set_mode, update_ranges_
+from psaq_mm.quantization import set_mode, update_ranges_, use_full_float32
 from psaq_mm.quantization.reduction import broadcast_, ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
 from psaq_mm.synthesis import SampleStream, Source
@@ -110,6 +111,7 @@ class DataFreeTrainLoop(BaseLoop):
                  rotate: bool = False, **settings):
         self._pool_dataset = _PoolDataset()
         super().__init__(runner, DataLoader(self._pool_dataset))
+        leave_device_without_float64(self.model)  # before the optimizer is built
         self._max_iters, self._iter, self._epoch = int(max_iters), 0, 0
         self._max_epochs = 1
         self.val_begin, self.val_interval = 1, val_interval
@@ -292,6 +294,7 @@ class DataFreeTrainLoop(BaseLoop):
         if self.amp == 'float16' and not hasattr(self.runner.optim_wrapper, 'loss_scaler'):
             raise ConfigError("dfq.amp='float16' needs a GPU and optim_wrapper.type='AmpOptimWrapper', which scales the loss: use "
                               "dfq.amp='bfloat16'")
+        use_full_float32()
         self.runner.call_hook('before_train')
         self._begun = time.perf_counter()
         if self.max_seconds is not None:
