@@ -244,9 +244,18 @@ class DeployedModel:
         """
         batch = self.normalize(images)
         found = self.run(batch)
-        if self.task == 'segmentation':
-            found['labels'] = _upsample(found['logits'], batch.shape[2:], self.manifest['align_corners']).argmax(1)
+        rule = self.manifest.get('labels', dict(rule='argmax'))  # what exports of earlier versions have
+        if self.task == 'segmentation' and rule and 'logits' in found:
+            found['labels'] = _classes(_upsample(found['logits'], batch.shape[2:], self.manifest['align_corners']), rule)
         return found
+
+
+def _classes(logits: np.ndarray, rule: Mapping) -> np.ndarray:
+    """The class of each pixel, (N, C, H, W) to (N, H, W): the greatest of several logits; of one, whether its sigmoid exceeds a threshold."""
+    if rule['rule'] == 'argmax':
+        return logits.argmax(1)
+    with np.errstate(over='ignore'):
+        return (1 / (1 + np.exp(-logits[:, 0])) > np.float32(rule['threshold'])).astype(np.int64)
 
 
 def _positions(size: int, target: int, align_corners: bool) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:

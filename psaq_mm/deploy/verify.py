@@ -20,7 +20,8 @@ from psaq_mm.quantization.primitives import along
 from psaq_mm.quantization.logarithmic import BASES
 
 from .bundle import read_manifest, read_weights
-from .export import ExportedModel, _Graph, graph_parts
+from .export import ExportedModel, _Graph
+from .parts import GraphParts
 from .lowering import LoweredGraph, with_weights
 from .runtime import load, start
 
@@ -183,9 +184,9 @@ def _cut(graph: LoweredGraph, exported: ExportedModel, given: Dict[str, Tuple[st
     return model
 
 
-def _records(model: nn.Module, image: Tensor) -> Dict[str, List[Tensor]]:
+def _records(model: nn.Module, parts: GraphParts, image: Tensor) -> Dict[str, List[Tensor]]:
     with torch.no_grad(), _Recorder(model) as recorder:
-        _Graph(model, graph_parts(model))(image)
+        _Graph(model, parts)(image)
     return recorder.inputs
 
 
@@ -196,7 +197,7 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
     counts: Dict[str, List[float]] = {}
     session = None
     for i in range(len(images)):
-        records = _records(model, images[i:i + 1])
+        records = _records(model, exported.parts, images[i:i + 1])
         expected: Dict[str, Tuple[str, np.ndarray, Tensor]] = {}
         given: Dict[str, Tuple[str, np.ndarray]] = {}
         for name, codes in graph.codes.items():
@@ -265,7 +266,7 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
 
 def _output_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads) -> Iterator[OutputAgreement]:
     found = load(exported.directory, runtime, threads).run(images.numpy())
-    graph = _Graph(model, graph_parts(model))
+    graph = _Graph(model, exported.parts)
     with torch.no_grad():
         rows = [graph(images[i:i + 1]) for i in range(len(images))]
     for i, name in enumerate(graph.names):
