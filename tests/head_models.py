@@ -19,14 +19,10 @@ def _swin(*stages):
     return dict(SWIN, out_indices=stages)
 
 
-def _separate(**more):
-    """RTMDet's head: convolutions that all levels share, a batch normalization for each."""
-    return dict(in_channels=16, feat_channels=16, stacked_convs=2, num_classes=CLASSES, norm_cfg=dict(type='BN'), **more)
-
-
 MODELS = dict(
     rtmdet=('mmdet::rtmdet/rtmdet_l_8xb32-300e_coco.py', dict(
-        backbone=_swin(1, 2, 3), neck=dict(FPN, num_outs=3), bbox_head=_separate())),
+        backbone=_swin(1, 2, 3), neck=dict(FPN, num_outs=3), bbox_head=dict(
+            in_channels=16, feat_channels=16, stacked_convs=2, num_classes=CLASSES))),  # one convolution for all levels, a norm for each
     condinst=('mmdet::condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py', dict(
         backbone=_swin(1, 2, 3), neck=FPN, bbox_head=dict(in_channels=16, feat_channels=64, stacked_convs=1, num_classes=CLASSES),
         mask_head=dict(mask_feature_head=dict(in_channels=16, feat_channels=16, num_stacked_convs=1)), test_cfg=dict(score_thr=0.))),
@@ -35,7 +31,8 @@ MODELS = dict(
         mask_head=dict(in_channels=16, num_protos=8, num_classes=CLASSES, proto_channels=(16, 16, None, 8),
                        proto_kernel_sizes=(3, 3, -2, 1)), test_cfg=dict(score_thr=0.))),
     dyhead=('mmdet::dyhead/atss_r50_fpn_dyhead_1x_coco.py', dict(
-        backbone=_swin(1, 2, 3), neck=[dict(FPN, out_channels=32), dict(type='DyHead', in_channels=32, out_channels=32, num_blocks=1, zero_init_offset=False)],
+        backbone=_swin(1, 2, 3), neck=[
+            dict(FPN, out_channels=32), dict(type='DyHead', in_channels=32, out_channels=32, num_blocks=1, zero_init_offset=False)],
         bbox_head=dict(in_channels=32, feat_channels=32, num_classes=CLASSES), test_cfg=dict(score_thr=0.))),
     panoptic_fpn=('mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', dict(
         backbone=_swin(0, 1, 2, 3), neck=dict(in_channels=[16, 32, 64, 128], out_channels=16),

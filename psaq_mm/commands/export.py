@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A quantized model to ONNX with integer weights and activations: ``tools/export.py CONFIG STUDENT.pth --out DIR``."""
 import argparse
+import math
 from typing import List, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
@@ -8,30 +9,35 @@ from psaq_mm.errors import CheckpointError, ConfigError, PsaqError
 
 __all__ = ['main', 'build_student', 'default_sizes', 'export']
 
-_RESIZES = ('Resize', 'ResizeShortestEdge')
 _RATIOS = (4 / 3, 3 / 2)  # of most photographs
 
 
-def _round_up(value: float) -> int:
-    return -int(-value // 32) * 32
+def _round_up(value: float, multiple: int) -> int:
+    return -int(-value // multiple) * multiple
 
 
 def default_sizes(config) -> List[Tuple[int, int]]:
-    """Sizes (height, width) that hold what a config's test pipeline makes.
+    """Sizes (height, width) that hold what a config's test pipelines make, and what its preprocessor pads that to.
 
     Where the ratio of an image is kept, these are its bound and the sizes of 4:3 and 3:2 photographs, upright and across, in multiples of
-    32. Everything else has the size that it is calibrated on, as a segmentor has that looks at one crop after the other.
+    32. A size that does not depend on the image is itself; so is the crop of a segmentor that looks at one after the other. Without any,
+    it is the size that the model is calibrated on.
     """
     from psaq_mm.engine.config import sample_size
-    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
-    steps = [s for s in dataset.get('pipeline') or () if str(s.get('type')).rpartition('.')[2] in _RESIZES and s.get('keep_ratio')]
-    scale = steps[-1].get('scale') if steps else None
-    slides = (config.model.get('test_cfg') or {}).get('mode') == 'slide'
-    if slides or not isinstance(scale, (tuple, list)):
-        return [tuple(sample_size(config))]
-    short, long = _round_up(min(scale)), _round_up(max(scale))
-    widths = sorted({min(_round_up(short * ratio), long) for ratio in _RATIOS} | {long})
-    return list(dict.fromkeys(size for width in widths for size in ((short, width), (width, short))))
+    from psaq_mm.engine.pipelines import image_sizes, padding_multiple
+    test_cfg = config.model.get('test_cfg') or {}
+    if test_cfg.get('mode') == 'slide':
+        return [tuple(test_cfg.get('crop_size') or sample_size(config))]
+    padded, found = padding_multiple(config), []
+    for height, width, bound in image_sizes(config):
+        found += _sizes_within(height, width, math.lcm(32, padded)) if bound else [(_round_up(height, padded), _round_up(width, padded))]
+    return list(dict.fromkeys(found)) or [tuple(sample_size(config))]
+
+
+def _sizes_within(short: int, long: int, multiple: int) -> List[Tuple[int, int]]:
+    widths = sorted({min(_round_up(_round_up(short, multiple) * ratio, multiple), _round_up(long, multiple)) for ratio in _RATIOS}
+                    | {_round_up(long, multiple)})
+    return [size for width in widths for size in ((_round_up(short, multiple), width), (width, _round_up(short, multiple)))]
 
 
 def build_student(config, checkpoint_path: str):
