@@ -84,18 +84,40 @@ def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequ
     return model, export_model(model, out, sizes or default_sizes(config), opset or OPSET, classes, dynamic)
 
 
+_FEW_PIXELS = 512 * 512
+"""Up to this size, each is verified with a picture of every kind; above, with one, of another kind than the size before."""
+
+
+def verified_sizes(exported) -> List[Tuple[int, int]]:
+    """Sizes (height, width) to verify: all that were exported; of a graph for every size, the traced one and one that it never saw."""
+    sizes = [tuple(graph['size']) for graph in exported.manifest['graphs']]
+    if exported.manifest['graphs'][0]['multiple']:
+        from psaq_mm.deploy.export import MULTIPLE
+        sizes.append((sizes[0][0] + MULTIPLE, sizes[0][1] + 2 * MULTIPLE))
+    return sizes
+
+
+def _pictures(size: Tuple[int, int], number: int, image_spec):
+    """Pictures to verify a size with, normalized (N, C, H, W). No data set is opened: 1/f noise has the spectrum of photographs, dead
+    leaves have their edges and plain areas."""
+    import torch
+
+    from psaq_mm.synthesis import DeadLeaves, pink_noise
+    kinds = pink_noise, DeadLeaves()
+    kinds = kinds if size[0] * size[1] <= _FEW_PIXELS else kinds[number % 2:number % 2 + 1]
+    return torch.cat([kind(1, size, image_spec, torch.Generator().manual_seed(number)) for kind in kinds])
+
+
 def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) -> None:
     from psaq_mm.deploy.verify import verify
     from psaq_mm.models import TaskModel
-    from psaq_mm.synthesis import pink_noise
-    size = exported.manifest['graphs'][0]['size']
-    # 1/f noise: no data set is opened, and its spectrum is that of photographs.
-    images = pink_noise(1, tuple(size), TaskModel(model).image_spec)
     bad = []
-    for runtime in runtimes:
-        found = verify(model, exported, images, runtime, threads)
-        print(found.to_table(), flush=True)
-        bad += [] if found.good else [runtime]
+    for number, size in enumerate(verified_sizes(exported)):
+        images = _pictures(size, number, TaskModel(model).image_spec)
+        for runtime in runtimes:
+            found = verify(model, exported, images, runtime, threads)
+            print(found.to_table(brief=number > 0), flush=True)
+            bad += [] if found.good else [f'{runtime} at {size[0]} x {size[1]}']
     if bad:
         raise PsaqError(f'the integer codes in {" and ".join(bad)} are further from the fake-quantized model\'s than 99.9 % equal and one '
                         f'step: see the lines marked above; {exported.directory} was written all the same')
@@ -115,8 +137,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--runtime', nargs='+', default=[], metavar='NAME',
                         help='openvino, onnxruntime: start the exported model there, and tell what it runs as integers')
     parser.add_argument('--verify', action='store_true',
-                        help='compare the integer codes with the fake-quantized model, layer by layer, in each --runtime (without '
-                        'one: in all that are installed)')
+                        help='compare the integer codes with the fake-quantized model, layer by layer and for each size, in each '
+                        '--runtime (without one: in all that are installed)')
     parser.add_argument('--opset', type=int, help='of ONNX, 17 or newer')
     parser.add_argument('--threads', type=int, help='of the runtimes; defaults to their own choice')
     add_quant_arguments(parser)

@@ -81,11 +81,13 @@ class Verification(NamedTuple):
         layers: One row a quantizer.
         outputs: One row an output of the graph.
         weights: Names of integer weights that are not the fake-quantized model's.
+        size: Of the images, (height, width); None where it was not told.
     """
     runtime: str
     layers: List[LayerAgreement]
     outputs: List[OutputAgreement]
     weights: List[str]
+    size: Optional[Tuple[int, int]] = None
 
     @property
     def equal(self) -> float:
@@ -98,11 +100,17 @@ class Verification(NamedTuple):
         """Whether every layer, every weight and every output is, and 99.9 % of all codes are equal."""
         return not self.weights and self.equal >= LEAST_SHARE and all(row.good for row in (*self.layers, *self.outputs))
 
-    def to_table(self) -> str:
-        """Text: one line a layer, the worst first, then the outputs."""
-        width = max([len(layer.name) for layer in self.layers] + [8])
-        lines = [f'{"codes in " + self.runtime:<{width}}  {"elements":>10}  {"equal":>9}  greatest step']
-        for layer in sorted(self.layers, key=lambda l: (l.equal, -l.step)):
+    def to_table(self, brief: bool = False) -> str:
+        """Text: one line a layer, the worst first, then the outputs.
+
+        Args:
+            brief: Leave out the layers that are good.
+        """
+        title = f'codes in {self.runtime}' + (f', {self.size[0]} x {self.size[1]}' if self.size else '')
+        rows = [layer for layer in self.layers if not brief or not layer.good]
+        width = max([len(layer.name) for layer in rows] + [len(title)])
+        lines = [f'{title:<{width}}  {"elements":>10}  {"equal":>9}  greatest step']
+        for layer in sorted(rows, key=lambda l: (l.equal, -l.step)):
             mark = '  <- too far' if not layer.good else '  ties' if layer.equal < LEAST_SHARE else ''
             lines.append(f'{layer.name:<{width}}  {layer.elements:>10}  {layer.equal:>9.4%}  {layer.step:>13}{mark}')
         total = sum(layer.elements for layer in self.layers)
@@ -197,7 +205,7 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
     counts: Dict[str, List[float]] = {}
     session = None
     for i in range(len(images)):
-        records = _records(model, exported.parts, images[i:i + 1])
+        records = _records(model, exported.parts, images[i:i + 1])  # of one image at a time: a layer's inputs may be gigabytes
         expected: Dict[str, Tuple[str, np.ndarray, Tensor]] = {}
         given: Dict[str, Tuple[str, np.ndarray]] = {}
         for name, codes in graph.codes.items():
@@ -218,7 +226,9 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
         inputs['images'] = images[i:i + 1].numpy()
         if session is None:
             session = start(_cut(graph, exported, given).SerializeToString(), runtime, threads)
+        del records
         found = session.run(_of_session(session, inputs))
+        del inputs, given
         for code, (name, wanted, x) in expected.items():
             gap = np.abs(found[code].astype(np.int32) - wanted.astype(np.int32))
             row = counts.setdefault(name, [0, 0, 0, 0.])
@@ -282,15 +292,18 @@ def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: s
     Args:
         model: The fake-quantized model.
         exported: What :func:`.export.export_model` returned.
-        images: Normalized, (N, C, H, W), of an exported size.
+        images: Normalized, (N, C, H, W), of an exported size; with a dynamic size, of the traced one, or of another one in multiples of
+            :data:`.export.MULTIPLE`, whose outputs alone are compared.
         runtime: ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime.
     """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return Verification(runtime, list(_layer_rows(model, exported, images, runtime, threads)),
-                            list(_output_rows(model, exported, images, runtime, threads)), wrong_weights(model, exported))
+        size = tuple(images.shape[-2:])
+        layers = list(_layer_rows(model, exported, images, runtime, threads)) if size in exported.graphs else []
+        return Verification(runtime, layers, list(_output_rows(model, exported, images, runtime, threads)),
+                            wrong_weights(model, exported), size=size)
     finally:
         for module in was_training:
             module.training = True
