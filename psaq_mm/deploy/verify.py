@@ -104,7 +104,7 @@ class Verification(NamedTuple):
         """Text: one line a layer, the worst first, then the outputs.
 
         Args:
-            brief: Leave out the layers that are good.
+            brief: Leave out the layers that are good, and of the outputs those that are better than another one.
         """
         title = f'codes in {self.runtime}' + (f', {self.size[0]} x {self.size[1]}' if self.size else '')
         rows = [layer for layer in self.layers if not brief or not layer.good]
@@ -115,9 +115,10 @@ class Verification(NamedTuple):
             lines.append(f'{layer.name:<{width}}  {layer.elements:>10}  {layer.equal:>9.4%}  {layer.step:>13}{mark}')
         total = sum(layer.elements for layer in self.layers)
         lines.append(f'{"all layers":<{width}}  {total:>10}  {self.equal:>9.4%}  {max([l.step for l in self.layers] + [0]):>13}')
+        worst = max([output.error for output in self.outputs] + [0.])
         lines += [f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of positions'
                   f'{"" if o.good else "  <- too far"}'
-                  for o in self.outputs]
+                  for o in self.outputs if not brief or not o.good or o.error == worst]
         lines.append('integer weights: all as in the fake-quantized model' if not self.weights else
                      f'integer weights that differ: {", ".join(self.weights)}')
         return '\n'.join(lines)
