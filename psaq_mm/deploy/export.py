@@ -244,9 +244,23 @@ def _labels(model: nn.Module, graph: _Graph, shapes: Mapping[str, Tuple[int, ...
     return None if threshold is None else dict(rule='threshold', threshold=float(threshold))
 
 
-def _outside_rows(parts: GraphParts) -> List[Dict[str, Any]]:
-    """Rows of the report for what one would expect in the graph and stays in PyTorch."""
-    return [dict(name=name, kind='part', type='float32', reason=f'runs in PyTorch: {reason}') for name, reason in parts.outside.items()]
+def _interface(model: nn.Module, graph: _Graph) -> Dict[str, Any]:
+    """What the manifest says of what goes into the graph and comes out of it."""
+    parts = graph.parts
+    head = getattr(model, parts.dense) if parts.dense else None
+    outputs = dict(names=list(graph.names), levels=[n for n in graph.names if n.startswith('level_')], features=graph.levels,
+                   dense=graph.dense)
+    return dict(task=parts.task, model=type(model).__name__, exact_size=parts.task in ('classification', 'other'), outputs=outputs,
+                dense_head=parts.dense, replaced=list(parts.prefixes), align_corners=bool(getattr(head, 'align_corners', False)))
+
+
+def _rows(graph, made: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
+    """Rows of the report, without weights that the graph does not hold, and with the parts that one would expect in it."""
+    from .report import tensor_rows
+    inside = tuple(f'{p}.' if p else '' for p in parts.prefixes)
+    rows = [row for row in tensor_rows(graph, made, report) if row['kind'] != 'weight' or row['name'].startswith(inside)]
+    return rows + [dict(name=name, kind='part', type='float32', reason=f'runs in PyTorch: {reason}')
+                   for name, reason in parts.outside.items()]
 
 
 def export_model(model: nn.Module,
@@ -278,7 +292,6 @@ def export_model(model: nn.Module,
         from .lowering import WeightStore, lower
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
-    from .report import tensor_rows
     spec = spec_of(model)
     check_opset(opset)
     sizes = check_sizes(model, sizes)
@@ -290,7 +303,7 @@ def export_model(model: nn.Module,
     image = _image_settings(model)
     tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
     graph, traced, shapes = _settle(made, parts, sizes[0], **tracing)
-    parts, labels = graph.parts, _labels(model, graph, shapes)
+    labels = _labels(model, graph, shapes)
     store, lowered, entries, strides = WeightStore(), {}, [], {}
     for size in sizes:
         if size != sizes[0]:
@@ -299,14 +312,10 @@ def export_model(model: nn.Module,
         lowered[size] = lower(traced, made, store)
         name = 'graph_dynamic.onnx' if dynamic else f'graph_{size[0]}x{size[1]}.onnx'
         entries.append(dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None))
-    head = getattr(model, parts.dense, None) if parts.dense else None
     manifest = dict(
-        psaq_mm=psaq_mm.__version__, task=parts.task, model=type(model).__name__, label=spec.label, quant=spec.to_dict(), opset=opset,
-        **image, classes=list(classes or ()), exact_size=parts.task in ('classification', 'other'), graphs=entries,
-        outputs=dict(names=list(graph.names), levels=[n for n in graph.names if n.startswith('level_')], features=graph.levels,
-                     dense=graph.dense),
-        dense_head=parts.dense, replaced=list(parts.prefixes), strides=strides, align_corners=bool(getattr(head, 'align_corners', False)),
-        labels=labels, tensors=tensor_rows(lowered[sizes[0]], made, report_of(model)) + _outside_rows(parts))
+        psaq_mm=psaq_mm.__version__, label=spec.label, quant=spec.to_dict(), opset=opset, classes=list(classes or ()), graphs=entries,
+        strides=strides, labels=labels, tensors=_rows(lowered[sizes[0]], made, report_of(model), graph.parts), **image,
+        **_interface(model, graph))
     files = {entry['file']: lowered[tuple(entry['size'])].model.SerializeToString() for entry in entries}
-    directory = write_bundle(out, manifest, files, store.weights, _rest(model, parts))
-    return ExportedModel(directory, manifest, made, lowered, store.weights, parts)
+    directory = write_bundle(out, manifest, files, store.weights, _rest(model, graph.parts))
+    return ExportedModel(directory, manifest, made, lowered, store.weights, graph.parts)

@@ -10,6 +10,7 @@ from typing import Mapping, NamedTuple, Optional, Tuple
 
 from torch import nn
 
+from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.scope import TRAINING_ONLY, dense_head_name, find_backbone, is_query_based, takes_levels_alone
 from psaq_mm.models.task import is_classifier
 
@@ -18,7 +19,7 @@ __all__ = ['GraphParts', 'NotInGraph', 'graph_parts', 'narrower']
 _LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain', 'mmpose')
 
 
-class NotInGraph(Exception):
+class NotInGraph(UnsupportedModelError):
     """A part of a model has no place in a graph; the message says why."""
 
 
@@ -82,10 +83,18 @@ def _task(model: nn.Module, dense: Optional[str]) -> str:
 
 
 def _others_read_levels(model: nn.Module, dense: Optional[str]) -> bool:
-    """Whether a model has parts beside the dense head, such as RoI, mask and semantic heads, which may read the levels."""
+    """Whether a model has parts beside the dense head, such as RoI, mask and semantic heads, which may read the levels, or predicts in a
+    way of its own."""
     known = ('neck', dense, *TRAINING_ONLY)
     backbone = find_backbone(model)
-    return dense in (None, 'rpn_head') or any(part is not backbone and name not in known for name, part in model.named_children())
+    others = any(part is not backbone and name not in known for name, part in model.named_children())
+    return dense in (None, 'rpn_head') or others or _is_own(model, 'predict')
+
+
+def _is_own(model: nn.Module, method: str) -> bool:
+    """Whether a method of a model is none of the libraries', but of a downstream project."""
+    found = getattr(type(model), method, None)
+    return found is not None and found.__module__.split('.')[0] not in _LIBRARIES
 
 
 def _why_neck_apart(model: nn.Module) -> Optional[str]:
@@ -93,8 +102,7 @@ def _why_neck_apart(model: nn.Module) -> Optional[str]:
     neck = getattr(model, 'neck', None)
     if isinstance(neck, nn.Module) and not takes_levels_alone(neck):
         return f'{type(neck).__name__} needs more than the levels of the backbone'
-    extract = getattr(type(model), 'extract_feat', None)
-    if neck is not None and extract is not None and extract.__module__.split('.')[0] not in _LIBRARIES:
+    if neck is not None and _is_own(model, 'extract_feat'):
         return f'{type(model).__name__} has an extract_feat of its own, which may do more than backbone and neck'
     return None
 
