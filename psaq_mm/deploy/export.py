@@ -149,7 +149,7 @@ def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
     if spec_of(model).points == 'all':
         raise UnsupportedModelError('points=\'all\' does not export with a dynamic size, for which OpenVINO 2026.4 gives wrong results '
                                     '(seen: 17 % off): give the sizes, --size H W')
-    if parts.task == 'classification':
+    if parts.task in ('classification', 'other'):
         raise UnsupportedModelError(f'{type(model).__name__} takes its exact size alone: export with --size H W')
 
 

@@ -53,8 +53,9 @@ def graph_parts(model: nn.Module) -> GraphParts:
     if dense is not None:
         reason = _why_apart(model, getattr(model, dense))
         parts = _without(parts, dense, reason) if reason else parts
-    neck = _why_neck_apart(model)
-    return _without(parts, 'neck', neck) if neck else parts
+    reason = _why_neck_apart(model)
+    last = 'neck' if 'neck' in parts.prefixes else parts.dense
+    return _without(parts, last, reason) if last and reason else parts
 
 
 def narrower(parts: GraphParts, reason: str) -> Optional[GraphParts]:
@@ -102,7 +103,7 @@ def _why_neck_apart(model: nn.Module) -> Optional[str]:
     neck = getattr(model, 'neck', None)
     if isinstance(neck, nn.Module) and not takes_levels_alone(neck):
         return f'{type(neck).__name__} needs more than the levels of the backbone'
-    if neck is not None and _is_own(model, 'extract_feat'):
+    if _is_own(model, 'extract_feat'):
         return f'{type(model).__name__} has an extract_feat of its own, which may do more than backbone and neck'
     return None
 
