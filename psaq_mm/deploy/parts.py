@@ -139,7 +139,8 @@ class _Meta(dict):
 def _predicts_from_levels(head: nn.Module) -> bool:
     """Whether the first thing that a head does to predict is its own forward, on the levels alone: a rehearsal on a copy, without levels.
 
-    All its prediction reads then is what the graph gives. A head that hands the levels to heads inside it, or reads them by itself, does not.
+    All its prediction reads then is what the graph gives. A head that hands the levels to heads inside it, or reads them itself, is none
+    of these.
     """
     predict = getattr(type(head), 'predict', None)
     if predict is None:

@@ -3,7 +3,7 @@
 import copy
 import os
 import re
-from typing import Any, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Tuple
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import is_cuda_available

@@ -171,7 +171,8 @@ def test_what_a_graph_cannot_hold_stays_in_pytorch(name, tmp_path):
 
 # ---------------------------------------------------------------------- classifiers and others with a head
 CLASSIFIER = dict(
-    type='ImageClassifier', backbone=dict(type='SwinTransformer', arch=dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2]), out_indices=(1, ), pad_small_map=True),
+    type='ImageClassifier', backbone=dict(
+        type='SwinTransformer', arch=dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2]), out_indices=(1, ), pad_small_map=True),
     neck=dict(type='GlobalAveragePooling'), head=dict(type='LinearClsHead', num_classes=3, in_channels=32))
 TASKS = dict(type='MultiTaskHead', in_channels=32, task_heads=dict(
     colour=dict(type='LinearClsHead', num_classes=3), shapes=dict(type='MultiLabelLinearClsHead', num_classes=4)))
@@ -298,7 +299,7 @@ def test_a_backbone_with_an_operator_that_onnx_has_not_is_refused_by_name(tmp_pa
     model = build_backbone('mmdet', **SMALL)
     model.drop_after_pos = Foreign()
     student(model)
-    with pytest.raises(UnsupportedModelError, match='the backbone SwinTransformer does not export .it needs lab::Secret, which ONNX does not have.'):
+    with pytest.raises(UnsupportedModelError, match='SwinTransformer does not export .it needs lab::Secret, which ONNX does not have.'):
         export_model(model, tmp_path / 'out', [SIZE])
     assert not (tmp_path / 'out').exists()
 
