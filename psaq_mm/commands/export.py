@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A quantized model to ONNX with integer weights and activations: ``tools/export.py CONFIG STUDENT.pth --out DIR``."""
 import argparse
+import math
 from typing import List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
@@ -8,30 +9,35 @@ from psaq_mm.errors import CheckpointError, ConfigError, PsaqError
 
 __all__ = ['main', 'build_student', 'default_sizes', 'export']
 
-_RESIZES = ('Resize', 'ResizeShortestEdge')
 _RATIOS = (4 / 3, 3 / 2)  # of most photographs
 
 
-def _round_up(value: float) -> int:
-    return -int(-value // 32) * 32
+def _round_up(value: float, multiple: int) -> int:
+    return -int(-value // multiple) * multiple
 
 
 def default_sizes(config) -> List[Tuple[int, int]]:
-    """Sizes (height, width) that hold what a config's test pipeline makes.
+    """Sizes (height, width) that hold what a config's test pipelines make, and what its preprocessor pads that to.
 
     Where the ratio of an image is kept, these are its bound and the sizes of 4:3 and 3:2 photographs, upright and across, in multiples of
-    32. Everything else has the size that it is calibrated on, as a segmentor has that looks at one crop after the other.
+    32. A size that does not depend on the image is itself; so is the crop of a segmentor that looks at one after the other. Without any,
+    it is the size that the model is calibrated on.
     """
     from psaq_mm.engine.config import sample_size
-    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
-    steps = [s for s in dataset.get('pipeline') or () if str(s.get('type')).rpartition('.')[2] in _RESIZES and s.get('keep_ratio')]
-    scale = steps[-1].get('scale') if steps else None
-    slides = (config.model.get('test_cfg') or {}).get('mode') == 'slide'
-    if slides or not isinstance(scale, (tuple, list)):
-        return [tuple(sample_size(config))]
-    short, long = _round_up(min(scale)), _round_up(max(scale))
-    widths = sorted({min(_round_up(short * ratio), long) for ratio in _RATIOS} | {long})
-    return list(dict.fromkeys(size for width in widths for size in ((short, width), (width, short))))
+    from psaq_mm.engine.pipelines import image_sizes, padding_multiple
+    test_cfg = config.model.get('test_cfg') or {}
+    if test_cfg.get('mode') == 'slide':
+        return [tuple(test_cfg.get('crop_size') or sample_size(config))]
+    padded, found = padding_multiple(config), []
+    for height, width, bound in image_sizes(config):
+        found += _sizes_within(height, width, math.lcm(32, padded)) if bound else [(_round_up(height, padded), _round_up(width, padded))]
+    return list(dict.fromkeys(found)) or [tuple(sample_size(config))]
+
+
+def _sizes_within(short: int, long: int, multiple: int) -> List[Tuple[int, int]]:
+    widths = sorted({min(_round_up(_round_up(short, multiple) * ratio, multiple), _round_up(long, multiple)) for ratio in _RATIOS}
+                    | {_round_up(long, multiple)})
+    return [size for width in widths for size in ((_round_up(short, multiple), width), (width, _round_up(short, multiple)))]
 
 
 def build_student(config, checkpoint_path: str, quant: Optional[str] = None, method: Optional[str] = None,
@@ -81,18 +87,40 @@ def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequ
     return model, export_model(model, out, sizes or default_sizes(config), opset or OPSET, classes, dynamic)
 
 
+_FEW_PIXELS = 512 * 512
+"""Up to this size, each is verified with a picture of every kind; above, with one, of another kind than the size before."""
+
+
+def verified_sizes(exported) -> List[Tuple[int, int]]:
+    """Sizes (height, width) to verify: all that were exported; of a graph for every size, the traced one and one that it never saw."""
+    sizes = [tuple(graph['size']) for graph in exported.manifest['graphs']]
+    if exported.manifest['graphs'][0]['multiple']:
+        from psaq_mm.deploy.export import MULTIPLE
+        sizes.append((sizes[0][0] + MULTIPLE, sizes[0][1] + 2 * MULTIPLE))
+    return sizes
+
+
+def _pictures(size: Tuple[int, int], number: int, image_spec):
+    """Pictures to verify a size with, normalized (N, C, H, W). No data set is opened: 1/f noise has the spectrum of photographs, dead
+    leaves have their edges and plain areas."""
+    import torch
+
+    from psaq_mm.synthesis import DeadLeaves, pink_noise
+    kinds = pink_noise, DeadLeaves()
+    kinds = kinds if size[0] * size[1] <= _FEW_PIXELS else kinds[number % 2:number % 2 + 1]
+    return torch.cat([kind(1, size, image_spec, torch.Generator().manual_seed(number)) for kind in kinds])
+
+
 def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) -> None:
     from psaq_mm.deploy.verify import verify
     from psaq_mm.models import TaskModel
-    from psaq_mm.synthesis import pink_noise
-    size = exported.manifest['graphs'][0]['size']
-    # 1/f noise: no data set is opened, and its spectrum is that of photographs.
-    images = pink_noise(1, tuple(size), TaskModel(model).image_spec)
     bad = []
-    for runtime in runtimes:
-        found = verify(model, exported, images, runtime, threads)
-        print(found.to_table(), flush=True)
-        bad += [] if found.good else [runtime]
+    for number, size in enumerate(verified_sizes(exported)):
+        images = _pictures(size, number, TaskModel(model).image_spec)
+        for runtime in runtimes:
+            found = verify(model, exported, images, runtime, threads)
+            print(found.to_table(brief=number > 0), flush=True)
+            bad += [] if found.good else [f'{runtime} at {size[0]} x {size[1]}']
     if bad:
         raise PsaqError(f'the integer codes in {" and ".join(bad)} are further from the fake-quantized model\'s than 99.9 % equal and one '
                         f'step: see the lines marked above; {exported.directory} was written all the same')
@@ -112,8 +140,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--runtime', nargs='+', default=[], metavar='NAME',
                         help='openvino, onnxruntime: start the exported model there, and tell what it runs as integers')
     parser.add_argument('--verify', action='store_true',
-                        help='compare the integer codes with the fake-quantized model, layer by layer, in each --runtime (without '
-                        'one: in all that are installed)')
+                        help='compare the integer codes with the fake-quantized model, layer by layer and for each size, in each '
+                        '--runtime (without one: in all that are installed)')
     parser.add_argument('--opset', type=int, help='of ONNX, 17 or newer')
     parser.add_argument('--threads', type=int, help='of the runtimes; defaults to their own choice')
     add_quant_arguments(parser)

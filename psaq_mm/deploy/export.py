@@ -16,10 +16,12 @@ from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.swin import SWIN_BACKBONES
-from psaq_mm.models.scope import find_backbone
+from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
+from psaq_mm.models.task import is_classifier
 
 from .bundle import write_bundle
 from .exportable import ExportableModel, make_exportable
+from .parts import GraphParts, NotInGraph, graph_parts, narrower
 from .symbols import DOMAIN
 
 __all__ = ['ExportedModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
@@ -31,7 +33,7 @@ OPSET = 17
 MIN_OPSET = 17
 """LayerNormalization came with 17."""
 
-_DENSE_HEADS = ('rpn_head', 'decode_head', 'bbox_head', 'head')
+_DEPTH = ('mmseg.models.segmentors.depth_estimator.DepthEstimator', )
 
 
 class ExportedModel(NamedTuple):
@@ -43,48 +45,14 @@ class ExportedModel(NamedTuple):
         made: The exportable copy.
         graphs: :class:`.lowering.LoweredGraph` by size.
         weights: :class:`.bundle.Weight` by name.
+        parts: What of the model the graphs hold.
     """
     directory: Path
     manifest: Dict[str, Any]
     made: ExportableModel
     graphs: Mapping
     weights: Mapping
-
-
-class GraphParts(NamedTuple):
-    """What of a model becomes the graph.
-
-    Attributes:
-        task: ``'classification'``, ``'segmentation'``, ``'detection'`` or ``'backbone'``.
-        dense: Name of the head inside the graph, or None.
-        with_levels: Whether feature maps are outputs.
-        prefixes: Names of the model's children that the graph replaces.
-    """
-    task: str
-    dense: Optional[str]
-    with_levels: bool
-    prefixes: Tuple[str, ...]
-
-
-def graph_parts(model: nn.Module) -> GraphParts:
-    """What of a detector, segmentor, classifier or backbone becomes the graph.
-
-    Raises:
-        UnsupportedModelError: A detector without feature maps that a graph could end at.
-    """
-    backbone = find_backbone(model)
-    if backbone is model:
-        return GraphParts('backbone', None, True, ('', ))
-    if getattr(model, 'model', None) is backbone:  # timm's whole network
-        return GraphParts('classification', None, False, ('model', ))
-    dense = next((n for n in _DENSE_HEADS if isinstance(getattr(model, n, None), nn.Module)
-                  and not isinstance(getattr(model, n), nn.ModuleList)), None)
-    task = {'decode_head': 'segmentation', 'head': 'classification'}.get(dense, 'detection')
-    if task == 'detection' and hasattr(model, 'encoder'):
-        raise UnsupportedModelError(f'{type(model).__name__} decodes its features with attention to queries, which this export does not '
-                                    'cover: export its backbone alone, export_model(model.backbone, ...)')
-    prefixes = tuple(n for n in ('backbone', 'neck', dense) if n and getattr(model, n, None) is not None)
-    return GraphParts(task, dense, dense in ('rpn_head', None), prefixes)
+    parts: GraphParts
 
 
 class _Graph(nn.Module):
@@ -94,31 +62,48 @@ class _Graph(nn.Module):
         super().__init__()
         self.inner, self.parts = model, parts
         self.names: List[str] = []
+        self.levels: Any = None  # the nested names of the feature maps, None without
         self.dense: Any = None  # the nested names of the head's outputs
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
         model, parts = self.inner, self.parts
-        self.names, found = [], []
-        if parts.task == 'classification' and parts.dense is None:
-            found, self.dense, self.names = [model.model(images)], 'logits', ['logits']
+        self.names, self.levels, self.dense, found = [], None, None, []
+        if parts.prefixes == ('model', ):
+            self.dense = self._name(model.model(images), 'logits', found)
             return tuple(found)
         levels = find_backbone(model)(images)
-        if parts.task != 'backbone' and getattr(model, 'neck', None) is not None:
+        if 'neck' in parts.prefixes:
             levels = model.neck(levels)
-        levels = tuple(levels) if isinstance(levels, (tuple, list)) else (levels, )
         if parts.with_levels:
-            found = list(levels)
-            self.names = [f'level_{i}' for i in range(len(levels))]
+            self.levels = self._name(levels, 'level_0' if isinstance(levels, Tensor) else 'level', found)
+            if parts.dense and not isinstance(levels, (tuple, list)):
+                raise NotInGraph(f'it reads a {type(levels).__name__} that other parts read too')
         if parts.dense:
-            self.dense = self._name(getattr(model, parts.dense)(levels), 'logits' if parts.task != 'detection' else 'dense', found)
+            self._run_head(getattr(model, parts.dense), levels, found)
         return tuple(found)
 
+    def _run_head(self, head: nn.Module, levels: Any, found: List[Tensor]) -> None:
+        before = dict(vars(head))
+        outputs = head(levels)
+        kept = [name for name, value in vars(head).items() if before.get(name, before) is not value]
+        if kept:
+            raise NotInGraph(f'{type(head).__name__} keeps {kept[0]} from its forward for later')
+        name = 'logits' if self.parts.task in ('classification', 'segmentation') else 'dense'
+        self.dense = self._name(outputs, name, found)
+
     def _name(self, value: Any, name: str, found: List[Tensor]) -> Any:
+        """Names in the place of the tensors of ``value``, which are added to ``found``."""
         if isinstance(value, Tensor):
             found.append(value)
             self.names.append(name)
             return name
-        return [self._name(v, f'{name}_{i}', found) for i, v in enumerate(value)]
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {key: self._name(v, f'{name}_{key}', found) for key, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [self._name(v, f'{name}_{i}', found) for i, v in enumerate(value)]
+        if value is None:
+            return None
+        raise NotInGraph(f'its outputs hold a {type(value).__name__}, which is no tensor')
 
 
 def check_sizes(model: nn.Module, sizes: Sequence[Sequence[int]]) -> List[Tuple[int, int]]:
@@ -164,7 +149,7 @@ def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
     if spec_of(model).points == 'all':
         raise UnsupportedModelError('points=\'all\' does not export with a dynamic size, for which OpenVINO 2026.4 gives wrong results '
                                     '(seen: 17 % off): give the sizes, --size H W')
-    if parts.task == 'classification':
+    if parts.task in ('classification', 'other'):
         raise UnsupportedModelError(f'{type(model).__name__} takes its exact size alone: export with --size H W')
 
 
@@ -187,8 +172,39 @@ def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int, trac
         settings['dynamo'] = False  # newer PyTorch has another exporter as its default, which does not know the symbols
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # sizes become constants: that is what is wanted, unless it is dynamic
-        torch.onnx.export(graph, (images, ), file, **settings)
-    return onnx.load_model_from_string(file.getvalue()), shapes
+        try:
+            torch.onnx.export(graph, (images, ), file, **settings)
+        except Exception as error:  # its own errors, and whatever else an operator that it does not know makes of it
+            raise NotInGraph(f'the exporter ends in "{(str(error).strip() or type(error).__name__).splitlines()[0]}"') from error
+    model = onnx.load_model_from_string(file.getvalue())
+    foreign = sorted({f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain not in ('', 'ai.onnx', DOMAIN)})
+    if foreign:
+        raise NotInGraph(f'it needs {" and ".join(foreign)}, which ONNX does not have')
+    return model, shapes
+
+
+def _settle(made: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
+    """The widest graph of a model that can be traced, and what :func:`_trace` gives for it.
+
+    Raises:
+        UnsupportedModelError: Not even the backbone can.
+    """
+    while True:
+        graph = _Graph(made.model, parts).eval()
+        try:
+            traced, shapes = _trace(graph, size, tracing=made.tracing, **settings)
+        except NotInGraph as error:
+            less = narrower(parts, str(error))
+            if less is None:
+                what = type(find_backbone(made.model)).__name__
+                raise UnsupportedModelError(f'the backbone {what} does not export ({error}): build it without that, or keep the model in '
+                                            'PyTorch') from error
+            parts = less
+            continue
+        if parts.task == 'classification' and not is_classifier(made.model) and [len(shape) for shape in shapes.values()] != [2]:
+            parts = parts._replace(task='other')  # the head of another kind of model, such as a pose estimator
+            continue
+        return graph, traced, shapes
 
 
 def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Dict[str, int]:
@@ -212,10 +228,39 @@ def _image_settings(model: nn.Module) -> Dict[str, Any]:
 
 def _rest(model: nn.Module, parts: GraphParts) -> Dict[str, Any]:
     """Weights that the graph does not hold and evaluation needs."""
-    if parts.task != 'detection':
+    if '' in parts.prefixes:
         return {}
-    skipped = tuple(f'{p}.' for p in (*parts.prefixes, 'data_preprocessor', 'auxiliary_head'))
+    skipped = tuple(f'{p}.' for p in (*parts.prefixes, *TRAINING_ONLY))
     return {k: v.detach().cpu().numpy() for k, v in model.state_dict().items() if not k.startswith(skipped)}
+
+
+def _labels(model: nn.Module, graph: _Graph, shapes: Mapping[str, Tuple[int, ...]]) -> Optional[Dict[str, Any]]:
+    """How a segmentor's logits become classes, as mmseg's ``postprocess_result`` has it; None where they do not."""
+    if graph.parts.task != 'segmentation' or graph.dense != 'logits' or class_named(model, _DEPTH, 'postprocess_result'):
+        return None
+    if shapes['logits'][1] > 1:
+        return dict(rule='argmax')
+    threshold = getattr(getattr(model, graph.parts.dense), 'threshold', None)
+    return None if threshold is None else dict(rule='threshold', threshold=float(threshold))
+
+
+def _interface(model: nn.Module, graph: _Graph) -> Dict[str, Any]:
+    """What the manifest says of what goes into the graph and comes out of it."""
+    parts = graph.parts
+    head = getattr(model, parts.dense) if parts.dense else None
+    outputs = dict(names=list(graph.names), levels=[n for n in graph.names if n.startswith('level_')], features=graph.levels,
+                   dense=graph.dense)
+    return dict(task=parts.task, model=type(model).__name__, exact_size=parts.task in ('classification', 'other'), outputs=outputs,
+                dense_head=parts.dense, replaced=list(parts.prefixes), align_corners=bool(getattr(head, 'align_corners', False)))
+
+
+def _rows(graph, made: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
+    """Rows of the report, without weights that the graph does not hold, and with the parts that one would expect in it."""
+    from .report import tensor_rows
+    inside = tuple(f'{p}.' if p else '' for p in parts.prefixes)
+    rows = [row for row in tensor_rows(graph, made, report) if row['kind'] != 'weight' or row['name'].startswith(inside)]
+    return rows + [dict(name=name, kind='part', type='float32', reason=f'runs in PyTorch: {reason}')
+                   for name, reason in parts.outside.items()]
 
 
 def export_model(model: nn.Module,
@@ -247,7 +292,6 @@ def export_model(model: nn.Module,
         from .lowering import WeightStore, lower
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
-    from .report import tensor_rows
     spec = spec_of(model)
     check_opset(opset)
     sizes = check_sizes(model, sizes)
@@ -256,22 +300,22 @@ def export_model(model: nn.Module,
         check_dynamic(model, parts)
         sizes = [tuple(-(-s // MULTIPLE) * MULTIPLE for s in sizes[0])]
     made = make_exportable(model)
-    graph = _Graph(made.model, parts).eval()
     image = _image_settings(model)
+    tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
+    graph, traced, shapes = _settle(made, parts, sizes[0], **tracing)
+    labels = _labels(model, graph, shapes)
     store, lowered, entries, strides = WeightStore(), {}, [], {}
     for size in sizes:
-        traced, shapes = _trace(graph, size, image['channels'], opset, made.tracing, dynamic)
+        if size != sizes[0]:
+            traced, shapes = _trace(graph, size, tracing=made.tracing, **tracing)
         strides = _strides(shapes, size)
         lowered[size] = lower(traced, made, store)
         name = 'graph_dynamic.onnx' if dynamic else f'graph_{size[0]}x{size[1]}.onnx'
         entries.append(dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None))
-    head = getattr(model, parts.dense, None) if parts.dense else None
     manifest = dict(
-        psaq_mm=psaq_mm.__version__, task=parts.task, model=type(model).__name__, label=spec.label, quant=spec.to_dict(), opset=opset,
-        **image, classes=list(classes or ()), exact_size=parts.task == 'classification', graphs=entries,
-        outputs=dict(names=list(graph.names), levels=[n for n in graph.names if n.startswith('level_')], dense=graph.dense),
-        dense_head=parts.dense, replaced=list(parts.prefixes), strides=strides, align_corners=bool(getattr(head, 'align_corners', False)),
-        tensors=tensor_rows(lowered[sizes[0]], made, report_of(model)))
+        psaq_mm=psaq_mm.__version__, label=spec.label, quant=spec.to_dict(), opset=opset, classes=list(classes or ()), graphs=entries,
+        strides=strides, labels=labels, tensors=_rows(lowered[sizes[0]], made, report_of(model), graph.parts), **image,
+        **_interface(model, graph))
     files = {entry['file']: lowered[tuple(entry['size'])].model.SerializeToString() for entry in entries}
-    directory = write_bundle(out, manifest, files, store.weights, _rest(model, parts))
-    return ExportedModel(directory, manifest, made, lowered, store.weights)
+    directory = write_bundle(out, manifest, files, store.weights, _rest(model, graph.parts))
+    return ExportedModel(directory, manifest, made, lowered, store.weights, graph.parts)

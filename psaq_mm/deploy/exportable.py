@@ -117,6 +117,7 @@ def make_exportable(model: nn.Module) -> ExportableModel:
                                     'model = dict(type=\'psaq_mm.Quantized\', ...)')
     for parameter in made.model.parameters():
         parameter.requires_grad_(False)
+    names = _own_convolutions(made.model)
     modules = list(made.model.named_modules())
     for name, module in modules:  # first what moves weights around, then what reads them
         if class_named(module, _PATCH_MERGING):
@@ -130,7 +131,7 @@ def make_exportable(model: nn.Module) -> ExportableModel:
         if isinstance(module, Quantizer) and module.mode != 'off' and not name.endswith('weight_quantizer'):
             _rewrite_quantizer(made, name, module)
         elif is_quantized_layer(module) and name not in attentions:
-            _rewrite_layer(made, name, module, folded.get(id(module)))
+            _rewrite_layer(made, name, module, folded.get(id(module)), names.get(name, name))
         elif isinstance(module, QuantShiftWindowMSAMixin):
             module.forward = types.MethodType(windows.shift_attention, module)
         elif isinstance(module, QuantWindowMSAMixin):
@@ -143,7 +144,7 @@ def make_exportable(model: nn.Module) -> ExportableModel:
         elif isinstance(module, nn.LayerNorm):
             _tap_input(name, module)
     for _, module in modules:
-        for key, child in list(module.named_children()):
+        for key, child in list(module._modules.items()):  # named_children() leaves out a pooling's second name
             if type(child) is nn.AdaptiveAvgPool2d:
                 setattr(module, key, LinearPooling(child.output_size, made.tracing))
     return made
@@ -165,7 +166,8 @@ def _tap_input(name: str, norm: nn.LayerNorm) -> None:
 
 
 # ---------------------------------------------------------------------- layers with weights
-def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_module: Optional[nn.Module]) -> None:
+def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_module: Optional[nn.Module], original: str) -> None:
+    """``original`` is what the model calls the layer: another name than ``name`` for one of several that share its weights."""
     quantizer = layer.weight_quantizer
     linear = isinstance(layer, nn.Linear)
     bias = layer.full_bias() if linear else layer.bias
@@ -175,7 +177,7 @@ def _rewrite_layer(made: ExportableModel, name: str, layer: nn.Module, conv_modu
         weight = layer.weight.detach()
     else:
         _require_range(name, layer)
-        integer = _integer_weight(name, layer)
+        integer = _integer_weight(original, layer)
         if conv_module is not None:
             bias = _fold_norm(made, name, integer, bias, conv_module)
         integer.bias = bias
@@ -338,6 +340,26 @@ def _signed(quantizer: Quantizer) -> int:
 
 
 # ---------------------------------------------------------------------- batch normalization
+def _own_convolutions(model: nn.Module) -> Dict[str, str]:
+    """Give each ConvModule a convolution of its own, in place, with the weights and quantizers that they share: a head may call one
+    convolution for all levels and normalize each level by itself (RTMDet), and what is folded into it is one ConvModule's alone.
+
+    Returns:
+        By the name of each copy, the convolution's name in the model.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    parents: Dict[int, int] = {}
+    for module in model.modules():
+        for child in module._modules.values():
+            parents[id(child)] = parents.get(id(child), 0) + 1
+    found = {}
+    for name, module in list(model.named_modules()):
+        if class_named(module, _CONV_MODULE) and parents.get(id(module.conv), 0) > 1 and is_quantized_layer(module.conv):
+            found[f'{name}.conv' if name else 'conv'] = names[id(module.conv)]
+            module.conv = copy.copy(module.conv)
+    return found
+
+
 def _folds(module: nn.Module) -> bool:
     """Whether a ConvModule is a quantized convolution straight before a batch normalization."""
     order = tuple(module.order)

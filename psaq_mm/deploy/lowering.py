@@ -229,11 +229,11 @@ class _Lowering:
             self.new_initializers[codes] = weight.codes.numpy()
             if weight.bits <= PACKED_BITS:
                 self.packed[codes] = _least_codes(weight)
-            # Neither is shared with another weight: ONNX Runtime replaces the zero points of some weights, each by its name.
+            # Neither codes nor zero points are shared with another weight: ONNX Runtime replaces those of some, each by its name.
             parameters = [f'{name}.weight.scale', f'{name}.weight.zero_point']
             zero_point = weight.zero_point.numpy()
             self.new_initializers.update(zip(parameters, (weight.scale.numpy(), np.zeros_like(zero_point) if weight.apart else zero_point)))
-            self.unshared.add(parameters[1])
+            self.unshared.update((codes, parameters[1]))
             self.known[key] = self.node('DequantizeLinear', [codes, *parameters], f'{name}.weight.value', axis=weight.axis)
         return self.known[key]
 

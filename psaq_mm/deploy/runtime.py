@@ -106,7 +106,7 @@ class DeployedModel:
 
     Attributes:
         manifest: What the export wrote down.
-        task: ``'classification'``, ``'segmentation'``, ``'detection'`` or ``'backbone'``.
+        task: ``'classification'``, ``'segmentation'``, ``'detection'``, ``'backbone'``, or ``'other'`` for a model that is none of these.
         sizes: Image sizes (height, width) that there is a graph for, smallest first; with a dynamic size, the one it was traced with.
 
     Raises:
@@ -236,7 +236,7 @@ class DeployedModel:
 
         Returns:
             The graph's outputs: for a classifier ``logits`` (N, classes); for a segmentor ``logits`` (N, classes, h, w) and ``labels``
-            (N, H, W), the class of each pixel; for a detector feature maps and the maps of its dense head, which its library's RoI
+            (N, H, W), the class of each pixel (feature maps alone where its head stays in PyTorch); for a detector feature maps and the maps of its dense head, which its library's RoI
             part or box decoding turns into boxes (``tools/test.py --deployed``).
 
         Raises:
@@ -244,9 +244,19 @@ class DeployedModel:
         """
         batch = self.normalize(images)
         found = self.run(batch)
-        if self.task == 'segmentation':
-            found['labels'] = _upsample(found['logits'], batch.shape[2:], self.manifest['align_corners']).argmax(1)
+        rule = self.manifest.get('labels', dict(rule='argmax'))  # what exports of earlier versions have
+        if self.task == 'segmentation' and rule and 'logits' in found:
+            found['labels'] = _classes(_upsample(found['logits'], batch.shape[2:], self.manifest['align_corners']), rule)
         return found
+
+
+def _classes(logits: np.ndarray, rule: Mapping) -> np.ndarray:
+    """The class of each pixel, (N, C, H, W) to (N, H, W): the greatest of several logits; of one, whether its sigmoid exceeds a
+    threshold."""
+    if rule['rule'] == 'argmax':
+        return logits.argmax(1)
+    with np.errstate(over='ignore'):
+        return (1 / (1 + np.exp(-logits[:, 0])) > np.float32(rule['threshold'])).astype(np.int64)
 
 
 def _positions(size: int, target: int, align_corners: bool) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -21,7 +21,8 @@ from psaq_mm.quantization.primitives import along
 from psaq_mm.quantization.logarithmic import BASES
 
 from .bundle import read_manifest, read_weights
-from .export import ExportedModel, _Graph, graph_parts
+from .export import ExportedModel, _Graph
+from .parts import GraphParts
 from .lowering import LoweredGraph, with_weights
 from .runtime import load, start
 
@@ -81,11 +82,13 @@ class Verification(NamedTuple):
         layers: One row a quantizer.
         outputs: One row an output of the graph.
         weights: Names of integer weights that are not the fake-quantized model's.
+        size: Of the images, (height, width); None where it was not told.
     """
     runtime: str
     layers: List[LayerAgreement]
     outputs: List[OutputAgreement]
     weights: List[str]
+    size: Optional[Tuple[int, int]] = None
 
     @property
     def equal(self) -> float:
@@ -98,18 +101,25 @@ class Verification(NamedTuple):
         """Whether every layer, every weight and every output is, and 99.9 % of all codes are equal."""
         return not self.weights and self.equal >= LEAST_SHARE and all(row.good for row in (*self.layers, *self.outputs))
 
-    def to_table(self) -> str:
-        """Text: one line a layer, the worst first, then the outputs."""
-        width = max([len(layer.name) for layer in self.layers] + [8])
-        lines = [f'{"codes in " + self.runtime:<{width}}  {"elements":>10}  {"equal":>9}  greatest step']
-        for layer in sorted(self.layers, key=lambda l: (l.equal, -l.step)):
+    def to_table(self, brief: bool = False) -> str:
+        """Text: one line a layer, the worst first, then the outputs.
+
+        Args:
+            brief: Leave out the layers that are good, and of the outputs those that are better than another one.
+        """
+        title = f'codes in {self.runtime}' + (f', {self.size[0]} x {self.size[1]}' if self.size else '')
+        rows = [layer for layer in self.layers if not brief or not layer.good]
+        width = max([len(layer.name) for layer in rows] + [len(title)])
+        lines = [f'{title:<{width}}  {"elements":>10}  {"equal":>9}  greatest step']
+        for layer in sorted(rows, key=lambda l: (l.equal, -l.step)):
             mark = '  <- too far' if not layer.good else '  ties' if layer.equal < LEAST_SHARE else ''
             lines.append(f'{layer.name:<{width}}  {layer.elements:>10}  {layer.equal:>9.4%}  {layer.step:>13}{mark}')
         total = sum(layer.elements for layer in self.layers)
         lines.append(f'{"all layers":<{width}}  {total:>10}  {self.equal:>9.4%}  {max([l.step for l in self.layers] + [0]):>13}')
+        worst = max([output.error for output in self.outputs] + [0.])
         lines += [f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of positions'
                   f'{"" if o.good else "  <- too far"}'
-                  for o in self.outputs]
+                  for o in self.outputs if not brief or not o.good or o.error == worst]
         lines.append('integer weights: all as in the fake-quantized model' if not self.weights else
                      f'integer weights that differ: {", ".join(self.weights)}')
         return '\n'.join(lines)
@@ -184,9 +194,9 @@ def _cut(graph: LoweredGraph, exported: ExportedModel, given: Dict[str, Tuple[st
     return model
 
 
-def _records(model: nn.Module, image: Tensor) -> Dict[str, List[Tensor]]:
+def _records(model: nn.Module, parts: GraphParts, image: Tensor) -> Dict[str, List[Tensor]]:
     with torch.no_grad(), _Recorder(model) as recorder:
-        _Graph(model, graph_parts(model))(image)
+        _Graph(model, parts)(image)
     return recorder.inputs
 
 
@@ -197,7 +207,7 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
     counts: Dict[str, List[float]] = {}
     session = None
     for i in range(len(images)):
-        records = _records(model, images[i:i + 1])
+        records = _records(model, exported.parts, images[i:i + 1])  # of one image at a time: a layer's inputs may be gigabytes
         expected: Dict[str, Tuple[str, np.ndarray, Tensor]] = {}
         given: Dict[str, Tuple[str, np.ndarray]] = {}
         for name, codes in graph.codes.items():
@@ -218,7 +228,9 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
         inputs['images'] = images[i:i + 1].numpy()
         if session is None:
             session = start(_cut(graph, exported, given).SerializeToString(), runtime, threads)
+        del records
         found = session.run(_of_session(session, inputs))
+        del inputs, given
         for code, (name, wanted, x) in expected.items():
             gap = np.abs(found[code].astype(np.int32) - wanted.astype(np.int32))
             row = counts.setdefault(name, [0, 0, 0, 0.])
@@ -266,7 +278,7 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
 
 def _output_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads) -> Iterator[OutputAgreement]:
     found = load(exported.directory, runtime, threads).run(images.numpy())
-    graph = _Graph(model, graph_parts(model))
+    graph = _Graph(model, exported.parts)
     with torch.no_grad():
         rows = [graph(images[i:i + 1]) for i in range(len(images))]
     for i, name in enumerate(graph.names):
@@ -282,7 +294,8 @@ def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: s
     Args:
         model: The fake-quantized model, on any device: a copy on the CPU, where the runtime is, is compared.
         exported: What :func:`.export.export_model` returned.
-        images: Normalized, (N, C, H, W), of an exported size.
+        images: Normalized, (N, C, H, W), of an exported size; with a dynamic size, of the traced one, or of another one in multiples of
+            :data:`.export.MULTIPLE`, whose outputs alone are compared.
         runtime: ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime.
     """
@@ -292,8 +305,10 @@ def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: s
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return Verification(runtime, list(_layer_rows(model, exported, images, runtime, threads)),
-                            list(_output_rows(model, exported, images, runtime, threads)), wrong_weights(model, exported))
+        size = tuple(images.shape[-2:])
+        layers = list(_layer_rows(model, exported, images, runtime, threads)) if size in exported.graphs else []
+        return Verification(runtime, layers, list(_output_rows(model, exported, images, runtime, threads)),
+                            wrong_weights(model, exported), size=size)
     finally:
         for module in was_training:
             module.training = True

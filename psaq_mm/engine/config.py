@@ -3,11 +3,12 @@
 import copy
 import os
 import re
-from typing import Any, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Tuple
 
 from mmengine.config import Config, ConfigDict
 
 from psaq_mm.engine.data_overlap import check_no_overlap
+from psaq_mm.engine.pipelines import image_sizes
 from psaq_mm.engine.presets import preset_name, recipe_of, resolve_dfq, with_method
 from psaq_mm.engine.pure_python import with_named_types
 from psaq_mm.errors import ConfigError
@@ -20,9 +21,6 @@ __all__ = ['apply_method', 'to_data_free', 'quant_holder', 'quantized_model_conf
 _DATA_HOOKS = ('EMAHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
                'MeanTeacherHook', 'PreciseBNHook', 'SyncNormHook', 'SwitchRecipeHook', 'SwAVHook')
 """Inherited hooks that expect the real dataset, or a second copy of the weights that nothing here would use."""
-
-_RESIZES = ('Resize', 'FixScaleResize', 'ResizeEdge')
-"""Steps of a pipeline whose ``scale`` is the size of what a model sees; an int is a classifier's."""
 
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -104,33 +102,22 @@ def drop_pretrained(model: Any) -> None:
             drop_pretrained(value)
 
 
-def _pipelines(config: Config) -> List[Sequence[Mapping]]:
-    found = [config.get('test_pipeline')]
-    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
-    found.append(dataset.get('pipeline'))
-    return [p for p in found if p]
-
-
 def sample_size(config: Config) -> Tuple[int, int]:
     """Height and width of the samples: the training crop where there is one, else the test resolution, in whole strides.
 
-    A classifier's test crop is taken as it is: its position embedding may fit no other size.
+    A size that is one and the same for every test picture (a classifier's crop, a scale that keeps no ratio) is taken as it is: a position
+    embedding may fit no other.
 
     Raises:
         ConfigError: The config tells neither; ``dfq.size`` then has to.
     """
     size = (config.model.get('data_preprocessor') or config.get('data_preprocessor') or {}).get('size')
     if not size:
-        steps = [step for pipeline in _pipelines(config) for step in pipeline]
-        crops = [step.get('crop_size') for step in steps if type_name(step) == 'CenterCrop']
-        scales = [step['scale'] for step in steps if type_name(step) in _RESIZES and step.get('scale')]
-        exact = crops or [scale for scale in scales if isinstance(scale, int)]
-        if exact:
-            return (exact[-1], exact[-1]) if isinstance(exact[-1], int) else tuple(exact[-1])
-        for width, height in scales:
-            short, long = min(width, height), max(width, height)
-            # A detector's scale is a bound: 1333 x 800 lets a 3:2 picture be 800 x 1200.
-            size = (short, min(long, round(short * 1.5)))
+        sizes = image_sizes(config)
+        if sizes and not sizes[-1].bound:
+            return sizes[-1][:2]
+        # A detector's scale is a bound: 1333 x 800 lets a 3:2 picture be 800 x 1200.
+        size = sizes and (sizes[-1].height, min(sizes[-1].width, round(sizes[-1].height * 1.5)))
     if not size:
         raise ConfigError('the config tells no image size: set dfq.size=(height, width)')
     height, width = (size, size) if isinstance(size, int) else size

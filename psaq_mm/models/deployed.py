@@ -60,16 +60,22 @@ class DeployedBackbone(nn.Module):
         found = self.deployed.run(images.detach().float().cpu().numpy())
         outputs = {name: torch.from_numpy(np.ascontiguousarray(value)).to(images.device) for name, value in found.items()}
         wanted = self.deployed.manifest['outputs']
+        dense = _nested(wanted['dense'], outputs)
         if not wanted['levels'] and self.deployed.manifest['dense_head'] is None:
-            return outputs[wanted['dense']]
-        features = DeployedFeatures(outputs[name] for name in wanted['levels'])
-        features.dense = _nested(wanted['dense'], outputs)
+            return dense
+        levels = _nested(wanted.get('features') or wanted['levels'], outputs)
+        if not isinstance(levels, tuple):  # a backbone that gives one map by itself
+            return levels
+        features = DeployedFeatures(levels)
+        features.dense = dense
         return features
 
 
 def _nested(names: Any, outputs: Dict[str, Tensor]) -> Any:
     if isinstance(names, str):
         return outputs[names]
+    if isinstance(names, Mapping):
+        return {key: _nested(n, outputs) for key, n in names.items()}
     return None if names is None else tuple(_nested(n, outputs) for n in names)
 
 
@@ -127,9 +133,9 @@ def _rest_names(model: nn.Module, replaced: Tuple[str, ...]) -> Dict[str, Tensor
 
 
 def _load_rest(model: nn.Module, directory: PathLike, manifest: Mapping) -> None:
-    if manifest['task'] != 'detection':
-        return
     path = os.path.join(directory, 'rest.npz')
+    if manifest['task'] != 'detection' and not os.path.isfile(path):
+        return
     rest = dict(np.load(path)) if os.path.isfile(path) else {}
     own = _rest_names(model, tuple(manifest['replaced']))
     odd = sorted(set(rest) ^ set(own)) or [k for k in own if tuple(own[k].shape) != rest[k].shape]

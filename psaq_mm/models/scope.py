@@ -12,7 +12,7 @@ from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
 
 __all__ = ['scope_filter', 'find_backbone', 'first_layer_name', 'check_backbone', 'check_scope', 'dense_head_name',
-           'is_query_based', 'network_of']
+           'is_query_based', 'network_of', 'takes_levels_alone']
 
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
 """Parts that are not used at test time: they stay float in every scope."""
@@ -94,6 +94,17 @@ def dense_head_name(model: nn.Module) -> Optional[str]:
         if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList):
             return name
     return None
+
+
+def takes_levels_alone(head: nn.Module) -> bool:
+    """Whether the forward of a head runs on the levels of the neck and on nothing else (texts, queries, data samples)."""
+    if type(head).forward is nn.Module.forward:  # it has none of its own: something else calls its parts
+        return False
+    try:
+        inspect.signature(head.forward).bind(())
+    except TypeError:
+        return False
+    return True
 
 
 def _quantizable(part: nn.Module) -> bool:

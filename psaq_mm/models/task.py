@@ -1,6 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What a data-free run needs to know of a detector, segmentor or classifier, whichever library it comes from."""
-import inspect
 import math
 from contextlib import nullcontext
 from typing import List, NamedTuple, Optional, Sequence, Tuple
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from psaq_mm.distillation.blocks import BlockTaps
 from psaq_mm.errors import ConfigError, UnsupportedModelError
-from psaq_mm.models.scope import dense_head_name, find_backbone, is_query_based
+from psaq_mm.models.scope import dense_head_name, find_backbone, is_query_based, takes_levels_alone
 from psaq_mm.synthesis import ImageSpec, find_attention
 
 __all__ = ['TaskModel', 'TaskOutputs', 'PARTS', 'default_parts']
@@ -37,7 +36,8 @@ def _is_timm(net: nn.Module) -> bool:
     return hasattr(net, 'forward_features') and hasattr(net, 'forward_head')
 
 
-def _is_classifier(model: nn.Module) -> bool:
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model is one of mmpretrain's classifiers, or timm's."""
     # By module path: no library is imported to ask, and subclasses count.
     known = any(base.__module__.startswith('mmpretrain.models.classifiers') for base in type(model).__mro__)
     return known or _is_timm(find_backbone(model))
@@ -175,7 +175,7 @@ class TaskModel:
     @property
     def num_classes(self) -> Optional[int]:
         """Classes of a classifier; None for every other task, and for a classifier without a head."""
-        if not _is_classifier(self.model):
+        if not is_classifier(self.model):
             return None
         net = find_backbone(self.model)
         found = getattr(net if _is_timm(net) else getattr(self.model, 'head', None), 'num_classes', None)
@@ -201,12 +201,10 @@ class TaskModel:
         if name is None:
             return []
         head = getattr(self.model, name)
-        try:
-            inspect.signature(head.forward).bind(tuple(levels))
-        except TypeError as error:
+        if not takes_levels_alone(head):
             raise UnsupportedModelError(
                 f'{name} of {type(self.model).__name__} ({type(head).__name__}) needs more than the levels of the '
-                'neck: distil backbone and neck, and use scope=\'backbone\'') from error
+                'neck: distil backbone and neck, and use scope=\'backbone\'')
         return _tensors(head(tuple(levels)))
 
     def outputs(self, images: Tensor) -> List[Tensor]:

@@ -8,7 +8,7 @@ from psaq_mm.deploy import export_model, load
 from psaq_mm.deploy.bundle import read_manifest, read_weights
 from psaq_mm.deploy.report import execution, sizes_of, summary
 from psaq_mm.deploy.verify import LayerAgreement, Verification, verify, wrong_weights
-from psaq_mm.errors import CheckpointError, ConfigError, DataError, NotCalibratedError, UnsupportedModelError
+from psaq_mm.errors import CheckpointError, ConfigError, DataError, NotCalibratedError, PsaqError, UnsupportedModelError
 from psaq_mm.models import quantize_model_, spec_of
 from psaq_mm.quantization import calibrate
 
@@ -338,3 +338,38 @@ def test_the_exported_model_is_not_changed(swin):
         after.eval()
         assert all(torch.equal(a, b) for a, b in zip(before, after(images)))
     assert 'forward' not in vars(model.stages[0].blocks[0].attn.w_msa.qkv)
+
+
+# ---------------------------------------------------------------------- every size is verified
+def scaled(graph, factor):
+    """A graph with the scales of its activations times ``factor``."""
+    from onnx import numpy_helper
+    for tensor in graph.model.graph.initializer:
+        if tensor.name.endswith('qkv.input_quantizer.scale'):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
+
+
+def test_every_exported_size_is_verified(capsys, tmp_path):
+    pytest.importorskip('onnxruntime')
+    from psaq_mm.commands.export import _verify, verified_sizes
+    model, _ = calibrated(build_backbone('mmdet', **SWIN), 'w8a8', SIZE)
+    sizes = [(56, 56), (112, 84), (28, 28)]
+    exported = export_model(model, tmp_path / 'out', sizes)
+    assert verified_sizes(exported) == sizes
+    scaled(exported.graphs[sizes[1]], 1.5)
+    with pytest.raises(PsaqError, match='the integer codes in onnxruntime at 112 x 84 are further'):
+        _verify(model, exported, ['onnxruntime'], 1)
+    tables = capsys.readouterr().out.split('codes in onnxruntime, ')[1:]
+    assert [table.split('  ')[0] for table in tables] == ['56 x 56', '112 x 84', '28 x 28']
+    assert ['too far' in table for table in tables] == [False, True, False]
+    assert ['patch_embed' in table for table in tables] == [True, False, False], 'good layers of the later sizes are left out'
+
+
+def test_a_graph_for_every_size_is_verified_at_one_that_it_was_not_traced_with(dynamic):
+    pytest.importorskip('onnxruntime')
+    from psaq_mm.commands.export import verified_sizes
+    model, _, exported = dynamic
+    assert verified_sizes(exported) == [(64, 96), (96, 160)]
+    found = verify(model, exported, torch.randn(1, 3, 96, 160, generator=torch.Generator().manual_seed(0)), 'onnxruntime', 1)
+    assert not found.layers and found.good and all(output.error < .05 for output in found.outputs)
+    assert 'codes in onnxruntime, 96 x 160' in found.to_table()

@@ -109,7 +109,8 @@ def test_settings_beside_a_preset_win_and_the_rest_of_its_generator_stays():
     ([dict(type='ResizeEdge', scale=256, edge='short'), dict(type='CenterCrop', crop_size=224)], (224, 224)),
     ([dict(type='ResizeEdge', scale=560, edge='short'), dict(type='CenterCrop', crop_size=518)], (518, 518)),
     ([dict(type='Resize', scale=384)], (384, 384)),
-    ([dict(type='mmpretrain.CenterCrop', crop_size=(64, 96))], (64, 96)),
+    ([dict(type='mmpretrain.CenterCrop', crop_size=(96, 64))], (64, 96)),  # width first
+    ([dict(type='Resize', scale=(2048, 1024))], (1024, 2048)),
     ([dict(type='Resize', scale=(1333, 800), keep_ratio=True)], (800, 1216)),
 ])
 def test_size_of_the_samples_from_the_test_pipeline(pipeline, size):
