@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A quantized model to ONNX with integer weights and activations: ``tools/export.py CONFIG STUDENT.pth --out DIR``."""
 import argparse
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
 from psaq_mm.errors import CheckpointError, ConfigError, PsaqError
@@ -45,16 +45,21 @@ def build_student(config, checkpoint_path: str):
     from psaq_mm.commands.test import _check_spec
     from psaq_mm.engine.checkpoint import is_quantized, load_weights, read_checkpoint
     from psaq_mm.engine.config import drop_pretrained, quantized_model_config
+    from psaq_mm.engine.inputs import check_preprocessor, set_input_
     checkpoint = read_checkpoint(checkpoint_path)
     if not is_quantized(checkpoint):
         raise CheckpointError(f'{checkpoint_path} is a full-precision checkpoint, which has no integer codes to export: quantize it with '
                               'tools/dfq_train.py and export the student.pth that it writes')
     model_config = quantized_model_config(config)
     drop_pretrained(model_config)
+    check_preprocessor(config)
     init_default_scope(config.get('default_scope', 'mmengine'))
     model = MODELS.build(model_config)
     _check_spec(model, checkpoint, checkpoint_path)
     load_weights(model, checkpoint, checkpoint_path)
+    said = [s for s in (config.get('dfq'), (checkpoint['meta'].get('psaq_mm') or {}).get('dfq')) if isinstance(s, Mapping)]
+    value_range = next((s['value_range'] for s in said if s.get('value_range') is not None), None)
+    set_input_(model, config, value_range, strict=False)  # the range is that of a picture to verify with
     model.eval()
     return model, checkpoint
 

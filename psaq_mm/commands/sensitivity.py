@@ -45,11 +45,15 @@ def _build(config, model_config: Mapping, checkpoint: Mapping, source: str):
 
     from psaq_mm.engine.checkpoint import load_weights
     from psaq_mm.engine.config import drop_pretrained
+    from psaq_mm.engine.inputs import check_preprocessor, set_input_
+    from psaq_mm.engine.presets import resolve_dfq
+    check_preprocessor(config)
     model_config = copy.deepcopy(model_config)
     drop_pretrained(model_config)
     init_default_scope(config.get('default_scope', 'mmengine'))
     model = MODELS.build(model_config)
     load_weights(model, checkpoint, source)
+    set_input_(model, config, resolve_dfq(config.get('dfq'))['value_range'])
     model.eval()  # None in the libraries' backbones
     return model.to('cuda' if torch.cuda.is_available() else 'cpu')
 

@@ -9,6 +9,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import is_cuda_available
 
 from psaq_mm.engine.data_overlap import check_no_overlap
+from psaq_mm.engine.inputs import check_preprocessor
 from psaq_mm.engine.presets import recipe_of, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
@@ -173,6 +174,7 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     if dfq['source'] == 'real':  # while the config still has its validation set, and before anything is written
         check_no_overlap(config)
     config.model = quantized_model_config(config, quant)
+    check_preprocessor(config)
     drop_pretrained(config.model)
 
     checkpoint = checkpoint or dfq['teacher'].get('checkpoint') or config.get('load_from')

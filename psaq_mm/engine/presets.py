@@ -12,6 +12,8 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     method='psaq_v2',
     generator=dict(type='psaq_mm.SampleGenerator', init='pink', steps=50),
     size=None,  # (height, width); None: from the config's data_preprocessor or test pipeline
+    value_range=None,  # (low, high): what pictures hold as they are loaded, before mean and std, each a number or a list of one per
+    # channel; None: 0 to 255, refused where mean, std or the pipeline contradict it
     batch_size=8,
     calibration_samples=32,
     pool_size=128,
