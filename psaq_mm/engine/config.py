@@ -208,6 +208,9 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
         config.optim_wrapper.update(type='AmpOptimWrapper', dtype='float16')
     config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', T_max=iters, eta_min=0, by_epoch=False)] if iters else []
     config.pop('auto_scale_lr', None)
+    if val and not all(config.get(key) is not None for key in ('val_dataloader', 'val_evaluator', 'val_cfg')):
+        raise ConfigError(f'the config {config.filename} has no validation set: set val_dataloader, val_cfg and val_evaluator, or run '
+                          'without --val')
     if not val:
         config.val_cfg = config.val_dataloader = config.val_evaluator = None
     _set_runtime(config, dfq)

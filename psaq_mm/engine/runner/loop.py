@@ -19,7 +19,7 @@ from psaq_mm.engine.inputs import set_input_
 from psaq_mm.engine.presets import Fresh
 from psaq_mm.engine.real_images import TrainingImages, training_images
 from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, takes_rgb
-from psaq_mm.errors import CheckpointError, ConfigError
+from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
 from psaq_mm.quantization import set_mode, update_ranges_
 from psaq_mm.quantization.reduction import broadcast_, ranks, sum_gradients_
@@ -141,6 +141,7 @@ class DataFreeTrainLoop(BaseLoop):
         self._last_round = 0.  # seconds
         self._stopped: Optional[float] = None
         self.seconds_paused = 0.
+        self._failed_validation: Optional[Exception] = None
         if dropped_hooks:
             print_log(f'Dropped inherited hooks that need the real dataset: {", ".join(dropped_hooks)}', 'current')
 
@@ -318,11 +319,23 @@ class DataFreeTrainLoop(BaseLoop):
             self._validate()
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
+        if self._failed_validation is not None:
+            error = self._failed_validation
+            raise DataError(f'the validation failed ({type(error).__name__}: {error}), and the student was saved all the same: check '
+                            'val_dataloader and val_evaluator, or evaluate it with tools/test.py') from error
         return self.runner.model
 
     def _validate(self) -> None:
+        """Validate; what fails there is told at the end, so that the student is not lost. Ranks wait for each other in an evaluator: of
+        several a failure is one at once."""
         with self.paused():
-            self.runner.val_loop.run()
+            try:
+                self.runner.val_loop.run()
+            except Exception as error:  # a metric's own code may raise anything
+                if ranks()[1] > 1:
+                    raise
+                self._failed_validation = error
+                print_log(f'The validation failed: {type(error).__name__}: {error}', 'current', 40)
             _tune(self.model)
 
     @property
