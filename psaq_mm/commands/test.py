@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
@@ -103,7 +104,13 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
         runner.register_hook(hook)
     failures: List[str] = []
     _guard_evaluator(_test_loop(runner), failures)
-    found = plain_metrics(runner.test())
+    try:
+        found = plain_metrics(runner.test())
+    except Exception as error:  # a pipeline's own code may raise anything
+        if isinstance(error, PsaqError) or not _while_loading(error):
+            raise
+        raise DataError(f'a picture of the test set cannot be loaded ({_reason(error)}): check its files and '
+                        'test_dataloader.dataset.pipeline') from error
     if failures and failed is None:
         raise DataError(failures[0])
     if failed is not None:
@@ -111,9 +118,20 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
     return found
 
 
+_IN_WORKER = 'in DataLoader worker process'
+
+
 def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if lines and _IN_WORKER in lines[0]:  # the whole traceback follows
+        return lines[-1]
     return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__
+
+
+def _while_loading(error: BaseException) -> bool:
+    """Whether an error comes out of a data set and its pipeline, in this process or a worker."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return _IN_WORKER in str(error) or any(name.endswith(os.path.join('_utils', 'fetch.py')) for name in files)
 
 
 def _test_loop(runner):
@@ -225,9 +243,12 @@ def _show(config, results: Mapping, failed: Sequence[str], *columns) -> None:
     Raises:
         DataError: An evaluator failed; what the others gave has been saved and printed.
     """
-    out = _save(config, results)
+    try:
+        out = _save(config, results)
+    finally:  # where the disk is full, the table is all there is
+        if not ranks()[0]:
+            print(before_after_table(*columns), flush=True)
     if not ranks()[0]:
-        print(before_after_table(*columns), flush=True)
         print(f'saved to {out}', flush=True)
     if failed:
         raise DataError('; '.join(dict.fromkeys(failed)))

@@ -150,7 +150,7 @@ METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='psaq_v2', repq='repq'
 
 _UNPUBLISHED = ('fast', 'best')
 
-_OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
+_OF_THE_MACHINE = ('size', 'value_range', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
                    'save_samples', 'samples', 'teacher')
 
 
@@ -164,7 +164,7 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
     """A config's ``dfq`` key under another method.
 
     A method that trains takes the settings that the config has, but for those that its preset names, which are what it is. One that
-    calibrates alone takes those of the machine (size, batches, seed, intervals) and of the samples' memory
+    calibrates alone takes those of the input and the machine (size, range, batches, seed, intervals) and of the samples' memory
     (``generator.batch_size``); the others are the method itself.
 
     Args:

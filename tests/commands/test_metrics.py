@@ -151,6 +151,10 @@ def test_full_precision_is_kept_where_the_student_cannot_be_evaluated(tried, tmp
 @pytest.mark.parametrize('more, words', [
     ("test_evaluator = dict(_delete_=True, type='GivenMetric', fails='process')", 'evaluator Given cannot score'),
     ('test_dataloader = dict(dataset=dict(indices=[]))', 'the test set is empty'),
+    ("test_dataloader = dict(dataset=dict(pipeline=[dict(type='PackInputs', input_key='absent'), dict(type='CenterCrop', crop_size=8)]))",
+     "a picture of the test set cannot be loaded (AssertionError: `img` is not found"),
+    ("test_dataloader = dict(num_workers=1, dataset=dict(pipeline=[dict(type='CenterCrop', crop_size=8)]))",
+     "a picture of the test set cannot be loaded (AssertionError: `img` is not found"),
     ("test_evaluator = dict(_delete_=True, type='mmdet.LVISMetric')", 'cannot be built'),
     ("test_evaluator = dict(_delete_=True, type='NoSuchMetric')", 'NoSuchMetric'),
     ("test_dataloader = [dict(dataset=dict(type='CustomDataset'))]", 'ConcatDataset'),
