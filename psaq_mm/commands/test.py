@@ -156,12 +156,16 @@ def _guard_evaluator(loop, failures: List[str]) -> None:
 
     Of several ranks, which wait for each other in the evaluators, a failure stays one.
     """
-    seen: Dict[str, Any] = {}
-    alone = ranks()[1] == 1
-    for number, metric in enumerate(getattr(getattr(loop, 'evaluator', None), 'metrics', None) or ()):
-        metric.process = functools.partial(_process, metric.process, type(metric).__name__)
-        if alone:
-            metric.evaluate = functools.partial(_evaluate, metric.evaluate, f'{type(metric).__name__} {number + 1}', seen, failures)
+    from mmengine.evaluator import Evaluator
+    evaluator, seen = getattr(loop, 'evaluator', None), {}  # type: Any, Dict[str, Any]
+    alone, plain = ranks()[1] == 1, getattr(type(evaluator), 'evaluate', None) is Evaluator.evaluate  # another one may name them itself
+    for number, metric in enumerate(getattr(evaluator, 'metrics', None) or ()):
+        name = type(metric).__name__
+        metric.process = functools.partial(_process, metric.process, name)
+        if alone and hasattr(metric, 'compute_metrics'):
+            metric.compute_metrics = functools.partial(_compute, metric.compute_metrics, name, failures)
+        if alone and plain:
+            metric.evaluate = functools.partial(_renamed, metric.evaluate, f'{name} {number + 1}', seen)
 
 
 def _process(process: Callable, name: str, *args, **kwargs) -> None:
@@ -174,14 +178,17 @@ def _process(process: Callable, name: str, *args, **kwargs) -> None:
                         'the annotations that it asks for, and the classes of the model') from error
 
 
-def _evaluate(compute: Callable, name: str, seen: Dict[str, Any], failures: List[str], *args, **kwargs) -> Dict[str, Any]:
+def _compute(compute: Callable, name: str, failures: List[str], *args, **kwargs) -> Dict[str, Any]:
     try:
-        found = compute(*args, **kwargs) or {}
+        return compute(*args, **kwargs) or {}
     except Exception as error:  # whatever a metric's own code raises, after all pictures have been seen
-        failures.append(f'the evaluator {name.rpartition(" ")[0]} failed at the end of the evaluation ({_reason(error)}): check its '
+        failures.append(f'the evaluator {name} failed at the end of the evaluation ({_reason(error)}): check its '
                         'settings under test_evaluator, and the annotations')
         return {}
-    found = {f'{key} ({name})' if key in seen else key: value for key, value in found.items()}
+
+
+def _renamed(evaluate_metric: Callable, name: str, seen: Dict[str, Any], *args, **kwargs) -> Dict[str, Any]:
+    found = {f'{key} ({name})' if key in seen else key: value for key, value in evaluate_metric(*args, **kwargs).items()}
     seen.update(found)
     return found
 

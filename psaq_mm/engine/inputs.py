@@ -20,8 +20,8 @@ Values = Tuple[float, ...]
 _ANY_DEPTH = ('LoadMultiChannelImageFromFiles', 'LoadSingleRSImageFromFile', 'LoadMultipleRSImageFromFile', 'LoadBiomedicalImageFromFile',
               'LoadBiomedicalData')
 """Steps of the libraries that load pictures of any depth."""
-_NO_VALUES = ('Resize', 'Pad', 'Random', 'Center', 'Pack', 'Flip', 'LoadAnn', 'LoadPan', 'LoadProposal', 'LoadEmpty', 'LoadDepth', 'LoadTrack',
-              'LoadBiomedicalAnn', 'LoadImageFrom', 'FixScale', 'Collect', 'Transpose', 'ImageToTensor', 'ToTensor', 'KeyMapper',
+_NO_VALUES = ('Resize', 'Pad', 'Random', 'Center', 'Pack', 'Flip', 'LoadAnn', 'LoadPan', 'LoadProposal', 'LoadEmpty', 'LoadDepth',
+              'LoadTrack', 'LoadBiomedicalAnn', 'LoadImageFrom', 'FixScale', 'Collect', 'Transpose', 'ImageToTensor', 'ToTensor', 'KeyMapper',
               'FilterAnn', 'MultiScale', 'PhotoMetric', 'Compose', 'Mosaic', 'NumpyToPIL', 'PILToNumpy', 'GetTaskInfo', 'Rerange')
 """How the names of steps begin that leave values as they are, or within 0 .. 255."""
 
@@ -47,8 +47,8 @@ class PipelineInput(NamedTuple):
         """With one more normalization after what is there."""
         mean, std = _numbers('mean', mean), _numbers('std', std)
         if len(mean) != len(std) or not mean:
-            raise ConfigError(f'mean={list(mean)} and std={list(std)} of a normalization in the pipeline differ in length: give one of each '
-                              'per channel')
+            raise ConfigError(f'mean={list(mean)} and std={list(std)} of a normalization in the pipeline differ in length: give one of '
+                              'each per channel')
         if not self.mean:
             return self._replace(mean=mean, std=std)
         count = max(len(mean), len(self.mean))
@@ -72,7 +72,7 @@ def _numbers(name: str, given: Any) -> Values:
 # ---------------------------------------------------------------------- pipeline
 def _type(step: Mapping) -> str:
     kind = step.get('type')
-    return kind if isinstance(kind, str) else str(getattr(kind, '__name__', kind))
+    return f'{kind.__module__}.{kind.__qualname__}' if isinstance(kind, type) else str(kind)
 
 
 def _steps(pipeline: Sequence) -> Iterator[Mapping]:
@@ -116,11 +116,11 @@ def _torchvision(found: PipelineInput, step: Mapping, name: str) -> PipelineInpu
 
 def _albumentations(found: PipelineInput, step: Mapping) -> PipelineInput:
     for inner in step.get('transforms') or ():
-        top = float(inner.get('max_pixel_value', 255.))
-        if _type(inner) == 'Normalize':
+        name, top = _type(inner).rpartition('.')[2], float(inner.get('max_pixel_value', 255.))
+        if name == 'Normalize':
             mean, std = inner.get('mean', (0.485, 0.456, 0.406)), inner.get('std', (0.229, 0.224, 0.225))
             found = found.normalized([v * top for v in _numbers('mean', mean)], [v * top for v in _numbers('std', std)])
-        elif _type(inner) == 'ToFloat':
+        elif name == 'ToFloat':
             found = found.normalized((0., ), (float(inner.get('max_value') or 255.), ))
     return found
 
@@ -134,7 +134,7 @@ def read_pipeline(config: Mapping) -> PipelineInput:
     found = PipelineInput()
     for step in _pipeline_of(config):
         library, _, name = _type(step).replace('/', '.').rpartition('.')
-        if library.endswith('torchvision'):
+        if 'torchvision' in library.split('.'):
             found = _torchvision(found, step, name)
         elif name == 'Normalize':
             found = found.turn() if step.get('to_rgb', True) else found
@@ -147,7 +147,7 @@ def read_pipeline(config: Mapping) -> PipelineInput:
             found = PipelineInput(turned=found.turned, value_range=(float(step.get('min_value', 0)), float(step.get('max_value', 255))))
         elif name.startswith('Load'):
             found = _loaded(found, step, name)
-        if not name.startswith(_NO_VALUES) and name not in ('Normalize', 'Albu', *_ANY_DEPTH) and not library.endswith('torchvision'):
+        if not name.startswith(_NO_VALUES) and name not in ('Normalize', 'Albu', *_ANY_DEPTH) and 'torchvision' not in library.split('.'):
             found = found._replace(unknown=name)
     return found
 
@@ -167,13 +167,15 @@ def check_preprocessor(config: Mapping) -> None:
         raise ConfigError(f'data_preprocessor.{absent} is not set and the other of mean and std is: give both, or neither')
     mean, std = (_numbers(f'data_preprocessor.{name}', given[name]) for name in ('mean', 'std'))
     if len(mean) != len(std):
-        raise ConfigError(f'data_preprocessor.mean has {len(mean)} values and data_preprocessor.std {len(std)}: give one of each per channel')
+        raise ConfigError(f'data_preprocessor.mean has {len(mean)} values and data_preprocessor.std {len(std)}: give one of each per '
+                          'channel')
     if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-        raise ConfigError(f'data_preprocessor.mean={list(mean)} must be finite and data_preprocessor.std={list(std)} above 0: set them right')
+        raise ConfigError(f'data_preprocessor.mean={list(mean)} must be finite and data_preprocessor.std={list(std)} above 0: set them '
+                          'right')
     name = _type(given).rpartition('.')[2]
     if name.startswith('Det') and len(mean) not in (1, 3):
-        raise ConfigError(f'data_preprocessor.mean has {len(mean)} values, and {name} takes 1 or 3: normalize pictures of other channels by '
-                          'dict(type=\'Normalize\', to_rgb=False) in the pipelines, and leave mean and std out')
+        raise ConfigError(f'data_preprocessor.mean has {len(mean)} values, and {name} takes 1 or 3: normalize pictures of other channels '
+                          'by dict(type=\'Normalize\', to_rgb=False) in the pipelines, and leave mean and std out')
 
 
 # ---------------------------------------------------------------------- both together
@@ -194,8 +196,8 @@ def _check_range(found: PipelineInput, in_pipeline: bool) -> None:
     if found.mean and not fits_eight_bits(found.mean, found.std):
         where = 'the pipeline and the data preprocessor' if in_pipeline else 'the data preprocessor'
         mean, std = ([float(f'{v:g}') for v in values] for values in (found.mean, found.std))
-        raise ConfigError(f'{where} normalize{"" if in_pipeline else "s"} with mean={mean} and std={std}, which are not of pictures with values '
-                          f'0 to 255: {way_out}')
+        raise ConfigError(f'{where} normalize{"" if in_pipeline else "s"} with mean={mean} and std={std}, which are not of pictures with '
+                          f'values 0 to 255: {way_out}')
     statistics = any(found.mean)
     if found.deep and not statistics:
         raise ConfigError(f'{found.deep} may load pictures of 8 bits or of more, and no mean tells which: {way_out}')

@@ -12,10 +12,12 @@ from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.commands.sensitivity import main as sensitivity
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.inputs import check_preprocessor, read_pipeline, set_input_
+from psaq_mm.engine.presets import METHODS, resolve_dfq, with_method
 from psaq_mm.engine.samples import load_samples, save_samples, takes_rgb
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
 from psaq_mm.synthesis import ImageSpec, gaussian_noise, pink_noise
+from psaq_mm.synthesis.normalization import fits_eight_bits
 from psaq_mm.visualization import to_pixels
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -65,6 +67,19 @@ def test_the_range_is_derived_from_pipeline_and_preprocessor(mean, std, steps, l
     model = Model(mean or None, std or None)
     set_input_(model, config(*steps))
     assert spans(TaskModel(model).image_spec, low, high)
+
+
+@pytest.mark.parametrize('mean, std', [
+    ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)), ((103.53, 116.28, 123.675), (1., 1., 1.)), ((33.46, ), (78.87, )),
+    ((127.5, ) * 3, (127.5, ) * 3), ((0., ) * 3, (255., ) * 3), ((122.771, 116.746, 104.094), (68.5, 66.632, 70.323)),
+    ((114.75, ) * 3, (57.375, ) * 3), ((125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)), ((0., ) * 3, (1., ) * 3)])
+def test_normalizations_of_the_libraries_own_configs_are_of_8_bits(mean, std):
+    assert fits_eight_bits(mean, std)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_given_range_outlives_another_method(method):
+    assert resolve_dfq(with_method(dict(value_range=(0, 65535)), method))['value_range'] == (0, 65535)
 
 
 def test_a_spec_of_8_bits_is_what_it_was_to_the_last_bit():
@@ -149,6 +164,9 @@ def test_branches_and_dataset_wrappers_are_read():
     assert read_pipeline(config(branch)).mean == MEAN and read_pipeline(config(branch)).turned
     assert read_pipeline(dict(test_pipeline=[LOAD, NORMALIZE])).std == STD and read_pipeline({}).mean == ()
     assert read_pipeline(config(dict(type='Rerange'))).value_range == (0., 255.)
+    kinds = [type('Normalize', (), dict(__module__='mmcv.transforms')), type('ToTensor', (), dict(__module__='torchvision.transforms'))]
+    assert read_pipeline(config(dict(NORMALIZE, type=kinds[0]))).mean == MEAN  # classes, as in configs that are Python modules
+    assert read_pipeline(config(dict(type=kinds[1]))).std == (255., )
 
 
 # ---------------------------------------------------------------------- readers of the range

@@ -2,6 +2,7 @@
 """The training loop whose data are samples that it makes itself."""
 import contextlib
 import copy
+import logging
 import math
 import time
 from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Union
@@ -335,7 +336,7 @@ class DataFreeTrainLoop(BaseLoop):
                 if ranks()[1] > 1:
                     raise
                 self._failed_validation = error
-                print_log(f'The validation failed: {type(error).__name__}: {error}', 'current', 40)
+                print_log(f'The validation failed: {type(error).__name__}: {error}', 'current', logging.ERROR)
             _tune(self.model)
 
     @property
