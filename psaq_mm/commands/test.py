@@ -102,6 +102,11 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
         load_weights(model, checkpoint, source)
     for hook in hooks:
         runner.register_hook(hook)
+    return _tested(runner, failed)
+
+
+def _tested(runner, failed: Optional[List[str]]) -> Dict[str, Any]:
+    """Metrics of a runner's test; see :func:`evaluate`."""
     failures: List[str] = []
     _guard_evaluator(_test_loop(runner), failures)
     try:

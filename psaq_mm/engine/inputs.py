@@ -22,7 +22,8 @@ _ANY_DEPTH = ('LoadMultiChannelImageFromFiles', 'LoadSingleRSImageFromFile', 'Lo
 """Steps of the libraries that load pictures of any depth."""
 _NO_VALUES = ('Resize', 'Pad', 'Random', 'Center', 'Pack', 'Flip', 'LoadAnn', 'LoadPan', 'LoadProposal', 'LoadEmpty', 'LoadDepth',
               'LoadTrack', 'LoadBiomedicalAnn', 'LoadImageFrom', 'FixScale', 'Collect', 'Transpose', 'ImageToTensor', 'ToTensor',
-              'KeyMapper', 'FilterAnn', 'MultiScale', 'PhotoMetric', 'Compose', 'Mosaic', 'NumpyToPIL', 'PILToNumpy', 'GetTaskInfo', 'Rerange')
+              'KeyMapper', 'FilterAnn', 'MultiScale', 'PhotoMetric', 'Compose', 'Mosaic', 'NumpyToPIL', 'PILToNumpy',
+              'GetTaskInfo', 'Rerange')
 """How the names of steps begin that leave values as they are, or within 0 .. 255."""
 
 
