@@ -11,7 +11,6 @@ Example:
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import sys
@@ -181,7 +180,8 @@ class Demo:
 
     def _result(self, task: Task, metrics: Mapping[str, float], seconds: Mapping[str, float],
                 checkpoint: Path) -> Result:
-        clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        from psaq_mm.commands.metrics import scalars
+        clean = scalars(metrics)
         shown = '   '.join(f'{label} {_shown(clean.get(key), factor)}' for key, label, factor in task.metrics)
         self.progress.say(f'{"":10}{shown}   ({sum(seconds.values()):.0f} s)')
         return Result(clean, dict(seconds), checkpoint)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from psaq_mm.commands.common import load_config, merge_options, run_command
-from psaq_mm.commands.compare_rows import RowFile, alone_in, finite, summarize, to_markdown, write_whole
+from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown, write_whole
+from psaq_mm.commands.metrics import other_metrics, scalars
 from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
 from psaq_mm.distillation.coevolution import SOURCES
@@ -288,10 +289,10 @@ def _full_precision_predictions(run: Run, work_dir: Path, say: Callable[[str], N
     with silence():
         metrics = evaluate(isolated(run.config, folder), read_checkpoint(run.checkpoint), run.checkpoint, full_precision=True,
                            hooks=[hook, ProgressHook(say)])
-    hook.predictions.metrics = {k: finite(v) for k, v in metrics.items()}
+    hook.predictions.metrics = scalars(metrics)
     hook.predictions.save(path)
     shutil.rmtree(folder, ignore_errors=True)
-    say(f'{Path(run.path).stem} full precision: {_shown(metrics)}, {time.perf_counter() - begun:.1f} s')
+    say(f'{Path(run.path).stem} full precision: {_shown(hook.predictions.metrics)}, {time.perf_counter() - begun:.1f} s')
     return hook.predictions
 
 
@@ -325,11 +326,14 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
         del runner, loop  # before another model takes its place on the device
         gc.collect()
         metrics = evaluate(isolated(run.config, folder), read_checkpoint(student), str(student), hooks=[hook, ProgressHook(say)])
-    return dict(found, samples=samples, seconds=round(seconds, 2), metrics={k: finite(v) for k, v in metrics.items()}, **hook.result())
+    others = other_metrics(metrics)
+    return dict(found, samples=samples, seconds=round(seconds, 2), metrics=scalars(metrics), **hook.result(),
+                **(dict(other_metrics=others) if others else {}))
 
 
 def _shown(metrics: Mapping[str, Optional[float]]) -> str:
-    return ', '.join(f'{k} {metrics[k]:.3f}' if metrics[k] is not None else f'{k} -' for k in principal_metrics(metrics))
+    shown = [f'{k} {metrics[k]:.3f}' if metrics[k] is not None else f'{k} -' for k in principal_metrics(metrics)]
+    return ', '.join(shown) or 'no metrics'
 
 
 def _row_or_error(run: Run, work_dir: Path, keep_students: bool, say: Callable[[str], None], failed: Dict[str, Exception],

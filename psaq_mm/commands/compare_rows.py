@@ -2,7 +2,6 @@
 """Rows of a comparison: kept on disk as they come, and summed up in one table."""
 import contextlib
 import json
-import math
 import os
 import re
 import statistics
@@ -16,11 +15,6 @@ __all__ = ['RowFile', 'alone_in', 'locked', 'summarize', 'to_markdown']
 
 _DETAIL = re.compile(r'_(\d+|s|m|l)$')
 """Metrics at one overlap or object size: in the JSON file, not in the printed table."""
-
-
-def finite(value: Any) -> Any:
-    """NaN and infinity, which JSON has no word for, as None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -101,7 +95,8 @@ def summarize(rows: Sequence[Mapping]) -> List[Dict[str, Any]]:
         entry: Dict[str, Any] = dict(config=config, method=method, quant=quant, source=source, seeds=[r['seed'] for r in good],
                                      failed=len(group) - len(good))
         if good:
-            entry['metrics'] = {k: _spread([r['metrics'].get(k) for r in good]) for k in good[0]['metrics']}
+            keys = dict.fromkeys(k for r in good for k in r['metrics'])
+            entry['metrics'] = {k: _spread([r['metrics'].get(k) for r in good]) for k in keys}
             for key in ('agreement', 'difference', 'difference_se', 'divergence', 'seconds', 'samples', 'iters'):
                 entry[key] = _spread([r.get(key) for r in good])
             entry['full_precision'] = good[0]['full_precision']
@@ -134,14 +129,15 @@ def to_markdown(table: Sequence[Mapping]) -> str:
 
 def _one_config(entries: Sequence[Mapping]) -> List[str]:
     full = next((e['full_precision'] for e in entries if e.get('full_precision')), {})
-    keys = [k for k in full if not _DETAIL.search(k)] or list(full)
+    given = dict.fromkeys([*full, *(k for e in entries for k in e.get('metrics') or {})])  # full precision may have none, or not all
+    keys = [k for k in given if not _DETAIL.search(k)] or list(given)
     paired = any(e.get('difference') for e in entries)
     divergent = any(e.get('divergence') for e in entries)
     head = ['method', 'quant', 'source', 'seeds', *keys, 'agreement', *(['difference'] if paired else []),
             *(['divergence'] if divergent else []), 'samples', 'steps', 'seconds']
     # AP comes as a share, mIoU and top-1 in per cent.
-    digits = {k: 3 if full[k] is None or abs(full[k]) <= 1 else 2 for k in keys}
-    first = ['full precision', '-', '-', '-', *(f'{full[k]:.{digits[k]}f}' if full[k] is not None else '-' for k in keys), '1.000']
+    digits = {k: 3 if full.get(k) is None or abs(full[k]) <= 1 else 2 for k in keys}
+    first = ['full precision', '-', '-', '-', *(f'{full[k]:.{digits[k]}f}' if full.get(k) is not None else '-' for k in keys), '1.000']
     lines = [head, ['---'] * len(head), first + ['-'] * (len(head) - len(first))] if full else [head, ['---'] * len(head)]
     for e in entries:
         metrics = e.get('metrics') or {}

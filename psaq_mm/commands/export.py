@@ -55,14 +55,19 @@ def build_student(config, checkpoint_path: str, quant: Optional[str] = None, met
     from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import is_quantized, load_weights, read_checkpoint
     from psaq_mm.engine.config import quantized_model_config
+    from psaq_mm.engine.inputs import check_preprocessor, set_input_
     from psaq_mm.engine.students import config_of_student
     checkpoint = read_checkpoint(checkpoint_path)
     if not is_quantized(checkpoint):
         raise CheckpointError(f'{checkpoint_path} is a full-precision checkpoint, which has no integer codes to export: quantize it with '
                               'tools/dfq_train.py and export the student.pth that it writes')
     config = config_of_student(config, checkpoint, checkpoint_path, quant, method, options)
+    check_preprocessor(config)
     model = build_model(config, quantized_model_config(config))
     load_weights(model, checkpoint, checkpoint_path)
+    said = [s for s in (config.get('dfq'), (checkpoint['meta'].get('psaq_mm') or {}).get('dfq')) if isinstance(s, Mapping)]
+    value_range = next((s['value_range'] for s in said if s.get('value_range') is not None), None)
+    set_input_(model, config, value_range, strict=False)  # the range is that of a picture to verify with
     model.eval()
     return model, checkpoint
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
+from psaq_mm.commands.metrics import scalars, to_json
 from psaq_mm.commands.sensitivity_report import mixed_precision_config, sensitivity_page, to_text
 from psaq_mm.errors import CheckpointError, ConfigError
 
@@ -44,8 +45,12 @@ def _build(config, model_config: Mapping, checkpoint: Mapping, source: str):
 
     from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import load_weights
+    from psaq_mm.engine.inputs import check_preprocessor, set_input_
+    from psaq_mm.engine.presets import resolve_dfq
+    check_preprocessor(config)
     model = build_model(config, model_config)
     load_weights(model, checkpoint, source)
+    set_input_(model, config, resolve_dfq(config.get('dfq'))['value_range'])
     model.eval()  # None in the libraries' backbones
     return model.to('cuda' if torch.cuda.is_available() else 'cpu')
 
@@ -78,13 +83,13 @@ def _only_hook(names: Optional[Sequence[str]]):
     return OnlyHook()
 
 
-def _metrics(config, model, work_dir: Path, names: Optional[Sequence[str]]) -> Dict[str, float]:
+def _metrics(config, model, work_dir: Path, names: Optional[Sequence[str]]) -> Dict[str, Optional[float]]:
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
     from psaq_mm.commands.test import evaluate
     content = dict(state_dict={key: value.cpu() for key, value in model.state_dict().items()}, meta={})
     quiet = isolated(config, str(work_dir / 'evaluation'))
     with silence():
-        return evaluate(quiet, content, 'the calibrated model', hooks=[_only_hook(names), ProgressHook(print)])
+        return scalars(evaluate(quiet, content, 'the calibrated model', hooks=[_only_hook(names), ProgressHook(print)]))
 
 
 def _mixed_precision(config, content: Mapping, checkpoint: str, spec, choice, batches: Sequence) -> Tuple[Dict[str, Any], float]:
@@ -163,13 +168,28 @@ def analyse(config, checkpoint: str, *, number: int = 8, source: str = 'pink', s
                                          overrides=[o.to_dict() for o in choice.overrides], error=error)
     if metric:
         folder = Path(work_dir or 'work_dirs/sensitivity')
+        _keep(report, rows, folder)
         report['metrics'] = dict(full_precision=_metrics(config, model, folder, ()),
                                  quantized=_metrics(config, model, folder, None))
         for row in rows[:metric]:
             row.metrics = _metrics(config, model, folder, (row.name, ))
+            _keep(report, rows, folder)
             say(f'evaluated with {row.name} quantized alone')
-    report['layers'] = [dict(rank=rank, **dataclasses.asdict(row)) for rank, row in enumerate(rows, 1)]
-    return report, settings
+    return dict(report, layers=_layers(rows)), settings
+
+
+def _layers(rows: Sequence) -> List[Dict[str, Any]]:
+    return [dict(rank=rank, **dataclasses.asdict(row)) for rank, row in enumerate(rows, 1)]
+
+
+def _keep(report: Mapping, rows: Sequence, folder: Path) -> None:
+    """Write what is known so far: a test run that fails after hours takes nothing with it."""
+    _write_report(dict(report, layers=_layers(rows)), folder)
+
+
+def _write_report(report: Mapping, folder: Path) -> None:
+    from psaq_mm.visualization import write_whole
+    write_whole(json.dumps(to_json(report), indent=2, allow_nan=False).encode(), Path(folder) / 'sensitivity.json')
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -206,7 +226,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             seed=args.seed, budgets=budgets, metric=max(0, args.metric), work_dir=folder)
         folder.mkdir(parents=True, exist_ok=True)
         files: List[str] = ['sensitivity.json', 'sensitivity.html']
-        write_whole(json.dumps(report, indent=2).encode(), folder / files[0])
+        _write_report(report, folder)
         write_whole(sensitivity_page(report).encode(), folder / files[1])
         if settings is not None:
             files.append('mixed_precision.py')

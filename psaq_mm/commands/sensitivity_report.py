@@ -4,7 +4,7 @@ import copy
 import os
 import pprint
 from pathlib import Path
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Optional
 
 from psaq_mm.visualization import Curve, area_chart
 from psaq_mm.visualization.page import page, table, text
@@ -17,6 +17,10 @@ _TITLES = dict(weights='its weights alone', activations='its activations alone')
 def _bits(layer: Mapping) -> str:
     letters = dict(weights='W', activations='A')
     return ' '.join(f'{letter}{layer["bits"][kind]}' for kind, letter in letters.items() if kind in layer['bits'])
+
+
+def _value(value: Optional[float]) -> str:
+    return '-' if value is None else f'{value:.3f}'
 
 
 def _mixed_line(report: Mapping) -> str:
@@ -33,11 +37,11 @@ def to_text(report: Mapping, shown: int) -> str:
     width = max(len(layer['name']) for layer in layers)
     lines = [f'{"rank":>4}  {"layer":<{width}}  {"bits":>6}  {"error":>8}' + ''.join(f'  {key}' for key in metrics)]
     for layer in layers:
-        values = ''.join(f'  {layer["metrics"].get(key, float("nan")):>{len(key)}.3f}' for key in metrics)
+        values = ''.join(f'  {_value(layer["metrics"].get(key)):>{len(key)}}' for key in metrics)
         lines.append(f'{layer["rank"]:>4}  {layer["name"]:<{width}}  {_bits(layer):>6}  {layer["error"]:>8.5f}{values}')
     lines.append(f'all {len(report["layers"])} layers together: {report["error"]:.5f}')
     for name, found in report.get('metrics', {}).items():
-        lines.append(f'{name}: ' + ', '.join(f'{key} {value:.3f}' for key, value in found.items()))
+        lines.append(f'{name}: ' + (', '.join(f'{key} {_value(value)}' for key, value in found.items()) or 'the evaluator gave no metrics'))
     if 'mixed_precision' in report:
         lines.append(_mixed_line(report))
     return '\n'.join(lines)
@@ -59,7 +63,7 @@ def sensitivity_page(report: Mapping) -> str:
                        floor=min(positive, default=0.), size=(640, 240))
     metrics = sorted({key for layer in layers for key in layer['metrics']})
     rows = [[f'{layer["rank"]}. <code>{text(layer["name"])}</code>', text(layer['kind']), _bits(layer), f'{layer["error"]:.5f}']
-            + [f'{layer["metrics"][key]:.3f}' if key in layer['metrics'] else '' for key in metrics] for layer in layers]
+            + [_value(layer['metrics'][key]) if key in layer['metrics'] else '' for key in metrics] for layer in layers]
     raised = {override['pattern'] for override in report.get('mixed_precision', {}).get('overrides', ())}
     marked = [number for number, layer in enumerate(layers) if layer['name'] in raised]
     height, width = report['size']

@@ -3,14 +3,19 @@
 ``tools/test.py CONFIG --deployed DIR``."""
 import argparse
 import copy
+import functools
 import json
 import os
-from typing import Dict, Mapping, Optional, Sequence
+import traceback
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from psaq_mm.commands.common import (add_config_arguments, add_quant_arguments, add_run_arguments, run_command,
                                     runnable_config)
+from psaq_mm.commands.compare_rows import write_whole
+from psaq_mm.commands.metrics import RESULTS, before_after_table, plain_metrics, to_json
 from psaq_mm.engine.data_overlap import dataset_leaves
-from psaq_mm.errors import CheckpointError, ConfigError, DataError
+from psaq_mm.errors import CheckpointError, ConfigError, DataError, PsaqError
 from psaq_mm.quantization.reduction import ranks
 
 __all__ = ['main', 'evaluate', 'check_test_set', 'before_after_table']
@@ -37,6 +42,9 @@ def check_test_set(config) -> None:
     """
     if not config.get('test_dataloader') or not config.get('test_evaluator'):
         raise ConfigError(f'the config {config.filename} has no test set: set test_dataloader, test_cfg and test_evaluator')
+    if not isinstance(config.test_dataloader, Mapping) or not config.test_dataloader.get('dataset'):
+        raise ConfigError(f'test_dataloader of the config {config.filename} is no single loader with a dataset: give one, or several sets '
+                          'as the datasets of a ConcatDataset')
     absent = _missing_file(config)
     if absent:
         raise DataError(f'the test set is not there: {absent} does not exist; check data_root, or override '
@@ -44,7 +52,7 @@ def check_test_set(config) -> None:
 
 
 def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision: bool = False, hooks: Sequence = (),
-             runtime: Optional[str] = None, threads: Optional[int] = None) -> Dict[str, float]:
+             runtime: Optional[str] = None, threads: Optional[int] = None, failed: Optional[List[str]] = None) -> Dict[str, Any]:
     """Metrics of a model on its config's test set.
 
     Args:
@@ -55,13 +63,16 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
         hooks: MMEngine hooks that see the run, such as :class:`psaq_mm.commands.agreement.RecordHook`.
         runtime: Evaluate the exported model at ``source`` in ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime.
+        failed: Takes a sentence for each evaluator that fails at the end, so that the metrics of the others are not lost. Defaults to None:
+            the first failure is an error.
 
     Returns:
-        The evaluator's metrics under its own keys, such as ``coco/bbox_mAP`` and ``mIoU``.
+        The evaluator's metrics under its own keys, such as ``coco/bbox_mAP`` and ``mIoU``: floats, NaN where there is nothing to score;
+        lists, matrices and strings where the evaluator gives such (:func:`psaq_mm.commands.metrics.scalars` takes the numbers).
 
     Raises:
         ConfigError: The config has no test set.
-        DataError: Its images or annotations are not there.
+        DataError: Its images or annotations are not there, it is empty, or it does not fit its evaluator.
         CheckpointError: The checkpoint does not fit, or is quantized under another spec.
     """
     from mmengine.runner import Runner
@@ -92,7 +103,100 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
         load_weights(model, checkpoint, source)
     for hook in hooks:
         runner.register_hook(hook)
-    return {k: float(v) for k, v in runner.test().items()}
+    return _tested(runner, failed)
+
+
+def _tested(runner, failed: Optional[List[str]]) -> Dict[str, Any]:
+    """Metrics of a runner's test; see :func:`evaluate`."""
+    failures: List[str] = []
+    _guard_evaluator(_test_loop(runner), failures)
+    try:
+        found = plain_metrics(runner.test())
+    except Exception as error:  # a pipeline's own code may raise anything
+        if isinstance(error, PsaqError) or not _while_loading(error):
+            raise
+        raise DataError(f'a picture of the test set cannot be loaded ({_reason(error)}): check its files and '
+                        'test_dataloader.dataset.pipeline') from error
+    if failures and failed is None:
+        raise DataError(failures[0])
+    if failed is not None:
+        failed.extend(failures)
+    return found
+
+
+_IN_WORKER = 'in DataLoader worker process'
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    if lines and _IN_WORKER in lines[0]:  # the whole traceback follows
+        return lines[-1]
+    return f'{type(error).__name__}: {lines[0]}' if lines else type(error).__name__
+
+
+def _while_loading(error: BaseException) -> bool:
+    """Whether an error comes out of a data set and its pipeline, in this process or a worker."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return _IN_WORKER in str(error) or any(name.endswith(os.path.join('_utils', 'fetch.py')) for name in files)
+
+
+def _test_loop(runner):
+    """The test loop, built with its data set and evaluator."""
+    try:
+        loop = runner.test_loop
+        count = len(loop.dataloader.dataset)
+    except PsaqError:
+        raise
+    except (ImportError, RuntimeError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        if 'need at least one array' not in str(error):  # how MMEngine's dataset ends without a picture
+            raise DataError(f'the test set or its evaluator cannot be built ({_reason(error)}): check test_dataloader and '
+                            'test_evaluator') from error
+        count = 0
+    if not count:
+        raise DataError('the test set is empty: check its annotation file, data_prefix, indices and filter_cfg')
+    return loop
+
+
+def _guard_evaluator(loop, failures: List[str]) -> None:
+    """Where one of several evaluators fails, or two give metrics of one name, all others' metrics are kept.
+
+    Of several ranks, which wait for each other in the evaluators, a failure stays one.
+    """
+    from mmengine.evaluator import Evaluator
+    evaluator, seen = getattr(loop, 'evaluator', None), {}  # type: Any, Dict[str, Any]
+    alone, plain = ranks()[1] == 1, getattr(type(evaluator), 'evaluate', None) is Evaluator.evaluate  # another one may name them itself
+    for number, metric in enumerate(getattr(evaluator, 'metrics', None) or ()):
+        name = type(metric).__name__
+        metric.process = functools.partial(_process, metric.process, name)
+        if alone and hasattr(metric, 'compute_metrics'):
+            metric.compute_metrics = functools.partial(_compute, metric.compute_metrics, name, failures)
+        if alone and plain:
+            metric.evaluate = functools.partial(_renamed, metric.evaluate, f'{name} {number + 1}', seen)
+
+
+def _process(process: Callable, name: str, *args, **kwargs) -> None:
+    try:
+        process(*args, **kwargs)
+    except PsaqError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        raise DataError(f'the evaluator {name} cannot score what the test set and the model give ({_reason(error)}): the test set needs '
+                        'the annotations that it asks for, and the classes of the model') from error
+
+
+def _compute(compute: Callable, name: str, failures: List[str], *args, **kwargs) -> Dict[str, Any]:
+    try:
+        return compute(*args, **kwargs) or {}
+    except Exception as error:  # whatever a metric's own code raises, after all pictures have been seen
+        failures.append(f'the evaluator {name} failed at the end of the evaluation ({_reason(error)}): check its '
+                        'settings under test_evaluator, and the annotations')
+        return {}
+
+
+def _renamed(evaluate_metric: Callable, name: str, seen: Dict[str, Any], *args, **kwargs) -> Dict[str, Any]:
+    found = {f'{key} ({name})' if key in seen else key: value for key, value in evaluate_metric(*args, **kwargs).items()}
+    seen.update(found)
+    return found
 
 
 def _check_spec(model, checkpoint: Mapping, source: str) -> None:
@@ -106,22 +210,6 @@ def _check_spec(model, checkpoint: Mapping, source: str) -> None:
     if odd:
         raise CheckpointError(f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with, or set '
                               'these under its quant')
-
-
-def before_after_table(before: Optional[Mapping], after: Optional[Mapping], label: str, first: str = 'full precision') -> str:
-    """A table of metrics, one row a metric, full precision (or what ``first`` names) beside quantized."""
-    keys = [k for k in (after or before)]
-    width = max(len(k) for k in keys)
-    head = f'{"metric":<{width}}' + (f'  {first:>14}' if before else '') + (f'  {label:>10}' if after else '')
-    head += '  difference' if before and after else ''
-    rows = [head, '-' * len(head)]
-    for key in keys:
-        row = f'{key:<{width}}'
-        row += f'  {before[key]:>14.3f}' if before else ''
-        row += f'  {after[key]:>{max(len(label), 10)}.3f}' if after else ''
-        row += f'  {after[key] - before[key]:>+10.3f}' if before and after else ''
-        rows.append(row)
-    return '\n'.join(rows)
 
 
 def _teacher_of(checkpoint: Mapping, given: Optional[str], path: str) -> str:
@@ -145,26 +233,41 @@ def _test_deployed(config, args) -> None:
     if args.full_precision is not None:
         raise ConfigError('--deployed and --full-precision do not go together: evaluate one after the other')
     label = f'{load(args.deployed, args.runtime).manifest["label"]} {args.runtime}'  # before the test set is opened
-    fake = None
+    results: Dict[str, Any] = dict(deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=None, integer=None)
+    failed: List[str] = []
     if args.checkpoint:
         checkpoint = read_checkpoint(args.checkpoint)
         own = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
-        fake = evaluate(own, checkpoint, args.checkpoint)
-    found = evaluate(config, None, args.deployed, runtime=args.runtime, threads=args.threads)
-    _show(config, before_after_table(fake, found, label, 'fake-quantized'),
-          dict(deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=fake, integer=found))
+        results['quantized'] = evaluate(own, checkpoint, args.checkpoint, failed=failed)
+        _save(config, results)
+    results['integer'] = evaluate(config, None, args.deployed, runtime=args.runtime, threads=args.threads, failed=failed)
+    _show(config, results, failed, results['quantized'], results['integer'], label, 'fake-quantized')
 
 
-def _show(config, table: str, results: Mapping) -> None:
-    """Print and save; of several ranks, which all have the same metrics, the first."""
-    if ranks()[0]:
-        return
-    print(table, flush=True)
-    out = os.path.join(config.work_dir, 'test_results.json')
-    os.makedirs(config.work_dir, exist_ok=True)
-    with open(out, 'w') as file:
-        json.dump(results, file, indent=2)
-    print(f'saved to {out}')
+def _save(config, results: Mapping) -> Path:
+    """Write what is known so far: what comes next may fail after hours."""
+    out = Path(config.work_dir) / RESULTS
+    if not ranks()[0]:  # all have the same metrics
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(out, json.dumps(to_json(results), indent=2, allow_nan=False))
+    return out
+
+
+def _show(config, results: Mapping, failed: Sequence[str], *columns) -> None:
+    """Save and print; of several ranks, which all have the same metrics, the first.
+
+    Raises:
+        DataError: An evaluator failed; what the others gave has been saved and printed.
+    """
+    try:
+        out = _save(config, results)
+    finally:  # where the disk is full, the table is all there is
+        if not ranks()[0]:
+            print(before_after_table(*columns), flush=True)
+    if not ranks()[0]:
+        print(f'saved to {out}', flush=True)
+    if failed:
+        raise DataError('; '.join(dict.fromkeys(failed)))
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -193,20 +296,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise CheckpointError('there is no checkpoint to evaluate: give student.pth after the config, or --deployed DIR')
         checkpoint = read_checkpoint(args.checkpoint)
         config = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
-        before = after = None
+        results: Dict[str, Any] = dict(checkpoint=args.checkpoint, full_precision=None, quantized=None)
+        failed: List[str] = []
         if args.full_precision is not None:
             path = args.checkpoint
             if is_quantized(checkpoint):
                 path = _teacher_of(checkpoint, args.full_precision, path)
-            before = evaluate(config, read_checkpoint(path), path, full_precision=True)
+            results['full_precision'] = evaluate(config, read_checkpoint(path), path, full_precision=True, failed=failed)
+            _save(config, results)
         elif not is_quantized(checkpoint):
             raise CheckpointError(f'{args.checkpoint} is a full-precision checkpoint: quantize it with tools/dfq_train.py '
                                   'first, or evaluate it as it is with --full-precision')
         if is_quantized(checkpoint):
-            after = evaluate(config, checkpoint, args.checkpoint)
+            results['quantized'] = evaluate(config, checkpoint, args.checkpoint, failed=failed)
         label = (checkpoint['meta'].get('psaq_mm') or {}).get('label', 'quantized')
-        _show(config, before_after_table(before, after, label),
-              dict(checkpoint=args.checkpoint, full_precision=before, quantized=after))
+        _show(config, results, failed, results['full_precision'], results['quantized'], label)
 
     return run_command(command, parser, argv)
 

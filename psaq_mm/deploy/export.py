@@ -17,7 +17,7 @@ from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
-from psaq_mm.models.task import is_classifier
+from psaq_mm.models.task import is_classifier, turns_channels
 
 from .bundle import write_bundle
 from .exportable import ExportableModel, make_exportable
@@ -219,11 +219,9 @@ def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Di
 
 
 def _image_settings(model: nn.Module) -> Dict[str, Any]:
-    spec = TaskModel(model).image_spec
-    preprocessor = getattr(model, 'data_preprocessor', None)
-    # mmdet, mmseg and mmpretrain call it each by another name.
-    reverse = any(getattr(preprocessor, name, False) for name in ('_channel_conversion', 'channel_conversion', 'to_rgb'))
-    return dict(channels=spec.channels, mean=list(spec.mean), std=list(spec.std), reverse_channels=reverse)
+    spec, turned = TaskModel(model).image_spec, bool(turns_channels(model))
+    # mmseg turns pictures of three channels alone, the others no picture of another number.
+    return dict(channels=spec.channels, mean=list(spec.mean), std=list(spec.std), reverse_channels=turned and spec.channels == 3)
 
 
 def _rest(model: nn.Module, parts: GraphParts) -> Dict[str, Any]:

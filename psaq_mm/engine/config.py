@@ -8,6 +8,7 @@ from typing import Any, List, Mapping, Optional, Tuple
 from mmengine.config import Config, ConfigDict
 
 from psaq_mm.engine.data_overlap import check_no_overlap
+from psaq_mm.engine.inputs import check_preprocessor
 from psaq_mm.engine.pipelines import image_sizes
 from psaq_mm.engine.presets import preset_name, recipe_of, resolve_dfq, with_method
 from psaq_mm.engine.pure_python import with_named_types
@@ -163,6 +164,7 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     if dfq['source'] == 'real':  # while the config still has its validation set, and before anything is written
         check_no_overlap(config)
     config.model = quantized_model_config(config, quant)
+    check_preprocessor(config)
     drop_pretrained(config.model)
 
     before = config.get('train_cfg') or {}  # of a config that is data-free already: what a run leaves in its work dir
@@ -194,6 +196,9 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
         config.optim_wrapper.type = 'psaq_mm.Float16OptimWrapper'
     config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', T_max=iters, eta_min=0, by_epoch=False)] if iters else []
     config.pop('auto_scale_lr', None)
+    if val and not all(config.get(key) is not None for key in ('val_dataloader', 'val_evaluator', 'val_cfg')):
+        raise ConfigError(f'the config {config.filename} has no validation set: set val_dataloader, val_cfg and val_evaluator, or run '
+                          'without --val')
     if not val:
         config.val_cfg = config.val_dataloader = config.val_evaluator = None
     _set_runtime(config, dfq)

@@ -12,6 +12,8 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     method='psaq_v2',
     generator=dict(type='psaq_mm.SampleGenerator', init='pink', steps=50),
     size=None,  # (height, width); None: from the config's data_preprocessor or test pipeline
+    value_range=None,  # (low, high): what pictures hold as they are loaded, before mean and std, each a number or a list of one per
+    # channel; None: 0 to 255, refused where mean, std or the pipeline contradict it
     batch_size=8,
     calibration_samples=32,
     pool_size=128,
@@ -153,7 +155,7 @@ METHODS: Dict[str, str] = dict(psaq_v1='psaq_v1', psaq_v2='psaq_v2', repq='repq'
 
 _UNPUBLISHED = ('fast', 'best')
 
-_OF_THE_MACHINE = ('size', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
+_OF_THE_MACHINE = ('size', 'value_range', 'batch_size', 'seed', 'log_interval', 'checkpoint_interval', 'keep_checkpoints', 'sheet_interval',
                    'save_samples', 'samples', 'teacher')
 
 
@@ -176,7 +178,7 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
     """A config's ``dfq`` key under another method.
 
     A method that trains takes the settings that the config has, but for those that its preset names, which are what it is. One that
-    calibrates alone takes those of the machine (size, batches, seed, intervals) and of the samples' memory
+    calibrates alone takes those of the input and the machine (size, range, batches, seed, intervals) and of the samples' memory
     (``generator.batch_size``); the others are the method itself.
 
     Args:

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from psaq_mm.engine.checkpoint import load_restricted, save_atomic
 from psaq_mm.errors import ConfigError, DataError
+from psaq_mm.models.task import turns_channels
 from psaq_mm.registry import TASK_UTILS
 from psaq_mm.synthesis import ImageSpec, Mixture, Source, source_of
+from psaq_mm.synthesis.normalization import EIGHT_BITS
 from psaq_mm.synthesis.sources.base import Make, checked_size, mixed
 from psaq_mm.synthesis.sources.mixture import PLAIN
 from psaq_mm.type_names import type_name
 from psaq_mm.visualization import write_png
 
 __all__ = ['Folder', 'SavedSamples', 'build_source', 'folders_in', 'load_samples', 'procedural_of', 'reads_rgb',
-           'save_samples']
+           'save_samples', 'takes_rgb']
 
 _SHEET = re.compile(r'round_\d+_step_\d+\.png')
 """Sample sheets, which a run writes into the same folder."""
@@ -51,6 +53,12 @@ def reads_rgb(preprocessor: Any) -> bool:
     return True
 
 
+def takes_rgb(model: nn.Module) -> bool:
+    """Whether a model takes its channels as RGB, its pipeline too considered where that is known (:mod:`psaq_mm.engine.inputs`); RGB
+    where nothing tells."""
+    return turns_channels(model) is not False
+
+
 def save_samples(folder, samples: Tensor, model: nn.Module, image_spec: ImageSpec, *, labels: Optional[Tensor] = None,
                  seed: int = 0, settings: Optional[Mapping] = None) -> Path:
     """Write ``samples.pt``, exact, and beside it ``samples/NNNN.png``, rounded to 8 bits for the eye.
@@ -67,15 +75,16 @@ def save_samples(folder, samples: Tensor, model: nn.Module, image_spec: ImageSpe
     Returns:
         Path of ``samples.pt``.
     """
-    folder, rgb = Path(folder), reads_rgb(getattr(model, 'data_preprocessor', None))
+    folder, rgb = Path(folder), takes_rgb(model)
     samples = samples.detach().cpu().float()
     spec = dict(mean=list(image_spec.mean), std=list(image_spec.std), channels=image_spec.channels,
-                max_value=image_spec.max_value)
+                max_value=_plain_value(image_spec.max_value))
+    if image_spec.min_value:
+        spec['min_value'] = _plain_value(image_spec.min_value)
     save_atomic(dict(samples=samples.clone(), labels=None if labels is None else labels.detach().cpu().clone(), image_spec=spec,
                      size=list(samples.shape[-2:]), rgb=rgb, seed=seed, settings=dict(settings or {})), folder / 'samples.pt')
     if image_spec.channels in (1, 3):  # other numbers are no picture
-        raw = image_spec.to_raw(samples) * (255. / image_spec.max_value)
-        for number, picture in enumerate(raw.round().to(torch.uint8)):
+        for number, picture in enumerate(image_spec.to_bytes(samples).round().to(torch.uint8)):
             picture = picture if rgb else picture.flip(0)
             array = picture[0] if len(picture) == 1 else picture.permute(1, 2, 0)
             write_png(array.numpy(), folder / 'samples' / f'{number:04d}.png')
@@ -99,14 +108,13 @@ def load_samples(path, size: Tuple[int, int], model: nn.Module, image_spec: Imag
         DataError: The folder has no images, or a file is damaged or none of ours.
         CheckpointError: The file would run code.
     """
-    return _load(Path(path), tuple(size), image_spec, reads_rgb(getattr(model, 'data_preprocessor', None)))
+    return _load(Path(path), tuple(size), image_spec, takes_rgb(model))
 
 
 def _load(path: Path, size: Tuple[int, int], image_spec: ImageSpec, rgb: bool) -> SavedSamples:
     if path.is_dir():
         files, mode = _images_of(path, image_spec)
-        pictures = torch.stack([_read_picture(file, size, mode) for file in files])
-        return SavedSamples(_from_unit(pictures if rgb else pictures.flip(1), image_spec), None)
+        return SavedSamples(_read_pictures(files, size, mode, image_spec, rgb), None)
     if not path.is_file():
         raise ConfigError(f'dfq.samples={path} does not exist: give a samples.pt or a folder of images')
     content = load_restricted(path)
@@ -126,15 +134,19 @@ def _load(path: Path, size: Tuple[int, int], image_spec: ImageSpec, rgb: bool) -
                           f'dfq.size={tuple(samples.shape[-2:])}, or make samples of that size')
     turned = content['rgb'] != rgb and samples.shape[1] == 3
     if made_for != image_spec or turned:
-        pictures = made_for.to_raw(samples) / made_for.max_value
-        samples = _from_unit(pictures.flip(1) if turned else pictures, image_spec)
+        pictures = made_for.to_unit(samples)
+        samples = image_spec.from_unit(pictures.flip(1) if turned else pictures)
     return SavedSamples(samples, labels)
 
 
-def _from_unit(images: Tensor, image_spec: ImageSpec) -> Tensor:
-    """Pictures (n, C, H, W) with values 0 .. 1 to the model's units."""
-    low, high = (torch.tensor(v).view(-1, 1, 1) for v in (image_spec.low, image_spec.high))
-    return low + images * (high - low)
+def _plain_value(value: Union[float, Tuple[float, ...]]) -> Union[float, List[float]]:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_pictures(files: Sequence[Path], size: Tuple[int, int], mode: str, image_spec: ImageSpec, rgb: bool) -> Tensor:
+    """Pictures (n, C, H, W) in the model's units."""
+    pictures = torch.stack([_read_picture(file, size, mode, image_spec) for file in files])
+    return image_spec.from_unit(pictures if rgb else pictures.flip(1))
 
 
 def _images_of(folder: Path, image_spec: ImageSpec) -> Tuple[List[Path], str]:
@@ -150,13 +162,22 @@ def _images_of(folder: Path, image_spec: ImageSpec) -> Tuple[List[Path], str]:
     return files, modes[image_spec.channels]
 
 
-def _read_picture(file: Path, size: Tuple[int, int], mode: str) -> Tensor:
-    """(C, H, W), 0 .. 1: the centre of a picture made as large as covers ``size``."""
+def _read_picture(file: Path, size: Tuple[int, int], mode: str, image_spec: ImageSpec) -> Tensor:
+    """(C, H, W), 0 .. 1: the centre of a picture made as large as covers ``size``.
+
+    Grey pictures of 16 bits or of floats hold raw values where the model's range is not that of 8 bits; under a model of 8 bits those of
+    16 bits are made as bright as their 8-bit form.
+    """
     try:
         with Image.open(file) as opened:
-            picture = opened.convert(mode)
+            kind, depth = opened.mode, str(opened.tile[0][3]) if opened.tile else ''
+            deep = kind == 'F' or kind.startswith('I')
+            picture = opened.convert('F' if deep else mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f'the image {file} cannot be read ({error}): remove it or save it again') from error
+    if not deep and '16' in depth and image_spec.max_value not in (EIGHT_BITS[1], 65535.):
+        raise DataError(f'the image {file} has 16 bits a colour, of which 8 are read, and the model takes values up to '
+                        f'{image_spec.max_value}: give a samples.pt')
     height, width = size
     scale = max(height / picture.height, width / picture.width)
     if scale != 1:
@@ -164,7 +185,12 @@ def _read_picture(file: Path, size: Tuple[int, int], mode: str) -> Tensor:
         picture = picture.resize(wanted, Image.Resampling.BICUBIC)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     array = np.array(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
-    return torch.from_numpy(array / 255.).reshape(height, width, -1).permute(2, 0, 1)
+    if not deep:
+        return torch.from_numpy(array / 255.).reshape(height, width, -1).permute(2, 0, 1)
+    raw = torch.from_numpy(array).expand(image_spec.channels, height, width)
+    if kind != 'F' and (image_spec.min_value, image_spec.max_value) == EIGHT_BITS:
+        return (raw / 65535.).clamp(0, 1)
+    return ImageSpec(channels=image_spec.channels, max_value=image_spec.max_value, min_value=image_spec.min_value).to_unit(raw)
 
 
 # ---------------------------------------------------------------------- sources
@@ -197,8 +223,7 @@ class Folder(Source):
         if Path(self.path).is_dir():
             files, mode = self._once((image_spec.channels, ), lambda: _images_of(Path(self.path), image_spec))
             places = self._places(numbers, len(files), seed)
-            pictures = torch.stack([_read_picture(files[place], size, mode) for place in places])
-            return _from_unit(pictures if self.rgb else pictures.flip(1), image_spec)
+            return _read_pictures([files[place] for place in places], size, mode, image_spec, self.rgb)
         samples = self._once((size, image_spec), lambda: _load(Path(self.path), size, image_spec, self.rgb).samples)
         return samples[self._places(numbers, len(samples), seed)]
 

@@ -48,7 +48,7 @@ class LayerError:
     elements: Dict[str, int]
     error: float
     parts: Dict[str, float]
-    metrics: Dict[str, float]
+    metrics: Dict[str, Optional[float]]
 
 
 @dataclass(frozen=True)

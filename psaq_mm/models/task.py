@@ -12,12 +12,24 @@ from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.scope import dense_head_name, find_backbone, is_query_based, takes_levels_alone
 from psaq_mm.synthesis import ImageSpec, find_attention
 
-__all__ = ['TaskModel', 'TaskOutputs', 'PARTS', 'default_parts']
+__all__ = ['ModelInput', 'TaskModel', 'TaskOutputs', 'PARTS', 'default_parts', 'input_channels', 'turns_channels']
 
 PARTS = ('blocks', 'backbone', 'neck', 'head')
 """Parts whose outputs can be distilled. ``blocks``: the tokens of every few transformer blocks, for backbones without stages of
 several scales. ``head``: RPN maps of a two-stage detector, per-pixel logits of a segmentor, dense head maps of a one-stage
 detector, logits of a classifier."""
+
+
+class ModelInput(NamedTuple):
+    """What a config says of a model's input beside its ``data_preprocessor``: :func:`psaq_mm.engine.inputs.set_input_` keeps it as
+    ``model.psaq_mm_input``, and copies of the model have it too.
+
+    Attributes:
+        spec: Normalization, by pipeline and preprocessor together, and the range of raw values.
+        turned: Whether the pipeline turns the channels' order, before the preprocessor does or does not.
+    """
+    spec: ImageSpec
+    turned: bool = False
 
 
 class TaskOutputs(NamedTuple):
@@ -55,6 +67,21 @@ def default_parts(model: nn.Module) -> Tuple[str, ...]:
     stages = getattr(backbone, 'out_indices', None)
     pyramid = len(widths) != 1 and not _is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
     return ('backbone', 'neck') if pyramid else ('blocks', )
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of a model's input: those of its first convolution."""
+    return next((module.in_channels for module in find_backbone(model).modules() if isinstance(module, nn.Conv2d)), 3)
+
+
+def turns_channels(model: nn.Module) -> Optional[bool]:
+    """Whether a model's pipeline and preprocessor turn the channels as the libraries load them (blue first); None where neither tells."""
+    preprocessor, known = getattr(model, 'data_preprocessor', None), getattr(model, 'psaq_mm_input', None)
+    # mmdet, mmseg and mmpretrain call it each by another name.
+    flags = [bool(getattr(preprocessor, n)) for n in ('_channel_conversion', 'channel_conversion', 'to_rgb') if hasattr(preprocessor, n)]
+    if not flags and not (known and known.turned):
+        return None
+    return any(flags) != bool(known and known.turned)
 
 
 def _tensors(outputs) -> List[Tensor]:
@@ -117,13 +144,21 @@ class TaskModel:
 
     @property
     def image_spec(self) -> ImageSpec:
-        """Colour normalization and channels, read from ``data_preprocessor`` and the first layer."""
-        channels = 3
-        for module in find_backbone(self.model).modules():
-            if isinstance(module, nn.Conv2d):
-                channels = module.in_channels
-                break
-        return ImageSpec.from_preprocessor(getattr(self.model, 'data_preprocessor', None), channels=channels)
+        """Colour normalization, channels and range: as a config tells them (:class:`ModelInput`), else read from ``data_preprocessor``
+        and the first layer, for pictures of 8 bits.
+
+        Raises:
+            ConfigError: The preprocessor's mean and std are not of pictures of 8 bits, or of another number of channels.
+        """
+        known = getattr(self.model, 'psaq_mm_input', None)
+        if known is not None:
+            return known.spec
+        channels = input_channels(self.model)
+        spec = ImageSpec.from_preprocessor(getattr(self.model, 'data_preprocessor', None), channels=channels)
+        if spec.channels != channels and 4 * spec.channels != channels:  # YOLOX puts four pixels into one first
+            raise ConfigError(f'data_preprocessor.mean has {spec.channels} values and the model takes {channels} channels: give one value, '
+                              'or one of each channel')
+        return spec
 
     @property
     def min_size(self) -> int:

@@ -43,8 +43,7 @@ def to_pixels(images: Tensor, image_spec: ImageSpec) -> np.ndarray:
     if not images.isfinite().all():
         raise DataError(
             'a sample holds NaN or infinite values and cannot be drawn: lower the learning rate of the synthesis')
-    raw = image_spec.to_raw(images) * (255. / image_spec.max_value)
-    pixels = raw.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    pixels = image_spec.to_bytes(images).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     channels = pixels.shape[-1]
     if channels == 1:
         return np.repeat(pixels, 3, axis=-1)

@@ -2,6 +2,7 @@
 """The training loop whose data are samples that it makes itself."""
 import contextlib
 import copy
+import logging
 import math
 import time
 from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Union
@@ -16,10 +17,11 @@ from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, FreshPool, So
 from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
 from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.engine.device import leave_device_without_float64
+from psaq_mm.engine.inputs import set_input_
 from psaq_mm.engine.presets import Fresh
 from psaq_mm.engine.real_images import TrainingImages, training_images
-from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, reads_rgb
-from psaq_mm.errors import CheckpointError, ConfigError
+from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, takes_rgb
+from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
 from psaq_mm.quantization import set_mode, update_ranges_, use_full_float32
 from psaq_mm.quantization.reduction import broadcast_, ranks, sum_gradients_
@@ -99,6 +101,7 @@ class DataFreeTrainLoop(BaseLoop):
             student are the same function as before, and both are rotated.
         amp: ``'bfloat16'`` or ``'float16'`` runs teacher and student under autocast in the student's steps; synthesis, calibration and
             all quantizers stay in float32. float16 needs an ``AmpOptimWrapper``, which scales the loss.
+        value_range: Least and greatest value of pictures as they are loaded, see :func:`psaq_mm.engine.inputs.set_input_`.
         **settings: Fields of :class:`psaq_mm.distillation.CoEvolutionSettings`.
     """
 
@@ -108,7 +111,7 @@ class DataFreeTrainLoop(BaseLoop):
                  samples: Union[None, str, Mapping, Sequence] = None, save_samples: bool = False, seed: int = 0,
                  val_interval: int = 0, log_interval: int = 10, fresh: Union[float, Mapping] = 0.,
                  max_seconds: Optional[float] = None, accumulative_counts: int = 1, amp: Optional[str] = None,
-                 rotate: bool = False, **settings):
+                 rotate: bool = False, value_range: Optional[Sequence] = None, **settings):
         self._pool_dataset = _PoolDataset()
         super().__init__(runner, DataLoader(self._pool_dataset))
         leave_device_without_float64(self.model)  # before the optimizer is built
@@ -132,6 +135,7 @@ class DataFreeTrainLoop(BaseLoop):
         if not isinstance(rotate, bool):
             raise ConfigError(f'dfq.rotate={rotate!r} must be True or False')
         self.amp, self.accumulative_counts, self.rotate = amp, int(accumulative_counts), rotate
+        self.value_range = value_range
         self.model_config, self.seed, self.log_interval = model_config, seed, log_interval
         self._resumed: Optional[Dict[str, Any]] = None
         self.evolution: Optional[CoEvolution] = None
@@ -140,6 +144,7 @@ class DataFreeTrainLoop(BaseLoop):
         self._last_round = 0.  # seconds
         self._stopped: Optional[float] = None
         self.seconds_paused = 0.
+        self._failed_validation: Optional[Exception] = None
         if dropped_hooks:
             print_log(f'Dropped inherited hooks that need the real dataset: {", ".join(dropped_hooks)}', 'current')
 
@@ -192,6 +197,7 @@ class DataFreeTrainLoop(BaseLoop):
             print_log(f'Rotated {rotate_model_(_tune(model), tuple(self.settings_given["size"]), self.seed)}', 'current')
 
     def _prepare(self) -> None:
+        set_input_(self.model, self.runner.cfg, self.value_range)  # before the teacher is copied from it
         teacher, student = self._load_teacher(), _tune(self.model)
         spec = spec_of(student)
         settings = CoEvolutionSettings(scope=spec.scope, **{**self.settings_given, 'size': tuple(self.settings_given['size'])})
@@ -242,7 +248,7 @@ class DataFreeTrainLoop(BaseLoop):
         """A source out of a config, or of a name; it may read no picture that is evaluated."""
         for folder in [] if isinstance(config, str) else folders_in(config):
             check_folder(self.runner.cfg, folder)
-        return build_source(config, reads_rgb(getattr(self.model, 'data_preprocessor', None)))
+        return build_source(config, takes_rgb(self.model))
 
     def _fresh_stream(self, source: Optional[Source], settings: CoEvolutionSettings,
                       real: Optional[TrainingImages]) -> Union[SampleStream, TrainingImages]:
@@ -317,11 +323,23 @@ class DataFreeTrainLoop(BaseLoop):
             self._validate()
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
+        if self._failed_validation is not None:
+            error = self._failed_validation
+            raise DataError(f'the validation failed ({type(error).__name__}: {error}), and the student was saved all the same: check '
+                            'val_dataloader and val_evaluator, or evaluate it with tools/test.py') from error
         return self.runner.model
 
     def _validate(self) -> None:
+        """Validate; what fails there is told at the end, so that the student is not lost. Ranks wait for each other in an evaluator: of
+        several a failure is one at once."""
         with self.paused():
-            self.runner.val_loop.run()
+            try:
+                self.runner.val_loop.run()
+            except Exception as error:  # a metric's own code may raise anything
+                if ranks()[1] > 1:
+                    raise
+                self._failed_validation = error
+                print_log(f'The validation failed: {type(error).__name__}: {error}', 'current', logging.ERROR)
             _tune(self.model)
 
     @property
@@ -412,7 +430,7 @@ class DataFreeTrainLoop(BaseLoop):
         return dict(settings, samples=_plain(self.source_config) if self.samples_path is None else str(self.samples_path),
                     max_iters=self._max_iters, steps=self._iter, max_seconds=self.max_seconds, fresh=self.fresh.share if self.fresh.samples is None else _plain(self.fresh._asdict()),
                     fresh_samples=getattr(self.evolution.pool, 'made', 0) if self.evolution else 0,
-                    seed=self.seed, distil=list(self.distil or ()), block_stride=self.block_stride,
+                    seed=self.seed, distil=list(self.distil or ()), block_stride=self.block_stride, value_range=_plain(self.value_range),
                     ranks=ranks()[1], accumulative_counts=self._batches, amp=self.amp,
                     generator=self._generator_summary(),
                     seconds={k: round(v, 2) for k, v in self.seconds.items()},
