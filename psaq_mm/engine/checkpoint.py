@@ -27,8 +27,8 @@ from psaq_mm.models import spec_of
 from psaq_mm.models.loading import convert_timm_keys, match_names, unwrapped, whole_loading
 from psaq_mm.quantization import is_quantizer_key
 
-__all__ = ['dataset_meta_of', 'file_sha256', 'load_restricted', 'read_checkpoint', 'is_quantized', 'load_weights', 'RESTRICTED', 'save_atomic',
-           'student_checkpoint', 'whole_file']
+__all__ = ['file_sha256', 'load_restricted', 'read_checkpoint', 'is_quantized', 'load_weights', 'RESTRICTED', 'save_atomic',
+           'student_checkpoint', 'whole_file', 'dataset_meta_of']
 
 PathLike = Union[str, os.PathLike]
 
@@ -37,6 +37,7 @@ RESTRICTED = 'psaq_mm://'
 
 _ALLOWED = {
     ('collections', 'OrderedDict'), ('collections', 'defaultdict'), ('collections', 'deque'), ('builtins', 'set'),
+    ('collections', 'Counter'),  # milestones of a schedule
     ('builtins', 'frozenset'), ('builtins', 'slice'), ('builtins', 'range'), ('builtins', 'complex'), ('builtins', 'bytearray'),
     ('builtins', 'dict'), ('builtins', 'list'), ('builtins', 'tuple'), ('builtins', 'int'), ('builtins', 'float'),
     ('builtins', 'str'), ('builtins', 'bool'), ('_codecs', 'encode'), ('copyreg', '_reconstructor'), ('builtins', 'object'),
@@ -166,9 +167,9 @@ def read_checkpoint(path: PathLike) -> Dict:
     """Read a ``.pth`` or ``.safetensors`` file, or the URL of one, onto the CPU.
 
     Returns:
-        ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under another name such as ``model``, is brought into that form.
-        Names are without what ``torch.compile`` and data-parallel training put into them. ``meta['dataset_meta']`` holds classes and palette,
-        also of checkpoints of OpenMMLab 1, in plain lists, tuples, numbers and strings.
+        ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under another name such as ``model``, is brought into
+        that form. Names are without what ``torch.compile`` and data-parallel training put into them. ``meta['dataset_meta']`` holds
+        classes and palette, also of checkpoints of OpenMMLab 1, in plain lists, tuples, numbers and strings.
 
     Raises:
         CheckpointError: The file is absent, cut short, no checkpoint, or would run code.

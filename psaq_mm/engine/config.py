@@ -236,9 +236,8 @@ def _by_iteration(log_processor: Mapping) -> ConfigDict:
 def _set_runtime(config: Config, dfq: Mapping) -> None:
     default_hooks = ConfigDict(config.get('default_hooks') or {})
     default_hooks.checkpoint = None  # mmengine removes the old file before it writes the new one; our hook does neither
-    for name, hook in default_hooks.items():
-        if hook and _type_name(hook) in _DATA_HOOKS:
-            default_hooks[name] = None
+    for name in [name for name, hook in default_hooks.items() if hook and _type_name(hook) in _DATA_HOOKS]:
+        default_hooks.pop(name)  # mmengine takes None for its own names alone
     default_hooks.logger = ConfigDict({**(default_hooks.get('logger') or {}), 'type': 'LoggerHook',
                                        'interval': dfq['log_interval']})
     config.default_hooks = default_hooks

@@ -17,7 +17,8 @@ from psaq_mm.errors import CheckpointError
 from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
 from psaq_mm.quantization import is_quantizer_key
 
-__all__ = ['Matched', 'absent_parts', 'check_state_dict', 'convert_timm_keys', 'guard_loading', 'match_names', 'unwrapped', 'usable_weights', 'whole_loading']
+__all__ = ['Matched', 'absent_parts', 'check_state_dict', 'convert_timm_keys', 'guard_loading', 'match_names', 'unwrapped',
+           'usable_weights', 'whole_loading']
 
 _SHOWN = 3
 

@@ -420,7 +420,8 @@ class DataFreeTrainLoop(BaseLoop):
                                   'of that run, or give this one a --work-dir of its own')
         self._resumed = dict(state)
         # The file may have moved: whether it is the same one, its hash tells.
-        self.teacher_config = {**state['teacher'], **{k: v for k, v in self.teacher_config.items() if v}, 'sha256': state['teacher'].get('sha256')}
+        given = {k: v for k, v in self.teacher_config.items() if v}
+        self.teacher_config = {**state['teacher'], **given, 'sha256': state['teacher'].get('sha256')}
 
     def _identity(self) -> Dict[str, Any]:
         """Settings without which a run is another one. Its length, batches, rates and intervals are not among them."""
