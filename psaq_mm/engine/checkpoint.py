@@ -213,7 +213,12 @@ def _tensors(weights: Mapping[str, Any], path: str) -> Mapping[str, Tensor]:
     strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if strange:
         print_log(f'{path}: {len(strange)} entries are left out, such as {strange[0]}: they are no tensors', 'current')
-    return OrderedDict((str(name), value) for name, value in found.items() if isinstance(value, Tensor))
+    weights = OrderedDict((str(name), value) for name, value in found.items() if isinstance(value, Tensor))
+    for name, value in weights.items():
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            kind = 'is sparse' if value.layout is not torch.strided else 'has no values' if value.is_meta else 'is quantized by PyTorch'
+            raise CheckpointError(f'{path}: {name} {kind}: save the state_dict of a model whose weights are ordinary tensors')
+    return weights
 
 
 def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:

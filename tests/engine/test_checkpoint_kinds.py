@@ -120,16 +120,13 @@ def test_weights_are_found_under_the_names_that_training_programs_give_them(segm
     (lambda w: dict(optimizer=dict(state={0: dict(exp_avg=torch.zeros(1))}), epoch=3), r'holds no weights \(its keys are optimizer, epoch'),
     (lambda w: dict(teacher=w, student=w), r'holds no weights \(its keys are teacher, student'),
     (lambda w: dict(state_dict={}, meta={}), 'holds no weights'),
+    (lambda w: {**w, 'decode_head.conv_seg.bias': w['decode_head.conv_seg.bias'].to_sparse()}, 'decode_head.conv_seg.bias is sparse'),
+    (lambda w: {**w, 'decode_head.conv_seg.bias': w['decode_head.conv_seg.bias'].to('meta')}, 'decode_head.conv_seg.bias has no values'),
     (lambda w: {**w, 'decode_head.conv_seg.weight': w['decode_head.conv_seg.weight'] * torch.nan}, 'decode_head.conv_seg.weight holds NaN'),
 ])
 def test_what_could_matter_is_refused_as_ever(segmentor, content, match):
     with pytest.raises(CheckpointError, match=match):
         segmentor.loaded(content(segmentor.weights))
-
-
-def log_of(capfd):
-    captured = capfd.readouterr()
-    return captured.out + captured.err
 
 
 def test_each_kind_that_is_left_out_is_one_line_with_its_number_and_an_example(segmentor, caplog):

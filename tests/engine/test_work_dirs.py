@@ -1,5 +1,6 @@
 """Work dirs that are used twice, and runs that are resumed with another length or other settings."""
 import itertools
+import json
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from quick_builds import configs_as_they_are
 from tiny_classifier import ClassifierProject
 
 from psaq_mm.commands.dfq_train import main as dfq_train
+from psaq_mm.commands.test import main as test_command
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import to_data_free
 from psaq_mm.engine.hooks.data_free_quant_hook import checkpoints_in
@@ -101,6 +103,42 @@ def test_a_full_precision_checkpoint_that_moved_is_the_same_and_another_is_not(r
     torch.save(content, other)
     assert run(4, '--resume', '--checkpoint', str(other)) == 1 and 'has changed since the run began' in capsys.readouterr().err
     assert run(4, '--resume', '--checkpoint', str(moved)) == 0
+
+
+def test_a_work_dir_that_cannot_be_made(project, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    config = str(project.config(name='file.py', iters=0, **QUICK))
+    for work_dir in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+        assert dfq_train([config, '--work-dir', str(work_dir)]) == 1
+        assert f'{work_dir} cannot be made, as {tmp_path / "file"} is a file' in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- from end to end
+WRAPPED = '''
+_base_ = ['{base}']
+custom_hooks = [dict(type='EMAHook')]
+train_dataloader = dict(dataset=dict(_delete_=True, type='RepeatDataset', times=2, dataset={{{{_base_.train_dataloader.dataset}}}}))
+test_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[
+    {{{{_base_.test_dataloader.dataset}}}}, dict(type='RepeatDataset', times=2, dataset={{{{_base_.test_dataloader.dataset}}}})]))
+test_evaluator = [dict(type='Accuracy', topk=(1, )), dict(type='SingleLabelMetric', items=('precision', ))]
+'''
+
+
+def test_data_sets_inside_others_several_evaluators_and_an_old_checkpoint_under_a_prefix(project, tmp_path):
+    content = torch.load(project.checkpoint)
+    old = dict(state_dict={f'model.{k}': v for k, v in content['state_dict'].items()}, meta=dict(CLASSES=('a', 'b', 'c'), PALETTE=None))
+    torch.save(old, tmp_path / 'old.pth')
+    project.config(name='inner.py', iters=1, evolve_every=0, load_from=str(tmp_path / 'old.pth'), **QUICK)
+    config = project.folder / 'wrapped.py'
+    config.write_text(WRAPPED.format(base='inner.py'))
+    work_dir = str(tmp_path / 'ein Ordner für Läufe')
+    assert dfq_train([str(config), '--work-dir', work_dir]) == 0
+    assert test_command([str(config), f'{work_dir}/student.pth', '--full-precision', '--work-dir', work_dir]) == 0
+    results = json.loads((tmp_path / 'ein Ordner für Läufe' / 'test_results.json').read_text())
+    for metrics in (results['full_precision'], results['quantized']):
+        assert {'accuracy/top1', 'single-label/precision'} <= metrics.keys()
+    student = torch.load(f'{work_dir}/student.pth', weights_only=True)['meta']
+    assert student['dataset_meta'] == dict(classes=('a', 'b', 'c'))
 
 
 # ---------------------------------------------------------------------- another length
