@@ -83,6 +83,8 @@ def test_a_run_that_fails_at_once_leaves_the_earlier_ones_checkpoints_where_they
 
 
 @pytest.mark.parametrize('other, match', [(dict(seed=1), 'seed=0, the config says 1'), (dict(quant='w4a8'), 'w_bits=8, the config says 4'),
+                                          (dict(lr=1e-3), 'lr=0.0001, the config says 0.001'),
+                                          (dict(vector_lr=1e-3), 'vector_lr=None, the config says 0.001'),
                                           (dict(size=(32, 64)), r'size=\[32, 32\], the config says \[32, 64\]')])
 def test_another_runs_checkpoint_is_not_resumed(run, other, match, capsys):
     run(2)

@@ -424,8 +424,15 @@ class DataFreeTrainLoop(BaseLoop):
         self.teacher_config = {**state['teacher'], **given, 'sha256': state['teacher'].get('sha256')}
 
     def _identity(self) -> Dict[str, Any]:
-        """Settings without which a run is another one. Its length, batches, rates and intervals are not among them."""
-        return dict(quant=spec_of(self.model).to_dict(), seed=self.seed, size=list(self.settings_given['size']), rotate=self.rotate)
+        """Settings without which a run is another one. Its length, batches and intervals are not among them.
+
+        Rates are: MMEngine restores those of the checkpoint, and would pass over the config's without a word.
+        """
+        wrapper = self.runner.cfg.get('optim_wrapper') or {}
+        rates = dict(lr=(wrapper.get('optimizer') or {}).get('lr'), vector_lr=None, range_lr=0.)
+        rates.update({k: v for k, v in (wrapper.get('paramwise_cfg') or {}).items() if k in rates})
+        return dict(rates, quant=spec_of(self.model).to_dict(), seed=self.seed, size=list(self.settings_given['size']),
+                    rotate=self.rotate)
 
     def _check_step(self) -> None:
         if self._resumed is not None and self._iter > self._max_iters:
