@@ -12,7 +12,7 @@ from quick_builds import configs_as_they_are
 from tiny_classifier import ClassifierProject
 
 from psaq_mm.commands.dfq_train import main as dfq_train
-from psaq_mm.commands.test import main as test_command
+from psaq_mm.commands.test import main as psaq_test
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import to_data_free
 from psaq_mm.engine.hooks.data_free_quant_hook import checkpoints_in
@@ -135,7 +135,7 @@ def test_data_sets_inside_others_several_evaluators_and_an_old_checkpoint_under_
     config.write_text(WRAPPED.format(base='inner.py'))
     work_dir = str(tmp_path / 'ein Ordner für Läufe')
     assert dfq_train([str(config), '--work-dir', work_dir]) == 0
-    assert test_command([str(config), f'{work_dir}/student.pth', '--full-precision', '--work-dir', work_dir]) == 0
+    assert psaq_test([str(config), f'{work_dir}/student.pth', '--full-precision', '--work-dir', work_dir]) == 0
     results = json.loads((tmp_path / 'ein Ordner für Läufe' / 'test_results.json').read_text())
     for metrics in (results['full_precision'], results['quantized']):
         assert {'accuracy/top1', 'single-label/precision'} <= metrics.keys()
