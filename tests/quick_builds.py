@@ -23,3 +23,12 @@ def metafiles_read_once():
             import mmengine.config.utils as utils
             patch.setattr(utils, 'load', functools.lru_cache(None)(utils.load))
         yield
+
+
+@contextlib.contextmanager
+def configs_as_they_are():
+    """MMEngine has yapf format the config several times a run, which takes most of a tiny one; inside, the text stays as it is."""
+    import mmengine.config.config as config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, 'FormatCode', lambda text, *args, **kwargs: (text, False))
+        yield

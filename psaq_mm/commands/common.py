@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import sys
+from pathlib import Path
 from typing import Callable, Mapping, Optional, Sequence
 
 from psaq_mm.commands.allocator import keep_freed_memory
@@ -99,6 +100,9 @@ def runnable_config(args: argparse.Namespace):
         config.work_dir = args.work_dir
     elif not config.get('work_dir'):
         config.work_dir = os.path.join('work_dirs', os.path.splitext(os.path.basename(args.config))[0])
+    file = next((p for p in (Path(config.work_dir), *Path(config.work_dir).parents) if p.exists() and not p.is_dir()), None)
+    if file is not None:
+        raise ConfigError(f'the work dir {config.work_dir} cannot be made, as {file} is a file: give another --work-dir')
     if args.launcher != 'none':
         from psaq_mm.engine.ranks import join_ranks
         join_ranks(config)
@@ -123,7 +127,7 @@ def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.
         print(f'{parser.prog}: {error}', file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
         elsewhere = next((f' or give another --{name.replace("_", "-")}' for name in ('work_dir', 'out') if hasattr(args, name)), '')
         print(f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some space{elsewhere}; what was '

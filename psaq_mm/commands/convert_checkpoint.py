@@ -10,10 +10,9 @@ __all__ = ['main', 'convert_checkpoint', 'dataset_meta_of']
 
 
 def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:
-    """Classes and palette as OpenMMLab 2 keeps them, from a ``meta`` of either generation; empty where it has none."""
-    if meta.get('dataset_meta'):
-        return dict(meta['dataset_meta'])
-    return {new: meta[old] for old, new in (('CLASSES', 'classes'), ('PALETTE', 'palette')) if meta.get(old) is not None}
+    """See :func:`psaq_mm.engine.checkpoint.dataset_meta_of`."""
+    from psaq_mm.engine import checkpoint
+    return checkpoint.dataset_meta_of(meta)
 
 
 def convert_checkpoint(config, source: str, backbone_only: bool = False, drop: Sequence[str] = ()) -> Tuple[Dict, Any, Any]:
@@ -37,10 +36,14 @@ def convert_checkpoint(config, source: str, backbone_only: bool = False, drop: S
     from psaq_mm.engine.config import full_precision_model_config
     from psaq_mm.errors import CheckpointError
     from psaq_mm.models.conversion import fit_weights, rename_swin
+    from psaq_mm.models.loading import usable_weights
     checkpoint = read_checkpoint(source)
     if is_quantized(checkpoint):
         raise CheckpointError(f'{source} is quantized: convert the full-precision checkpoint and quantize that')
-    renamed = rename_swin(checkpoint['state_dict'])
+    usable = usable_weights(checkpoint['state_dict'], checkpoint['meta'])
+    for note in usable.notes:
+        print(f'{source}: {note}')
+    renamed = rename_swin(usable.weights)
     conversion = fit_weights(renamed, build_model(config, full_precision_model_config(config.model)), backbone_only, drop)
     meta = dict(dataset_meta=dataset_meta_of(checkpoint['meta']),
                 converted_from=dict(checkpoint=str(source), naming=renamed.naming))
@@ -53,7 +56,7 @@ def _say(renamed, conversion) -> None:
           'position indices and masks made anew')
     for what, names in (('found no place', conversion.unplaced), ('is not in the checkpoint', conversion.missing),
                         ('does not fit', conversion.wrong), ('left out', conversion.left_out),
-                        ('is not in the checkpoint and stays 1 or 0', conversion.untrained)):
+                        ('is not in the checkpoint and keeps its initial value', conversion.untrained)):
         for name in names:
             print(f'  {what}: {name}')
 

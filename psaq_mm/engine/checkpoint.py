@@ -14,9 +14,11 @@ import urllib.request
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
 
+import numpy as np
 import torch
+from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
@@ -24,11 +26,11 @@ import psaq_mm
 from psaq_mm.errors import CheckpointError, PsaqError
 from psaq_mm.files import file_sha256, locked
 from psaq_mm.models import spec_of
-from psaq_mm.models.loading import convert_timm_keys, whole_loading
+from psaq_mm.models.loading import convert_timm_keys, match_names, unwrapped, whole_loading
 from psaq_mm.quantization import is_quantizer_key
 
 __all__ = ['file_sha256', 'load_restricted', 'read_checkpoint', 'is_quantized', 'load_weights', 'RESTRICTED', 'save_atomic',
-           'student_checkpoint', 'whole_file']
+           'student_checkpoint', 'whole_file', 'dataset_meta_of']
 
 PathLike = Union[str, os.PathLike]
 
@@ -37,6 +39,7 @@ RESTRICTED = 'psaq_mm://'
 
 _ALLOWED = {
     ('collections', 'OrderedDict'), ('collections', 'defaultdict'), ('collections', 'deque'), ('builtins', 'set'),
+    ('collections', 'Counter'),  # milestones of a schedule
     ('builtins', 'frozenset'), ('builtins', 'slice'), ('builtins', 'range'), ('builtins', 'complex'), ('builtins', 'bytearray'),
     ('builtins', 'dict'), ('builtins', 'list'), ('builtins', 'tuple'), ('builtins', 'int'), ('builtins', 'float'),
     ('builtins', 'str'), ('builtins', 'bool'), ('_codecs', 'encode'), ('copyreg', '_reconstructor'), ('builtins', 'object'),
@@ -178,6 +181,8 @@ def load_restricted(path: PathLike) -> Any:
         CheckpointError: The file is absent, cut short, of another kind, or would run code.
     """
     path = str(path)
+    if os.path.isdir(path):
+        raise CheckpointError(f'{path} is a folder and no checkpoint: give the file in it')
     if not os.path.isfile(path):
         raise CheckpointError(f'there is no checkpoint {path}: check the path')
     try:
@@ -200,7 +205,9 @@ def read_checkpoint(path: PathLike) -> Dict:
     """Read a ``.pth`` or ``.safetensors`` file, or the URL of one, onto the CPU.
 
     Returns:
-        ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under ``model``, is wrapped in that form.
+        ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under another name such as ``model``, is brought into
+        that form. Names are without what ``torch.compile`` and data-parallel training put into them. ``meta['dataset_meta']`` holds
+        classes and palette, also of checkpoints of OpenMMLab 1, in plain lists, tuples, numbers and strings.
 
     Raises:
         CheckpointError: The file is absent, cut short, no checkpoint, or would run code.
@@ -211,15 +218,66 @@ def read_checkpoint(path: PathLike) -> Dict:
     content = load_restricted(path)
     if not isinstance(content, dict):
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a checkpoint: save model.state_dict()')
-    if 'state_dict' not in content:
-        content = {'state_dict': content.get('model', content), 'meta': {}}
-    content.setdefault('meta', {})
-    weights = content['state_dict']
-    if not isinstance(weights, dict) or not any(isinstance(v, Tensor) for v in weights.values()):
-        raise CheckpointError(f'{path} holds no weights: save model.state_dict()')
-    if all(k.startswith('module.') for k in weights):
-        content['state_dict'] = OrderedDict((k[len('module.'):], v) for k, v in weights.items())
-    return content
+    where, weights = _weights_in(content)
+    if not weights:
+        raise CheckpointError(f'{path} holds no weights (its keys are {", ".join(map(str, list(content)[:5])) or "none"}): '
+                              'save model.state_dict()')
+    averaged = [key for key in ('state_dict_ema', 'model_ema') if key != where and isinstance(content.get(key), dict)]
+    if averaged:
+        print_log(f'{path}: {where} is used, and not the averages under {averaged[0]}: save those alone to use them', 'current')
+    meta = content['meta'] if isinstance(content.get('meta'), Mapping) else {}
+    meta = {**meta, 'dataset_meta': dataset_meta_of(meta)} if dataset_meta_of(meta) else dict(meta)
+    return {**(content if 'state_dict' in content else {}), 'meta': meta, 'state_dict': unwrapped(_tensors(weights, path))}
+
+
+_CONTAINERS = ('state_dict', 'model', 'model_state', 'model_state_dict', 'module', 'net', 'network', 'weights', 'params', 'state_dict_ema',
+               'model_ema', 'ema_state_dict')
+"""Names under which training programs keep a state dict; where a file has several, the first."""
+
+
+def _weights_in(content: Any, depth: int = 3) -> Tuple[str, Mapping]:
+    """Where the state dict lies in a checkpoint, and the state dict; empty where there is none."""
+    if not isinstance(content, dict):
+        return '', {}
+    for key in _CONTAINERS if depth else ():
+        found = _weights_in(content.get(key), depth - 1)[1]
+        if found:
+            return key, found
+    return '', content if any(isinstance(v, Tensor) for v in content.values()) else {}
+
+
+def _tensors(weights: Mapping[str, Any], path: str) -> Mapping[str, Tensor]:
+    found = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in weights.items()}
+    strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if strange:
+        print_log(f'{path}: {len(strange)} entries are left out, such as {strange[0]}: they are no tensors', 'current')
+    weights = OrderedDict((str(name), value) for name, value in found.items() if isinstance(value, Tensor))
+    for name, value in weights.items():
+        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            kind = 'is sparse' if value.layout is not torch.strided else 'has no values' if value.is_meta else 'is quantized by PyTorch'
+            raise CheckpointError(f'{path}: {name} {kind}: save the state_dict of a model whose weights are ordinary tensors')
+    return weights
+
+
+def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:
+    """Classes and palette as OpenMMLab 2 keeps them, from a ``meta`` of either generation; empty where it has none.
+
+    In plain types: an array of NumPy in it would make a file that loading of weights alone refuses.
+    """
+    given = meta.get('dataset_meta') or {k: meta[k] for k in ('CLASSES', 'PALETTE') if meta.get(k) is not None}
+    return {str(k).lower() if k in ('CLASSES', 'PALETTE') else k: _plain(v) for k, v in dict(given).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {_plain(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(v) for v in value), key=str)
+    if isinstance(value, (list, tuple)):
+        return (tuple if isinstance(value, tuple) else list)(_plain(v) for v in value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 @CheckpointLoader.register_scheme(prefixes=RESTRICTED, force=True)
@@ -238,7 +296,11 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
     Raises:
         CheckpointError: A key or shape does not fit, or a weight is NaN or infinite; the message names it and ``source``.
     """
-    weights = convert_timm_keys(model, checkpoint['state_dict'])
+    try:
+        found = match_names(model, checkpoint['state_dict'], checkpoint.get('meta') or {})
+    except CheckpointError as error:
+        raise CheckpointError(f'{source}: {error}') from error
+    weights = convert_timm_keys(model, found.weights)
     for key, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
@@ -248,6 +310,8 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
             model.load_state_dict(weights, strict=False)
     except CheckpointError as error:
         raise CheckpointError(f'{source}: {error}') from error
+    for note in found.notes:
+        print_log(f'{source}: {note}', 'current')
 
 
 @contextlib.contextmanager
@@ -300,7 +364,7 @@ def student_checkpoint(model: nn.Module, config_text: str, dataset_meta: Optiona
     """
     state = OrderedDict((k, v.detach().cpu().clone()) for k, v in model.state_dict().items())
     spec = spec_of(model)
-    meta = dict(cfg=config_text, dataset_meta=dataset_meta or {},
+    meta = dict(cfg=config_text, dataset_meta=_plain(dataset_meta or {}),
                 psaq_mm=dict(version=psaq_mm.__version__, label=spec.label, quant=spec.to_dict(),
                              teacher=dict(checkpoint=str(teacher[0]), sha256=teacher[1]), dfq=settings))
     return dict(meta=meta, state_dict=state)

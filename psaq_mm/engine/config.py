@@ -19,9 +19,10 @@ from psaq_mm.type_names import type_name
 __all__ = ['apply_method', 'to_data_free', 'quant_holder', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config',
            'sample_size', 'drop_pretrained', 'preset_of', 'type_name']
 
-_DATA_HOOKS = ('EMAHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
+_DATA_HOOKS = ('EMAHook', 'CheckpointHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
                'MeanTeacherHook', 'PreciseBNHook', 'SyncNormHook', 'SwitchRecipeHook', 'SwAVHook')
-"""Inherited hooks that expect the real dataset, or a second copy of the weights that nothing here would use."""
+"""Inherited hooks that expect the real dataset, keep a second copy of the weights that nothing here would use, or write checkpoints, which
+:class:`psaq_mm.engine.hooks.DataFreeQuantHook` does."""
 
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -129,6 +130,8 @@ def _sorted_hooks(config: Config) -> Tuple[List, List[str]]:
     kept, dropped = [], []
     for hook in config.get('custom_hooks') or []:
         (dropped if type_name(hook) in _DATA_HOOKS else kept).append(hook)
+    default = [hook for name, hook in (config.get('default_hooks') or {}).items() if hook and name != 'checkpoint']
+    dropped += [hook for hook in default if type_name(hook) in _DATA_HOOKS]
     return [h for h in kept if type_name(h) != 'DataFreeQuantHook'], [type_name(h) for h in dropped]
 
 
@@ -194,7 +197,8 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
         config.optim_wrapper.update(constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates)
     if dfq['amp'] == 'float16':  # its small gradients vanish unless the loss is scaled; bfloat16's do not
         config.optim_wrapper.type = 'psaq_mm.Float16OptimWrapper'
-    config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', T_max=iters, eta_min=0, by_epoch=False)] if iters else []
+    # Without T_max: MMEngine ends it with the loop, also where somebody sets train_cfg.max_iters of the config that a run leaves.
+    config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', eta_min=0, by_epoch=False)] if iters else []
     config.pop('auto_scale_lr', None)
     if val and not all(config.get(key) is not None for key in ('val_dataloader', 'val_evaluator', 'val_cfg')):
         raise ConfigError(f'the config {config.filename} has no validation set: set val_dataloader, val_cfg and val_evaluator, or run '
@@ -210,7 +214,8 @@ def _teacher(given: Optional[str], dfq: Mapping, config: Config, before: Mapping
     if not path:
         raise ConfigError('there is no full-precision checkpoint to quantize: set load_from in the config or give --checkpoint')
     if '://' not in str(path) and not os.path.isfile(path):
-        raise ConfigError(f'the full-precision checkpoint {path} does not exist: set load_from or give --checkpoint')
+        what = 'is a folder: give the file in it' if os.path.isdir(path) else 'does not exist: set load_from or give --checkpoint'
+        raise ConfigError(f'the full-precision checkpoint {path} {what}')
     return str(path)
 
 
@@ -222,13 +227,26 @@ def _loop_settings(dfq: Mapping) -> dict:
     return {k: v for k, v in copy.deepcopy(dfq).items() if k not in ('method', *_OF_THE_HOOK, *_OF_THE_OPTIMIZER)}
 
 
+def _by_iteration(log_processor: Mapping) -> ConfigDict:
+    """A log processor of an iteration loop, which refuses windows of an epoch: a run is one, so it takes all steps so far."""
+    found = ConfigDict({**copy.deepcopy(dict(log_processor)), 'type': 'LogProcessor', 'by_epoch': False})
+    if not isinstance(found.get('window_size', 1), int):
+        found.pop('window_size')
+    for one in found.get('custom_cfg') or []:
+        if one.get('window_size') == 'epoch':
+            one['window_size'] = 'global'
+    return found
+
+
 def _set_runtime(config: Config, dfq: Mapping) -> None:
     default_hooks = ConfigDict(config.get('default_hooks') or {})
     default_hooks.checkpoint = None  # mmengine removes the old file before it writes the new one; our hook does neither
+    for name in [name for name, hook in default_hooks.items() if hook and type_name(hook) in _DATA_HOOKS]:
+        default_hooks.pop(name)  # mmengine takes None for its own names alone
     default_hooks.logger = ConfigDict({**(default_hooks.get('logger') or {}), 'type': 'LoggerHook',
                                        'interval': dfq['log_interval']})
     config.default_hooks = default_hooks
-    config.log_processor = ConfigDict({**(config.get('log_processor') or {}), 'type': 'LogProcessor', 'by_epoch': False})
+    config.log_processor = _by_iteration(config.get('log_processor') or {})
     config.randomness = ConfigDict(seed=dfq['seed'])
     config.load_from, config.resume = None, False
     config.work_dir = config.get('work_dir') or './work_dirs/data_free'

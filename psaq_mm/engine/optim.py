@@ -4,14 +4,15 @@ import math
 from typing import Any, Dict, List, Mapping, Optional
 
 from mmengine.device import get_device
-from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.optim import AmpOptimWrapper, DefaultOptimWrapperConstructor, OptimWrapper, ReduceOnPlateauParamScheduler
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import learn_ranges_
 from psaq_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
-__all__ = ['Float16OptimWrapper', 'StudentOptimWrapperConstructor', 'parameter_groups']
+__all__ = ['Float16OptimWrapper', 'StudentOptimWrapperConstructor', 'follow_schedule', 'parameter_groups']
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -82,3 +83,27 @@ class StudentOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         params.extend(parameter_groups(module, self.base_lr, **self.paramwise_cfg))
         if not params:
             raise ConfigError('dfq.lr, dfq.vector_lr and dfq.range_lr are all 0: nothing is left to learn; set dfq.iters=0 to calibrate only')
+
+
+def follow_schedule(runner: Runner) -> None:
+    """Put a resumed run's schedules where a run of the config's own length has them after as many steps.
+
+    MMEngine restores schedules with the length that they were saved with: a run that is resumed with more steps would stay at the end
+    of the old one, and a cosine would rise again. They are built anew from the config and taken through the steps so far, which gives
+    the values of an uninterrupted run bit for bit, as they follow from the first rates and the number of steps alone. A schedule that
+    follows metrics is left as it was restored, and so are all others beside it.
+    """
+    given, wrapper, step = runner.cfg.get('param_scheduler'), runner.optim_wrapper, runner.iter
+    if not isinstance(runner.param_schedulers, list) or not given:
+        return
+    if any(isinstance(one, ReduceOnPlateauParamScheduler) for one in runner.param_schedulers):
+        return
+    for name in {one.param_name for one in runner.param_schedulers}:
+        for group in wrapper.param_groups:
+            group[name] = group.get(f'initial_{name}', group[name])
+    runner.param_schedulers = runner.build_param_scheduler(given)
+    wrapper._global_step = step  # else each schedule warns of being stepped before the optimizer
+    for _ in range(step):
+        for one in runner.param_schedulers:
+            if not one.by_epoch:
+                one.step()

@@ -6,17 +6,19 @@ The check therefore sits in a load hook of the model itself, so that tools, infe
 library pass through it.
 """
 import contextlib
+import re
 import sys
 from collections import OrderedDict
-from typing import Callable, Dict, Iterator, List, Mapping, Optional, Set
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from torch import Tensor, nn
 
 from psaq_mm.errors import CheckpointError
-from psaq_mm.models.scope import find_backbone
+from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
 from psaq_mm.quantization import is_quantizer_key
 
-__all__ = ['check_state_dict', 'convert_timm_keys', 'guard_loading', 'whole_loading']
+__all__ = ['Matched', 'absent_parts', 'check_state_dict', 'convert_timm_keys', 'guard_loading', 'match_names', 'unwrapped',
+           'usable_weights', 'whole_loading']
 
 _SHOWN = 3
 
@@ -59,7 +61,8 @@ def _resized_by_the_library(model: nn.Module) -> Set[str]:
 def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str = '') -> None:
     """Check that ``state_dict`` has every weight of ``model``, in its shape, under the names of the model's modules.
 
-    Quantizer state may be absent as a whole (a full-precision checkpoint), not in part.
+    Quantizer state may be absent as a whole (a full-precision checkpoint), not in part; so may an auxiliary head, which takes no part in
+    inference.
 
     Raises:
         CheckpointError: One sentence that names the keys, the shapes and the way out.
@@ -74,16 +77,32 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
     ]
     if wrong:
         raise CheckpointError(f'the checkpoint does not fit the model: {_some(wrong)}; use the config that it was trained with')
-    missing = [k for k in own if k not in given and not is_quantizer_key(k) and not k.endswith('num_batches_tracked')]
+    unneeded = absent_parts(own, given)
+    missing = [k for k in own if k not in given and not is_quantizer_key(k) and not k.endswith('num_batches_tracked')
+               and not k.startswith(unneeded)]
     if missing:
-        raise CheckpointError(f'the checkpoint lacks {len(missing)} weights of the model ({_some(missing)}): '
-                              'use the config that it was trained with, or convert its keys first')
+        alone = given and all(k.startswith('backbone.') for k in given)
+        way = ('it holds a backbone alone, give the checkpoint of the whole trained model' if alone else
+               'use the config that it was trained with, or convert its keys first')
+        raise CheckpointError(f'the checkpoint lacks {len(missing)} weights of the model ({_some(missing)}): {way}')
     has_state = {k for k in given if is_quantizer_key(k)}
     wants_state = {k for k in own if is_quantizer_key(k)}
     if has_state and has_state != wants_state:
         odd = sorted(has_state ^ wants_state)
         raise CheckpointError(f'the checkpoint was quantized under another spec ({_some(odd)} stand on one side only): '
                               'give the config the quant= that it was made with')
+
+
+def absent_parts(own: Iterable[str], given: Iterable[str]) -> Tuple[str, ...]:
+    """Prefixes of parts that serve training alone, of which ``own`` has weights and ``given`` none.
+
+    Example:
+        >>> absent_parts(['decode_head.bias', 'auxiliary_head.bias'], ['decode_head.bias'])
+        ('auxiliary_head.',)
+    """
+    parts = tuple(f'{name}.' for name in TRAINING_ONLY)
+    held = {part for part in parts if any(k.startswith(part) for k in given)}
+    return tuple(part for part in parts if part not in held and any(k.startswith(part) for k in own))
 
 
 def guard_loading(model: nn.Module) -> None:
@@ -120,6 +139,119 @@ def whole_loading(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def unwrapped(weights: Mapping[str, Any]) -> Dict[str, Any]:
+    """Weights without what DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``) put into their names.
+
+    Example:
+        >>> unwrapped({'module._orig_mod.backbone._orig_mod.norm.bias': 0})
+        OrderedDict([('backbone.norm.bias', 0)])
+    """
+    found = OrderedDict((re.sub(r'(?<![^.])_orig_mod\.', '', name), value) for name, value in weights.items())
+    found = found if len(found) == len(weights) else OrderedDict(weights)
+    while found and all(name.startswith('module.') for name in found):
+        found = OrderedDict((name[len('module.'):], value) for name, value in found.items())
+    return found
+
+
+class Matched(NamedTuple):
+    """Weights of a checkpoint, and a sentence for each kind of what was left out of them.
+
+    Attributes:
+        weights: State dict.
+        notes: For the log.
+    """
+    weights: Dict[str, Tensor]
+    notes: List[str]
+
+
+def _note(names: Sequence[str], why: str) -> str:
+    return f'{len(names)} weights are left out, such as {names[0]}: {why}'
+
+
+def _chosen(prefixes: Sequence[str], meta: Mapping) -> str:
+    """Which one of several copies of a model is to be used."""
+    if {'teacher.', 'student.'} <= set(prefixes):
+        # mmdet's semi-supervised detectors: its config says whose predictions are the model's, by default the teacher's.
+        said = re.search(r"""predict_on['"]?\s*[=:]\s*['"](teacher|student)""", str(meta.get('cfg') or meta.get('config') or ''))
+        return f'{said[1] if said else "teacher"}.'
+    if 'model.' in prefixes:
+        return 'model.'
+    raise CheckpointError(f'the checkpoint holds the model {len(prefixes)} times ({", ".join(sorted(prefixes))}): save one of them alone')
+
+
+def _below(weights: Mapping[str, Tensor], prefix: str, notes: List[str]) -> Dict[str, Tensor]:
+    others = [name for name in weights if not name.startswith(prefix)]
+    if others:
+        notes.append(_note(others, f'the model is what lies under {prefix[:-1]!r}'))
+    return OrderedDict((name[len(prefix):], value) for name, value in weights.items() if name.startswith(prefix))
+
+
+def _without_averages(weights: Mapping[str, Tensor], notes: List[str]) -> Mapping[str, Tensor]:
+    """Without the second copy that the EMA hooks of mmcv 1 and mmdet 2 keep as buffers of the model.
+
+    For ``backbone.norm.bias`` it is ``ema_backbone_norm_bias``. The hooks swap the two before a checkpoint is saved, so that averages
+    stand under the plain names, which those releases test with.
+    """
+    second = {'ema_' + name.replace('.', '_'): value for name, value in weights.items() if not name.startswith('ema_')}
+    dropped = [name for name, value in weights.items() if name in second and value.shape == second[name].shape]
+    if not dropped:
+        return weights
+    notes.append(_note(dropped, 'a second copy of the weights that an EMA hook kept, whose averages stand under the plain names'))
+    return OrderedDict((name, value) for name, value in weights.items() if name not in set(dropped))
+
+
+def usable_weights(weights: Mapping[str, Tensor], meta: Mapping) -> Matched:
+    """Weights without what tells by its names alone that it takes no part in inference, for a model that is not built.
+
+    Args:
+        weights: State dict.
+        meta: The checkpoint's.
+    """
+    notes: List[str] = []
+    heads = {name.split('.')[0] + '.' for name in weights}
+    if {'teacher.', 'student.'} <= heads:
+        weights = _below(weights, _chosen(sorted(heads), meta), notes)
+    elif heads == {'model.'}:
+        weights = _below(weights, 'model.', notes)
+    return Matched(dict(_without_averages(weights, notes)), notes)
+
+
+def match_names(model: nn.Module, weights: Mapping[str, Tensor], meta: Mapping) -> Matched:
+    """Weights under the names of the model, where they have them under a prefix or beside what takes no part in inference.
+
+    What a training program puts before all names (``model.`` of Lightning and OTX, any other) is found by what the model asks for. A
+    second copy of the weights, and an auxiliary head that the config no longer has, are left out. Nothing else is: what has no place in
+    the model then is a mistake.
+
+    Args:
+        model: That is to load them.
+        weights: State dict.
+        meta: The checkpoint's.
+
+    Raises:
+        CheckpointError: The model is in it several times, and nothing says which is to be used.
+    """
+    notes: List[str] = []
+    own = [k for k in model.state_dict() if not is_quantizer_key(k) and not k.endswith('num_batches_tracked')]
+    needed = [k for k in own if not k.startswith(tuple(f'{part}.' for part in TRAINING_ONLY))]
+    if needed and not all(k in weights for k in needed):
+        anchor = max(needed, key=len)
+        prefixes = [name[:-len(anchor)] for name in weights if name.endswith(f'.{anchor}')]
+        prefixes = [prefix for prefix in prefixes if all(prefix + k in weights for k in needed)]
+        if prefixes:
+            weights = _below(weights, prefixes[0] if len(prefixes) == 1 else _chosen(prefixes, meta), notes)
+        elif all(name.startswith('model.') for name in weights) and not all(k.startswith('model.') for k in own):
+            weights = _below(weights, 'model.', notes)  # names of another release, perhaps
+    weights = _without_averages(weights, notes)
+    for part in absent_parts(weights, own):
+        dropped = [name for name in weights if name.startswith(part)]
+        notes.append(_note(dropped, f'the config has no {part[:-1]}, which takes no part in inference'))
+        weights = OrderedDict((name, value) for name, value in weights.items() if not name.startswith(part))
+    for part in absent_parts(own, weights):
+        notes.append(f'it has no {part[:-1]}: that of the config, which takes no part in inference, keeps its initial weights')
+    return Matched(weights, notes)
 
 
 _RESAMPLED = ('pos_embed', 'patch_embed.proj.weight', 'relative_position_bias_table')

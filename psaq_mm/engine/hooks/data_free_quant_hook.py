@@ -27,8 +27,11 @@ found by an inferencer that builds from the checkpoint alone."""
 
 def checkpoints_in(work_dir: str) -> List[Path]:
     """``iter_N.pth`` of a folder, oldest first."""
-    found = [(int(m.group(1)), p) for p in Path(work_dir).glob('iter_*.pth') if (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found)]
+    return sorted((p for p in Path(work_dir).glob('iter_*.pth') if _NAME.fullmatch(p.name)), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(_NAME.fullmatch(checkpoint.name).group(1))
 
 
 @HOOKS.register_module()
@@ -38,6 +41,10 @@ class DataFreeQuantHook(Hook):
     MMEngine's CheckpointHook removes the old checkpoint before it writes the new one, and writes in place: a run killed
     in between has none. Here the new one is moved into place whole, and only then does an old one go. In a distributed run rank 0
     writes, and the others wait.
+
+    What an earlier run left in the same work dir (``iter_N.pth`` and sheets) is moved to ``earlier/<time>`` in it once the new run's
+    settings have proved right: it is neither counted among the run's own checkpoints nor resumed. ``student.pth`` stays until the
+    new one takes its place.
 
     Args:
         checkpoint_interval: Student steps between two ``iter_N.pth``, beside ``iter_0.pth`` once samples and ranges are there; 0: none.
@@ -68,6 +75,28 @@ class DataFreeQuantHook(Hook):
         for name in ('iter_*.pth', 'student.pth', 'samples.pt', 'last_checkpoint'):
             for partial in Path(runner.work_dir).glob(f'.{name}.partial'):
                 partial.unlink(missing_ok=True)
+
+    @master_only
+    def before_samples(self, runner) -> None:
+        """What an earlier run left goes aside: of a resumed run what is newer than the checkpoint it goes on from, else all."""
+        folder, step = Path(runner.work_dir), runner.iter if runner.train_loop.resumed else -1
+        old = [path for path in checkpoints_in(folder) if _step_of(path) > step]
+        sheets = [path for path in (folder / 'samples').glob('round_*_step_*.png') if int(path.stem.rpartition('_')[2]) > step]
+        if not old and not sheets:
+            return
+        last = folder / 'last_checkpoint'
+        if step < 0:
+            last.unlink(missing_ok=True)  # before the file that it names
+        elif (folder / f'iter_{step}.pth').is_file():
+            self._name_last(folder / f'iter_{step}.pth')
+        aside = folder / 'earlier' / runner.timestamp
+        for path in (*old, *sheets):
+            target = aside / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        if old:
+            print_log(f'{folder} holds {len(old)} checkpoints that are not of this run ({", ".join(p.name for p in old[:3])}): they are in '
+                      f'{aside} now, which you may delete', 'current')
 
     def before_train_epoch(self, runner) -> None:
         """The samples that set the ranges."""
@@ -127,7 +156,12 @@ class DataFreeQuantHook(Hook):
         final = Path(runner.work_dir) / f'iter_{step}.pth'
         with whole_file(final) as partial:
             runner.save_checkpoint(runner.work_dir, partial.name, by_epoch=False, meta=dict(iter=step))
-        with whole_file(final.with_name('last_checkpoint')) as partial:
-            partial.write_text(str(final))
-        for old in checkpoints_in(runner.work_dir)[:-self.keep_checkpoints]:
+        self._name_last(final)
+        for old in [path for path in checkpoints_in(runner.work_dir) if _step_of(path) <= step][:-self.keep_checkpoints]:
             old.unlink()
+
+    @staticmethod
+    def _name_last(checkpoint: Path) -> None:
+        """What ``--resume`` of the libraries' own tools reads."""
+        with whole_file(checkpoint.with_name('last_checkpoint')) as partial:
+            partial.write_text(str(checkpoint))

@@ -18,12 +18,13 @@ from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, r
 from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.engine.device import leave_device_without_float64
 from psaq_mm.engine.inputs import set_input_
+from psaq_mm.engine.optim import follow_schedule
 from psaq_mm.engine.presets import Fresh
 from psaq_mm.engine.real_images import TrainingImages, training_images
 from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, takes_rgb
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
-from psaq_mm.quantization import set_mode, update_ranges_, use_full_float32
+from psaq_mm.quantization import QuantSpec, set_mode, update_ranges_, use_full_float32
 from psaq_mm.quantization.reduction import broadcast_, ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
 from psaq_mm.synthesis import SampleStream, Source
@@ -225,11 +226,13 @@ class DataFreeTrainLoop(BaseLoop):
             stream = self._fresh_stream(source, settings, real)
             self.evolution.pool = FreshPool(settings.pool_size, stream, self.fresh.share, replace='random', seed=self.seed)
         if self._resumed is not None:
+            self.runner.call_hook('before_samples')
             self.evolution.load_state_dict(self._resumed['evolution'])
             self.seconds = dict(self._resumed['seconds'])
             print_log(f'Resumed at student step {self._iter} of {self._max_iters}', 'current')
             return
         given = self._given_samples(teacher, settings)
+        self.runner.call_hook('before_samples')
         if given is None:
             shown = settings.source if source is None else ', '.join(_kinds(source))
             print_log(f'Synthesizing {settings.calibration_samples} samples of {settings.size[0]} x {settings.size[1]} '
@@ -301,12 +304,15 @@ class DataFreeTrainLoop(BaseLoop):
             raise ConfigError("dfq.amp='float16' needs a GPU and optim_wrapper.type='AmpOptimWrapper', which scales the loss: use "
                               "dfq.amp='bfloat16'")
         use_full_float32()
+        self._check_step()
         self.runner.call_hook('before_train')
         self._begun = time.perf_counter()
         if self.max_seconds is not None:
             self._begun -= (self._resumed or {}).get('elapsed', 0.)
             self.runner.param_schedulers = []
             self._rates = [group.get('initial_lr', group['lr']) for group in self.runner.optim_wrapper.param_groups]
+        elif self._resumed is not None:
+            follow_schedule(self.runner)
         self._prepare()
         self.runner.call_hook('before_train_epoch')
         over = over_at_once = self._over()
@@ -417,12 +423,42 @@ class DataFreeTrainLoop(BaseLoop):
     def state_dict(self) -> Dict[str, Any]:
         """What ``iter_N.pth`` carries beside weights, optimizer and schedule."""
         return dict(evolution=self.evolution.state_dict(), teacher=dict(self.teacher_config), seconds=dict(self.seconds),
-                    elapsed=self.elapsed)
+                    elapsed=self.elapsed, identity=self._identity())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Kept until :meth:`run`: MMEngine sets the random state anew after loading a checkpoint."""
+        """Kept until :meth:`run`: MMEngine sets the random state anew after loading a checkpoint.
+
+        Raises:
+            CheckpointError: It is of a run with other settings than this one.
+        """
+        made, wanted = dict(state.get('identity') or {}), self._identity()
+        if made:  # checkpoints of earlier releases do not tell; a setting of the quantizer that came later has its default there
+            made.update(QuantSpec.from_dict(made.pop('quant')).to_dict())
+            wanted.update(wanted.pop('quant'))
+        odd = [f'{k}={made[k]!r}, the config says {wanted[k]!r}' for k in wanted if k in made and made[k] != wanted[k]]
+        if odd:
+            raise CheckpointError(f'the checkpoint to resume from is of another run ({"; ".join(odd[:3])}): resume with the config '
+                                  'of that run, or give this one a --work-dir of its own')
         self._resumed = dict(state)
-        self.teacher_config = {**self.teacher_config, **{k: v for k, v in state['teacher'].items() if v}}
+        # The file may have moved: whether it is the same one, its hash tells.
+        given = {k: v for k, v in self.teacher_config.items() if v}
+        self.teacher_config = {**state['teacher'], **given, 'sha256': state['teacher'].get('sha256')}
+
+    def _identity(self) -> Dict[str, Any]:
+        """Settings without which a run is another one. Its length, batches and intervals are not among them.
+
+        Rates are: MMEngine restores those of the checkpoint, and would pass over the config's without a word.
+        """
+        wrapper = self.runner.cfg.get('optim_wrapper') or {}
+        rates = dict(lr=(wrapper.get('optimizer') or {}).get('lr'), vector_lr=None, range_lr=0.)
+        rates.update({k: v for k, v in (wrapper.get('paramwise_cfg') or {}).items() if k in rates})
+        return dict(rates, quant=spec_of(self.model).to_dict(), seed=self.seed, size=list(self.settings_given['size']),
+                    rotate=self.rotate)
+
+    def _check_step(self) -> None:
+        if self._resumed is not None and self._iter > self._max_iters:
+            raise CheckpointError(f'the checkpoint to resume from has {self._iter} student steps, dfq.iters={self._max_iters} asks for '
+                                  'fewer: give at least as many, or run without --resume')
 
     def summary(self) -> Dict[str, Any]:
         """JSON types only: what ``student.pth`` says of how it was made."""

@@ -7,6 +7,7 @@ from typing import Dict, List, NamedTuple, Sequence
 from torch import Tensor, nn
 
 from psaq_mm.errors import CheckpointError, UnsupportedModelError
+from psaq_mm.models.loading import absent_parts
 
 from .naming import Renamed, backbone_prefix
 
@@ -27,7 +28,7 @@ class Conversion(NamedTuple):
         missing: The model's weights that the checkpoint lacks.
         wrong: Sentences about shapes that do not fit.
         left_out: Old names of what was left out on purpose.
-        untrained: Output norms that the checkpoint lacks and that keep their initial 1 and 0, of a backbone alone.
+        untrained: What the checkpoint lacks and keeps its initial values: output norms of a backbone alone, 1 and 0, and an auxiliary head.
     """
     state_dict: Dict[str, Tensor]
     unplaced: List[str]
@@ -88,9 +89,11 @@ def fit_weights(renamed: Renamed, model: nn.Module, backbone_only: bool = False,
             raise CheckpointError(f'--drop {pattern!r} matches no weight of the checkpoint: its names are such as '
                                   f'{next(iter(renamed.sources.values()), "none")}')
     result, misfits = Conversion({}, [], [], [], [], []), set()
+    dropped, unneeded = absent_parts(renamed.weights, own), absent_parts(own, renamed.weights)
     for new, value in renamed.weights.items():
         old = renamed.sources[new]
-        if any(fnmatchcase(old, pattern) for pattern in drop) or backbone_only and not new.startswith('backbone.'):
+        if any(fnmatchcase(old, pattern) for pattern in drop) or new.startswith(dropped) or (
+                backbone_only and not new.startswith('backbone.')):
             result.left_out.append(old)
         elif new not in own:
             result.unplaced.append(f'{old} {tuple(value.shape)}')
@@ -104,7 +107,7 @@ def fit_weights(renamed: Renamed, model: nn.Module, backbone_only: bool = False,
             continue
         if _MADE_BY_THE_MODEL.search(name):
             result.state_dict[name] = value.clone()
-        elif backbone_only and _OUTPUT_NORM.fullmatch(name[len('backbone.'):]):
+        elif name.startswith(unneeded) or backbone_only and _OUTPUT_NORM.fullmatch(name[len('backbone.'):]):
             result.untrained.append(name)
         else:
             result.missing.append(name)
