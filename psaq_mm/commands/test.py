@@ -139,14 +139,34 @@ def _teacher_of(checkpoint: Mapping, given: Optional[str], path: str) -> str:
 def _test_deployed(config, args) -> None:
     """Metrics of an exported model, beside those of the fake-quantized one where its checkpoint is given too."""
     from psaq_mm.deploy import load
+    from psaq_mm.deploy.kernels import EXPLAINED
     from psaq_mm.engine.checkpoint import read_checkpoint
     if args.full_precision is not None:
         raise ConfigError('--deployed and --full-precision do not go together: evaluate one after the other')
     label = f'{load(args.deployed, args.runtime).manifest["label"]} {args.runtime}'  # before the test set is opened
     fake = evaluate(config, read_checkpoint(args.checkpoint), args.checkpoint) if args.checkpoint else None
-    found = evaluate(config, None, args.deployed, runtime=args.runtime, threads=args.threads)
-    _show(config, before_after_table(fake, found, label, 'fake-quantized'),
-          dict(deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=fake, integer=found))
+    ran = _kernels_hook()
+    found = evaluate(config, None, args.deployed, hooks=[ran], runtime=args.runtime, threads=args.threads)
+    told = ''.join(f'\n{args.runtime} ran it with {EXPLAINED[kernels]}' for kernels in ran.kernels)
+    _show(config, before_after_table(fake, found, label, 'fake-quantized') + told,
+          dict(deployed=args.deployed, runtime=args.runtime, kernels=list(ran.kernels), checkpoint=args.checkpoint, quantized=fake,
+               integer=found))
+
+
+def _kernels_hook():
+    """A hook that knows after a test which kernels an exported model was run with."""
+    from mmengine.hooks import Hook
+
+    from psaq_mm.models import DeployedBackbone
+
+    class KernelsHook(Hook):
+        kernels: Sequence[str] = ()
+
+        def after_test(self, runner) -> None:
+            models = [m.deployed for m in runner.model.modules() if isinstance(m, DeployedBackbone)]
+            self.kernels = sorted({kernels for model in models for kernels in model.kernels})
+
+    return KernelsHook()
 
 
 def _show(config, table: str, results: Mapping) -> None:

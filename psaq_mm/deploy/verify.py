@@ -21,8 +21,9 @@ from psaq_mm.quantization.logarithmic import BASES
 
 from .bundle import read_manifest, read_weights
 from .export import ExportedModel, _Graph, graph_parts
+from .kernels import EXPLAINED
 from .lowering import LoweredGraph, with_weights
-from .runtime import load, start
+from .runtime import DeployedModel, load, start
 
 __all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
 
@@ -80,11 +81,13 @@ class Verification(NamedTuple):
         layers: One row a quantizer.
         outputs: One row an output of the graph.
         weights: Names of integer weights that are not the fake-quantized model's.
+        kernels: What the runtime ran the whole graph with, of :data:`.kernels.KERNELS`.
     """
     runtime: str
     layers: List[LayerAgreement]
     outputs: List[OutputAgreement]
     weights: List[str]
+    kernels: Tuple[str, ...] = ()
 
     @property
     def equal(self) -> float:
@@ -109,6 +112,7 @@ class Verification(NamedTuple):
         lines += [f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of positions'
                   f'{"" if o.good else "  <- too far"}'
                   for o in self.outputs]
+        lines += [f'{self.runtime} ran the graph with {EXPLAINED[kernels]}' for kernels in self.kernels]
         lines.append('integer weights: all as in the fake-quantized model' if not self.weights else
                      f'integer weights that differ: {", ".join(self.weights)}')
         return '\n'.join(lines)
@@ -189,7 +193,8 @@ def _records(model: nn.Module, image: Tensor) -> Dict[str, List[Tensor]]:
     return recorder.inputs
 
 
-def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads) -> Iterator[LayerAgreement]:
+def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads,
+                kernels: str) -> Iterator[LayerAgreement]:
     size = tuple(images.shape[-2:])
     graph = exported.graphs[size]
     modules = dict(model.named_modules())
@@ -216,7 +221,7 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
         inputs = {input_name: value for input_name, value in given.values()}
         inputs['images'] = images[i:i + 1].numpy()
         if session is None:
-            session = start(_cut(graph, exported, given).SerializeToString(), runtime, threads)
+            session = start(_cut(graph, exported, given).SerializeToString(), runtime, threads, kernels)
         found = session.run(_of_session(session, inputs))
         for code, (name, wanted, x) in expected.items():
             gap = np.abs(found[code].astype(np.int32) - wanted.astype(np.int32))
@@ -263,8 +268,8 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
     return wrong
 
 
-def _output_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads) -> Iterator[OutputAgreement]:
-    found = load(exported.directory, runtime, threads).run(images.numpy())
+def _output_rows(model: nn.Module, deployed: DeployedModel, images: Tensor) -> Iterator[OutputAgreement]:
+    found = deployed.run(images.numpy())
     graph = _Graph(model, graph_parts(model))
     with torch.no_grad():
         rows = [graph(images[i:i + 1]) for i in range(len(images))]
@@ -275,7 +280,8 @@ def _output_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runt
         yield OutputAgreement(name, float(error), float((found[name].argmax(1) == wanted.argmax(1)).mean()), bool(good))
 
 
-def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads: Optional[int] = None) -> Verification:
+def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads: Optional[int] = None,
+           kernels: str = 'auto') -> Verification:
     """Compare an exported model with the fake-quantized one it was made of.
 
     Args:
@@ -284,12 +290,14 @@ def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: s
         images: Normalized, (N, C, H, W), of an exported size.
         runtime: ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime.
+        kernels: See :func:`.runtime.start`.
     """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return Verification(runtime, list(_layer_rows(model, exported, images, runtime, threads)),
-                            list(_output_rows(model, exported, images, runtime, threads)), wrong_weights(model, exported))
+        deployed = load(exported.directory, runtime, threads, kernels)
+        return Verification(runtime, list(_layer_rows(model, exported, images, runtime, threads, kernels)),
+                            list(_output_rows(model, deployed, images)), wrong_weights(model, exported), deployed.kernels)
     finally:
         for module in was_training:
             module.training = True
