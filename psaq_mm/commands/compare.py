@@ -136,12 +136,13 @@ def _contents_of(used: Any, content: Callable[[str], str]) -> Any:
 
 # ---------------------------------------------------------------------- plan
 def _quant_name(config) -> str:
-    """The preset's name, and what a table must not mix: the scope where it is not the backbone."""
+    """The preset's name, and what a table must not mix: the scope where it is not the backbone, and a reduced range of weights."""
     from psaq_mm.engine.config import quant_holder
     quant = quant_holder(config.model).get('quant', 'w8a8')
     spec = QuantSpec.parse(quant)
     preset = quant if isinstance(quant, str) else quant.get('preset')
-    return (preset or spec.label).lower() + (f' ({spec.scope})' if spec.scope != 'backbone' else '')
+    notes = ([spec.scope] if spec.scope != 'backbone' else []) + (['7-bit weights'] if spec.w_reduce_range else [])
+    return (preset or f'w{spec.w_bits}a{spec.a_bits}').lower() + (f' ({", ".join(notes)})' if notes else '')
 
 
 _ENDLESS = 10**6

@@ -228,6 +228,7 @@ def _teacher_of(checkpoint: Mapping, given: Optional[str], path: str) -> str:
 def _test_deployed(config, args) -> None:
     """Metrics of an exported model, beside those of the fake-quantized one where its checkpoint is given too."""
     from psaq_mm.deploy import load
+    from psaq_mm.deploy.kernels import EXPLAINED
     from psaq_mm.engine.checkpoint import read_checkpoint
     from psaq_mm.engine.students import config_of_student
     if args.full_precision is not None:
@@ -240,8 +241,28 @@ def _test_deployed(config, args) -> None:
         own = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
         results['quantized'] = evaluate(own, checkpoint, args.checkpoint, failed=failed)
         _save(config, results)
-    results['integer'] = evaluate(config, None, args.deployed, runtime=args.runtime, threads=args.threads, failed=failed)
+    ran = _kernels_hook()
+    results['integer'] = evaluate(config, None, args.deployed, hooks=[ran], runtime=args.runtime, threads=args.threads, failed=failed)
+    results['kernels'] = list(ran.kernels)
+    if not ranks()[0]:
+        print(''.join(f'{args.runtime} ran it with {EXPLAINED[kernels]}\n' for kernels in ran.kernels), end='')
     _show(config, results, failed, results['quantized'], results['integer'], label, 'fake-quantized')
+
+
+def _kernels_hook():
+    """A hook that knows after a test which kernels an exported model was run with."""
+    from mmengine.hooks import Hook
+
+    from psaq_mm.models import DeployedBackbone
+
+    class KernelsHook(Hook):
+        kernels: Sequence[str] = ()
+
+        def after_test(self, runner) -> None:
+            models = [m.deployed for m in runner.model.modules() if isinstance(m, DeployedBackbone)]
+            self.kernels = sorted({kernels for model in models for kernels in model.kernels})
+
+    return KernelsHook()
 
 
 def _save(config, results: Mapping) -> Path:

@@ -12,6 +12,7 @@
 
 NumPy and the standard library alone.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -65,16 +66,22 @@ def unpack(data: bytes, shape: Sequence[int], low: Union[int, np.ndarray], dtype
 
 
 def _write_weights(path: Path, weights: Mapping[str, Weight]) -> Iterable[Dict[str, Any]]:
-    rows = []
+    rows, places = [], {}
     with open(path, 'wb') as file:
         for name, (array, low) in weights.items():
             more = {}
+            content = array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest()
+            if low is None and content in places:  # under another name: it stands in the file once
+                rows.append(dict(places[content], name=name))
+                continue
             if isinstance(low, np.ndarray):  # a tensor of its own: in the manifest it would be larger than all the rest of it
                 more['packed_from'] = f'{name}.least'
                 rows.append(_written(file, more['packed_from'], low))
             elif low is not None:
                 more['packed_from'] = int(low)
             rows.append(dict(_written(file, name, array, low), **more))
+            if low is None:
+                places[content] = rows[-1]
     return rows
 
 

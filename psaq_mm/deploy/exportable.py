@@ -222,13 +222,14 @@ def _integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
     quantizer, axis = layer.weight_quantizer, layer.output_axis
     codes = quantize(layer.weight.detach(), quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, axis)
     zero_point, low = quantizer.zero_point, quantizer.qmin
-    if quantizer.qmin == 0 and quantizer.bits < 8:
+    if quantizer.qmin == 0 and quantizer.bits < 8 and not quantizer.reduced_range:
         # Asymmetric codes of less than 8 bits are signed ones of a byte with their zero point taken from them: no runtime multiplies with
         # weights that have zero points.
         codes = codes - along(zero_point, codes, axis)
         zero_point, low = torch.zeros_like(zero_point), -zero_point
-    elif quantizer.qmin == 0:
-        codes, zero_point, low = codes - 128, zero_point - 128, -128
+    elif quantizer.qmin == 0:  # counted from the middle
+        middle = 2**(quantizer.bits - 1)
+        codes, zero_point, low = codes - middle, zero_point - middle, -middle
     if isinstance(layer, nn.Linear):
         codes, axis = codes.t().contiguous(), 1
     return IntegerWeight(codes.to(torch.int8), quantizer.scale.detach().clone(), zero_point.to(torch.int8), axis, quantizer.bits, low,

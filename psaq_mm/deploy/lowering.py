@@ -7,10 +7,12 @@ graph for :mod:`.bundle`.
 """
 import hashlib
 import math
-from typing import Callable, Dict, Iterable, List, Mapping, Optional, Set, Tuple, Union
+from collections import Counter
+from typing import Callable, Dict, Iterable, List, Mapping, Set, Tuple, Union
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from psaq_mm.quantization.logarithmic import BASES, LEAST
 
 from .bundle import PACKED_BITS, Weight
 from .exportable import Codes, ExportableModel, IntegerWeight
+from .kernels import NARROW
 from .symbols import DOMAIN
 
 __all__ = ['LoweredGraph', 'WeightStore', 'lower']
@@ -135,6 +138,7 @@ class _Lowering:
         self.new_initializers: Dict[str, np.ndarray] = {}
         self.packed: Dict[str, Union[int, np.ndarray]] = {}
         self.unshared: Set[str] = set()
+        self.readers: Counter = Counter()
 
     # ------------------------------------------------------------------ building blocks
     def constant(self, name: str, array: np.ndarray) -> str:
@@ -222,19 +226,26 @@ class _Lowering:
         return code, self.node('Where', [none, self.scalar(0, f'{name}.zero'), value], f'{name}.value')
 
     def weight(self, name: str) -> str:
-        key = 'weight', name
+        """The dequantized weight; each product that reads a wide one has its own, under names of its own. Where ONNX Runtime multiplies
+        with wide weights plus 128, it makes these for each product by the name of the codes, and does not start if two have one name."""
+        weight = self.made.weights[name]
+        wide = int(weight.codes.to(torch.int16).abs().max()) > NARROW
+        self.readers[name] += 1
+        copy = f'.{self.readers[name]}' if wide and self.readers[name] > 1 else ''
+        key = 'weight', f'{name}{copy}'
         if key not in self.known:
-            weight = self.made.weights[name]
-            codes = f'{name}.weight.codes'
+            codes, value = f'{name}.weight{copy}.codes', f'{name}.weight{copy}.value'
             self.new_initializers[codes] = weight.codes.numpy()
+            if wide:
+                self.unshared.add(codes)
             if weight.bits <= PACKED_BITS:
                 self.packed[codes] = _least_codes(weight)
-            # Neither codes nor zero points are shared with another weight: ONNX Runtime replaces those of some, each by its name.
-            parameters = [f'{name}.weight.scale', f'{name}.weight.zero_point']
+            # Neither is shared with another weight: ONNX Runtime replaces the zero points of some weights, each by its name.
+            parameters = [f'{name}.weight.scale', f'{name}.weight{copy}.zero_point']
             zero_point = weight.zero_point.numpy()
             self.new_initializers.update(zip(parameters, (weight.scale.numpy(), np.zeros_like(zero_point) if weight.apart else zero_point)))
-            self.unshared.update((codes, parameters[1]))
-            self.known[key] = self.node('DequantizeLinear', [codes, *parameters], f'{name}.weight.value', axis=weight.axis)
+            self.unshared.add(parameters[1])
+            self.known[key] = self.node('DequantizeLinear', [codes, *parameters], value, axis=weight.axis)
         return self.known[key]
 
     def position_bias(self, scores: str, name: str, output: str) -> str:

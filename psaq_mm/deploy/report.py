@@ -8,7 +8,7 @@ from psaq_mm.quantization import ConversionReport
 
 from .bundle import REST
 from .exportable import ExportableModel
-from .runtime import ORT_DISABLED
+from .kernels import EXPLAINED
 
 __all__ = ['execution', 'sizes_of', 'summary', 'tensor_rows']
 
@@ -105,20 +105,22 @@ def execution(deployed, size: Tuple[int, int]) -> str:
         deployed: A :class:`.runtime.DeployedModel`.
         size: One of its sizes.
     """
-    rows = (_openvino_products if deployed.runtime == 'openvino' else _onnxruntime_products)(deployed, size)
+    session = deployed.session(size)
+    rows = _openvino_products(session) if deployed.runtime == 'openvino' else _onnxruntime_products(session, deployed.graph(size))
     counts = Counter(row[2] for row in rows)
     told = [f'{counts["integer"]} of {len(rows)} products are integer']
     told += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
+    told += [EXPLAINED[session.kernels]] if session.kernels != 'integer' else []
     lines = [f'{deployed.runtime}, {size[0]} x {size[1]}: ' + ', '.join(told)]
     lines += [f'  float: {name} ({kind})' for name, kind, how in rows if how == 'float']
     return '\n'.join(lines)
 
 
-def _openvino_products(deployed, size) -> List[Tuple[str, str, str]]:
+def _openvino_products(session) -> List[Tuple[str, str, str]]:
     """Name, kind, and ``'integer'``, ``'float'`` or ``'fused'``, of each product in the compiled graph: the name of the primitive
     ends in its precision."""
     rows = []
-    for node in deployed.session(size).compiled.get_runtime_model().get_ordered_ops():
+    for node in session.compiled.get_runtime_model().get_ordered_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items()
                 if key in ('layerType', 'primitiveType', 'originalLayersNames')}
         kind, primitive = info.get('layerType', ''), info.get('primitiveType', '')
@@ -132,17 +134,13 @@ def _openvino_products(deployed, size) -> List[Tuple[str, str, str]]:
     return rows
 
 
-def _onnxruntime_products(deployed, size) -> List[Tuple[str, str, str]]:
+def _onnxruntime_products(session, graph: bytes) -> List[Tuple[str, str, str]]:
     import tempfile
 
     import onnx
-    import onnxruntime
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / 'optimized.onnx')
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.optimized_model_filepath = path
-        onnxruntime.InferenceSession(deployed.graph(size), options, disabled_optimizers=list(ORT_DISABLED))
+        session.new_session(graph, None, session.way, path)
         nodes = onnx.load(path).graph.node
     integer = ('MatMulIntegerToFloat', 'MatMulInteger', 'QLinearMatMul', 'QLinearConv', 'ConvInteger', 'QGemm')
     return [(node.name, node.op_type, 'integer' if node.op_type in integer else 'float') for node in nodes

@@ -1,15 +1,18 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Running an exported model with NumPy and one runtime: no PyTorch, no OpenMMLab library."""
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+import threading
+import warnings
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 
 from ..errors import ConfigError, DataError
 from .bundle import read_manifest, read_weights
+from .kernels import KERNELS, NARROW, is_exact, make_probe
 from .wire import append_initializers
 
-__all__ = ['RUNTIMES', 'DeployedModel', 'load', 'require_runtime', 'start']
+__all__ = ['RUNTIMES', 'DeployedModel', 'exact_way', 'load', 'require_kernels', 'require_runtime', 'start']
 
 Images = Union[np.ndarray, Sequence[np.ndarray]]
 
@@ -20,30 +23,73 @@ the product is an integer one. And a bias is float32 in the model: it is not rou
 
 
 class _OnnxRuntime:
-    """A graph in ONNX Runtime."""
+    """A graph in ONNX Runtime. It runs products of activations in float as it is.
 
-    def __init__(self, graph: bytes, threads: Optional[int]):
-        import onnxruntime
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        # Without VNNI, the fast kernel for unsigned times signed codes saturates in 16 bits: ask for the exact one there.
-        options.add_session_config_entry('session.x64quantprecision', '1')
-        self.session = onnxruntime.InferenceSession(
-            graph, options, providers=['CPUExecutionProvider'], disabled_optimizers=list(ORT_DISABLED))
+    Attributes:
+        kernels: See :data:`.kernels.KERNELS`.
+    """
+
+    title = 'ONNX Runtime'
+    ways = ('integer', 'unsigned', 'float')
+    """Those of ``kernels``, and between them integer kernels on weights with 128 added, which do not saturate where the first ones do."""
+
+    def __init__(self, graph: bytes, threads: Optional[int], way: str):
+        self.session = self.new_session(graph, threads, way)
+        self.way, self.kernels = way, 'float' if way == 'float' else 'integer'
         self.names = [output.name for output in self.session.get_outputs()]
         self.input_names = {given.name for given in self.session.get_inputs()}
 
+    @classmethod
+    def begin(cls, graph: bytes, threads: Optional[int], kernels: str) -> '_OnnxRuntime':
+        """A session with the kernels that are asked for."""
+        way = kernels if kernels == 'float' else exact_way('onnxruntime')
+        if kernels != 'auto':
+            return cls(graph, threads, 'integer' if kernels != 'float' and way == 'float' else way)
+        try:
+            return cls(graph, threads, way)
+        except Exception:  # of the runtime's own
+            # A graph of an earlier psaq_mm may read one weight in several products, which this way does not take.
+            if way != 'unsigned':
+                raise
+            return cls(graph, threads, 'float')
+
+    @staticmethod
+    def new_session(graph: bytes, threads: Optional[int], way: str, optimized_path: Optional[str] = None):
+        """The runtime's own session.
+
+        Args:
+            graph: ONNX file.
+            threads: Of the runtime.
+            way: One of :attr:`ways`.
+            optimized_path: Where to write the graph as the runtime executes it.
+        """
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what cannot be started is raised
+        if threads:
+            options.intra_op_num_threads = threads
+        if optimized_path:
+            options.optimized_model_filepath = optimized_path
+        options.add_session_config_entry('session.x64quantprecision', '1' if way == 'unsigned' else '0')
+        options.add_session_config_entry('session.disable_quant_qdq', '1' if way == 'float' else '0')
+        return onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'], disabled_optimizers=list(ORT_DISABLED))
+
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        """All outputs by name."""
+        """All outputs by name. Threads may call it at once, as the runtime's session."""
         return dict(zip(self.names, self.session.run(None, dict(inputs))))
 
 
 class _OpenVino:
-    """A graph in OpenVINO, on the CPU."""
+    """A graph in OpenVINO, on the CPU.
 
-    def __init__(self, graph: bytes, threads: Optional[int]):
+    Attributes:
+        kernels: See :data:`.kernels.KERNELS`.
+    """
+
+    title = 'OpenVINO'
+    ways = ('integer', 'weights', 'float')
+
+    def __init__(self, graph: bytes, threads: Optional[int], way: str, check_weights: bool = False):
         import io
 
         import openvino
@@ -57,18 +103,105 @@ class _OpenVino:
         model = core.read_model(io.BytesIO(graph))
         self.names = [output.get_any_name() for output in model.outputs]
         self.input_names = {name for given in model.inputs for name in given.get_names()}
+        if way == 'weights' and check_weights and _has_wide_weights(model):
+            way = 'float'
+        if way == 'weights' and not _part_products(model):
+            way = 'integer'
+        if way == 'float':
+            settings['LP_TRANSFORMS_MODE'] = 'NO'
+        self.kernels = way
         self.compiled = core.compile_model(model, 'CPU', settings)
         self.request = self.compiled.create_infer_request()
+        self.lock = threading.Lock()
+
+    @classmethod
+    def begin(cls, graph: bytes, threads: Optional[int], kernels: str) -> '_OpenVino':
+        """A session with the kernels that are asked for."""
+        if kernels == 'auto':
+            return cls(graph, threads, exact_way('openvino'), check_weights=True)
+        return cls(graph, threads, kernels)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        """All outputs by name."""
-        # Read where they lie; and the outputs' memory is the next run's too, so they are copied, once.
-        found = self.request.infer(dict(inputs), share_inputs=True, share_outputs=True)
-        return {name: np.array(found[i]) for i, name in enumerate(self.names)}
+        """All outputs by name. Threads may call it at once: they wait for each other, as there is one request."""
+        with self.lock:
+            # Read where they lie; and the outputs' memory is the next run's too, so they are copied, once.
+            found = self.request.infer(dict(inputs), share_inputs=True, share_outputs=True)
+            return {name: np.array(found[i]) for i, name in enumerate(self.names)}
+
+
+def _has_wide_weights(model) -> bool:
+    """Whether a weight of an OpenVINO model has codes beyond :data:`.kernels.NARROW`. Zero points and look-up tables are no matrices of
+    int8."""
+    for node in model.get_ops():
+        if node.get_type_name() == 'Constant' and node.get_element_type().get_type_name() == 'i8' and len(node.get_output_shape(0)) > 1:
+            codes = np.asarray(node.data)
+            if codes.size and max(-int(codes.min()), int(codes.max())) > NARROW:
+                return True
+    return False
+
+
+def _part_products(model) -> int:
+    """Make the products of activations in an OpenVINO model float ones, in place; how many there are.
+
+    A maximum with the least number changes no value, and OpenVINO looks for codes before it in vain.
+    """
+    from openvino import opset8
+    from_inputs, products = set(), []
+    for node in model.get_ordered_ops():
+        sources = [port.get_source_output().get_node() for port in node.inputs()]
+        varies = [source.get_friendly_name() in from_inputs for source in sources]
+        if node.get_type_name() == 'Parameter' or any(varies):
+            from_inputs.add(node.get_friendly_name())
+        if node.get_type_name() == 'MatMul' and all(varies) and node.get_element_type().get_type_name() == 'f32':
+            products.append(node)
+    for node in products:
+        port = node.input(1)
+        least = opset8.constant(np.full(1, np.finfo(np.float32).min, np.float32))
+        port.replace_source_output(opset8.maximum(port.get_source_output(), least).output(0))
+    return len(products)
 
 
 RUNTIMES: Dict[str, Any] = {'openvino': _OpenVino, 'onnxruntime': _OnnxRuntime}
 """Classes that run a graph, by the name of the package they need."""
+
+_starting = threading.RLock()  # of sessions, and of what is found out once a process
+_exact_ways: Dict[str, str] = {}
+_told: Set[Tuple[str, str]] = set()
+
+
+def exact_way(runtime: str) -> str:
+    """The first of a runtime's ``ways`` that computes exactly on this processor, found out once a process.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    with _starting:
+        if runtime not in _exact_ways:
+            _exact_ways[runtime] = _find_exact_way(runtime)
+        return _exact_ways[runtime]
+
+
+def _find_exact_way(runtime: str) -> str:
+    kind = RUNTIMES[runtime]
+    for way in kind.ways:
+        probe = make_probe(NARROW if way == 'weights' else 127)
+        if is_exact(kind(probe.graph, 1, way).run, probe):
+            return way
+    raise ConfigError(f'{kind.title} multiplies 8-bit codes wrongly on this processor, with integer and with float kernels: choose another '
+                      f'runtime, one of {", ".join(repr(name) for name in RUNTIMES if name != runtime)}')
+
+
+def _tell(session) -> None:
+    """Say once a process why a graph is not run as it would be elsewhere."""
+    key = session.title, session.kernels
+    if session.kernels == session.ways[0] or key in _told:
+        return
+    _told.add(key)
+    which = 'this model' if session.kernels == 'float' else 'the attention of this model'
+    advice = '' if session.kernels != 'float' else (
+        '. Weights held within 7 bits are exact in integer kernels everywhere: quantize with w_reduce_range=True (docs/deploy.md)')
+    warnings.warn(f'{session.title}\'s integer kernels are not exact on this processor (one without VNNI instructions): {which} runs in '
+                  f'float kernels, with the same answers, slower{advice}', stacklevel=3)
 
 
 def require_runtime(runtime: str) -> None:
@@ -86,14 +219,30 @@ def require_runtime(runtime: str) -> None:
                           f'{", ".join(map(repr, RUNTIMES))}') from error
 
 
-def start(graph: bytes, runtime: str, threads: Optional[int] = None):
-    """A session of a whole ONNX graph; its ``run(inputs)`` takes and gives arrays by name.
+def require_kernels(kernels: str) -> None:
+    """Raises ConfigError where ``kernels`` is none of :data:`.kernels.KERNELS`."""
+    if kernels not in KERNELS:
+        raise ConfigError(f'kernels={kernels!r} is not known: choose one of {", ".join(map(repr, KERNELS))}')
+
+
+def start(graph: bytes, runtime: str, threads: Optional[int] = None, kernels: str = 'auto'):
+    """A session of a whole ONNX graph; its ``run(inputs)`` takes and gives arrays by name, and may be called by several threads.
+
+    Args:
+        graph: ONNX file.
+        runtime: Its name.
+        threads: Of the runtime. Defaults to None, its own choice.
+        kernels: One of :data:`.kernels.KERNELS`. Any but ``'auto'`` is for measurements: integer kernels may be wrong.
 
     Raises:
-        ConfigError: The runtime is not known or not installed.
+        ConfigError: The runtime is not known or not installed, has no exact kernels on this processor, or ``kernels`` is not known.
     """
     require_runtime(runtime)
-    return RUNTIMES[runtime](graph, threads)
+    require_kernels(kernels)
+    session = RUNTIMES[runtime].begin(graph, threads, kernels)
+    if kernels == 'auto':
+        _tell(session)
+    return session
 
 
 class DeployedModel:
@@ -103,6 +252,9 @@ class DeployedModel:
         directory: As ``tools/export.py`` wrote it.
         runtime: ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime. Defaults to None, its own choice.
+        kernels: See :func:`start`.
+
+    Several threads may call one model.
 
     Attributes:
         manifest: What the export wrote down.
@@ -111,12 +263,14 @@ class DeployedModel:
 
     Raises:
         CheckpointError: The directory is none, or not whole.
-        ConfigError: The runtime is not known or not installed.
+        ConfigError: The runtime is not known or not installed, or ``kernels`` is not known.
     """
 
-    def __init__(self, directory: Union[str, os.PathLike], runtime: str = 'openvino', threads: Optional[int] = None):
+    def __init__(self, directory: Union[str, os.PathLike], runtime: str = 'openvino', threads: Optional[int] = None,
+                 kernels: str = 'auto'):
         require_runtime(runtime)
-        self.directory, self.runtime, self.threads = directory, runtime, threads
+        require_kernels(kernels)
+        self.directory, self.runtime, self.threads, self._wanted_kernels = directory, runtime, threads, kernels
         self.manifest = read_manifest(directory)
         self.task: str = self.manifest['task']
         graphs = sorted(self.manifest['graphs'], key=lambda g: g['size'][0] * g['size'][1])
@@ -139,8 +293,15 @@ class DeployedModel:
         """The runtime's session of a size."""
         file = self._entry(size)['file']
         if file not in self._sessions:
-            self._sessions[file] = start(self.graph(size), self.runtime, self.threads)
+            with _starting:  # of two threads that ask for one at once, the first one starts it
+                if file not in self._sessions:
+                    self._sessions[file] = start(self.graph(size), self.runtime, self.threads, self._wanted_kernels)
         return self._sessions[file]
+
+    @property
+    def kernels(self) -> Tuple[str, ...]:
+        """What the sessions that were started so far run with, each of :data:`.kernels.KERNELS` once."""
+        return tuple(sorted({session.kernels for session in list(self._sessions.values())}))
 
     def _entry(self, size: Tuple[int, int]) -> Dict[str, Any]:
         return next(iter(self._graphs.values())) if self._multiple else self._graphs[size]
@@ -276,11 +437,12 @@ def _upsample(maps: np.ndarray, size: Sequence[int], align_corners: bool) -> np.
     return maps[..., low] * (1 - share) + maps[..., high] * share
 
 
-def load(directory: Union[str, os.PathLike], runtime: str = 'openvino', threads: Optional[int] = None) -> DeployedModel:
+def load(directory: Union[str, os.PathLike], runtime: str = 'openvino', threads: Optional[int] = None,
+         kernels: str = 'auto') -> DeployedModel:
     """An exported model, ready to be called with pictures. See :class:`DeployedModel`.
 
     Example:
         >>> model = psaq_mm.deploy.load('work_dirs/deployed', runtime='onnxruntime')
         >>> classes = model(cv2.imread('street.png'))['labels'][0]
     """
-    return DeployedModel(directory, runtime, threads)
+    return DeployedModel(directory, runtime, threads, kernels)

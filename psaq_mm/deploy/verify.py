@@ -22,9 +22,10 @@ from psaq_mm.quantization.logarithmic import BASES
 
 from .bundle import read_manifest, read_weights
 from .export import ExportedModel, _Graph
-from .parts import GraphParts
+from .kernels import EXPLAINED
 from .lowering import LoweredGraph, with_weights
-from .runtime import load, start
+from .parts import GraphParts
+from .runtime import DeployedModel, load, start
 
 __all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
 
@@ -82,12 +83,14 @@ class Verification(NamedTuple):
         layers: One row a quantizer.
         outputs: One row an output of the graph.
         weights: Names of integer weights that are not the fake-quantized model's.
+        kernels: What the runtime ran the whole graph with, of :data:`.kernels.KERNELS`.
         size: Of the images, (height, width); None where it was not told.
     """
     runtime: str
     layers: List[LayerAgreement]
     outputs: List[OutputAgreement]
     weights: List[str]
+    kernels: Tuple[str, ...] = ()
     size: Optional[Tuple[int, int]] = None
 
     @property
@@ -120,6 +123,7 @@ class Verification(NamedTuple):
         lines += [f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of positions'
                   f'{"" if o.good else "  <- too far"}'
                   for o in self.outputs if not brief or not o.good or o.error == worst]
+        lines += [f'{self.runtime} ran the graph with {EXPLAINED[kernels]}' for kernels in self.kernels]
         lines.append('integer weights: all as in the fake-quantized model' if not self.weights else
                      f'integer weights that differ: {", ".join(self.weights)}')
         return '\n'.join(lines)
@@ -200,7 +204,8 @@ def _records(model: nn.Module, parts: GraphParts, image: Tensor) -> Dict[str, Li
     return recorder.inputs
 
 
-def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads) -> Iterator[LayerAgreement]:
+def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads,
+                kernels: str) -> Iterator[LayerAgreement]:
     size = tuple(images.shape[-2:])
     graph = exported.graphs[size]
     modules = dict(model.named_modules())
@@ -227,7 +232,7 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
         inputs = {input_name: value for input_name, value in given.values()}
         inputs['images'] = images[i:i + 1].numpy()
         if session is None:
-            session = start(_cut(graph, exported, given).SerializeToString(), runtime, threads)
+            session = start(_cut(graph, exported, given).SerializeToString(), runtime, threads, kernels)
         del records
         found = session.run(_of_session(session, inputs))
         del inputs, given
@@ -276,8 +281,8 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
     return wrong
 
 
-def _output_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads) -> Iterator[OutputAgreement]:
-    found = load(exported.directory, runtime, threads).run(images.numpy())
+def _output_rows(model: nn.Module, exported: ExportedModel, deployed: DeployedModel, images: Tensor) -> Iterator[OutputAgreement]:
+    found = deployed.run(images.numpy())
     graph = _Graph(model, exported.parts)
     with torch.no_grad():
         rows = [graph(images[i:i + 1]) for i in range(len(images))]
@@ -288,7 +293,8 @@ def _output_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runt
         yield OutputAgreement(name, float(error), float((found[name].argmax(1) == wanted.argmax(1)).mean()), bool(good))
 
 
-def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads: Optional[int] = None) -> Verification:
+def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads: Optional[int] = None,
+           kernels: str = 'auto') -> Verification:
     """Compare an exported model with the fake-quantized one it was made of.
 
     Args:
@@ -298,6 +304,7 @@ def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: s
             :data:`.export.MULTIPLE`, whose outputs alone are compared.
         runtime: ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime.
+        kernels: See :func:`.runtime.start`.
     """
     if next(model.parameters()).device.type != 'cpu':
         model = copy.deepcopy(model).cpu()
@@ -306,9 +313,10 @@ def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: s
     model.eval()
     try:
         size = tuple(images.shape[-2:])
-        layers = list(_layer_rows(model, exported, images, runtime, threads)) if size in exported.graphs else []
-        return Verification(runtime, layers, list(_output_rows(model, exported, images, runtime, threads)),
-                            wrong_weights(model, exported), size=size)
+        deployed = load(exported.directory, runtime, threads, kernels)
+        layers = list(_layer_rows(model, exported, images, runtime, threads, kernels)) if size in exported.graphs else []
+        outputs = list(_output_rows(model, exported, deployed, images))
+        return Verification(runtime, layers, outputs, wrong_weights(model, exported), deployed.kernels, size)
     finally:
         for module in was_training:
             module.training = True

@@ -39,7 +39,7 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
 
     Args:
         config: A whole config.
-        quant: A preset. On a config that is quantized already it takes the place of all but the scope.
+        quant: A preset. On a config that is quantized already it takes the place of all but the scope, and ``w_reduce_range`` with 8 bits.
         method: One of :data:`psaq_mm.engine.presets.METHODS`, whose quantizer's recipe is applied to the bits of ``quant`` or of the
             config; a preset that names a recipe itself keeps its own.
 
@@ -62,7 +62,9 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
     holder = quant_holder(model)
     own = QuantSpec.parse(holder.get('quant', 'w8a8'))
     if quant is not None or method:
-        holder.quant = dict(preset=preset_of(quant or own.label.lower(), method), scope=own.scope)
+        holder.quant = dict(preset=preset_of(quant or f'w{own.w_bits}a{own.a_bits}', method), scope=own.scope)
+        if own.w_reduce_range and QuantSpec.parse(holder.quant).w_bits == 8:  # it is about the processor
+            holder.quant.w_reduce_range = True
     return model
 
 

@@ -56,7 +56,7 @@ def _differences(made: QuantSpec, other: QuantSpec, whose: str = 'the config has
 
 
 def _check_stated(made: QuantSpec, source: str, quant: Optional[str], method: Optional[str], options: Mapping) -> None:
-    said = {**made.to_dict(), **(_fields_of(preset_of(quant or made.label.lower(), method)) if quant or method else {})}
+    said = {**made.to_dict(), **(_fields_of(preset_of(quant or f'w{made.w_bits}a{made.a_bits}', method)) if quant or method else {})}
     options = {key: value for key, value in options.items() if _QUANT_OPTION.match(key)}
     for said in [said, *(_merged(said, key, value) for key, value in options.items())]:
         said = QuantSpec.parse(said)

@@ -58,6 +58,7 @@ class _QuantizedWeightLayer(nn.Module):
             num_channels=self.weight.shape[self.output_axis],
             observer=spec.w_observer,
             full_range=spec.w_full_range).to(device)
+        self.weight_quantizer.reduced_range = spec.w_reduce_range
         self.output_quantizer = None
         if output is not None and not getattr(self, 'output_feeds_activation', False):
             self.output_quantizer = AffineQuantizer(output.a_bits, observer=output.a_observer).to(device)

@@ -271,6 +271,8 @@ class AffineQuantizer(Quantizer):
 
     Attributes:
         log_ratio: None, or what the scale is learned by, see :func:`.ranges.learn_ranges_`.
+        reduced_range: Whether its codes are of 7 bits so that products of a byte and two of them fit into 16 bits, see
+            :class:`.spec.QuantSpec`.
 
     Raises:
         SpecError: A setting is out of range.
@@ -283,6 +285,7 @@ class AffineQuantizer(Quantizer):
     """
 
     log_ratio: Optional[Tensor] = None
+    reduced_range = False
 
     def __init__(self,
                  bits: int,

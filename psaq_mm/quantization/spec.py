@@ -148,7 +148,8 @@ class Override:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer gets: bits, weight scheme and observers (see :class:`QuantSpec`)."""
+    """What one layer gets: bits, weight scheme and observers (see :class:`QuantSpec`). With ``w_reduce_range`` the bits of the weights are
+    those of their codes, 7 instead of 8."""
     w_bits: int = 8
     a_bits: int = 8
     w_symmetric: bool = True
@@ -156,6 +157,7 @@ class LayerSpec:
     a_observer: str = 'minmax'
     w_full_range: bool = False
     reparameterize: bool = False
+    w_reduce_range: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ class QuantSpec:
         w_symmetric: Signed weight codes with zero point 0, else asymmetric ones.
         w_full_range: Symmetric weights only: the scale is ``max|w| / ((2**w_bits - 1) / 2)`` as in PSAQ-ViT's released
             code, half a step of the largest positive weight being clipped, instead of ``max|w| / (2**(w_bits-1) - 1)``.
+        w_reduce_range: Hold weights of 8 bits within 7, ``-64 .. 63``: integer kernels that add two products in 16 bits, those of x86
+            processors without VNNI, are exact then. (PyTorch and ONNX Runtime call it reduce range.)
         w_observer: ``'minmax'``, ``'percentile'`` or ``'mse'``.
         a_observer: Same choice, for activations.
         overrides: Exceptions by layer name, applied in order; a later one wins. Dicts are accepted.
@@ -212,11 +216,12 @@ class QuantSpec:
     w_observer: str = 'minmax'
     a_observer: str = 'minmax'
     overrides: Tuple[Override, ...] = ()
+    w_reduce_range: bool = False
 
     def __post_init__(self):
         for key in ('w_bits', 'a_bits', 'input_bits'):
             _check_bits(key, getattr(self, key))
-        for key in ('quantize_softmax', 'symmetric_attention', 'reparameterize', 'w_symmetric', 'w_full_range'):
+        for key in ('quantize_softmax', 'symmetric_attention', 'reparameterize', 'w_symmetric', 'w_full_range', 'w_reduce_range'):
             _check_bool(key, getattr(self, key))
         _check_choice('scope', self.scope, SCOPES)
         _check_choice('points', self.points, POINTS)
@@ -236,11 +241,15 @@ class QuantSpec:
             raise SpecError(f'overrides={self.overrides!r} is no list: give a list of dict(pattern=..., w_bits=...).')
         overrides = tuple(o if isinstance(o, Override) else Override.from_dict(o) for o in self.overrides)
         object.__setattr__(self, 'overrides', overrides)
+        if self.w_reduce_range and MAX_BITS not in (self.w_bits, *(override.w_bits for override in overrides)):
+            raise SpecError(f'w_reduce_range=True has nothing to do with w_bits={self.w_bits}: it holds weights of 8 bits within 7, and fewer '
+                            'bits are within 7 as they are; leave it out, or set w_bits=8.')
 
     @property
     def label(self) -> str:
-        """Name of the precision, e.g. ``'W4A8'``."""
-        return f'W{self.w_bits}A{self.a_bits}'
+        """Name of the precision, e.g. ``'W4A8'``, and ``'W8A8 (7-bit weights)'`` for a reduced range."""
+        reduced = ' (7-bit weights)' if self.w_reduce_range and self.w_bits == MAX_BITS else ''
+        return f'W{self.w_bits}A{self.a_bits}{reduced}'
 
     def resolve(self, name: str, is_input: bool = False) -> Optional[LayerSpec]:
         """What the layer ``name`` gets.
@@ -263,8 +272,9 @@ class QuantSpec:
                 a_bits = override.a_bits or a_bits
         if float_:
             return None
-        return LayerSpec(w_bits, a_bits, self.w_symmetric, self.w_observer, self.a_observer, self.w_full_range,
-                         self.reparameterize)
+        reduced = self.w_reduce_range and w_bits == MAX_BITS
+        return LayerSpec(w_bits - reduced, a_bits, self.w_symmetric, self.w_observer, self.a_observer, self.w_full_range,
+                         self.reparameterize, reduced)
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain dict of every setting, fit for JSON."""

@@ -184,7 +184,7 @@ def test_a_dynamic_size_is_refused_where_it_is_not_right(swin, tmp_path):
 def test_products_are_integer(swin, runtime):
     pytest.importorskip(runtime)
     model, _, exported = swin
-    deployed = load(exported.directory, runtime, 1)
+    deployed = load(exported.directory, runtime, 1, kernels='integer')  # on processors where it would not be chosen, too
     told = execution(deployed, SIZE)
     linears = sum(1 for row in exported.manifest['tensors'] if row['kind'] == 'weight')
     assert int(told.split(': ')[1].split(' of ')[0]) >= linears - 1, told  # the patch embedding is the runtime's own choice
@@ -195,7 +195,7 @@ def test_gain_and_offset_of_a_normalization_are_merged_with_the_quantizer_of_win
     """In OpenVINO, where nothing stands between the two; else a float32 map is written and read once more."""
     pytest.importorskip('openvino')
     _, _, exported = swin
-    graph = load(exported.directory, 'openvino', 1).session(SIZE).compiled.get_runtime_model()
+    graph = load(exported.directory, 'openvino', 1, kernels='integer').session(SIZE).compiled.get_runtime_model()
     merged = [node.get_rt_info()['originalLayersNames'].astype(str) for node in graph.get_ordered_ops()]
     merged = [names for names in merged if 'qkv.input_quantizer.codes' in names]
     assert len(merged) == sum(SWIN['depths']) and all('norm1' in names for names in merged), merged
@@ -228,7 +228,7 @@ def test_products_with_asymmetric_weights_are_integer(runtime, tmp_path):
     model, _ = calibrated(build_backbone('mmdet', **SWIN), 'repq_w8a8', SIZE)
     exported = export_model(model, tmp_path / 'out', [SIZE])
     assert any(weight.apart for weight in exported.made.weights.values()) and not wrong_weights(model, exported)
-    told = execution(load(exported.directory, runtime, 1), SIZE)
+    told = execution(load(exported.directory, runtime, 1, kernels='integer'), SIZE)
     linears = sum(1 for row in exported.manifest['tensors'] if row['kind'] == 'weight' and not row['name'].startswith('ones.'))
     assert int(told.split(': ')[1].split(' of ')[0]) >= linears - 1, told
     assert 'qkv' not in told and 'ffn' not in told

@@ -2,6 +2,7 @@
 import copy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,29 @@ def test_heads_of_the_full_scope_are_integer_too(segmentor):
     assert sum(layer.elements * layer.equal for layer in found.layers) / sum(layer.elements for layer in found.layers) >= .999
 
 
+def test_a_weight_that_several_levels_read_has_a_name_for_each(tmp_path):
+    """The RPN's. ONNX Runtime replaces wide weights by their names where it multiplies with unsigned ones."""
+    pytest.importorskip('mmdet')
+    pytest.importorskip('onnxruntime')
+    from psaq_mm.deploy.runtime import RUNTIMES
+    project = Project(tmp_path, DETECTOR)
+    config, checkpoint, _ = student_of(project, dict(preset='w8a8', scope='full'))
+    model, exported = export(config, str(checkpoint), str(tmp_path / 'out'), [SIZE])
+    lowered = exported.graphs[SIZE].model.graph
+    readers = [node.input[0] for node in lowered.node if node.op_type == 'DequantizeLinear' and '.weight' in node.input[0]]
+    assert len(readers) == len(set(readers)) and sum('rpn_conv' in name for name in readers) == 5
+    values = [name for node in lowered.node for name in node.input if name.endswith('.value') and '.weight' in name]
+    assert len(values) == len(set(values)), 'each is dequantized for one product'
+    rows = [row for row in exported.directory.joinpath('manifest.json').read_text().split('},') if 'rpn_conv.weight' in row and 'offset' in row]
+    assert len(rows) >= 5 and len({row.split('"offset":')[1].split(',')[0] for row in rows if 'codes' in row}) == 1, 'on disk it is once'
+    # Where integer kernels saturate, products are of weights plus 128; both are integer, so the answers are the same.
+    images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(5)).numpy()
+    graph = load(exported.directory, 'onnxruntime', 1).graph(SIZE)
+    found, wanted = (RUNTIMES['onnxruntime'](graph, 1, way).run({'images': images}) for way in ('unsigned', 'float'))
+    errors = {k: np.linalg.norm(found[k] - wanted[k]) / np.linalg.norm(wanted[k]) for k in wanted}
+    assert max(errors.values()) < .1, errors  # ties add up to that in so small a model
+
+
 def test_another_models_config_is_refused(detector, segmentor):
     pytest.importorskip('onnxruntime')
     with pytest.raises(CheckpointError, match='was exported from a EncoderDecoder and the config builds a MaskRCNN'):
@@ -195,6 +219,31 @@ def test_pictures_to_classes_with_numpy_and_the_runtime_alone(segmentor, runtime
         wanted = model.inference(torch.stack(list(data['inputs'])), metas).argmax(1).numpy()
     assert found['labels'].shape == wanted.shape
     assert (found['labels'] == wanted).mean() > .9
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_threads_get_their_own_answers(segmentor, runtime):
+    """Also where they are the first to call, so that the graph is compiled while they wait."""
+    pytest.importorskip(runtime)
+    directory = segmentor[3].directory
+    images = [torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(seed)).numpy() for seed in range(4)]
+    serial = load(directory, runtime, 1)
+    wanted = [serial.run(image)['logits'] for image in images]
+    model, ready, right, errors = load(directory, runtime, 1), threading.Barrier(len(images)), [], []
+
+    def call(image, expected):
+        ready.wait()
+        try:
+            right.extend(np.array_equal(model.run(image)['logits'], expected) for _ in range(15))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=pair) for pair in zip(images, wanted)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(right) == 60 and all(right), (errors, right.count(False))
 
 
 def test_normalization_is_the_preprocessors(segmentor):

@@ -82,6 +82,9 @@ def test_a_preset_takes_the_place_of_all_but_the_scope():
     own = quantized(w_observer='mse')
     assert apply_method(own, 'w8a8').model.quant == dict(preset='w8a8', scope='full')
     assert apply_method(own).model.quant == own.model.quant and own.model.quant.preset == 'w4a8'
+    reduced = Config(dict(model=dict(type='psaq_mm.Quantized', base_type='X', quant=dict(preset='w8a8', w_reduce_range=True))))
+    assert apply_method(reduced, method='psaq_v2').model.quant.w_reduce_range is True, 'it is about the processor'
+    assert apply_method(reduced, 'w4a8').model.quant == dict(preset='w4a8', scope='backbone'), 'fewer bits need none'
     with pytest.raises(ConfigError, match='full-precision'):
         apply_method(Config(dict(model=dict(type='X'))), method='repq')
 

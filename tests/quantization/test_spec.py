@@ -140,3 +140,18 @@ def test_a_softmax_quantizer_without_a_softmax_to_quantize_is_refused(kind, off)
     assert QuantSpec.parse(dict(preset='repq_w4a4', **off)) == wanted
     assert QuantSpec.from_dict({**wanted.to_dict(), 'softmax_quantizer': kind}) == wanted
     assert QuantSpec(points='all', softmax_quantizer=kind).softmax_quantizer == kind
+
+
+def test_a_reduced_range_is_of_weights_of_8_bits():
+    spec = QuantSpec.parse(dict(preset='w8a8', w_reduce_range=True, overrides=[dict(pattern='head*', w_bits=4)]))
+    assert QuantSpec.from_json(spec.to_json()) == spec and spec.label == 'W8A8 (7-bit weights)'
+    assert spec.resolve('fc').w_bits == 7 and spec.resolve('fc').w_reduce_range
+    assert spec.resolve('head').w_bits == 4 and not spec.resolve('head').w_reduce_range
+    before = {k: v for k, v in spec.to_dict().items() if k != 'w_reduce_range'}
+    assert QuantSpec.from_dict(before) == QuantSpec.parse(dict(before, w_reduce_range=False)), 'specs from before it have none'
+    few = QuantSpec.parse(dict(preset='w4a8', w_reduce_range=True, overrides=[dict(pattern='patch_embed*', w_bits=8)]))
+    assert few.resolve('patch_embed.projection').w_bits == 7 and few.resolve('fc').w_bits == 4 and few.label == 'W4A8'
+    with pytest.raises(SpecError, match='w_reduce_range=True has nothing to do with w_bits=4: .*leave it out, or set w_bits=8'):
+        QuantSpec.parse(dict(preset='w4a8', w_reduce_range=True))
+    with pytest.raises(SpecError, match='w_reduce_range=1 is not a truth value'):
+        QuantSpec.parse(dict(preset='w8a8', w_reduce_range=1))
