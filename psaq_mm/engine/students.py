@@ -59,7 +59,7 @@ def _check_stated(made: QuantSpec, source: str, quant: Optional[str], method: Op
     said = {**made.to_dict(), **(_fields_of(preset_of(quant or f'w{made.w_bits}a{made.a_bits}', method)) if quant or method else {})}
     options = {key: value for key, value in options.items() if _QUANT_OPTION.match(key)}
     for said in [said, *(_merged(said, key, value) for key, value in options.items())]:
-        said = QuantSpec.parse(said)
+        said = QuantSpec.from_dict(said)
         if said != made:
             raise CheckpointError(f'{source} was quantized as {made.label} with {_differences(made, said, "the command says")}: leave '
                                   '--quant, --method and quant in --cfg-options out, the student knows how it was made')

@@ -112,8 +112,9 @@ class _Calls:
         self.made: List[_Call] = []
 
     def rows(self) -> Tensor:
-        """(rows,), float64."""
-        parts = [torch.zeros(call.count, dtype=torch.float64) if call.energy is None else call.energy.cpu() for call in self.made]
+        """(rows,), float64, on the device of the gradients."""
+        device = next((call.energy.device for call in self.made if call.energy is not None), None)
+        parts = [torch.zeros(call.count, dtype=torch.float64, device=device) if call.energy is None else call.energy for call in self.made]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def hook(self, layer: nn.Module, args: Tuple, output: Tensor) -> None:

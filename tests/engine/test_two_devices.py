@@ -94,10 +94,10 @@ def test_an_export_of_a_model_that_is_not_on_the_cpu(classifier, tmp_path, monke
     with second_device() as second:
         model.cuda()
 
-        def traced(graph, *args):
+        def traced(graph, *args, **settings):
             assert not any(p.is_cuda for p in graph.parameters())
             with second.paused():
-                return trace(graph, *args)
+                return trace(graph, *args, **settings)
 
         monkeypatch.setattr(export, '_trace', traced)
         images = torch.randn(1, 3, 32, 32)
