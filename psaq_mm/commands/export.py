@@ -22,16 +22,22 @@ def default_sizes(config) -> List[Tuple[int, int]]:
     Where the ratio of an image is kept, these are its bound and the sizes of 4:3 and 3:2 photographs, upright and across, in multiples of
     32. A size that does not depend on the image is itself; so is the crop of a segmentor that looks at one after the other. Without any,
     it is the size that the model is calibrated on.
+
+    Raises:
+        ConfigError: The config tells no size.
     """
     from psaq_mm.engine.config import sample_size
     from psaq_mm.engine.pipelines import image_sizes, padding_multiple
     test_cfg = config.model.get('test_cfg') or {}
-    if test_cfg.get('mode') == 'slide':
-        return [tuple(test_cfg.get('crop_size') or sample_size(config))]
-    padded, found = padding_multiple(config), []
-    for height, width, bound in image_sizes(config):
+    slides, padded, found = test_cfg.get('mode') == 'slide', padding_multiple(config), []
+    for height, width, bound in () if slides else image_sizes(config):
         found += _sizes_within(height, width, math.lcm(32, padded)) if bound else [(_round_up(height, padded), _round_up(width, padded))]
-    return list(dict.fromkeys(found)) or [tuple(sample_size(config))]
+    if found or slides and test_cfg.get('crop_size'):
+        return list(dict.fromkeys(found)) or [tuple(test_cfg['crop_size'])]
+    try:
+        return [tuple(sample_size(config))]
+    except ConfigError as error:
+        raise ConfigError('the config tells no image size to export for: give --size H W') from error
 
 
 def _sizes_within(short: int, long: int, multiple: int) -> List[Tuple[int, int]]:

@@ -5,6 +5,7 @@ from mmengine.config import Config
 from psaq_mm.commands.export import default_sizes
 from psaq_mm.engine.config import sample_size
 from psaq_mm.engine.pipelines import image_sizes
+from psaq_mm.errors import ConfigError
 
 LOAD, PACK = dict(type='LoadImageFromFile'), dict(type='PackDetInputs')
 KEEPS = dict(type='Resize', scale=(1333, 800), keep_ratio=True)
@@ -85,3 +86,10 @@ def test_a_segmentor_that_slides_sees_its_crop():
     slides = config(dataset(KEEPS))
     slides.model.test_cfg = dict(mode='slide', crop_size=(480, 640), stride=(320, 320))
     assert default_sizes(slides) == [(480, 640)]
+
+
+def test_a_config_without_a_size_asks_for_the_option_of_the_command():
+    with pytest.raises(ConfigError, match='tells no image size to export for: give --size H W'):
+        default_sizes(config(dataset()))
+    with pytest.raises(ConfigError, match='set dfq.size'):
+        sample_size(config(dataset()))
