@@ -48,7 +48,7 @@ _ALLOWED = {
     ('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy.core.multiarray', '_reconstruct'), ('numpy.core.multiarray', 'scalar'),
     ('numpy._core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'),
     ('mmengine.logging.history_buffer', 'HistoryBuffer'), ('mmengine.config.config', 'ConfigDict'),
-    ('pathlib', 'PosixPath'), ('pathlib', 'PurePosixPath'), ('pathlib', 'WindowsPath'),
+    ('argparse', 'Namespace'), ('pathlib', 'PosixPath'), ('pathlib', 'PurePosixPath'), ('pathlib', 'WindowsPath'),
 }
 """What checkpoints of OpenMMLab hold beside tensors: histories of the logger, numpy scalars, metainfo."""
 

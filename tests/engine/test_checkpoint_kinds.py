@@ -1,4 +1,5 @@
 """Checkpoints that other training programs and other releases leave: which weights are taken, what is left out, what is refused."""
+import argparse
 import os
 
 import numpy as np
@@ -72,6 +73,7 @@ def assert_loaded(found, weights, but=('auxiliary_head.', )):
 # ---------------------------------------------------------------------- names
 RIGHT = dict(
     bare=lambda w: w,
+    with_arguments=lambda w: dict(model=w, args=argparse.Namespace(lr=1e-3)),  # of DeiT, MAE, ConvNeXt
     module=lambda w: dict(state_dict=under('module.', w)),
     compile=lambda w: dict(state_dict=under('_orig_mod.', w)),
     compile_in_ddp=lambda w: dict(state_dict=under('module._orig_mod.', w)),
