@@ -1,4 +1,5 @@
-"""Whole runs of a model on a second device, emulated: what a GPU would refuse, found without one."""
+"""Whole runs of a model on a second device: what a GPU would refuse, found without one; and on a GPU where there is one."""
+import contextlib
 import types
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def classifier(tmp_path_factory):
     return ClassifierProject(tmp_path_factory.mktemp('classifier'), per_class=1)
 
 
+@pytest.fixture(params=['emulated', pytest.param('cuda', marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')])])
+def on_device(request):
+    """Makes the context in which a run finds a GPU: an emulated one, or the one that is there, for which it gives None."""
+    return second_device if request.param == 'emulated' else contextlib.nullcontext
+
+
 @pytest.fixture(autouse=True)
 def whole_models(monkeypatch):
     """Whether the model of a run was on the second device is asked where it ends."""
@@ -46,27 +54,27 @@ def whole_models(monkeypatch):
     return found
 
 
-def test_presets_of_a_classifier_from_samples_to_accuracy(classifier, whole_models):
+def test_presets_of_a_classifier_from_samples_to_accuracy(classifier, whole_models, on_device):
     for preset in ('psaq_v2', 'fast', 'best'):
         config, work_dir = str(classifier.config('w4a8', f'{preset}.py', preset=preset, **SHORT)), classifier.folder / preset
-        with second_device() as second:
+        with on_device() as second:
             assert dfq_train([config, '--work-dir', str(work_dir)]) == 0
             assert evaluate([config, str(work_dir / 'student.pth'), '--work-dir', str(work_dir)]) == 0
-        assert second.waits and whole_models.pop() == {'cuda'}, preset
+        assert (second is None or second.waits) and whole_models.pop() == {'cuda'}, preset
         content = torch.load(work_dir / 'student.pth', map_location='cpu')
         assert all(value.device.type == 'cpu' for value in content['state_dict'].values())
 
 
-def test_settings_that_no_preset_has(classifier, whole_models):
+def test_settings_that_no_preset_has(classifier, whole_models, on_device):
     sources = [dict(type='psaq_mm.Generated'), dict(type='psaq_mm.DeadLeaves')]
     config = classifier.config('w4a8', 'settings.py', **{**SHORT, 'pool_size': 4}, classes='random', accumulative_counts=2, augment=True,
                                fresh=.5, samples=sources, range_lr=1e-3, vector_lr=1e-3, logits_weight=1., evolve_samples=2)
-    with second_device():
+    with on_device():
         assert dfq_train([str(config), '--work-dir', str(classifier.folder / 'settings')]) == 0
     assert whole_models == [{'cuda'}]
 
 
-def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monkeypatch):
+def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monkeypatch, on_device):
     pytest.importorskip('mmdet')
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / 'demo'))
     from run_demo import Demo
@@ -76,7 +84,7 @@ def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monke
     config.work_dir, config.launcher = str(tmp_path / 'work'), 'none'
     for key in ('data_free_w8a8', 'data_free_w4a8'):
         write_png(np.zeros((4, 4, 3), np.uint8), tmp_path / 'detection' / key / 'samples' / '0.png')
-    with second_device():
+    with on_device():
         evolution = run_data_free(config).train_loop.evolution
         assert whole_models == [{'cuda'}]
         demo = types.SimpleNamespace(out=tmp_path, seed=0)
@@ -84,19 +92,19 @@ def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monke
     assert samples and len(densities) == 3 and all(densities.values())
 
 
-def test_an_export_of_a_model_that_is_not_on_the_cpu(classifier, tmp_path, monkeypatch):
+def test_an_export_of_a_model_that_is_not_on_the_cpu(classifier, tmp_path, monkeypatch, on_device):
     pytest.importorskip('onnxruntime')
     from psaq_mm.deploy import export
     from psaq_mm.deploy.verify import verify
     config = load_config(str(classifier.config('w8a8', 'export.py', **SHORT)))
     init_default_scope('mmpretrain')
     model, trace = MODELS.build(quantized_model_config(config)).eval(), export._trace
-    with second_device() as second:
+    with on_device() as second:
         model.cuda()
 
         def traced(graph, *args, **settings):
             assert not any(p.is_cuda for p in graph.parameters())
-            with second.paused():
+            with second.paused() if second else contextlib.nullcontext():
                 return trace(graph, *args, **settings)
 
         monkeypatch.setattr(export, '_trace', traced)
@@ -107,12 +115,12 @@ def test_an_export_of_a_model_that_is_not_on_the_cpu(classifier, tmp_path, monke
         assert {p.device.type for p in model.parameters()} == {'cuda'}
 
 
-def test_sensitivity(classifier, tmp_path, monkeypatch):
+def test_sensitivity(classifier, tmp_path, monkeypatch, on_device):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     config = str(classifier.config('w8a8', 'sensitivity.py', **SHORT))
-    with second_device() as second:
+    with on_device() as second:
         assert sensitivity([config, str(classifier.checkpoint), '--number', '1', '--work-dir', str(tmp_path)]) == 0
-    assert second.waits
+    assert second is None or second.waits
 
 
 def test_without_float64_a_run_goes_on_on_the_cpu(classifier, whole_models):

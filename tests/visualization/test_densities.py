@@ -1,9 +1,9 @@
 """Densities of patch similarity: normalized, of the pairs that count and of no others."""
+import copy
 import math
 
 import pytest
 import torch
-from second_device import SecondDevice
 from torch import nn
 
 from psaq_mm.errors import DataError, UnsupportedModelError
@@ -143,9 +143,9 @@ def test_what_has_no_density_is_refused():
         similarity_densities(Model(), _images()[..., :1, :1])
 
 
-def test_samples_may_lie_elsewhere_than_the_model():
-    expected = similarity_densities(Model(), _images())
-    with SecondDevice():
-        found = similarity_densities(Model().cuda(), _images(), batch_size=2)
-    for one, other in zip(found, expected):
-        assert torch.equal(one.density, other.density)
+def test_samples_may_lie_elsewhere_than_the_model(device):
+    model, images = Model(), _images()
+    expected = similarity_densities(model, images)
+    found = similarity_densities(copy.deepcopy(model).to(device), images, batch_size=2)
+    for one, other in zip(found, expected):  # a similarity at the edge of two bins may fall into the other one
+        assert float((one.density.cpu() - other.density).abs().sum() / other.density.sum()) < .02
