@@ -226,7 +226,8 @@ def read_checkpoint(path: PathLike) -> Dict:
     if averaged:
         print_log(f'{path}: {where} is used, and not the averages under {averaged[0]}: save those alone to use them', 'current')
     meta = content['meta'] if isinstance(content.get('meta'), Mapping) else {}
-    meta = {**meta, 'dataset_meta': dataset_meta_of(meta)} if dataset_meta_of(meta) else dict(meta)
+    dataset_meta = dataset_meta_of(meta)
+    meta = {**meta, 'dataset_meta': dataset_meta} if dataset_meta else dict(meta)
     return {**(content if 'state_dict' in content else {}), 'meta': meta, 'state_dict': unwrapped(_tensors(weights, path))}
 
 

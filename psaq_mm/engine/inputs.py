@@ -12,6 +12,7 @@ from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.models.task import ModelInput, input_channels
 from psaq_mm.synthesis import ImageSpec
 from psaq_mm.synthesis.normalization import EIGHT_BITS, fits_eight_bits
+from psaq_mm.type_names import type_name
 
 __all__ = ['PipelineInput', 'check_preprocessor', 'read_pipeline', 'set_input_']
 
@@ -82,7 +83,7 @@ def _steps(pipeline: Sequence) -> Iterator[Mapping]:
         if not isinstance(step, Mapping):
             continue
         inner = step.get('transforms')
-        if not isinstance(inner, (list, tuple)) or _type(step).rpartition('.')[2] == 'Albu':
+        if not isinstance(inner, (list, tuple)) or type_name(step) == 'Albu':
             yield step
         elif inner and isinstance(inner[0], (list, tuple)):  # TestTimeAug: alternatives of each step
             yield from _steps([branch[0] for branch in inner if branch])
@@ -117,7 +118,7 @@ def _torchvision(found: PipelineInput, step: Mapping, name: str) -> PipelineInpu
 
 def _albumentations(found: PipelineInput, step: Mapping) -> PipelineInput:
     for inner in step.get('transforms') or ():
-        name, top = _type(inner).rpartition('.')[2], float(inner.get('max_pixel_value', 255.))
+        name, top = type_name(inner), float(inner.get('max_pixel_value', 255.))
         if name == 'Normalize':
             mean, std = inner.get('mean', (0.485, 0.456, 0.406)), inner.get('std', (0.229, 0.224, 0.225))
             found = found.normalized([v * top for v in _numbers('mean', mean)], [v * top for v in _numbers('std', std)])
@@ -173,7 +174,7 @@ def check_preprocessor(config: Mapping) -> None:
     if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise ConfigError(f'data_preprocessor.mean={list(mean)} must be finite and data_preprocessor.std={list(std)} above 0: set them '
                           'right')
-    name = _type(given).rpartition('.')[2]
+    name = type_name(given)
     if name.startswith('Det') and len(mean) not in (1, 3):
         raise ConfigError(f'data_preprocessor.mean has {len(mean)} values, and {name} takes 1 or 3: normalize pictures of other channels '
                           'by dict(type=\'Normalize\', to_rgb=False) in the pipelines, and leave mean and std out')
