@@ -34,7 +34,7 @@ OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS MMCV_FIND_LINKS PSAQ_MM_WHEELS
 
 SET_UP = $(PYTHON) .dev/setup_env.py --torch "$(TORCH)"
-CORE_TESTS = $(wildcard tests/quantization tests/synthesis tests/distillation)
+CORE_TESTS = $(wildcard tests/quantization tests/pictures tests/calibration tests/psaq_vit)
 
 .PHONY: help demo test test-core real venv venv-core python clean distclean
 

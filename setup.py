@@ -1,4 +1,5 @@
 """Build description of psaq_mm: metadata, entry points, and the configs and tools that travel inside the package."""
+
 import os
 import re
 import shutil
@@ -9,7 +10,8 @@ from setuptools.command.build_py import build_py
 
 try:
     from setuptools.command.editable_wheel import editable_wheel
-except ImportError:  # before 64, which is what mim's own requirements leave in an environment: editable installations of another kind
+# before 64, which is what mim's own requirements leave in an environment: editable installations of another kind
+except ImportError:
     editable_wheel = object
 
 ROOT = Path(__file__).resolve().parent
@@ -76,9 +78,9 @@ class BuildWithConfigs(build_py):
 class EditableForMim(editable_wheel):
     """`pip install -e .`, found by `mim run psaq_mm ...` too.
 
-    mim and MMEngine look for a package beside its metadata, and where it is not there, beside it under the name that stands first in
-    `top_level.txt`. An editable installation has its metadata alone there; so that name is the path of the source tree, whose `tools`,
-    `configs` and `model-index.yml` they find as they stand.
+    mim and MMEngine look for a package beside its metadata, and where it is not there, beside it under the name that
+    stands first in `top_level.txt`. An editable installation has its metadata alone there; so that name is the path of
+    the source tree, whose `tools`, `configs` and `model-index.yml` they find as they stand.
     """
 
     def _ensure_dist_info(self):
@@ -96,7 +98,14 @@ EXTRAS = {
     'mmseg': [*MM, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex'],
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
     # The maintained forks, in place of the three above. mmseg's asks for numpy 2, and with it torch 2.3 or later.
-    'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain', 'pillow'],
+    'onedl': [
+        'onedl-mmengine',
+        'onedl-mmcv',
+        'onedl-mmdetection',
+        'onedl-mmsegmentation',
+        'onedl-mmpretrain',
+        'pillow',
+    ],
     'timm': ['timm>=1.0'],
     'deploy': ['onnx>=1.15', 'onnxruntime>=1.18', 'openvino>=2024.4'],
     'test': ['pytest>=7', 'pytest-xdist', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino'],
@@ -136,7 +145,7 @@ setup(
             'psaq-test = psaq_mm.commands.test:main',
             'psaq-compare = psaq_mm.commands.compare:main',
             'psaq-export = psaq_mm.commands.export:main',
-            'psaq-inspect = psaq_mm.inspect:main',
+            'psaq-inspect = psaq_mm.commands.inspect:main',
             'psaq-convert-checkpoint = psaq_mm.commands.convert_checkpoint:main',
             'psaq-sensitivity = psaq_mm.commands.sensitivity:main',
         ],

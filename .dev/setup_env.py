@@ -3,13 +3,16 @@
 
 Standard library only: it runs on a machine that has nothing but Python. Two kinds of environment:
 
-* a whole stack: torch, mmcv with its compiled ops, mmdet, mmsegmentation, mmpretrain. The reference one (default) is what requirements.txt
-  pins; a torch from 2.3 on gets numpy 2 (requirements-torch2.13.txt); `--stack onedl` takes the maintained forks (requirements-onedl.txt);
+* a whole stack: torch, mmcv with its compiled ops, mmdet, mmsegmentation, mmpretrain. The reference one (default) is
+  what requirements.txt pins; a torch from 2.3 on gets numpy 2 (requirements-torch2.13.txt); `--stack onedl` takes the
+  maintained forks (requirements-onedl.txt);
 * `--core`: PyTorch of any version and the test tools, without OpenMMLab, for the floors that need PyTorch alone.
 
-Where packages come from is pip's business: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and pip.conf all hold. On Linux the
-index's torch brings its CUDA packages (about 2.5 GB) even where there is no GPU; an index of CPU builds named in those variables avoids it.
+Where packages come from is pip's business: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and pip.conf all hold. On
+Linux the index's torch brings its CUDA packages (about 2.5 GB) even where there is no GPU; an index of CPU builds named
+in those variables avoids it.
 """
+
 import argparse
 import contextlib
 import fcntl
@@ -29,14 +32,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = '.psaq-ready.json'
 BUILDING = '.psaq-building'
-# Whatever changes one of these may change the environment. This file is one of them: it decides how things are installed.
-KEY_FILES = ('constraints.txt', 'constraints-numpy2.txt', 'requirements.txt', 'requirements-torch2.13.txt', 'requirements-onedl.txt',
-             'requirements-tools.txt', 'setup.py', 'pyproject.toml', '.dev/setup_env.py')
-# Distributions by import name: the forks install the same packages, so that the two families can never share an environment.
+# Whatever changes one of these may change the environment. This file is one of them: it decides how things are
+# installed.
+KEY_FILES = (
+    'constraints.txt',
+    'constraints-numpy2.txt',
+    'requirements.txt',
+    'requirements-torch2.13.txt',
+    'requirements-onedl.txt',
+    'requirements-tools.txt',
+    'setup.py',
+    'pyproject.toml',
+    '.dev/setup_env.py',
+)
+# Distributions by import name: the forks install the same packages, so that the two families can never share an
+# environment.
 STACKS = {
-    'openmmlab': {'mmengine': 'mmengine', 'mmcv': 'mmcv', 'mmdet': 'mmdet', 'mmseg': 'mmsegmentation', 'mmpretrain': 'mmpretrain'},
-    'onedl': {'mmengine': 'onedl-mmengine', 'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection', 'mmseg': 'onedl-mmsegmentation',
-              'mmpretrain': 'onedl-mmpretrain'},
+    'openmmlab': {
+        'mmengine': 'mmengine',
+        'mmcv': 'mmcv',
+        'mmdet': 'mmdet',
+        'mmseg': 'mmsegmentation',
+        'mmpretrain': 'mmpretrain',
+    },
+    'onedl': {
+        'mmengine': 'onedl-mmengine',
+        'mmcv': 'onedl-mmcv',
+        'mmdet': 'onedl-mmdetection',
+        'mmseg': 'onedl-mmsegmentation',
+        'mmpretrain': 'onedl-mmpretrain',
+    },
 }
 # One compiler process of mmcv's ops takes up to this much memory.
 BYTES_PER_JOB = 2 << 30
@@ -48,10 +73,13 @@ from mmcv.ops import nms
 kept = nms(torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.], [20., 20., 29., 29.]]), torch.tensor([.9, .8, .7]), .5)[1]
 assert kept.tolist() == [0, 2], kept
 """
-STACK_CHECK = OPS_CHECK + """
+STACK_CHECK = (
+    OPS_CHECK
+    + """
 import mmdet.models, mmseg.models, numpy
 assert torch.from_numpy(numpy.ones(3)).sum() == 3
 """
+)
 # mmpretrain imports torchvision, which not every torch has.
 VISION_CHECK = STACK_CHECK + 'import torchvision.ops, mmpretrain.models\n'
 
@@ -97,8 +125,12 @@ def read_stamp(venv):
 
 def is_ready(venv, key):
     stamp = read_stamp(venv)
-    return (stamp is not None and stamp.get('key') == key and not (venv / BUILDING).exists()
-            and (venv / 'bin' / 'python').exists())
+    return (
+        stamp is not None
+        and stamp.get('key') == key
+        and not (venv / BUILDING).exists()
+        and (venv / 'bin' / 'python').exists()
+    )
 
 
 def write_stamp(venv, key, ident):
@@ -111,7 +143,7 @@ def write_stamp(venv, key, ident):
 
 
 def has_numpy2(torch_version):
-    """torch below 2.3 was built for numpy 1."""
+    """Torch below 2.3 was built for numpy 1."""
     return tuple(int(part) for part in torch_version.split('.'))[:2] >= (2, 3)
 
 
@@ -121,9 +153,13 @@ class Stack:
     def __init__(self, name='openmmlab', torch_version=None):
         self.name = name
         self.distributions = STACKS[name]
-        self.others = sorted(set().union(*(family.values() for family in STACKS.values())) - set(self.distributions.values()))
+        self.others = sorted(
+            set().union(*(family.values() for family in STACKS.values())) - set(self.distributions.values())
+        )
         numpy2 = torch_version is not None and has_numpy2(torch_version)
-        self.requirements = 'requirements-onedl.txt' if name == 'onedl' else f'requirements{"-torch2.13" if numpy2 else ""}.txt'
+        self.requirements = (
+            'requirements-onedl.txt' if name == 'onedl' else f'requirements{"-torch2.13" if numpy2 else ""}.txt'
+        )
         self.constraints = f'constraints{"-numpy2" if numpy2 else ""}.txt'
 
     def pins(self, file=None):
@@ -171,8 +207,14 @@ class Environment:
         if not self.python.exists():
             self.last_output = f'{self.python} does not exist'
             return False
-        result = subprocess.run([str(self.python), '-W', 'ignore', '-c', code], cwd=self.folder, text=True,
-                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        result = subprocess.run(
+            [str(self.python), '-W', 'ignore', '-c', code],
+            cwd=self.folder,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         self.last_output = result.stdout
         return result.returncode == 0
 
@@ -188,17 +230,25 @@ def make_venv(venv, ident, others=()):
     """A folder with a working Python and pip: a new one, or the one that stands there where it can be built on."""
     stamp, interrupted = read_stamp(venv), (venv / BUILDING).exists()
     if venv.exists() and not (interrupted or stamp):
-        # Somebody made it by hand: it is theirs, so it is filled up, or refused, never wiped, nor marked to be wiped later.
+        # Somebody made it by hand: it is theirs, so it is filled up, or refused, never wiped, nor marked to be wiped
+        # later.
         found, want = Environment(venv), ident['python']
         if not found.works(f'import sys, pip; assert "%d.%d" % sys.version_info[:2] == {want!r}'):
-            raise SetupError(f'{venv} was not made by this Makefile and has no working Python {want} with pip: remove it, or '
-                             'name another folder with VENV=...')
+            raise SetupError(
+                f'{venv} was not made by this Makefile and has no working Python {want} with pip: remove it, or '
+                'name another folder with VENV=...'
+            )
         if found.has('torch') and not found.has('torch', ident['torch']):
-            raise SetupError(f'{venv} was not made by this Makefile and holds another torch than {ident["torch"]}: remove it, or '
-                             'name another folder with VENV=...')
+            raise SetupError(
+                f'{venv} was not made by this Makefile and holds another torch than {ident["torch"]}: remove it, or '
+                'name another folder with VENV=...'
+            )
         for name in filter(found.has, others):
-            raise SetupError(f'{venv} was not made by this Makefile and holds {name}, whose files the packages asked for would overwrite: '
-                             'remove it, or name another folder with VENV=...')
+            raise SetupError(
+                f'{venv} was not made by this Makefile and holds {name}, whose files the packages asked for would '
+                f'overwrite: '
+                'remove it, or name another folder with VENV=...'
+            )
         return
     # pip takes a package whose unpacking was cut off for installed: after an interruption only a fresh start is safe.
     same = stamp is not None and not interrupted and {k: v for k, v in stamp.items() if k != 'key'} == ident
@@ -221,23 +271,32 @@ def install_torch(env, torch_version, stack):
     if env.has('torch', torch_version) and env.has('torchvision'):
         return
     vision = f'torchvision=={stack.pinned("torchvision")}' if torch_version == stack.pinned('torch') else 'torchvision'
-    say(f'torch {torch_version} and torchvision: on Linux up to 2.5 GB with their CUDA packages, several minutes on a slow line')
+    say(
+        f'torch {torch_version} and torchvision: on Linux up to 2.5 GB with their CUDA packages, several minutes on a '
+        f'slow line'
+    )
     env.pip('install', f'torch=={torch_version}', vision)
 
 
 def drop_useless_torchvision(env):
-    """Takes away a torchvision that this torch cannot load: mmdet and mmseg ask whether there is one, and fail over a broken one.
+    """Takes away a torchvision that this torch cannot load: mmdet and mmseg ask whether there is one, and fail over a
+    broken one.
 
-    The index's torchvision is built for the CUDA torch; beside a CPU-only torch from elsewhere it does not even import. What needs it
-    (mmpretrain, timm) cannot be imported then, and its tests are skipped with that reason.
+    The index's torchvision is built for the CUDA torch; beside a CPU-only torch from elsewhere it does not even import.
+    What needs it (mmpretrain, timm) cannot be imported then, and its tests are skipped with that reason.
     """
     if env.works('import torchvision.ops'):
         return
     why = env.last_output.strip().splitlines()[-1]
     if not env.works('import torch; assert torch.version.cuda is None'):
-        raise SetupError(f'torchvision does not work with this torch ({why}): name an index that has both in PIP_EXTRA_INDEX_URL')
-    say(f'torchvision has no build for this CPU-only torch ({why}): going on without; mmpretrain and timm, which import it, '
-        'are not to be used, and their tests are skipped')
+        raise SetupError(
+            f'torchvision does not work with this torch ({why}): name an index that has both in PIP_EXTRA_INDEX_URL'
+        )
+    say(
+        f'torchvision has no build for this CPU-only torch ({why}): going on without; mmpretrain and timm, which '
+        f'import it, '
+        'are not to be used, and their tests are skipped'
+    )
     env.pip('uninstall', '-y', 'torchvision')
 
 
@@ -259,7 +318,9 @@ def builds_for_gpu(env):
 
 
 def install_mmcv(env, torch_version, stack):
-    """mmcv with its ops: a wheel where one is to be found and works with this torch, else compiled from the source package."""
+    """Mmcv with its ops: a wheel where one is to be found and works with this torch, else compiled from the source
+    package.
+    """
     name, mmengine = stack.distributions['mmcv'], stack.distributions['mmengine']
     version = stack.pinned(name)
     if env.has(name, version) and env.works(OPS_CHECK):
@@ -270,21 +331,38 @@ def install_mmcv(env, torch_version, stack):
     links += [folder.as_uri()] if folder.is_dir() else []
     with_links = {**os.environ, 'PIP_FIND_LINKS': ' '.join(filter(None, links))}
     # What mmcv needs, with the bounds of the stack; --no-deps below keeps pip from choosing others.
-    env.pip('install', 'ninja', 'wheel', 'setuptools', *(f'{need}=={stack.pinned(need)}' for need in (mmengine, 'numpy', 'opencv-python')))
+    env.pip(
+        'install',
+        'ninja',
+        'wheel',
+        'setuptools',
+        *(f'{need}=={stack.pinned(need)}' for need in (mmengine, 'numpy', 'opencv-python')),
+    )
     wanted = ['--no-deps', '--force-reinstall', f'{name}=={version}']
     # Its failure is an answer, not an error: most machines have no such wheel.
-    prebuilt = subprocess.run([str(env.python), '-m', 'pip', 'install', '-q', '--only-binary', name, *wanted], cwd=ROOT,
-                              env=with_links, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    prebuilt = subprocess.run(
+        [str(env.python), '-m', 'pip', 'install', '-q', '--only-binary', name, *wanted],
+        cwd=ROOT,
+        env=with_links,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     if prebuilt.returncode == 0:
         if env.works(OPS_CHECK):
             say(f'{name} {version}: installed from a prebuilt wheel')
             return
-        say(f'{name} {version}: a prebuilt wheel was found, but its ops do not run with torch {torch_version} '
-            f'({env.last_output.strip().splitlines()[-1]}): compiling instead')
+        say(
+            f'{name} {version}: a prebuilt wheel was found, but its ops do not run with torch {torch_version} '
+            f'({env.last_output.strip().splitlines()[-1]}): compiling instead'
+        )
     wheel = compile_mmcv(env, version, torch_version, folder, name)
     env.pip('install', '--no-deps', '--force-reinstall', wheel)
     if not env.works(OPS_CHECK):
-        raise SetupError(f'{name} {version} was compiled, but its ops do not run with torch {torch_version}: {env.last_output.strip()}')
+        raise SetupError(
+            f'{name} {version} was compiled, but its ops do not run with torch {torch_version}: '
+            f'{env.last_output.strip()}'
+        )
 
 
 def compile_jobs():
@@ -298,15 +376,24 @@ def compile_jobs():
 def check_compilers(env):
     compiler = os.environ.get('CXX', 'c++').split()[0]
     if shutil.which(compiler) is None:
-        raise SetupError(f'mmcv has to be compiled and there is no C++ compiler "{compiler}": install one (Debian: build-essential), or '
-                         'name a folder or address with a prebuilt wheel in MMCV_FIND_LINKS')
+        raise SetupError(
+            f'mmcv has to be compiled and there is no C++ compiler "{compiler}": install one (Debian: '
+            f'build-essential), or '
+            'name a folder or address with a prebuilt wheel in MMCV_FIND_LINKS'
+        )
     header = Path(sysconfig.get_paths()['include']) / 'Python.h'
     if not header.is_file():
-        raise SetupError(f'mmcv has to be compiled and {header} is missing: install the Python headers (Debian: python3-dev)')
+        raise SetupError(
+            f'mmcv has to be compiled and {header} is missing: install the Python headers (Debian: python3-dev)'
+        )
     has_nvcc = shutil.which('nvcc') or (Path(os.environ.get('CUDA_HOME', '/usr/local/cuda')) / 'bin' / 'nvcc').is_file()
     if builds_for_gpu(env) and not has_nvcc:
-        raise SetupError('a GPU is visible, but there is no nvcc to compile mmcv\'s ops for it: name OpenMMLab\'s wheel index for this '
-                         'torch and CUDA (see MMCV\'s installation page) in MMCV_FIND_LINKS, or hide the GPU with CUDA_VISIBLE_DEVICES=""')
+        raise SetupError(
+            "a GPU is visible, but there is no nvcc to compile mmcv's ops for it: name OpenMMLab's wheel index for "
+            'this '
+            "torch and CUDA (see MMCV's installation page) in MMCV_FIND_LINKS, or hide the GPU with "
+            'CUDA_VISIBLE_DEVICES=""'
+        )
 
 
 def compile_mmcv(env, version, torch_version, folder, distribution='mmcv'):
@@ -314,27 +401,49 @@ def compile_mmcv(env, version, torch_version, folder, distribution='mmcv'):
     check_compilers(env)
     jobs = os.environ.get('MAX_JOBS') or str(compile_jobs())
     python = '{}.{}'.format(*sys.version_info[:2])
-    say(f'{distribution} {version}: no prebuilt wheel for torch {torch_version} and Python {python} was found, so its C++ ops'
-        ' (the detectors need them) are compiled now.')
+    say(
+        f'{distribution} {version}: no prebuilt wheel for torch {torch_version} and Python {python} was found, so its '
+        f'C++ ops'
+        ' (the detectors need them) are compiled now.'
+    )
     say(f'    This takes about 20 minutes on two cores ({jobs} at a time here), once: the wheel is kept in {folder}.')
     say('    Quicker: name a folder or index with a wheel in MMCV_FIND_LINKS (or PIP_FIND_LINKS).')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(prefix='.build-', dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
-        raise SetupError(f'the wheel folder {folder} cannot be written ({error.strerror}): name another one in PSAQ_MM_WHEELS') from error
+        raise SetupError(
+            f'the wheel folder {folder} cannot be written ({error.strerror}): name another one in PSAQ_MM_WHEELS'
+        ) from error
     with scratch as name:
         log = folder / f'{distribution}-{version}.log'
-        # --no-cache-dir and --no-binary: pip's own cache of built wheels knows neither the torch version nor whether ops were built.
-        # --no-build-isolation: the ops must be compiled against the torch that stands in this environment.
-        command = [env.python, '-m', 'pip', 'wheel', '-v', '--no-deps', '--no-cache-dir', '--no-build-isolation', '--no-binary',
-                   distribution, *env.constraints, '-w', name, f'{distribution}=={version}']
+        # --no-cache-dir and --no-binary: pip's own cache of built wheels knows neither the torch version nor whether
+        # ops were built. --no-build-isolation: the ops must be compiled against the torch that stands in this
+        # environment.
+        command = [
+            env.python,
+            '-m',
+            'pip',
+            'wheel',
+            '-v',
+            '--no-deps',
+            '--no-cache-dir',
+            '--no-build-isolation',
+            '--no-binary',
+            distribution,
+            *env.constraints,
+            '-w',
+            name,
+            f'{distribution}=={version}',
+        ]
         path = f'{env.folder / "bin"}{os.pathsep}{os.environ.get("PATH", "")}'  # for ninja
         # TMPDIR: what a stopped build leaves goes with the scratch folder.
         settings = {**os.environ, 'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs, 'PATH': path, 'TMPDIR': name}
         if follow_build([str(part) for part in command], settings, log):
             # What pip adds after the build's own messages is its own long command line.
-            messages = log.read_text(errors='replace').split('error: subprocess-exited-with-error')[0].rstrip().splitlines()
+            messages = (
+                log.read_text(errors='replace').split('error: subprocess-exited-with-error')[0].rstrip().splitlines()
+            )
             told = f'compiling {distribution} failed; all of it stands in {log}, and its end reads:'
             raise SetupError('\n'.join([told, *messages[-30:]]))
         built = next(Path(name).glob(f'{distribution.replace("-", "_")}-*.whl'))
@@ -344,11 +453,20 @@ def compile_mmcv(env, version, torch_version, folder, distribution='mmcv'):
 
 
 def follow_build(command, settings, log, every=60):
-    """Runs the build with its output in `log`, says once a minute how far it is, and leaves no compiler behind when stopped."""
+    """Runs the build with its output in `log`, says once a minute how far it is, and leaves no compiler behind when
+    stopped.
+    """
     begun = told = time.monotonic()
     with open(log, 'w') as sink:
-        build = subprocess.Popen(command, cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
-                                 start_new_session=True)
+        build = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=settings,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             while build.poll() is None:
                 time.sleep(1)
@@ -374,7 +492,9 @@ def install_stack(env, torch_version, stack):
     env.pip('install', f'torch=={torch_version}', *pins)
     env.pip('install', '--no-deps', '--no-build-isolation', '-e', '.')
     for name in filter(env.has, stack.others):
-        raise SetupError(f'{name} came along as a requirement of something else and overwrites files of the packages asked for')
+        raise SetupError(
+            f'{name} came along as a requirement of something else and overwrites files of the packages asked for'
+        )
     drop_useless_torchvision(env)
     if not env.works(VISION_CHECK if env.has('torchvision') else STACK_CHECK):
         raise SetupError(f'everything is installed, but the libraries do not import:\n{env.last_output.strip()}')
@@ -404,12 +524,16 @@ def set_up(venv, torch_version, core=False, stack='openmmlab'):
     if stack not in STACKS:
         raise SetupError(f'STACK={stack} is no stack: {" or ".join(STACKS)}')
     if stack == 'onedl' and not has_numpy2(torch_version):
-        raise SetupError(f'STACK=onedl needs numpy 2 and with it torch 2.3 or later, not TORCH={torch_version}: leave TORCH out, or '
-                         'name a later one')
+        raise SetupError(
+            f'STACK=onedl needs numpy 2 and with it torch 2.3 or later, not TORCH={torch_version}: leave TORCH out, or '
+            'name a later one'
+        )
     # The reference stack's pins have no other Python in common.
     if not core and sys.version_info[:2] != (3, 11):
-        raise SetupError('the reference stack needs Python 3.11, and this is Python {}.{}: name a Python 3.11 with '
-                         'PYTHON=/path/to/python3.11'.format(*sys.version_info[:2]))
+        raise SetupError(
+            'the reference stack needs Python 3.11, and this is Python {}.{}: name a Python 3.11 with '
+            'PYTHON=/path/to/python3.11'.format(*sys.version_info[:2])
+        )
     # Two makes at once would install over each other: the second one waits, and finds the work done.
     with open(ROOT / 'constraints.txt') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -423,7 +547,10 @@ def set_up(venv, torch_version, core=False, stack='openmmlab'):
         env = Environment(venv, constraints=None if core and has_numpy2(torch_version) else chosen.constraints)
         (install_core if core else install_stack)(env, torch_version, chosen)
         write_stamp(venv, key, ident)
-        say(f'{venv.name} is ready after {time.monotonic() - begun:.0f} s; it is used as it stands until its requirements change')
+        say(
+            f'{venv.name} is ready after {time.monotonic() - begun:.0f} s; it is used as it stands until its '
+            f'requirements change'
+        )
 
 
 def main(argv=None):

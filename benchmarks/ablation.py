@@ -1,11 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What each part of the method is worth, against controls through the same quantizer, seed by seed.
 
-    python benchmarks/ablation.py configs/demo/mask_rcnn_swin_demo_w4a8.py --variants gaussian real psaq_v2 --seeds 0 1 2
+    python benchmarks/ablation.py configs/demo/mask_rcnn_swin_demo_w4a8.py --variants gaussian real psaq_v2 --seeds 0 1
+    2
 
-Rows go to ``work_dirs/ablation/<config>.json`` as they come: a run that is stopped goes on where it was. The table has the mean
-and, in brackets, the least and greatest of the seeds.
+Rows go to ``work_dirs/ablation/<config>.json`` as they come: a run that is stopped goes on where it was. The table has
+the mean and, in brackets, the least and greatest of the seeds.
 """
+
 import argparse
 import json
 import logging
@@ -33,9 +35,9 @@ VARIANTS: Dict[str, Dict] = {
     'train_real': dict(source='real'),
     # the method, and the method less a part
     'psaq_v2': {},
-    'without_discrepancy': dict(generator=dict(discrepancy_weight=0.)),
-    'without_entropy': dict(generator=dict(entropy_weight=0.)),
-    'without_prior': dict(generator=dict(prior_weight=0.)),
+    'without_discrepancy': dict(generator=dict(discrepancy_weight=0.0)),
+    'without_entropy': dict(generator=dict(entropy_weight=0.0)),
+    'without_prior': dict(generator=dict(prior_weight=0.0)),
     'without_evolution': dict(evolve_every=0),
     'without_reobserving': dict(reobserve=False),
     'without_augmentation': dict(augment=False),
@@ -49,6 +51,7 @@ def run(config_path: str, variant: str, seed: int, options: Dict) -> Dict[str, f
     from psaq_mm.commands.dfq_train import run_data_free
     from psaq_mm.commands.test import evaluate
     from psaq_mm.engine.checkpoint import read_checkpoint
+
     config = load_config(config_path, options)
     name = f'{Path(config_path).stem}_{variant}_{seed}_{time.time_ns()}'
     config.work_dir = str(OUT / Path(config_path).stem / f'{variant}_{seed}')
@@ -57,11 +60,20 @@ def run(config_path: str, variant: str, seed: int, options: Dict) -> Dict[str, f
         config.visualizer.name = name
     if variant == 'full_precision':
         begun = time.perf_counter()
-        return dict(evaluate(config, read_checkpoint(config.load_from), config.load_from, full_precision=True),
-                    seconds=time.perf_counter() - begun)
+        return dict(
+            evaluate(config, read_checkpoint(config.load_from), config.load_from, full_precision=True),
+            seconds=time.perf_counter() - begun,
+        )
     changes = dict(VARIANTS[variant])
     generator = {**config.dfq.get('generator', {}), **changes.pop('generator', {})}
-    config.dfq = {**config.dfq, **changes, 'generator': generator, 'seed': seed, 'checkpoint_interval': 0, 'sheet_interval': 0}
+    config.dfq = {
+        **config.dfq,
+        **changes,
+        'generator': generator,
+        'seed': seed,
+        'checkpoint_interval': 0,
+        'sheet_interval': 0,
+    }
     begun = time.perf_counter()
     runner = run_data_free(config)
     seconds = time.perf_counter() - begun
@@ -90,12 +102,13 @@ def table(rows: List[Dict], keys: Sequence[str]) -> str:
 def main(argv: Sequence[str] = None) -> int:
     """Command line."""
     from mmengine.config import DictAction
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--variants', nargs='+', choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
-    parser.add_argument('--name', help='of the file of rows; the config\'s by default')
+    parser.add_argument('--name', help="of the file of rows; the config's by default")
     args = parser.parse_args(argv)
     warnings.filterwarnings('ignore')
     logging.disable(logging.WARNING)
@@ -116,7 +129,9 @@ def main(argv: Sequence[str] = None) -> int:
         partial = path.with_suffix('.partial')
         partial.write_text(json.dumps(rows, indent=1))
         os.replace(partial, path)
-        shown = {k: round(v, 4) for k, v in metrics.items() if k in ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU', 'seconds')}
+        shown = {
+            k: round(v, 4) for k, v in metrics.items() if k in ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU', 'seconds')
+        }
         print(variant, seed, shown, flush=True)
     keys = [k for k in ('coco/bbox_mAP', 'coco/segm_mAP', 'mIoU') if k in rows[0]['metrics']]
     print(table(rows, keys))

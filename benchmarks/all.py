@@ -6,11 +6,14 @@
     python benchmarks/all.py --device cuda         # the same table on a GPU
     python benchmarks/all.py --only startup memory
 
-A row is a ratio of two things measured in the same run (or a figure in the unit that its name gives) and its bound. The file holds a list
-of ``dict(name, ratio, bound, ok)``, with more where a script measures more; a script that fails is a row with its error, ``ratio`` None.
+A row is a ratio of two things measured in the same run (or a figure in the unit that its name gives) and its bound. The
+file holds a list of ``dict(name, ratio, bound, ok)``, with more where a script measures more; a script that fails is a
+row with its error, ``ratio`` None.
 
-The exit code is 1 where a bound is broken or a script failed. What else runs on the machine counts: measure on a quiet one.
+The exit code is 1 where a bound is broken or a script failed. What else runs on the machine counts: measure on a quiet
+one.
 """
+
 import argparse
 import importlib
 import json
@@ -25,8 +28,18 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import Row, begin, table  # noqa: E402
 
-SCRIPTS = ('startup', 'entropy', 'channel_ranges', 'sources', 'synthesis_step', 'fake_quantization', 'coevolution', 'calibration',
-           'scaling', 'memory')
+SCRIPTS = (
+    'startup',
+    'entropy',
+    'channel_ranges',
+    'sources',
+    'synthesis_step',
+    'fake_quantization',
+    'coevolution',
+    'calibration',
+    'scaling',
+    'memory',
+)
 """Those with a function ``rows(quick, device)``, the short ones first."""
 
 
@@ -36,7 +49,9 @@ def rows_of(name: str, quick: bool, device: str) -> List[Row]:
         return importlib.import_module(f'benchmarks.{name}').rows(quick, device)
     except Exception as error:  # whatever it is: the other scripts are still to be run
         traceback.print_exc()
-        return [dict(name=f'{name}: failed', ratio=None, bound=None, ok=False, error=f'{type(error).__name__}: {error}')]
+        return [
+            dict(name=f'{name}: failed', ratio=None, bound=None, ok=False, error=f'{type(error).__name__}: {error}')
+        ]
 
 
 def collect(scripts: Sequence[str], quick: bool, device: str) -> List[Row]:
@@ -52,9 +67,18 @@ def collect(scripts: Sequence[str], quick: bool, device: str) -> List[Row]:
 
 def shown(rows: Sequence[Row]) -> str:
     """The table of all claims; a script that failed has its error in place of figures."""
-    return table(('claim', 'ratio', 'bound', 'holds'),
-                 [(row['name'], row['error'] if row['ratio'] is None else f'{row["ratio"]:.3f}',
-                   '' if row['bound'] is None else f'{row["bound"]:g}', 'yes' if row['ok'] else 'no') for row in rows])
+    return table(
+        ('claim', 'ratio', 'bound', 'holds'),
+        [
+            (
+                row['name'],
+                row['error'] if row['ratio'] is None else f'{row["ratio"]:.3f}',
+                '' if row['bound'] is None else f'{row["bound"]:g}',
+                'yes' if row['ok'] else 'no',
+            )
+            for row in rows
+        ],
+    )
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -64,7 +88,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--device', default='cpu', help='cpu or cuda (default: %(default)s)')
     parser.add_argument('--threads', type=int, default=2, help='of PyTorch (default: %(default)s)')
     parser.add_argument('--only', nargs='+', default=SCRIPTS, choices=SCRIPTS, metavar='NAME', help=', '.join(SCRIPTS))
-    parser.add_argument('--output', type=Path, default=ROOT / 'work_dirs' / 'benchmarks.json', help='(default: %(default)s)')
+    parser.add_argument(
+        '--output', type=Path, default=ROOT / 'work_dirs' / 'benchmarks.json', help='(default: %(default)s)'
+    )
     args = parser.parse_args(argv)
     if not begin(args.device, args.threads):
         return 2

@@ -16,6 +16,7 @@ images in place: its high-water mark as the kernel (Linux) counts it.
 The scales may differ by what a bin of the histogram holds. The last lines tell by how much they do, and how much more
 squared error the raw values then have; the exit code is 1 where that is over a percent in total.
 """
+
 import argparse
 import json
 import os
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measuring import Row, row  # noqa: E402
 from psaq_mm.quantization.channel_observers import ChannelPercentileObserver  # noqa: E402
 
-CANDIDATES = (1.0, .99999, .9999, .999)
+CANDIDATES = (1.0, 0.99999, 0.9999, 0.999)
 ERROR = 0.01
 """Greatest excess of squared error."""
 QUICK = ('--quick', '--images', '4', '--bits', '4')
@@ -44,7 +45,8 @@ QParams = Tuple[Tensor, Tensor]
 
 def layer_norm_outputs(images: int, tokens: int, channels: int) -> List[Tensor]:
     """Tokens as a norm in a transformer gives them: gains and shifts differ by channel, a few channels are far off, and
-    some channels have rare large values."""
+    some channels have rare large values.
+    """
     generator = torch.Generator().manual_seed(0)
     gain = torch.randn(channels, generator=generator).mul_(0.7).exp_()
     gain[::97] *= 20
@@ -53,7 +55,7 @@ def layer_norm_outputs(images: int, tokens: int, channels: int) -> List[Tensor]:
     result = []
     for _ in range(images):
         x = torch.randn(tokens, channels, generator=generator)
-        x += torch.where(torch.rand(tokens, channels, generator=generator) < 3e-4, rare * x, 0.)
+        x += torch.where(torch.rand(tokens, channels, generator=generator) < 3e-4, rare * x, 0.0)
         result.append(x * gain + shift)
     return result
 
@@ -134,35 +136,57 @@ def errors(images: List[Tensor], result: Dict[str, object], bits: int) -> Tensor
 
 
 def compare(arguments: argparse.Namespace, file: Path) -> List[Row]:
-    """Measure, print the table and the checks. A row says what share of the loop's time or memory ours takes, or its excess error."""
+    """Measure, print the table and the checks. A row says what share of the loop's time or memory ours takes, or its
+    excess error.
+    """
     found = []
     repeats = 1 if arguments.quick else 5
     size = [arguments.images, arguments.tokens, arguments.channels]
-    print(f'torch {torch.__version__}, threads: {arguments.threads}, best of {repeats}, '
-          f'{size[0]} images x {size[1]} tokens x {size[2]} channels')
+    print(
+        f'torch {torch.__version__}, threads: {arguments.threads}, best of {repeats}, '
+        f'{size[0]} images x {size[1]} tokens x {size[2]} channels'
+    )
     print(f'{"bits":>4}  {"method":<8}{"seconds":>9}{"CPU s":>8}{"peak MiB":>10}{"time ratio":>12}{"CPU ratio":>11}')
-    images, checks, worst = layer_norm_outputs(*size), [], 0.
+    images, checks, worst = layer_norm_outputs(*size), [], 0.0
     torch.save(images, file)  # made in the measured process, they would leave memory to be used again
     for bits in arguments.bits:
-        runs = [{name: measure_apart(name, str(file), bits, arguments.threads)
-                 for name in METHODS} for _ in range(repeats)]
-        best = {name: {key: min(run[name][key] for run in runs) for key in ('seconds', 'busy', 'bytes')}
-                for name in METHODS}
+        runs = [
+            {name: measure_apart(name, str(file), bits, arguments.threads) for name in METHODS} for _ in range(repeats)
+        ]
+        best = {
+            name: {key: min(run[name][key] for run in runs) for key in ('seconds', 'busy', 'bytes')} for name in METHODS
+        }
         for name, numbers in best.items():
-            ratios = '' if name == 'ours' else (f'{numbers["seconds"] / best["ours"]["seconds"]:>11.1f}x'
-                                                f'{numbers["busy"] / best["ours"]["busy"]:>10.1f}x')
-            print(f'{bits:>4}  {name:<8}{numbers["seconds"]:>9.3f}{numbers["busy"]:>8.3f}'
-                  f'{numbers["bytes"] / 2**20:>10.1f}{ratios}', flush=True)
+            ratios = (
+                ''
+                if name == 'ours'
+                else (
+                    f'{numbers["seconds"] / best["ours"]["seconds"]:>11.1f}x'
+                    f'{numbers["busy"] / best["ours"]["busy"]:>10.1f}x'
+                )
+            )
+            print(
+                f'{bits:>4}  {name:<8}{numbers["seconds"]:>9.3f}{numbers["busy"]:>8.3f}'
+                f'{numbers["bytes"] / 2**20:>10.1f}{ratios}',
+                flush=True,
+            )
         result = runs[0]
         ratio = torch.tensor(result['ours']['scale']) / torch.tensor(result['loop']['scale'])
         near = ((ratio - 1).abs() < 0.01).double().mean()
         excess = errors(images, result['ours'], bits).sum() / errors(images, result['loop'], bits).sum() - 1
         worst = max(worst, float(excess))
-        found += [row(f'channel percentiles, {what} / channel by channel, {bits} bits',
-                      best['ours'][key] / max(best['loop'][key], 1e-9), 1.)
-                  for what, key in (('time', 'seconds'), ('memory', 'bytes'))]
-        checks.append(f'{bits} bits: {near:.1%} of the channels have the same scale within 1 %, median difference '
-                      f'{(ratio - 1).abs().median():.1e}; squared error {excess:+.2%}')
+        found += [
+            row(
+                f'channel percentiles, {what} / channel by channel, {bits} bits',
+                best['ours'][key] / max(best['loop'][key], 1e-9),
+                1.0,
+            )
+            for what, key in (('time', 'seconds'), ('memory', 'bytes'))
+        ]
+        checks.append(
+            f'{bits} bits: {near:.1%} of the channels have the same scale within 1 %, median difference '
+            f'{(ratio - 1).abs().median():.1e}; squared error {excess:+.2%}'
+        )
     print('\n'.join(checks))
     return found + [row('channel percentiles, squared error above that of channel by channel', worst, ERROR)]
 

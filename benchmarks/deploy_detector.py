@@ -1,16 +1,19 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Images per second of a whole detector or segmentor: PyTorch in float32 against the exported integer model, box decoding, RoI heads and
-masks included, as ``tools/test.py`` calls it.
+"""Images per second of a whole detector or segmentor: PyTorch in float32 against the exported integer model, box
+decoding, RoI heads and masks included, as ``tools/test.py`` calls it.
 
-Without checkpoints, weights are random and the quantizers' ranges come from noise: neither changes what the graph costs. What random
-weights change is how many boxes the RoI heads see. So every score threshold is 0 and the RPN's suppression is off: boxes are as many as
-the config allows, the most that an image can cost (1000 proposals and 100 detections with their masks in the configs of COCO). Their
-numbers are printed, and a detector that gives fewer ends the benchmark.
+Without checkpoints, weights are random and the quantizers' ranges come from noise: neither changes what the graph
+costs. What random weights change is how many boxes the RoI heads see. So every score threshold is 0 and the RPN's
+suppression is off: boxes are as many as the config allows, the most that an image can cost (1000 proposals and 100
+detections with their masks in the configs of COCO). Their numbers are printed, and a detector that gives fewer ends the
+benchmark.
 
 Example:
     python benchmarks/deploy_detector.py configs/mask_rcnn_swin_t_w8a8.py --size 800 1216
-    python benchmarks/deploy_detector.py configs/demo/mask_rcnn_swin_demo_w8a8.py --checkpoint demo/checkpoints/mask_rcnn_swin_demo.pth
+    python benchmarks/deploy_detector.py configs/demo/mask_rcnn_swin_demo_w8a8.py --checkpoint
+    demo/checkpoints/mask_rcnn_swin_demo.pth
 """
+
 import argparse
 import os
 import statistics
@@ -27,17 +30,19 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from psaq_mm.commands.common import load_config  # noqa: E402
 from psaq_mm.commands.export import default_sizes  # noqa: E402
 from psaq_mm.deploy import export_model  # noqa: E402
-from psaq_mm.deploy.runtime import RUNTIMES  # noqa: E402
+from psaq_mm.deploy.serving import deploy_model_  # noqa: E402
 from psaq_mm.engine.checkpoint import load_weights, read_checkpoint  # noqa: E402
 from psaq_mm.engine.config import drop_pretrained, full_precision_model_config, quantized_model_config  # noqa: E402
-from psaq_mm.models import TaskModel, deploy_model_  # noqa: E402
+from psaq_mm.models import TaskModel  # noqa: E402
+from psaq_mm.pictures import pink_noise  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
-from psaq_mm.synthesis import pink_noise  # noqa: E402
+from psaq_mm.runtime.deployed import RUNTIMES  # noqa: E402
 
 
 def build(config, settings, checkpoint):
     """A model of the config in evaluation mode; random weights without a checkpoint."""
     from mmengine.registry import MODELS, init_default_scope
+
     init_default_scope(config.get('default_scope', 'mmengine'))
     drop_pretrained(settings)
     torch.manual_seed(0)
@@ -54,24 +59,35 @@ def samples(kind, size):
         from mmdet.structures import DetDataSample as Sample
     else:
         from mmseg.structures import SegDataSample as Sample
-    return [Sample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1., 1.)))]
+    return [
+        Sample(
+            metainfo=dict(
+                img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size, scale_factor=(1.0, 1.0)
+            )
+        )
+    ]
 
 
 class Boxes(NamedTuple):
-    """Boxes of one image: those that enter the RoI heads, and those that come out of the detector; None where there are none such."""
+    """Boxes of one image: those that enter the RoI heads, and those that come out of the detector; None where there are
+    none such.
+    """
+
     proposals: Optional[int]
     detections: Optional[int]
 
 
 def without_thresholds(settings):
-    """Set every score threshold of a model's config to 0 and the RPN's suppression to none, in place; how many boxes are left then."""
+    """Set every score threshold of a model's config to 0 and the RPN's suppression to none, in place; how many boxes
+    are left then.
+    """
     test_cfg = settings.get('test_cfg') or {}
     rpn, rcnn = test_cfg.get('rpn'), test_cfg.get('rcnn', test_cfg)
     if rpn:
-        rpn.nms.iou_threshold = 1.
+        rpn.nms.iou_threshold = 1.0
     if 'max_per_img' not in rcnn:  # a segmentor
         return Boxes(None, None)
-    rcnn.score_thr = 0.
+    rcnn.score_thr = 0.0
     return Boxes(rpn.max_per_img if rpn else None, rcnn.max_per_img)
 
 
@@ -96,8 +112,11 @@ def boxes_of(model, image, kind):
 def check_boxes(name, found, wanted):
     """Exit where a detector has other numbers of boxes than it is measured with."""
     if found != wanted:
-        raise SystemExit(f'{name} has {found.proposals} proposals and {found.detections} detections on the image, not {wanted.proposals} and '
-                         f'{wanted.detections}: its RoI heads have less to do than is to be measured; give a larger --size')
+        raise SystemExit(
+            f'{name} has {found.proposals} proposals and {found.detections} detections on the image, not '
+            f'{wanted.proposals} and '
+            f'{wanted.detections}: its RoI heads have less to do than is to be measured; give a larger --size'
+        )
 
 
 def main():
@@ -105,13 +124,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config')
     parser.add_argument('--checkpoint', help='full-precision weights; random without')
-    parser.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'), help='defaults to the first that is exported for')
+    parser.add_argument(
+        '--size', nargs=2, type=int, metavar=('H', 'W'), help='defaults to the first that is exported for'
+    )
     parser.add_argument('--quant')
     parser.add_argument('--runtime', nargs='+', default=list(RUNTIMES), choices=list(RUNTIMES))
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--processor-time', action='store_true', help='count what the processor spends on it: for a machine that has other '
-                        'work, with --threads 1, as waiting threads count too')
+    parser.add_argument(
+        '--processor-time',
+        action='store_true',
+        help='count what the processor spends on it: for a machine that has other '
+        'work, with --threads 1, as waiting threads count too',
+    )
     args = parser.parse_args()
     clock = time.process_time if args.processor_time else time.perf_counter
     warnings.simplefilter('ignore')
@@ -121,14 +146,20 @@ def main():
     wanted = without_thresholds(config.model)
     student = build(config, quantized_model_config(config), args.checkpoint)
     image = pink_noise(1, size, TaskModel(student).image_spec)
-    calibrate(student, lambda: TaskModel(student).calibration_forward(image, student.quant_spec.scope), allow_unseen=True)
+    calibrate(
+        student, lambda: TaskModel(student).calibration_forward(image, student.quant_spec.scope), allow_unseen=True
+    )
     models = {'PyTorch float32': build(config, full_precision_model_config(config.model), args.checkpoint)}
     kind = 'seg' if hasattr(student, 'decode_head') else 'det'
     with tempfile.TemporaryDirectory() as folder:
         label = export_model(student, os.path.join(folder, 'out'), [size]).manifest['label']
         for runtime in args.runtime:
             models[f'{label} {runtime}'] = deploy_model_(
-                build(config, quantized_model_config(config), args.checkpoint), os.path.join(folder, 'out'), runtime, args.threads)
+                build(config, quantized_model_config(config), args.checkpoint),
+                os.path.join(folder, 'out'),
+                runtime,
+                args.threads,
+            )
         del student
         with torch.no_grad():
             for name, model in models.items():
@@ -137,13 +168,16 @@ def main():
         with torch.no_grad():
             for i in range(args.rounds + 1):
                 for name, model in models.items():
-                    time.sleep(.05)
+                    time.sleep(0.05)
                     begun = clock()
                     model.predict(image, samples(kind, size))
                     if i:
                         seconds[name].append(clock() - begun)
-    print(f'{os.path.basename(args.config)}, {size[0]} x {size[1]}, batch 1, {args.threads} threads, median of {args.rounds} in turn, '
-          f'{args.checkpoint or "random weights"}{", processor time" if args.processor_time else ""}')
+    print(
+        f'{os.path.basename(args.config)}, {size[0]} x {size[1]}, batch 1, {args.threads} threads, median of '
+        f'{args.rounds} in turn, '
+        f'{args.checkpoint or "random weights"}{", processor time" if args.processor_time else ""}'
+    )
     if wanted.detections is not None:
         print(f'{wanted.detections} detections' + (f' of {wanted.proposals} proposals' if wanted.proposals else ''))
     print(f'{"model":<24}  {"images/s":>8}  {"ms":>9}  {"speed-up":>8}')

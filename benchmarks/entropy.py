@@ -17,6 +17,7 @@ The rivals are written with autograd alone (``tests/synthesis/reference.py``):
 Peak memory is the growth of the resident set over its size with the tokens in place: its high-water mark as the
 kernel counts it. The rivals do not leave out padded queries, the function here does on Swin.
 """
+
 import argparse
 import json
 import math
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'synthesis')]
 
 from benchmarks.measuring import Row, row  # noqa: E402
-from psaq_mm.synthesis import patch_similarity_entropy  # noqa: E402
+from psaq_mm.psaq_vit import patch_similarity_entropy  # noqa: E402
 
 WINDOW = 7
 BOUND = 0.5
@@ -76,6 +77,7 @@ def ours(blocks: List[Block]) -> Tensor:
 
 def plain(blocks: List[Block], broadcast: bool = False) -> Tensor:
     import reference
+
     return sum(reference.patch_similarity_entropy(t, groups_per_image=n, broadcast=broadcast) for t, _, n in blocks)
 
 
@@ -133,8 +135,10 @@ def compared(quick: bool, threads: int, memory: float) -> List[Row]:
     """Measures and prints the table; the rows say what share of its rival the function here takes."""
     repeats, found = 1 if quick else 3, []
     print(f'torch {torch.__version__}, {threads} threads, best of {repeats}, value and gradient')
-    print(f'{"workload":<24}{"blocks":>7}  {"method":<10}{"seconds":>9}{"CPU s":>8}{"peak MiB":>10}'
-          f'{"time ratio":>12}{"CPU ratio":>11}{"memory ratio":>14}')
+    print(
+        f'{"workload":<24}{"blocks":>7}  {"method":<10}{"seconds":>9}{"CPU s":>8}{"peak MiB":>10}'
+        f'{"time ratio":>12}{"CPU ratio":>11}{"memory ratio":>14}'
+    )
     for workload, build in WORKLOADS.items():
         rivals = [('plain', len(build()))]
         if not quick:
@@ -143,12 +147,25 @@ def compared(quick: bool, threads: int, memory: float) -> List[Row]:
             mine = measure_apart('ours', workload, blocks, repeats, threads)
             other = measure_apart(rival, workload, blocks, repeats, threads)
             for name, result in (('ours', mine), (rival, other)):
-                ratios = '' if name == 'ours' else (f'{other["seconds"] / mine["seconds"]:>11.1f}x{other["busy"] / mine["busy"]:>10.1f}x'
-                                                    f'{other["bytes"] / max(mine["bytes"], 1):>13.1f}x')
-                print(f'{workload:<24}{blocks:>7}  {name:<10}{result["seconds"]:>9.3f}{result["busy"]:>8.2f}'
-                      f'{math.ceil(result["bytes"] / 2**20):>10}{ratios}', flush=True)
+                ratios = (
+                    ''
+                    if name == 'ours'
+                    else (
+                        f'{other["seconds"] / mine["seconds"]:>11.1f}x{other["busy"] / mine["busy"]:>10.1f}x'
+                        f'{other["bytes"] / max(mine["bytes"], 1):>13.1f}x'
+                    )
+                )
+                print(
+                    f'{workload:<24}{blocks:>7}  {name:<10}{result["seconds"]:>9.3f}{result["busy"]:>8.2f}'
+                    f'{math.ceil(result["bytes"] / 2**20):>10}{ratios}',
+                    flush=True,
+                )
             for what, key in (('time', 'seconds'), ('memory', 'bytes')):
-                found.append(row(f'patch similarity entropy, {what} / {rival} formula, {workload}', mine[key] / other[key], BOUND))
+                found.append(
+                    row(
+                        f'patch similarity entropy, {what} / {rival} formula, {workload}', mine[key] / other[key], BOUND
+                    )
+                )
     return found
 
 

@@ -3,10 +3,11 @@
 
     python benchmarks/image_folder.py DATA CHECKPOINT --model deit_tiny --out work_dirs/classification
 
-DATA holds files named ``<class index>_<anything>.jpg``. Images with an even index are the training set, from which a control may
-calibrate, those with an odd one the test set; so no image that is evaluated ever sets a range. The config inherits
-``configs/classification/<model>.py`` and is what ``tools/compare.py`` and the other tools take.
+DATA holds files named ``<class index>_<anything>.jpg``. Images with an even index are the training set, from which a
+control may calibrate, those with an odd one the test set; so no image that is evaluated ever sets a range. The config
+inherits ``configs/classification/<model>.py`` and is what ``tools/compare.py`` and the other tools take.
 """
+
 import argparse
 import re
 import sys
@@ -24,7 +25,11 @@ def labelled(folder: Path) -> List[Tuple[str, int]]:
     Raises:
         SystemExit: There are none.
     """
-    found = [(path.name, _NAME.fullmatch(path.name)) for path in sorted(Path(folder).iterdir())] if Path(folder).is_dir() else []
+    found = (
+        [(path.name, _NAME.fullmatch(path.name)) for path in sorted(Path(folder).iterdir())]
+        if Path(folder).is_dir()
+        else []
+    )
     images = [(name, int(match[1])) for name, match in found if match]
     if not images:
         raise SystemExit(f'{folder} holds no images called <class index>_<name>.jpg: give another folder')

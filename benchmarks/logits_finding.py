@@ -3,13 +3,15 @@
 
     python benchmarks/logits_finding.py work_dirs/classification/deit_tiny.py
 
-PSAQ-ViT (arXiv 2203.02250, released code) quantizes every edge but the attention weights, the classifier's output among them, and its
-table has a row of Gaussian noise that collapses. Here the same points are calibrated on Gaussian noise and on images of the
-training set, once as they are and once with the output of the last layer left in floating point, and nothing else. CONFIG is that
-of a classifier with a training and a test set, such as ``benchmarks/image_folder.py`` writes for a folder of photographs.
+PSAQ-ViT (arXiv 2203.02250, released code) quantizes every edge but the attention weights, the classifier's output among
+them, and its table has a row of Gaussian noise that collapses. Here the same points are calibrated on Gaussian noise
+and on images of the training set, once as they are and once with the output of the last layer left in floating point,
+and nothing else. CONFIG is that of a classifier with a training and a test set, such as ``benchmarks/image_folder.py``
+writes for a folder of photographs.
 
 Rows are kept in the work dir: a run that is stopped goes on where it was. The exit code is 1 where a row failed.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -36,6 +38,7 @@ def with_logits(config, bits: str, kind: str, pattern: str = LOGITS) -> Any:
         pattern: Name of the edge that holds the logits: that of the last layer with ``.output``.
     """
     from psaq_mm.engine.config import apply_method, quant_holder
+
     changed = apply_method(config, bits, 'psaq_v1')
     overrides = [] if kind == 'quantized' else [dict(pattern=pattern, float=True)]
     quant_holder(changed.model).quant = dict(preset=f'psaq_v1_{bits}', scope='full', overrides=overrides)
@@ -56,18 +59,27 @@ def table(entries: Sequence[Dict[str, Any]]) -> str:
             continue
         value, difference = entry['metrics'][metric]['mean'], entry.get('difference')
         paired = f'{difference["mean"]:+.2f} ± {entry["difference_se"]["mean"]:.2f}' if difference else '-'
-        lines.append(f'| {logits} | {entry["source"]} | {len(entry["seeds"])} | {value:.2f} | {paired} | {entry["agreement"]["mean"]:.3f} |')
+        lines.append(
+            f'| {logits} | {entry["source"]} | {len(entry["seeds"])} | {value:.2f} | {paired} | '
+            f'{entry["agreement"]["mean"]:.3f} |'
+        )
     return '\n'.join(lines)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog='logits_finding', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog='logits_finding', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_config_arguments(parser)
     parser.add_argument('--bits', default='w8a8', help='precision (default: %(default)s)')
-    parser.add_argument('--calibration', nargs='+', default=['gaussian', 'real'], metavar='SOURCE', help='as for tools/compare.py')
+    parser.add_argument(
+        '--calibration', nargs='+', default=['gaussian', 'real'], metavar='SOURCE', help='as for tools/compare.py'
+    )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
-    parser.add_argument('--logits', default=LOGITS, help='name of the edge that holds the logits (default: %(default)s)')
+    parser.add_argument(
+        '--logits', default=LOGITS, help='name of the edge that holds the logits (default: %(default)s)'
+    )
     parser.add_argument('--work-dir', default='work_dirs/logits_finding')
     failed: List[str] = []
 

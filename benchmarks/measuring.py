@@ -1,9 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What the benchmarks of this folder share: calls timed in turn, peak memory in a process of its own, rows and tables.
 
-A claim is a *row*: ``dict(name, ratio, bound, ok)``. A script has a function ``rows(quick, device)`` that measures, prints its table
-and returns its rows; ``benchmarks/all.py`` collects them.
+A claim is a *row*: ``dict(name, ratio, bound, ok)``. A script has a function ``rows(quick, device)`` that measures,
+prints its table and returns its rows; ``benchmarks/all.py`` collects them.
 """
+
 import argparse
 import ctypes
 import gc
@@ -33,6 +34,7 @@ class Memory(NamedTuple):
         total: All that the process (CPU) or PyTorch on the device held at most while it ran.
         result: What the call returned.
     """
+
     grown: int
     total: int
     result: Any = None
@@ -45,12 +47,14 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def in_turn(calls: Dict[str, Callable[[], Any]], repeats: int, device: str = 'cpu', warm_up: int = 1) -> Dict[str, List[float]]:
+def in_turn(
+    calls: Dict[str, Callable[[], Any]], repeats: int, device: str = 'cpu', warm_up: int = 1
+) -> Dict[str, List[float]]:
     """Seconds of each call, one after the other and then again, so that a slow moment of the machine meets all of them.
 
     Args:
-        calls: By name, in the order in which they run: one may use what the one before it left behind, such as the backward pass of
-            a forward pass.
+        calls: By name, in the order in which they run: one may use what the one before it left behind, such as the
+            backward pass of a forward pass.
         repeats: Of each call.
         device: Waited for at the beginning and at the end of each call.
         warm_up: Rounds that are not counted.
@@ -78,7 +82,9 @@ def ratio_of(ours: Sequence[float], control: Sequence[float]) -> float:
 
 # ---------------------------------------------------------------------- memory
 def resident(kind: str = 'VmRSS') -> int:
-    """Bytes of memory of this process (Linux): ``'VmRSS'`` now, ``'VmHWM'`` at most since it began or :func:`forget_peak`."""
+    """Bytes of memory of this process (Linux): ``'VmRSS'`` now, ``'VmHWM'`` at most since it began or
+    :func:`forget_peak`.
+    """
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind + ':'))
 
@@ -111,25 +117,33 @@ def peak_of(call: Callable[[], Any], device: str = 'cpu') -> Memory:
     return Memory(peak - before, peak, result)
 
 
-def peak_apart(build: Callable[..., Callable[[], Any]], *arguments: Any, device: str = 'cpu', threads: Optional[int] = None,
-               give_back: bool = False) -> Memory:
+def peak_apart(
+    build: Callable[..., Callable[[], Any]],
+    *arguments: Any,
+    device: str = 'cpu',
+    threads: Optional[int] = None,
+    give_back: bool = False,
+) -> Memory:
     """Peak memory of ``build(*arguments)()`` in a new process; what ``build`` itself takes does not count as growth.
 
     Args:
-        build: Function of a module (the new process imports it by name): makes all that the call needs, and the call. The call's
-            result has to be picklable.
+        build: Function of a module (the new process imports it by name): makes all that the call needs, and the call.
+            The call's result has to be picklable.
         *arguments: Picklable.
         device: Whose memory counts.
         threads: Of PyTorch; as many as here if None.
-        give_back: Whether the C library returns every large block to the system once it is free (glibc). What counts then is what was
-            held, without the holes that its heap keeps, some tens of MiB more or less from one run to the next.
+        give_back: Whether the C library returns every large block to the system once it is free (glibc). What counts
+            then is what was held, without the holes that its heap keeps, some tens of MiB more or less from one run to
+            the next.
     """
     context = multiprocessing.get_context('spawn')
     setting = {'MALLOC_MMAP_THRESHOLD_': str(1 << 17)} if give_back else {}
     before = {name: os.environ.get(name) for name in setting}
     os.environ.update(setting)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measured_apart, args=(sender, build, arguments, device, threads or torch.get_num_threads()))
+    process = context.Process(
+        target=_measured_apart, args=(sender, build, arguments, device, threads or torch.get_num_threads())
+    )
     process.start()
     for name, value in before.items():
         if value is None:
@@ -143,7 +157,9 @@ def peak_apart(build: Callable[..., Callable[[], Any]], *arguments: Any, device:
         found = None
     process.join()
     if found is None:
-        raise RuntimeError(f'the process that measured {build.__name__}{arguments} ended with exit code {process.exitcode}')
+        raise RuntimeError(
+            f'the process that measured {build.__name__}{arguments} ended with exit code {process.exitcode}'
+        )
     return Memory(*found)
 
 
@@ -162,8 +178,10 @@ def row(name: str, ratio: float, bound: float, **more: Any) -> Row:
 
 def table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     """Markdown; numbers are aligned to the right."""
-    texts = [[cell if isinstance(cell, str) else f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in line]
-             for line in lines]
+    texts = [
+        [cell if isinstance(cell, str) else f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in line]
+        for line in lines
+    ]
     widths = [max(len(text[i]) for text in [list(header), *texts]) for i in range(len(header))]
     numeric = [bool(lines) and all(not isinstance(line[i], str) for line in lines) for i in range(len(header))]
 
@@ -176,7 +194,10 @@ def table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
 
 def table_of(rows: Sequence[Row]) -> str:
     """The rows alone: name, ratio, bound, and whether it holds."""
-    return table(('claim', 'ratio', 'bound', 'holds'), [(r['name'], r['ratio'], f'{r["bound"]:g}', 'yes' if r['ok'] else 'no') for r in rows])
+    return table(
+        ('claim', 'ratio', 'bound', 'holds'),
+        [(r['name'], r['ratio'], f'{r["bound"]:g}', 'yes' if r['ok'] else 'no') for r in rows],
+    )
 
 
 def machine(device: str = 'cpu') -> str:
@@ -186,7 +207,9 @@ def machine(device: str = 'cpu') -> str:
 
 
 def begin(device: str, threads: int) -> bool:
-    """Set this process up as the commands are, and say on what it runs; False, with one sentence, where there is no such device."""
+    """Set this process up as the commands are, and say on what it runs; False, with one sentence, where there is no
+    such device.
+    """
     if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
         print(f'--device {device}: PyTorch sees no such device here, take --device cpu', file=sys.stderr)
         return False
@@ -197,7 +220,9 @@ def begin(device: str, threads: int) -> bool:
     return True
 
 
-def run_script(rows: Callable[..., List[Row]], description: str, parts: Sequence[str] = (), argv: Optional[Sequence[str]] = None) -> int:
+def run_script(
+    rows: Callable[..., List[Row]], description: str, parts: Sequence[str] = (), argv: Optional[Sequence[str]] = None
+) -> int:
     """The command line of a benchmark: ``--quick``, ``--device``, ``--threads``, and ``--part`` where it has parts.
 
     Args:
@@ -207,7 +232,8 @@ def run_script(rows: Callable[..., List[Row]], description: str, parts: Sequence
         argv: Of the command line; that of the process if None.
 
     Returns:
-        1 where a row does not hold, else 0. With ``--quick`` always 0: small sizes show that it runs, and nothing is judged.
+        1 where a row does not hold, else 0. With ``--quick`` always 0: small sizes show that it runs, and nothing is
+        judged.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true', help='small sizes and few repeats')
@@ -218,7 +244,7 @@ def run_script(rows: Callable[..., List[Row]], description: str, parts: Sequence
     args = parser.parse_args(argv)
     if not begin(args.device, args.threads):
         return 2
-    asked = ((args.part, ) if args.part else tuple(parts), ) if parts else ()
+    asked = ((args.part,) if args.part else tuple(parts),) if parts else ()
     found = rows(args.quick, args.device, *asked)
     print(table_of(found), flush=True)
     return int(not args.quick and not all(r['ok'] for r in found))

@@ -8,10 +8,10 @@
 
 The folder holds ``coco_mini/{val2017,annotations}`` and ``camvid/{images,annotations}/{train,val,test}``.
 """
+
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -68,6 +68,7 @@ def random_checkpoint(config: str, out: Path) -> Path:
 
     from psaq_mm.engine.building import build_model
     from psaq_mm.engine.config import full_precision_model_config
+
     cfg = Config.fromfile(ROOT / config)
     torch.manual_seed(0)
     model = build_model(cfg, full_precision_model_config(cfg.model))
@@ -81,25 +82,58 @@ def detector(data: Path, args: argparse.Namespace, environment: Dict[str, str]) 
     """Part (a)."""
     work = OUT / 'mask_rcnn_swin_t_w8a8'
     checkpoint = random_checkpoint(DETECTOR, OUT / 'mask_rcnn_swin_t_random.pth')
-    options = [f'dfq.iters={args.steps}', 'dfq.calibration_samples=1', 'dfq.evolve_every=2', 'dfq.evolve_samples=1', 'dfq.log_interval=1',
-               f'dfq.generator.steps={args.synthesis_steps}', 'dfq.checkpoint_interval=0']
-    train = call(['tools/dfq_train.py', DETECTOR, '--checkpoint', checkpoint, '--work-dir', work, '--cfg-options', *options],
-                 environment, work / 'train.log')
+    options = [
+        f'dfq.iters={args.steps}',
+        'dfq.calibration_samples=1',
+        'dfq.evolve_every=2',
+        'dfq.evolve_samples=1',
+        'dfq.log_interval=1',
+        f'dfq.generator.steps={args.synthesis_steps}',
+        'dfq.checkpoint_interval=0',
+    ]
+    train = call(
+        ['tools/dfq_train.py', DETECTOR, '--checkpoint', checkpoint, '--work-dir', work, '--cfg-options', *options],
+        environment,
+        work / 'train.log',
+    )
     coco = data / 'coco_mini'
-    annotations = subset(next((coco / 'annotations').glob('instances_val*.json')), args.images, OUT / 'instances_val.json')
-    test = call(['tools/test.py', DETECTOR, work / 'student.pth', '--work-dir', work, '--cfg-options',
-                 f'test_dataloader.dataset.data_root={coco.resolve()}', f'test_dataloader.dataset.ann_file={annotations}',
-                 'test_dataloader.num_workers=0', 'test_dataloader.persistent_workers=False',
-                 f'test_evaluator.ann_file={annotations}', 'model.test_cfg.rcnn.score_thr=0.0'], environment, work / 'test.log')
+    annotations = subset(
+        next((coco / 'annotations').glob('instances_val*.json')), args.images, OUT / 'instances_val.json'
+    )
+    test = call(
+        [
+            'tools/test.py',
+            DETECTOR,
+            work / 'student.pth',
+            '--work-dir',
+            work,
+            '--cfg-options',
+            f'test_dataloader.dataset.data_root={coco.resolve()}',
+            f'test_dataloader.dataset.ann_file={annotations}',
+            'test_dataloader.num_workers=0',
+            'test_dataloader.persistent_workers=False',
+            f'test_evaluator.ann_file={annotations}',
+            'model.test_cfg.rcnn.score_thr=0.0',
+        ],
+        environment,
+        work / 'test.log',
+    )
     import torch
+
     made = torch.load(work / 'student.pth', map_location='cpu')['meta']['psaq_mm']['dfq']
     rounds = made['rounds']
     images = len(json.loads(annotations.read_text())['images'])
     steps = student_steps(work)
-    return dict(size=made['size'], data_free=train, test=test, images=images,
-                seconds_per_synthesis_step=made['seconds']['synthesis'] / (rounds * args.synthesis_steps),
-                seconds_per_student_step=sum(steps) / len(steps), seconds_per_image=test['seconds'] / images,
-                metrics=json.loads((work / 'test_results.json').read_text())['quantized'])
+    return dict(
+        size=made['size'],
+        data_free=train,
+        test=test,
+        images=images,
+        seconds_per_synthesis_step=made['seconds']['synthesis'] / (rounds * args.synthesis_steps),
+        seconds_per_student_step=sum(steps) / len(steps),
+        seconds_per_image=test['seconds'] / images,
+        metrics=json.loads((work / 'test_results.json').read_text())['quantized'],
+    )
 
 
 def segmentor(data: Path, args: argparse.Namespace, environment: Dict[str, str]) -> Dict:
@@ -108,13 +142,20 @@ def segmentor(data: Path, args: argparse.Namespace, environment: Dict[str, str])
     found = {}
     if not checkpoint.is_file():
         options = ['--cfg-options', f'train_cfg.max_iters={args.train_iters}'] if args.train_iters else []
-        found['training'] = call(['demo/train_full_precision.py', SEGMENTOR, '--out', checkpoint, *options], environment,
-                                 OUT / 'train_camvid.log')
+        found['training'] = call(
+            ['demo/train_full_precision.py', SEGMENTOR, '--out', checkpoint, *options],
+            environment,
+            OUT / 'train_camvid.log',
+        )
     for bits in ('w8a8', 'w4a8'):
         config, work = f'configs/upernet_swin_camvid_{bits}.py', OUT / f'upernet_swin_camvid_{bits}'
         options = ['--cfg-options', f'dfq.iters={args.steps}'] if args.quick else []
         train = call(['tools/dfq_train.py', config, '--work-dir', work, *options], environment, work / 'train.log')
-        call(['tools/test.py', config, work / 'student.pth', '--full-precision', '--work-dir', work], environment, work / 'test.log')
+        call(
+            ['tools/test.py', config, work / 'student.pth', '--full-precision', '--work-dir', work],
+            environment,
+            work / 'test.log',
+        )
         result = json.loads((work / 'test_results.json').read_text())
         found[bits] = dict(data_free=train, full_precision=result['full_precision'], quantized=result['quantized'])
     return found
@@ -128,7 +169,7 @@ def main(argv: Sequence[str] = None) -> int:
     parser.add_argument('--images', type=int, default=24, help='COCO photographs to evaluate, 0 for all')
     parser.add_argument('--steps', type=int, default=4, help='student steps at full size')
     parser.add_argument('--synthesis-steps', type=int, default=4)
-    parser.add_argument('--train-iters', type=int, default=0, help='training steps on CamVid, 0 for the config\'s own')
+    parser.add_argument('--train-iters', type=int, default=0, help="training steps on CamVid, 0 for the config's own")
     parser.add_argument('--quick', action='store_true', help='few steps on CamVid too: for tests')
     args = parser.parse_args(argv)
     parts = dict(detector=detector, segmentor=segmentor)
@@ -147,14 +188,22 @@ def main(argv: Sequence[str] = None) -> int:
     path.write_text(json.dumps({**earlier, **summary}, indent=2))
     if 'detector' in summary:
         d = summary['detector']
-        print(f'\nMask R-CNN Swin-T, random weights, {d["size"][0]} x {d["size"][1]}: data-free peak {d["data_free"]["peak_gib"]:.1f} GiB, '
-              f'{d["seconds_per_synthesis_step"]:.1f} s a synthesis step, {d["seconds_per_student_step"]:.1f} s a student step; '
-              f'test peak {d["test"]["peak_gib"]:.1f} GiB, {d["seconds_per_image"]:.1f} s an image ({d["images"]} images); {d["metrics"]}')
+        print(
+            f'\nMask R-CNN Swin-T, random weights, {d["size"][0]} x {d["size"][1]}: data-free peak '
+            f'{d["data_free"]["peak_gib"]:.1f} GiB, '
+            f'{d["seconds_per_synthesis_step"]:.1f} s a synthesis step, {d["seconds_per_student_step"]:.1f} s a '
+            f'student step; '
+            f'test peak {d["test"]["peak_gib"]:.1f} GiB, {d["seconds_per_image"]:.1f} s an image ({d["images"]} '
+            f'images); {d["metrics"]}'
+        )
     for bits in ('w8a8', 'w4a8'):
         if 'segmentor' in summary:
             s = summary['segmentor'][bits]
-            print(f'UperNet on CamVid, {bits.upper()}: mIoU {s["full_precision"]["mIoU"]:.2f} before, {s["quantized"]["mIoU"]:.2f} after; '
-                  f'{s["data_free"]["seconds"]:.0f} s')
+            print(
+                f'UperNet on CamVid, {bits.upper()}: mIoU {s["full_precision"]["mIoU"]:.2f} before, '
+                f'{s["quantized"]["mIoU"]:.2f} after; '
+                f'{s["data_free"]["seconds"]:.0f} s'
+            )
     print(f'saved to {path}')
     return 0
 

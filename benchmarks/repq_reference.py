@@ -6,15 +6,19 @@ What the method itself loses on the images at hand, so that a loss of ours can b
     python benchmarks/repq_reference.py CONFIG [--bits 4 6] [--seeds 0 1 2] [--images 32]
 
 CONFIG is a classifier of timm's VisionTransformer or DeiT with a training and a test set, such as
-``benchmarks/image_folder.py`` writes. Both are calibrated on the same images of the training set and tested on the whole test set.
+``benchmarks/image_folder.py`` writes. Both are calibrated on the same images of the training set and tested on the
+whole test set.
 
-- ``reference``: arXiv 2212.08254 and what its released code adds. Every quantizer takes its range from the first batch that reaches
-  it, all quantizers before it switched on (layer after layer); a Python loop over channels; candidates .999, .9999, .99999 by
-  squared error; the mean zero point of the channels is no integer, unless ``--integer-zero-point``; weights again after folding.
-- ``ours``: the preset ``repq``, ranges from one full-precision pass, histograms instead of sorted values, integer zero points.
+- ``reference``: arXiv 2212.08254 and what its released code adds. Every quantizer takes its range from the first batch
+  that reaches it, all quantizers before it switched on (layer after layer); a Python loop over channels; candidates
+  .999, .9999, .99999 by squared error; the mean zero point of the channels is no integer, unless
+  ``--integer-zero-point``; weights again after folding.
+- ``ours``: the preset ``repq``, ranges from one full-precision pass, histograms instead of sorted values, integer zero
+  points.
 
 Prints top-1, the paired difference to full precision and the agreement with it, a line a seed, and the means.
 """
+
 import argparse
 import copy
 import math
@@ -31,14 +35,14 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-CANDIDATES = (.999, .9999, .99999)
+CANDIDATES = (0.999, 0.9999, 0.99999)
 
 
 def steps_of(values: Tensor, bits: int) -> Tuple[float, float]:
     """Scale and zero point of the candidate range of least squared error."""
     flat = values.reshape(-1).numpy()
     highs, lows = np.quantile(flat, CANDIDATES), np.quantile(flat, [1 - c for c in CANDIDATES])
-    best = (math.inf, 1., 0.)
+    best = (math.inf, 1.0, 0.0)
     for low, high in zip(lows.tolist(), highs.tolist()):
         scale = max((high - low) / (2**bits - 1), 1e-8)
         zero = float(round(-low / scale))
@@ -66,7 +70,7 @@ class Activation:
         found = [steps_of(x[..., c], self.bits) for c in range(x.shape[-1])]
         scale, zero = torch.tensor([s for s, _ in found]), torch.tensor([z for _, z in found])
         dead = scale < 1e-4 * scale.mean()  # a constant channel has no scale; DeiT-Tiny has one
-        scale[dead], zero[dead] = scale[~dead].mean(), 0.
+        scale[dead], zero[dead] = scale[~dead].mean(), 0.0
         return scale, zero
 
 
@@ -79,8 +83,8 @@ class Softmax:
     def codes(self, x: Tensor, delta: float) -> Tensor:
         codes = (-2 * (x / delta).log2()).round()
         kept = codes.clamp(0, self.levels - 1)
-        values = 2**-(kept / 2).ceil() * torch.where(kept % 2 == 1, math.sqrt(2), 1.) * delta
-        return torch.where(codes >= self.levels, 0., values)
+        values = 2 ** -(kept / 2).ceil() * torch.where(kept % 2 == 1, math.sqrt(2), 1.0) * delta
+        return torch.where(codes >= self.levels, 0.0, values)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.delta is None:
@@ -134,7 +138,7 @@ def fold(norm: nn.LayerNorm, layer: Layer, integer: bool) -> None:
 
 @torch.no_grad()
 def reference(network: nn.Module, images: Tensor, bits: int, integer: bool) -> nn.Module:
-    """timm's VisionTransformer, quantized on ``images``."""
+    """Timm's VisionTransformer, quantized on ``images``."""
     network = copy.deepcopy(network)
     network.patch_embed.proj = Layer(network.patch_embed.proj, bits, input_bits=8)
     network.head = Layer(network.head, bits)
@@ -153,6 +157,7 @@ def reference(network: nn.Module, images: Tensor, bits: int, integer: bool) -> n
 @torch.no_grad()
 def ours(config, build: Callable, images: Tensor, bits: int) -> nn.Module:
     from psaq_mm.quantization import calibrate
+
     model = build(dict(preset=f'repq_w{bits}a{bits}', scope='full'))
     calibrate(model, lambda: model.model(images))
     return model.model
@@ -173,11 +178,13 @@ def main() -> int:
     args = parser.parse_args()
 
     from mmengine.registry import DATASETS, MODELS, init_default_scope
+
     from psaq_mm.commands.common import load_config
     from psaq_mm.commands.quiet import silence
     from psaq_mm.engine.checkpoint import load_weights, read_checkpoint
     from psaq_mm.engine.real_images import training_images
     from psaq_mm.quantization import is_quantizer_key, set_mode
+
     config = load_config(args.config)
     init_default_scope(config.get('default_scope', 'mmpretrain'))
     checkpoint = read_checkpoint(config.load_from)
@@ -202,6 +209,7 @@ def main() -> int:
         print(f'{type(network).__name__} is no VisionTransformer of timm: the reference knows no other')
         return 2
     import timm
+
     plain = timm.create_model(config.model.model_name, pretrained=False).eval()
     plain.load_state_dict({k: v for k, v in network.state_dict().items() if not is_quantizer_key(k)})
     full = predictions(network, batches)
@@ -213,17 +221,27 @@ def main() -> int:
             for seed in args.seeds:
                 images = training_images(config, float_model, tuple(batches[0].shape[-2:]), seed)(args.images)
                 begun = time.perf_counter()
-                made = (reference(plain, images, bits, args.integer_zero_point) if name == 'reference' else
-                        ours(config, build, images, bits))
+                made = (
+                    reference(plain, images, bits, args.integer_zero_point)
+                    if name == 'reference'
+                    else ours(config, build, images, bits)
+                )
                 seconds = time.perf_counter() - begun
                 found = predictions(made, batches)
                 difference = ((found == truth).float() - accuracy).mean()
                 rows.append((100 * float(difference), 100 * float((found == full).float().mean())))
-                print(f'W{bits}A{bits} {name:9s} seed {seed}: top-1 {100 * accuracy.mean() + rows[-1][0]:.2f}  '
-                      f'difference {rows[-1][0]:+.2f}  agreement {rows[-1][1]:.1f}  {seconds:.1f} s', flush=True)
+                print(
+                    f'W{bits}A{bits} {name:9s} seed {seed}: top-1 {100 * accuracy.mean() + rows[-1][0]:.2f}  '
+                    f'difference {rows[-1][0]:+.2f}  agreement {rows[-1][1]:.1f}  {seconds:.1f} s',
+                    flush=True,
+                )
             low, high = min(r[0] for r in rows), max(r[0] for r in rows)
-            print(f'W{bits}A{bits} {name:9s} mean of {len(rows)}: difference {np.mean([r[0] for r in rows]):+.2f} ({low:+.1f} to {high:+.1f})  '
-                  f'agreement {np.mean([r[1] for r in rows]):.1f}', flush=True)
+            print(
+                f'W{bits}A{bits} {name:9s} mean of {len(rows)}: difference {np.mean([r[0] for r in rows]):+.2f} '
+                f'({low:+.1f} to {high:+.1f})  '
+                f'agreement {np.mean([r[1] for r in rows]):.1f}',
+                flush=True,
+            )
     return 0
 
 

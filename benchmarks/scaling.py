@@ -3,15 +3,18 @@
 
     python benchmarks/scaling.py [--quick] [--device cuda] [--plot docs/images/scaling.png]
 
-The backbone of a Swin-T detector under W4A8, weights random: one image of 224 x 224 to 800 x 1333, and 1 to 32 images of 112 x 112, each
-in a process of its own. A line is fitted to the logarithms: an exponent of 1 is linear, one below it is a cost that is there for any
-size; the bound leaves 0.1 for window padding and caches. Memory is what a step adds to the networks.
+The backbone of a Swin-T detector under W4A8, weights random: one image of 224 x 224 to 800 x 1333, and 1 to 32 images
+of 112 x 112, each in a process of its own. A line is fitted to the logarithms: an exponent of 1 is linear, one below it
+is a cost that is there for any size; the bound leaves 0.1 for window padding and caches. Memory is what a step adds to
+the networks.
 
-Two ranks (gloo, on this machine, a thread each, half of the batch each) are compared with one rank of two threads: the same work, and
-what the ranks tell each other comes on top. On a GPU that is left out, as one machine rarely has two alike.
+Two ranks (gloo, on this machine, a thread each, half of the batch each) are compared with one rank of two threads: the
+same work, and what the ranks tell each other comes on top. On a GPU that is left out, as one machine rarely has two
+alike.
 
 ``--quick``: a small Swin, three sizes and three batches, all in one process and without a plot.
 """
+
 import argparse
 import copy
 import math
@@ -28,9 +31,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import Row, in_turn, peak_apart, peak_of, row, run_script, table  # noqa: E402
-from psaq_mm.distillation import CoEvolution, CoEvolutionSettings  # noqa: E402
-from psaq_mm.quantization.reduction import sum_gradients_  # noqa: E402
-from psaq_mm.synthesis import SampleGenerator  # noqa: E402
+from psaq_mm.psaq_vit import (  # noqa: E402
+    CoEvolution,
+    CoEvolutionSettings,
+    SampleGenerator,  # noqa: E402
+)
+from psaq_mm.ranks import sum_gradients_  # noqa: E402
 
 SWIN_TINY = dict(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24])
 SMALL = dict(embed_dims=32, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8])
@@ -44,6 +50,7 @@ EXPONENT, RANKS = 1.1, 1.25
 
 class Point(NamedTuple):
     """What one measurement is of."""
+
     swin: Dict[str, Any]
     batch: int
     size: Tuple[int, int]
@@ -59,6 +66,7 @@ class Point(NamedTuple):
 
 class Cost(NamedTuple):
     """Of one step."""
+
     seconds: float
     bytes: int
 
@@ -72,6 +80,7 @@ def steps_of(point: Point, device: str) -> Dict[str, Callable[[], None]]:
 
     from psaq_mm.models import TaskModel, quantize_model_
     from psaq_mm.quantization import set_mode
+
     torch.manual_seed(0)
     student = SwinTransformer(window_size=7, **point.swin)
     student.eval()  # returns None
@@ -79,10 +88,19 @@ def steps_of(point: Point, device: str) -> Dict[str, Callable[[], None]]:
     teacher = copy.deepcopy(student)
     set_mode(teacher, 'off')
     teacher.requires_grad_(False)
-    settings = CoEvolutionSettings(size=point.size, batch_size=point.batch, calibration_samples=point.batch, pool_size=2 * point.batch,
-                                   evolve_samples=point.batch)
-    evolution = CoEvolution(TaskModel(teacher.to(device)), TaskModel(student.to(device)),
-                            SampleGenerator(size=point.size, batch_size=point.batch, steps=1), settings)
+    settings = CoEvolutionSettings(
+        size=point.size,
+        batch_size=point.batch,
+        calibration_samples=point.batch,
+        pool_size=2 * point.batch,
+        evolve_samples=point.batch,
+    )
+    evolution = CoEvolution(
+        TaskModel(teacher.to(device)),
+        TaskModel(student.to(device)),
+        SampleGenerator(size=point.size, batch_size=point.batch, steps=1),
+        settings,
+    )
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     evolution.prepare(torch.randn(2 * point.batch, 3, *point.size, generator=torch.Generator().manual_seed(0)))
 
@@ -120,7 +138,7 @@ def exponent(pixels: Sequence[int], values: Sequence[float]) -> float:
     """Slope of the line through the logarithms, by least squares."""
     x, y = ([math.log(v) for v in numbers] for numbers in (pixels, values))
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x)**2 for a in x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
 
 
 # ---------------------------------------------------------------------- ranks
@@ -143,8 +161,10 @@ def on_ranks(world: int, point: Point, repeats: int, threads: int) -> Dict[str, 
     queue = context.Queue()
     part = point._replace(batch=point.batch // world)
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(r, world, folder, max(1, threads // world), part, repeats, queue))
-                     for r in range(world)]
+        processes = [
+            context.Process(target=_rank, args=(r, world, folder, max(1, threads // world), part, repeats, queue))
+            for r in range(world)
+        ]
         for process in processes:
             process.start()
         found = dict(queue.get(timeout=600) for _ in processes)
@@ -157,15 +177,32 @@ def on_ranks(world: int, point: Point, repeats: int, threads: int) -> Dict[str, 
 def draw(path: Path, by_size: Measured, by_batch: Measured) -> None:
     """Seconds and GiB against megapixels, PNG."""
     from psaq_mm.visualization import Line, Panel, line_chart, write_png
+
     panels = []
-    for axis, value in (('seconds a step', lambda cost: cost.seconds), ('GiB that a step adds', lambda cost: cost.bytes / 2**30)):
+    for axis, value in (
+        ('seconds a step', lambda cost: cost.seconds),
+        ('GiB that a step adds', lambda cost: cost.bytes / 2**30),
+    ):
         lines = []
         for title, points in (('larger images', by_size), ('more images', by_batch)):
-            lines += [Line(f'{name}, {title}', [point.pixels / 1e6 for point, _ in points],
-                           [value(cost[name]) for _, cost in points]) for name in STEPS]
+            lines += [
+                Line(
+                    f'{name}, {title}',
+                    [point.pixels / 1e6 for point, _ in points],
+                    [value(cost[name]) for _, cost in points],
+                )
+                for name in STEPS
+            ]
         panels.append(Panel('million pixels in the batch', axis, lines))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_png(line_chart(f'A step of a Swin-T backbone, W4A8: one image of 224 x 224 to 800 x 1333, or 1 to 32 images of {SIDE} x {SIDE}', panels), path)
+    write_png(
+        line_chart(
+            f'A step of a Swin-T backbone, W4A8: one image of 224 x 224 to 800 x 1333, or 1 to 32 images of {SIDE} x '
+            f'{SIDE}',
+            panels,
+        ),
+        path,
+    )
 
 
 def rows(quick: bool, device: str, plot: Optional[Path] = None) -> List[Row]:
@@ -173,14 +210,30 @@ def rows(quick: bool, device: str, plot: Optional[Path] = None) -> List[Row]:
     swin, repeats = (SMALL, 1) if quick else (SWIN_TINY, 2)
     sizes, batches = (QUICK_SIZES, QUICK_BATCHES) if quick else (SIZES, BATCHES)
     series: Dict[str, Measured] = {'image size': [], 'batch': []}
-    given = dict(zip(series, ([Point(swin, 1, size) for size in sizes], [Point(swin, batch, (SIDE, SIDE)) for batch in batches])))
+    given = dict(
+        zip(series, ([Point(swin, 1, size) for size in sizes], [Point(swin, batch, (SIDE, SIDE)) for batch in batches]))
+    )
     found, lines = [], []
     for title, points in given.items():
         for point in points:
-            cost = costs(point, device, repeats) if quick else peak_apart(measurement, point, device, repeats, device=device).result
+            cost = (
+                costs(point, device, repeats)
+                if quick
+                else peak_apart(measurement, point, device, repeats, device=device).result
+            )
             series[title].append((point, cost))
-            lines += [(title, point.title, name, cost[name].seconds, 1e6 * cost[name].seconds / point.pixels, cost[name].bytes / 2**20,
-                       cost[name].bytes / point.pixels / 1024) for name in STEPS]
+            lines += [
+                (
+                    title,
+                    point.title,
+                    name,
+                    cost[name].seconds,
+                    1e6 * cost[name].seconds / point.pixels,
+                    cost[name].bytes / 2**20,
+                    cost[name].bytes / point.pixels / 1024,
+                )
+                for name in STEPS
+            ]
             print(f'{point.title}: measured', file=sys.stderr, flush=True)
         pixels = [point.pixels for point in points]
         for name in STEPS:
@@ -198,10 +251,24 @@ def rows(quick: bool, device: str, plot: Optional[Path] = None) -> List[Row]:
 
 def _rank_rows(point: Point, repeats: int) -> List[Row]:
     one, two = (on_ranks(world, point, repeats, 2) for world in (1, 2))
-    print(table(('ranks', 'step', 'seconds', 'peak MiB a rank'), [(world, name, cost[name].seconds, cost[name].bytes / 2**20)
-                                                                  for world, cost in ((1, one), (2, two)) for name in STEPS]))
-    return [row(f'scaling, time of two ranks with a thread each / one with two, {name} step, {point.title}',
-                two[name].seconds / one[name].seconds, RANKS) for name in STEPS]
+    print(
+        table(
+            ('ranks', 'step', 'seconds', 'peak MiB a rank'),
+            [
+                (world, name, cost[name].seconds, cost[name].bytes / 2**20)
+                for world, cost in ((1, one), (2, two))
+                for name in STEPS
+            ],
+        )
+    )
+    return [
+        row(
+            f'scaling, time of two ranks with a thread each / one with two, {name} step, {point.title}',
+            two[name].seconds / one[name].seconds,
+            RANKS,
+        )
+        for name in STEPS
+    ]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -3,14 +3,15 @@
 
     python benchmarks/sources.py --threads 1 [--quick]
 
-Two workloads: 32 pictures of 224 x 224 for a DeiT-Tiny, and 2 of 800 x 1216 for the backbone of a Swin-T detector; neck and heads left
-out, which would make the step longer. A step is the teacher's forward pass, the student's at W4A8 (fake-quantized), and its
-backward pass; weights are random. The share is that of a run whose every batch is made anew (``dfq.fresh=1``),
-time of making it / (time of making it + time of the step); a run that replays a pool makes fewer. Best of the repeats; seconds of
-the processor, not of the wall, so that other work on the machine counts less.
+Two workloads: 32 pictures of 224 x 224 for a DeiT-Tiny, and 2 of 800 x 1216 for the backbone of a Swin-T detector; neck
+and heads left out, which would make the step longer. A step is the teacher's forward pass, the student's at W4A8
+(fake-quantized), and its backward pass; weights are random. The share is that of a run whose every batch is made anew
+(``dfq.fresh=1``), time of making it / (time of making it + time of the step); a run that replays a pool makes fewer.
+Best of the repeats; seconds of the processor, not of the wall, so that other work on the machine counts less.
 
 The exit code is 1 where a share is above ``--limit`` per cent.
 """
+
 import argparse
 import copy
 import sys
@@ -26,9 +27,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import Row, row  # noqa: E402
 from psaq_mm.engine.presets import resolve_dfq  # noqa: E402
-from psaq_mm.synthesis import DeadLeaves, GaussianNoise, ImageSpec, PinkNoise, Scenes, Source, source_of  # noqa: E402
+from psaq_mm.pictures import DeadLeaves, GaussianNoise, ImageSpec, PinkNoise, Scenes, Source, source_of  # noqa: E402
 
-LIMIT = 5.
+LIMIT = 5.0
 """Per cent."""
 IMAGENET = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 SOURCES: Dict[str, Source] = {
@@ -44,6 +45,7 @@ SOURCES: Dict[str, Source] = {
 
 class Workload(NamedTuple):
     """A model, and the batch that its student learns on."""
+
     name: str
     batch: int
     size: Tuple[int, int]
@@ -51,14 +53,16 @@ class Workload(NamedTuple):
 
 
 def deit_tiny() -> nn.Module:
-    """timm's network, weights random."""
+    """Timm's network, weights random."""
     import timm
+
     return timm.create_model('deit_tiny_patch16_224')
 
 
 def swin_tiny() -> nn.Module:
-    """mmdet's backbone as Mask R-CNN has it, weights random."""
+    """Mmdet's backbone as Mask R-CNN has it, weights random."""
     from mmdet.models import SwinTransformer
+
     return SwinTransformer(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7)
 
 
@@ -79,9 +83,10 @@ def best(run: Callable[[], object], repeats: int) -> float:
 
 def student_step(workload: Workload, repeats: int) -> float:
     """Processor seconds of one step of the student, forward and backward."""
-    from psaq_mm.distillation import normalized_l1
+    from psaq_mm.calibration import normalized_l1
     from psaq_mm.models import TaskModel, quantize_model_
     from psaq_mm.quantization import calibrate, set_mode
+
     torch.manual_seed(0)
     student = workload.build()
     student.eval()
@@ -104,18 +109,22 @@ def student_step(workload: Workload, repeats: int) -> float:
 def measure(workload: Workload, repeats: int) -> Tuple[float, Dict[str, float]]:
     """Seconds of the student's step, and of a batch of each source."""
     step = student_step(workload, max(1, repeats // 3))
-    return step, {name: best(lambda source=source: source.draw(range(workload.batch), workload.size, IMAGENET), repeats)
-                  for name, source in SOURCES.items()}
+    return step, {
+        name: best(lambda source=source: source.draw(range(workload.batch), workload.size, IMAGENET), repeats)
+        for name, source in SOURCES.items()
+    }
 
 
 def table(found: Sequence[Tuple[Workload, float, Dict[str, float]]]) -> str:
     """Markdown: one line a workload and source."""
-    lines = ['| workload | source | a picture | a batch | student\'s step | share of a run |', '|---' * 6 + '|']
+    lines = ["| workload | source | a picture | a batch | student's step | share of a run |", '|---' * 6 + '|']
     for workload, step, seconds in found:
         shown = f'{workload.name}, {workload.batch} x 3 x {workload.size[0]} x {workload.size[1]}'
         for name, made in seconds.items():
-            lines.append(f'| {shown} | {name} | {1000 * made / workload.batch:.1f} ms | {made:.3f} s | {step:.2f} s | '
-                         f'{share_of(made, step):.1f} % |')
+            lines.append(
+                f'| {shown} | {name} | {1000 * made / workload.batch:.1f} ms | {made:.3f} s | {step:.2f} s | '
+                f'{share_of(made, step):.1f} % |'
+            )
     return '\n'.join(lines)
 
 
@@ -125,11 +134,13 @@ def share_of(made: float, step: float) -> float:
 
 
 def rows(quick: bool, device: str) -> List[Row]:
-    """See the module; on the CPU alone, where samples are made. ``quick``: the DeiT-Tiny's batch, 8 of it, and one repeat."""
+    """See the module; on the CPU alone, where samples are made. ``quick``: the DeiT-Tiny's batch, 8 of it, and one
+    repeat.
+    """
     if torch.device(device).type != 'cpu':
         print('Sources: measured on the CPU alone, where samples are made')
         return []
-    workloads = (WORKLOADS[0]._replace(batch=8), ) if quick else WORKLOADS
+    workloads = (WORKLOADS[0]._replace(batch=8),) if quick else WORKLOADS
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # seconds of the processor: a thread that waits for another one would count
     try:
@@ -137,8 +148,11 @@ def rows(quick: bool, device: str) -> List[Row]:
     finally:
         torch.set_num_threads(threads)
     print(table(found))
-    return [row(f'making a batch anew, share of a run, {name}, {workload.name}', share_of(made, step) / 100, LIMIT / 100)
-            for workload, step, seconds in found for name, made in seconds.items()]
+    return [
+        row(f'making a batch anew, share of a run, {name}, {workload.name}', share_of(made, step) / 100, LIMIT / 100)
+        for workload, step, seconds in found
+        for name, made in seconds.items()
+    ]
 
 
 def main(argv: Sequence[str] = None) -> int:
@@ -155,8 +169,12 @@ def main(argv: Sequence[str] = None) -> int:
         found.append((workload, *measure(workload, 1 if args.quick else args.repeats)))
         print(f'{workload.name} measured', file=sys.stderr, flush=True)
     print(table(found))
-    over = [f'{w.name}, {name}: {share_of(made, step):.1f} %' for w, step, seconds in found for name, made in seconds.items()
-            if share_of(made, step) > args.limit]
+    over = [
+        f'{w.name}, {name}: {share_of(made, step):.1f} %'
+        for w, step, seconds in found
+        for name, made in seconds.items()
+        if share_of(made, step) > args.limit
+    ]
     if over and not args.quick:
         print(f'above the limit of {args.limit:g} %: {"; ".join(over)}')
         return 1

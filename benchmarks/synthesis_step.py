@@ -3,17 +3,18 @@
 
     python benchmarks/synthesis_step.py [--quick] [--device cuda]
 
-A step is that of ``SampleGenerator`` with all it does: move, forward, patch similarity of every pair of tokens of every block, total
-variation, backward to the pixels, Adam, clamp. The control is the network that it runs, frozen: its outputs' mean and the gradient of
-that by the pixels. Weights are random. Both are taken in turn in one process for time, of which the best counts (what else the machine
-does only adds), and each in a process of its own for memory,
+A step is that of ``SampleGenerator`` with all it does: move, forward, patch similarity of every pair of tokens of every
+block, total variation, backward to the pixels, Adam, clamp. The control is the network that it runs, frozen: its
+outputs' mean and the gradient of that by the pixels. Weights are random. Both are taken in turn in one process for
+time, of which the best counts (what else the machine does only adds), and each in a process of its own for memory,
 which counts what the call adds to the network and one batch.
 
-The library's own float network, before any layer was swapped, stands beside them: timm's attention is fused, and saves the scores.
-``--quick``: the same batches, but Swin-S at 400 x 608; one step a call, two repeats, without the library's network, and memory measured
-one after the other in one process, over what that held before. ``--device cuda`` adds the share of a step that is spent in no kernel of
-the network.
+The library's own float network, before any layer was swapped, stands beside them: timm's attention is fused, and saves
+the scores. ``--quick``: the same batches, but Swin-S at 400 x 608; one step a call, two repeats, without the library's
+network, and memory measured one after the other in one process, over what that held before. ``--device cuda`` adds the
+share of a step that is spent in no kernel of the network.
 """
+
 import copy
 import sys
 from pathlib import Path
@@ -25,9 +26,9 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import (Row, forget_peak, in_turn, peak_apart, peak_of, resident, row, run_script,  # noqa: E402
-                                  table)
-from psaq_mm.synthesis import ImageSpec, SampleGenerator  # noqa: E402
+from benchmarks.measuring import Row, forget_peak, in_turn, peak_apart, peak_of, resident, row, run_script, table  # noqa: E402
+from psaq_mm.pictures import ImageSpec  # noqa: E402
+from psaq_mm.psaq_vit import SampleGenerator  # noqa: E402
 
 IMAGENET = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 TIME_BOUND, MEMORY_BOUND = 1.25, 1.2
@@ -36,19 +37,22 @@ STEPS = 2
 
 
 def deit_tiny() -> nn.Module:
-    """timm's network."""
+    """Timm's network."""
     import timm
+
     return timm.create_model('deit_tiny_patch16_224')
 
 
 def swin(depths: Tuple[int, ...]) -> nn.Module:
-    """mmdet's backbone."""
+    """Mmdet's backbone."""
     from mmdet.models import SwinTransformer
+
     return SwinTransformer(embed_dims=96, depths=depths, num_heads=[3, 6, 12, 24], window_size=7)
 
 
 class Workload(NamedTuple):
     """A network and the batch that is made for it."""
+
     name: str
     batch: int
     size: Tuple[int, int]
@@ -61,15 +65,19 @@ class Workload(NamedTuple):
         return f'{self.name}, {self.batch} x {self.size[0]} x {self.size[1]}'
 
 
-WORKLOADS = (Workload('DeiT-Tiny', 32, (224, 224), 1, deit_tiny), Workload('Swin-T', 8, (224, 224), 0, swin, ([2, 2, 6, 2], )),
-             Workload('Swin-S', 1, (800, 1216), 0, swin, ([2, 2, 18, 2], )))
-QUICK = WORKLOADS[:2] + (WORKLOADS[2]._replace(size=(400, 608)), )
+WORKLOADS = (
+    Workload('DeiT-Tiny', 32, (224, 224), 1, deit_tiny),
+    Workload('Swin-T', 8, (224, 224), 0, swin, ([2, 2, 6, 2],)),
+    Workload('Swin-S', 1, (800, 1216), 0, swin, ([2, 2, 18, 2],)),
+)
+QUICK = WORKLOADS[:2] + (WORKLOADS[2]._replace(size=(400, 608)),)
 
 
 def networks(workload: Workload, device: str) -> Tuple[nn.Module, nn.Module]:
     """The library's own network, and the teacher: the same with its layers swapped and every quantizer off."""
     from psaq_mm.models import quantize_model_
     from psaq_mm.quantization import set_mode
+
     torch.manual_seed(0)
     library = workload.build(*workload.arguments)
     library.eval()
@@ -93,8 +101,13 @@ def calls(workload: Workload, device: str, steps: int = STEPS) -> Dict[str, Call
             torch.autograd.grad(sum(output.mean() for output in _tensors(network(pixels))), pixels)
             images.requires_grad_(False)
 
-    return dict(synthesis=lambda: _quiet(generator.generate, teacher, IMAGENET, init=images, prefix_tokens=workload.prefix_tokens),
-                teacher=lambda: alone(teacher), library=lambda: alone(library))
+    return dict(
+        synthesis=lambda: _quiet(
+            generator.generate, teacher, IMAGENET, init=images, prefix_tokens=workload.prefix_tokens
+        ),
+        teacher=lambda: alone(teacher),
+        library=lambda: alone(library),
+    )
 
 
 def call(workload: Workload, device: str, name: str) -> Callable[[], None]:
@@ -122,16 +135,24 @@ def peaks(workload: Workload, device: str, measured: Dict[str, Callable[[], None
 
 
 def own_share(workload: Workload, device: str) -> float:
-    """Share of a step on a CUDA device that is not the network's own: 1 - kernels of the teacher alone / duration of the step."""
+    """Share of a step on a CUDA device that is not the network's own: 1 - kernels of the teacher alone / duration of
+    the step.
+    """
     from torch.profiler import ProfilerActivity, profile
+
     measured = calls(workload, device)
     for name in ('synthesis', 'teacher'):
         measured[name]()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         measured['teacher']()
         torch.cuda.synchronize(device)
-    kernels = sum(event.self_device_time_total if hasattr(event, 'self_device_time_total') else event.self_cuda_time_total
-                  for event in trace.key_averages()) / 1e6
+    kernels = (
+        sum(
+            event.self_device_time_total if hasattr(event, 'self_device_time_total') else event.self_cuda_time_total
+            for event in trace.key_averages()
+        )
+        / 1e6
+    )
     return 1 - kernels / min(in_turn(dict(synthesis=measured['synthesis']), 3, device)['synthesis'])
 
 
@@ -149,14 +170,24 @@ def rows(quick: bool, device: str) -> List[Row]:
         time, memory = min(seconds['synthesis']) / min(seconds['teacher']), held['synthesis'] / held['teacher']
         more = dict(own_share=round(own_share(workload, device), 4)) if on_gpu else {}
         for name in seconds:
-            lines.append((workload.title, name, min(seconds[name]) / steps, min(seconds[name]) / min(seconds['teacher']),
-                          held[name] / 2**20, held[name] / held['teacher'],
-                          *([more['own_share'] if name == 'synthesis' else 0.] if on_gpu else [])))
-        found += [row(f'synthesis step, time, {workload.title}', time, TIME_BOUND, **more),
-                  row(f'synthesis step, memory, {workload.title}', memory, MEMORY_BOUND)]
+            lines.append(
+                (
+                    workload.title,
+                    name,
+                    min(seconds[name]) / steps,
+                    min(seconds[name]) / min(seconds['teacher']),
+                    held[name] / 2**20,
+                    held[name] / held['teacher'],
+                    *([more['own_share'] if name == 'synthesis' else 0.0] if on_gpu else []),
+                )
+            )
+        found += [
+            row(f'synthesis step, time, {workload.title}', time, TIME_BOUND, **more),
+            row(f'synthesis step, memory, {workload.title}', memory, MEMORY_BOUND),
+        ]
         print(f'{workload.title}: measured', file=sys.stderr, flush=True)
     header = ('workload', 'what runs', 's a step', 'time / teacher', 'peak MiB', 'memory / teacher')
-    print(table(header + (('share outside the network', ) if on_gpu else ()), lines))
+    print(table(header + (('share outside the network',) if on_gpu else ()), lines))
     return found
 
 

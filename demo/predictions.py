@@ -1,4 +1,5 @@
 """What a model says of single scenes, as pictures for the report. The dataset and the model are the config's own."""
+
 from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -23,6 +24,7 @@ class Predicted(NamedTuple):
         picture: (H, W, 3), uint8, RGB: the drawing.
         words: What is on it, for those who do not see it.
     """
+
     picture: np.ndarray
     words: str
 
@@ -73,8 +75,10 @@ def _segmented(scene: Dict, labels: Tensor, meta: Mapping) -> Predicted:
     labels = labels.squeeze(0).numpy()
     picture = draw_label_map(
         _rgb(scene),
-        labels, [tuple(colour) for colour in meta['palette']],
-        clear=[i for i, name in enumerate(meta['classes']) if name == BACKGROUND])
+        labels,
+        [tuple(colour) for colour in meta['palette']],
+        clear=[i for i, name in enumerate(meta['classes']) if name == BACKGROUND],
+    )
     present = [i for i in np.unique(labels) if i < len(meta['classes']) and meta['classes'][i] != BACKGROUND]
     return Predicted(picture, _names(present, meta['classes']))
 

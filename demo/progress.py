@@ -1,4 +1,5 @@
 """What a long run says of itself on the console: what it does now, for how long, and how long it still takes."""
+
 import contextlib
 import logging
 import math
@@ -8,7 +9,7 @@ import sys
 import time
 from typing import Iterator, List, Optional, Sequence, TextIO, Tuple
 
-HEARTBEAT = 15.  # seconds between two lines of one step
+HEARTBEAT = 15.0  # seconds between two lines of one step
 
 
 def clock(seconds: float) -> str:
@@ -20,9 +21,9 @@ def clock(seconds: float) -> str:
 class Progress:
     """Steps known beforehand, each with the seconds it took on another machine.
 
-    What is left is their sum, scaled by how this machine compares on the steps done so far: the median of their ratios, the lower
-    one of two, so that one step that was held up says nothing of the others. The first one also pays for imports and cold files: where it
-    was slow, the square root of its ratio counts.
+    What is left is their sum, scaled by how this machine compares on the steps done so far: the median of their ratios,
+    the lower one of two, so that one step that was held up says nothing of the others. The first one also pays for
+    imports and cold files: where it was slow, the square root of its ratio counts.
 
     Args:
         plan: Name and expected seconds of every step, in order.
@@ -44,12 +45,16 @@ class Progress:
     def remaining(self) -> float:
         """Expected seconds until the end."""
         if self.done == len(self.plan):
-            return 0.
+            return 0.0
         now = self.plan[self.done][1]
-        later = sum(seconds for _, seconds in self.plan[self.done + 1:])
+        later = sum(seconds for _, seconds in self.plan[self.done + 1 :])
         running = time.perf_counter() - self._step_begun
-        pace = self._pace([*self.ratios, running / now]) if running > now * self._pace(self.ratios) else self._pace(self.ratios)
-        return max(0., now * pace - running) + later * pace
+        pace = (
+            self._pace([*self.ratios, running / now])
+            if running > now * self._pace(self.ratios)
+            else self._pace(self.ratios)
+        )
+        return max(0.0, now * pace - running) + later * pace
 
     @property
     def done(self) -> int:
@@ -60,7 +65,7 @@ class Progress:
     def _pace(ratios: Sequence[float]) -> float:
         """Seconds here for one second of the plan."""
         first, others = ratios[:1], ratios[1:]
-        return statistics.median_low([*(min(ratio, math.sqrt(ratio)) for ratio in first), *others] or [1.])
+        return statistics.median_low([*(min(ratio, math.sqrt(ratio)) for ratio in first), *others] or [1.0])
 
     def say(self, line: str = '') -> None:
         """A line of its own, at once on the console."""
@@ -87,8 +92,10 @@ class Progress:
 class LogBeat(logging.Handler):
     """Turns the lines of a runner's log that count something into beats of a :class:`Progress`."""
 
-    COUNTED = ((re.compile(r'^Samples \[\s*(\d+)/(\d+)\]'), 'making samples, step {} of {}'),
-               (re.compile(r'^Iter\(train\)\s*\[\s*(\d+)/(\d+)\]'), 'training the student, step {} of {}'))
+    COUNTED = (
+        (re.compile(r'^Samples \[\s*(\d+)/(\d+)\]'), 'making samples, step {} of {}'),
+        (re.compile(r'^Iter\(train\)\s*\[\s*(\d+)/(\d+)\]'), 'training the student, step {} of {}'),
+    )
 
     def __init__(self, progress: Progress):
         super().__init__(logging.INFO)

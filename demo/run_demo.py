@@ -8,6 +8,7 @@ here, and only evaluation sees them. Leaves a page, ``index.html``, and the numb
 Example:
     python demo/run_demo.py --only detector
 """
+
 import argparse
 import contextlib
 import json
@@ -34,7 +35,8 @@ QUICK = dict(
     pool_size=4,
     batch_size=2,
     generator=dict(batch_size=2, steps=2),
-    sheet_interval=1)
+    sheet_interval=1,
+)
 
 
 class Task(NamedTuple):
@@ -49,6 +51,7 @@ class Task(NamedTuple):
         seconds: Of evaluation and of one data-free run on two cores, for the estimate of the time left.
         note: How to read the pictures.
     """
+
     name: str
     short: str
     heading: str
@@ -60,19 +63,34 @@ class Task(NamedTuple):
 
 TASKS = (
     Task(
-        'mask_rcnn_swin_demo', 'detector', 'Detector: Mask R-CNN with a small Swin', 'detection',
-        (('coco/bbox_mAP', 'box AP', 100.), ('coco/bbox_mAP_50', 'box AP50', 100.), ('coco/segm_mAP', 'mask AP', 100.)),
-        (7., 60.),
+        'mask_rcnn_swin_demo',
+        'detector',
+        'Detector: Mask R-CNN with a small Swin',
+        'detection',
+        (
+            ('coco/bbox_mAP', 'box AP', 100.0),
+            ('coco/bbox_mAP_50', 'box AP50', 100.0),
+            ('coco/segm_mAP', 'mask AP', 100.0),
+        ),
+        (7.0, 60.0),
         f'The first {DRAWN} of the held-out scenes. Detections of a confidence of 0.5 and more are drawn, with mask, '
-        'box and confidence.'),
-    Task('upernet_swin_demo', 'segmentor', 'Segmentor: UperNet with a small Swin', 'segmentation',
-         (('mIoU', 'mIoU', 1.), ('aAcc', 'pixel accuracy', 1.)), (5., 48.),
-         f'The first {DRAWN} of the held-out scenes, each pixel of an object in the colour of its class.'),
+        'box and confidence.',
+    ),
+    Task(
+        'upernet_swin_demo',
+        'segmentor',
+        'Segmentor: UperNet with a small Swin',
+        'segmentation',
+        (('mIoU', 'mIoU', 1.0), ('aAcc', 'pixel accuracy', 1.0)),
+        (5.0, 48.0),
+        f'The first {DRAWN} of the held-out scenes, each pixel of an object in the colour of its class.',
+    ),
 )
 
 
 class Variant(NamedTuple):
     """A way to quantize: its key in the summary, its name, its bits, and whether it is the method or a control."""
+
     key: str
     label: str
     bits: str
@@ -89,6 +107,7 @@ VARIANTS = (
 
 class Result(NamedTuple):
     """What one variant (or full precision) gave: metrics, seconds of each step, and where its checkpoint is."""
+
     metrics: Dict[str, Optional[float]]
     seconds: Dict[str, float]
     checkpoint: Path
@@ -116,6 +135,7 @@ class Demo:
         """The leaf config of a model at some bits, with its own work folder, log and data-free settings."""
         from psaq_mm.commands.common import load_config
         from psaq_mm.engine.presets import DFQ_PRESETS
+
         config = load_config(str(ROOT / 'configs' / 'demo' / f'{task.name}_{bits}.py'))
         config.work_dir = str(self.out / task.name / purpose)
         config.load_from = str(self.checkpoints / f'{task.name}.pth')
@@ -140,12 +160,14 @@ class Demo:
         from psaq_mm.commands.test import evaluate
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.errors import CheckpointError
+
         config = self.config(task, 'w8a8', 'full_precision')
         source = Path(config.load_from)
         if not source.is_file():
             raise CheckpointError(
                 f'there is no checkpoint {_near(source)}: fetch it with the repository, or train it with '
-                f'python demo/train_full_precision.py configs/demo/{task.name}.py --out {_near(source)}')
+                f'python demo/train_full_precision.py configs/demo/{task.name}.py --out {_near(source)}'
+            )
         with self.progress.step():
             begun = time.perf_counter()
             metrics = evaluate(config, read_checkpoint(source), str(source), full_precision=True)
@@ -160,6 +182,7 @@ class Demo:
         from psaq_mm.commands.test import evaluate
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.engine.config import to_data_free
+
         with self.progress.step():
             config = self.config(task, variant.bits, variant.key, variant.data_free)
             begun = time.perf_counter()
@@ -178,9 +201,11 @@ class Demo:
             spent['evaluation'] = time.perf_counter() - made
         return self._result(task, metrics, spent, student), loop.evolution
 
-    def _result(self, task: Task, metrics: Mapping[str, float], seconds: Mapping[str, float],
-                checkpoint: Path) -> Result:
+    def _result(
+        self, task: Task, metrics: Mapping[str, float], seconds: Mapping[str, float], checkpoint: Path
+    ) -> Result:
         from psaq_mm.commands.metrics import scalars
+
         clean = scalars(metrics)
         shown = '   '.join(f'{label} {_shown(clean.get(key), factor)}' for key, label, factor in task.metrics)
         self.progress.say(f'{"":10}{shown}   ({sum(seconds.values()):.0f} s)')
@@ -204,8 +229,12 @@ class Demo:
 
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.visualization import ModelReport, Run, Scene, ShownMetric
-        shown = (('full_precision', 'Full precision', 'w8a8'), ('data_free_w8a8', 'W8A8, data-free', 'w8a8'),
-                 ('data_free_w4a8', 'W4A8, data-free', 'w4a8'))
+
+        shown = (
+            ('full_precision', 'Full precision', 'w8a8'),
+            ('data_free_w8a8', 'W8A8, data-free', 'w8a8'),
+            ('data_free_w4a8', 'W4A8, data-free', 'w4a8'),
+        )
         config = self.config(task, 'w8a8', 'pictures')
         meta = config.test_dataloader.dataset.metainfo
         scenes = scenes_of(config, 16)
@@ -214,7 +243,8 @@ class Demo:
         for key, label, bits in shown:
             source = results[key].checkpoint
             model = build(
-                self.config(task, bits, 'pictures'), read_checkpoint(source), str(source), key == 'full_precision')
+                self.config(task, bits, 'pictures'), read_checkpoint(source), str(source), key == 'full_precision'
+            )
             columns.append((label, predict(model, drawn, meta)))
         rows = [Scene(side_by_side(i, [(label, found[i]) for label, found in columns])) for i in range(len(drawn))]
         labels = dict(full_precision='Full precision', **{v.key: v.label for v in VARIANTS})
@@ -230,16 +260,19 @@ class Demo:
             scenes_note=task.note,
             legend=[(n, tuple(c)) for n, c in zip(meta['classes'], meta['palette']) if n != BACKGROUND],
             samples=samples,
-            densities=densities)
+            densities=densities,
+        )
 
     def _samples(self, task: Task, evolution, real):
         import torch
 
-        from psaq_mm.synthesis import gaussian_noise
+        from psaq_mm.pictures import gaussian_noise
         from psaq_mm.visualization import Picture, sample_sheet, similarity_densities
+
         spec, made = evolution.teacher.image_spec, evolution.pool.samples[:16]
         noise = gaussian_noise(
-            len(made), tuple(made.shape[-2:]), spec, generator=torch.Generator().manual_seed(self.seed))
+            len(made), tuple(made.shape[-2:]), spec, generator=torch.Generator().manual_seed(self.seed)
+        )
         sheets = [
             Picture(sample_sheet(noise, spec), 'Gaussian noise, the control.', 'Sheet of noise without any structure')
         ]
@@ -249,17 +282,23 @@ class Demo:
                 start = START[evolution.generator.init]
                 sheets.append(
                     Picture(
-                        _read(files[0]), f'Samples made out of {start} before there is a student; they set its first '
-                        'ranges.', 'Sheet of generated samples with blotches of colour'))
+                        _read(files[0]),
+                        f'Samples made out of {start} before there is a student; they set its first ranges.',
+                        'Sheet of generated samples with blotches of colour',
+                    )
+                )
             sheets.append(
                 Picture(
-                    _read(files[-1]), f'The last samples, made also to be hard for the {words} student.',
-                    f'Sheet of the last samples of the {words} run'))
+                    _read(files[-1]),
+                    f'The last samples, made also to be hard for the {words} student.',
+                    f'Sheet of the last samples of the {words} run',
+                )
+            )
         teacher, prefix = evolution.teacher.model, evolution.teacher.prefix_tokens
         densities = {
             'generated samples': similarity_densities(teacher, made, drop_tokens=prefix),
             'Gaussian noise': similarity_densities(teacher, noise, drop_tokens=prefix),
-            'held-out scenes (only to compare)': similarity_densities(teacher, real, drop_tokens=prefix)
+            'held-out scenes (only to compare)': similarity_densities(teacher, real, drop_tokens=prefix),
         }
         return sheets, densities
 
@@ -267,6 +306,7 @@ class Demo:
 def _read(path: Path):
     import numpy as np
     from PIL import Image
+
     with Image.open(path) as image:
         return np.asarray(image.convert('RGB'))
 
@@ -285,20 +325,22 @@ def _description(task: Task, evolution) -> str:
     return (
         f'Trained at full precision on drawn scenes; its backbone is quantized: weights to 8 or 4 bits, one scale an '
         f'output channel, activations to 8 bits, one scale a tensor. Samples are {height} x {width} pixels: '
-        f'{settings.calibration_samples} set the ranges, {settings.evolve_samples} more join at each round.')
+        f'{settings.calibration_samples} set the ranges, {settings.evolve_samples} more join at each round.'
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the whole
 def _plan(tasks: Sequence[Task], quick: bool) -> List[Tuple[str, float]]:
     steps: List[Tuple[str, float]] = []
     for task in tasks:
-        evaluation, training = (2., 2.) if quick else task.seconds
+        evaluation, training = (2.0, 2.0) if quick else task.seconds
         steps.append((f'{task.short}: full precision, evaluating', evaluation))
         for variant in VARIANTS:
             what = 'making samples, training, evaluating' if variant.data_free else 'calibrating, evaluating'
             steps.append(
-                (f'{task.short}: {variant.label}: {what}', evaluation + (training if variant.data_free else 2.)))
-        steps.append((f'{task.short}: pictures for the page', 6.))
+                (f'{task.short}: {variant.label}: {what}', evaluation + (training if variant.data_free else 2.0))
+            )
+        steps.append((f'{task.short}: pictures for the page', 6.0))
     return steps
 
 
@@ -323,15 +365,20 @@ def _versions() -> Dict[str, str]:
     import torch
 
     import psaq_mm
+
     found = {m.__name__: m.__version__ for m in (psaq_mm, torch, mmengine, mmcv, mmdet, mmseg, numpy)}
     return {'Python': platform.python_version(), **found}
 
 
 def _facts(demo: Demo, count: int, elapsed: float, summary: Mapping[str, Mapping[str, Mapping]]) -> Dict[str, object]:
     import torch
+
     free = sum(
-        sum(v for k, v in entry['seconds_of'].items() if k != 'evaluation') for runs in summary.values()
-        for key, entry in runs.items() if key.startswith('data_free'))
+        sum(v for k, v in entry['seconds_of'].items() if k != 'evaluation')
+        for runs in summary.values()
+        for key, entry in runs.items()
+        if key.startswith('data_free')
+    )
     return {
         'Held-out scenes': count,
         'Seed': demo.seed,
@@ -350,7 +397,7 @@ def _lead(count: int) -> List[str]:
         f'All numbers are from {count} drawn scenes that neither training nor quantization has seen, from one seed. '
         'Rows with a tinted ground are the method; ranges from Gaussian noise go through the same quantizer and are '
         'the control. The backbone alone is quantized. These models and scenes are small and easy; they show how it '
-        'works, not how well it works on large ones.'
+        'works, not how well it works on large ones.',
     ]
 
 
@@ -360,6 +407,7 @@ def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, qui
     from scenes import make_scenes
 
     from psaq_mm.visualization import write_report, write_whole
+
     progress = Progress(_plan(tasks, quick), console)
     # Quick runs have scenes of their own: the evaluators count what is missing of a whole set as missed.
     folder = out / 'scenes-quick' if quick else ROOT / 'work_dirs' / 'demo' / 'scenes'
@@ -373,8 +421,14 @@ def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, qui
         sections.append(section)
     write_whole((json.dumps(summary, indent=2, allow_nan=False) + '\n').encode(), out / 'summary.json')
     page = out / 'index.html'
-    write_report(page, 'Quantized without data', _lead(count), sections, _facts(demo, count, progress.elapsed, summary),
-                 _versions())
+    write_report(
+        page,
+        'Quantized without data',
+        _lead(count),
+        sections,
+        _facts(demo, count, progress.elapsed, summary),
+        _versions(),
+    )
     progress.say()
     progress.say(_table(summary, tasks))
     progress.say()
@@ -397,12 +451,14 @@ def _parse(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--only', choices=[task.short for task in TASKS], help='one of the two models')
     parser.add_argument('--seed', type=int, default=0, help='seed of samples and training (default: %(default)s)')
     parser.add_argument(
-        '--out', type=Path, default=ROOT / 'work_dirs' / 'demo', help='folder of results (default: work_dirs/demo)')
+        '--out', type=Path, default=ROOT / 'work_dirs' / 'demo', help='folder of results (default: work_dirs/demo)'
+    )
     parser.add_argument(
         '--checkpoints',
         type=Path,
         default=ROOT / 'demo' / 'checkpoints',
-        help='folder of the full-precision checkpoints (default: demo/checkpoints)')
+        help='folder of the full-precision checkpoints (default: demo/checkpoints)',
+    )
     parser.add_argument('--quick', action='store_true', help='few scenes, samples and steps: to see that it runs')
     return parser.parse_args(argv)
 
@@ -418,8 +474,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         # The libraries' own lines, hundreds of them, go to a file.
-        with open(
-                log, 'w', encoding='utf-8') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        with (
+            open(log, 'w', encoding='utf-8') as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
             try:
                 run_demo(tasks, out, checkpoints, args.seed, args.quick, console)
             except BaseException:

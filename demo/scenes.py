@@ -1,10 +1,11 @@
 """Cluttered scenes of simple shapes: data for detection and segmentation, made on this machine.
 
 A scene is a textured background, clutter that belongs to no class (lines, specks, letters, long ellipses, half discs)
-and a few shapes of :data:`CLASSES` that overlap each other, under uneven light and sensor noise. Backgrounds are dull and
-objects vivid, but clutter may be either. In detection only the outline tells which class an object is of; in segmentation each
-class also has a range of hues, as grass and sky have, which clutter wears too. A scene depends on its seed, its split and its
-number alone, so a set can be made again bit for bit and ``val`` never repeats a scene of ``train``.
+and a few shapes of :data:`CLASSES` that overlap each other, under uneven light and sensor noise. Backgrounds are dull
+and objects vivid, but clutter may be either. In detection only the outline tells which class an object is of; in
+segmentation each class also has a range of hues, as grass and sky have, which clutter wears too. A scene depends on its
+seed, its split and its number alone, so a set can be made again bit for bit and ``val`` never repeats a scene of
+``train``.
 
 The folder written holds a set in COCO's layout and another in that of ADE20K::
 
@@ -17,9 +18,9 @@ The folder written holds a set in COCO's layout and another in that of ADE20K::
 Example:
     python demo/scenes.py --out work_dirs/demo/scenes
 """
+
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -47,6 +48,7 @@ class Scene(NamedTuple):
         masks: (n, S, S) bool, the visible part of each object.
         classes: n indices into :data:`CLASSES`.
     """
+
     image: np.ndarray
     labels: np.ndarray
     masks: np.ndarray
@@ -65,8 +67,9 @@ def _wave(rng: np.random.Generator, size: int, low: float, high: float) -> np.nd
     angle, phase = rng.uniform(0, 2 * np.pi, 2)
     frequency = 2 * np.pi / rng.uniform(low, high)
     ramp = np.arange(size, dtype=np.float32) * np.float32(frequency)
-    return np.sin(ramp[None, :] * np.float32(np.cos(angle)) + ramp[:, None] * np.float32(np.sin(angle))
-                  + np.float32(phase))
+    return np.sin(
+        ramp[None, :] * np.float32(np.cos(angle)) + ramp[:, None] * np.float32(np.sin(angle)) + np.float32(phase)
+    )
 
 
 def _pattern(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -84,7 +87,9 @@ def _pattern(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _surface(rng: np.random.Generator, size: int, colour: np.ndarray, spread: float) -> np.ndarray:
-    """Texture (S, S, 3), float32, of two colours around ``colour`` (at most ``spread`` away from it in each channel)."""
+    """Texture (S, S, 3), float32, of two colours around ``colour`` (at most ``spread`` away from it in each
+    channel).
+    """
     other = np.clip(colour + rng.uniform(-spread, spread, 3), 0, 255).astype(np.float32)
     weight = _pattern(rng, size)[..., None]
     return colour.astype(np.float32) * (1 - weight) + other * weight
@@ -127,7 +132,8 @@ def _cover(curves: Sequence[np.ndarray], size: int) -> np.ndarray:
 def _place(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
     """A shape of ``name`` at a random place, size (16 to 48 % of the picture) and turn, as :func:`_cover`."""
     radius = 0.5 * size * np.exp(rng.uniform(np.log(0.17), np.log(0.48)))
-    if name in ('square', 'triangle', 'star', 'cross'):  # what reaches the unit circle with its corners only looks small
+    # what reaches the unit circle with its corners only looks small
+    if name in ('square', 'triangle', 'star', 'cross'):
         radius *= 1.1
     turn, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.82, 1.0)
     centre = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
@@ -151,12 +157,21 @@ def _clutter(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
             cv2.circle(canvas, (x, y), int(rng.integers(1, max(2, size // 40))), colour, -1, cv2.LINE_AA)
         elif kind == 2:
             letter = chr(int(rng.integers(ord('A'), ord('Z') + 1)))
-            cv2.putText(canvas, letter, (x, y), cv2.FONT_HERSHEY_SIMPLEX, rng.uniform(0.004, 0.009) * size, colour, 2,
-                        cv2.LINE_AA)
+            cv2.putText(
+                canvas,
+                letter,
+                (x, y),
+                cv2.FONT_HERSHEY_SIMPLEX,
+                rng.uniform(0.004, 0.009) * size,
+                colour,
+                2,
+                cv2.LINE_AA,
+            )
         elif kind == 3:
             long = int(rng.integers(size // 12, size // 5))
-            cv2.ellipse(canvas, (x, y), (long, max(2, long // 4)), float(rng.uniform(0, 180)), 0, 360, colour, -1,
-                        cv2.LINE_AA)
+            cv2.ellipse(
+                canvas, (x, y), (long, max(2, long // 4)), float(rng.uniform(0, 180)), 0, 360, colour, -1, cv2.LINE_AA
+            )
         else:
             radius = int(rng.integers(size // 16, size // 8))
             cv2.ellipse(canvas, (x, y), (radius, radius), float(rng.uniform(0, 360)), 0, 160, colour, -1, cv2.LINE_AA)
@@ -269,8 +284,15 @@ def encode_rle(mask: np.ndarray) -> Dict:
 def _annotation(mask: np.ndarray, category: int, image_id: int, annotation_id: int) -> Dict:
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
-    return dict(id=annotation_id, image_id=image_id, category_id=category, iscrowd=0, area=int(mask.sum()),
-                bbox=[int(v) for v in box], segmentation=encode_rle(mask))
+    return dict(
+        id=annotation_id,
+        image_id=image_id,
+        category_id=category,
+        iscrowd=0,
+        area=int(mask.sum()),
+        bbox=[int(v) for v in box],
+        segmentation=encode_rle(mask),
+    )
 
 
 def _write(path: Path, image: np.ndarray) -> None:
@@ -285,8 +307,13 @@ def _write_split(root: Path, split: str, count: int, size: int, seed: int) -> No
     coco_file = root / 'detection' / 'annotations' / f'instances_{split}.json'
     for folder in (pictures, images, labels, coco_file.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    coco = dict(info=dict(description=f'psaq_mm demo scenes, version {VERSION}'), licenses=[], images=[], annotations=[],
-                categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)])
+    coco = dict(
+        info=dict(description=f'psaq_mm demo scenes, version {VERSION}'),
+        licenses=[],
+        images=[],
+        annotations=[],
+        categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)],
+    )
     for number in range(count):
         drawn = scene(split, number, size, seed)
         name = f'{number:06d}.png'
@@ -310,8 +337,9 @@ def _made_with(out: Path) -> Dict:
 
 def _serves(made: Dict, wanted: Dict) -> bool:
     scenes = made.get('scenes', {})
-    return (all(made.get(key) == wanted[key] for key in ('version', 'size', 'seed'))
-            and all(scenes.get(split) == count for split, count in wanted['scenes'].items()))
+    return all(made.get(key) == wanted[key] for key in ('version', 'size', 'seed')) and all(
+        scenes.get(split) == count for split, count in wanted['scenes'].items()
+    )
 
 
 def _swap_in(fresh: Path, out: Path, old: Path) -> None:
@@ -393,8 +421,10 @@ def main(argv: Sequence[str] = None) -> int:
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    print(f'{"made" if fresh else "reused"} {out}: '
-          + ', '.join(f'{numbers[split]} scenes in {split}' for split in args.split))
+    print(
+        f'{"made" if fresh else "reused"} {out}: '
+        + ', '.join(f'{numbers[split]} scenes in {split}' for split in args.split)
+    )
     return 0
 
 

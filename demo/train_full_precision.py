@@ -2,8 +2,10 @@
 
 Example:
     python demo/scenes.py --out work_dirs/demo/scenes
-    python demo/train_full_precision.py configs/demo/mask_rcnn_swin_demo.py --out demo/checkpoints/mask_rcnn_swin_demo.pth
+    python demo/train_full_precision.py configs/demo/mask_rcnn_swin_demo.py --out
+    demo/checkpoints/mask_rcnn_swin_demo.pth
 """
+
 import argparse
 import json
 import os
@@ -88,7 +90,9 @@ def main(argv: Sequence[str] = None) -> int:
     parser.add_argument('config', help='config of the model')
     parser.add_argument('--out', required=True, type=Path, help='checkpoint to write; its log goes beside it')
     parser.add_argument('--work-dir', help='folder of the training (default: work_dirs/<config name>)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='settings to override, key=value')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, default={}, help='settings to override, key=value'
+    )
     args = parser.parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)
     cfg.work_dir = args.work_dir or os.path.join('work_dirs', Path(args.config).stem)

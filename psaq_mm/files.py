@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What every floor may ask of a file; the standard library alone, as an exported model is read without PyTorch."""
+
 import contextlib
 import hashlib
 import os
@@ -21,7 +22,8 @@ def file_sha256(path: Union[str, os.PathLike]) -> str:
 def locked(path: Union[str, os.PathLike], wait: bool = True) -> Iterator[None]:
     """Hold a lock file while the block runs.
 
-    The lock is the system's, so that one of a process that was killed is gone with it. Without ``fcntl`` (Windows) nothing is locked.
+    The lock is the system's, so that one of a process that was killed is gone with it. Without ``fcntl`` (Windows)
+    nothing is locked.
 
     Raises:
         BlockingIOError: Another process holds it, and ``wait`` is False.

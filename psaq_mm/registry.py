@@ -2,9 +2,10 @@
 """Child registries of MMEngine's root ones, in the scope ``psaq_mm``.
 
 ``type='psaq_mm.Quantized'`` resolves from any OpenMMLab config without ``custom_imports``: MMEngine imports
-``psaq_mm.registry`` when it meets the prefix and, on the first look-up, the module named in ``locations``. Those modules
-import no model library themselves, so somebody with mmdet alone needs no mmseg.
+``psaq_mm.registry`` when it meets the prefix and, on the first look-up, the module named in ``locations``. Those
+modules import no model library themselves, so somebody with mmdet alone needs no mmseg.
 """
+
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -15,7 +16,9 @@ from mmengine.registry import Registry
 
 __all__ = ['MODELS', 'HOOKS', 'LOOPS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS', 'TASK_UTILS']
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.models'])
+MODELS = Registry(
+    'model', parent=MMENGINE_MODELS, scope='psaq_mm', locations=['psaq_mm.models', 'psaq_mm.deploy.serving']
+)
 """Builders of quantized models and backbones."""
 
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='psaq_mm', locations=['psaq_mm.engine.hooks'])
@@ -24,11 +27,17 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='psaq_mm', locations=['psa
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='psaq_mm', locations=['psaq_mm.engine.runner'])
 """The data-free training loop."""
 
-OPTIM_WRAPPERS = Registry('optim wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='psaq_mm', locations=['psaq_mm.engine.optim'])
+OPTIM_WRAPPERS = Registry(
+    'optim wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='psaq_mm', locations=['psaq_mm.engine.optim']
+)
 """Wrappers of the student's optimizer."""
 
-OPTIM_WRAPPER_CONSTRUCTORS = Registry('optimizer wrapper constructor', parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS, scope='psaq_mm',
-                                     locations=['psaq_mm.engine.optim'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='psaq_mm',
+    locations=['psaq_mm.engine.optim'],
+)
 """Builders of the student's optimizer."""
 
 TASK_UTILS = Registry('task util', parent=MMENGINE_TASK_UTILS, scope='psaq_mm', locations=['psaq_mm.models'])

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The name of what a config's ``type`` stands for, in each form that MMEngine takes it in."""
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,11 +8,12 @@ __all__ = ['type_name']
 
 
 def type_name(given: Any) -> str:
-    """The bare name of a type: ``'Resize'`` for ``'Resize'``, ``'mmdet.Resize'``, the class itself, and ``dict(type=...)`` of these.
+    """The bare name of a type: ``'Resize'`` for ``'Resize'``, ``'mmdet.Resize'``, the class itself, and
+    ``dict(type=...)`` of these.
 
     Args:
-        given: A config with or without ``type``, a name with or without scope or module, a class or function, as MMEngine's pure-Python
-            configs have it, or None.
+        given: A config with or without ``type``, a name with or without scope or module, a class or function, as
+            MMEngine's pure-Python configs have it, or None.
 
     Returns:
         Its name; ``''`` where there is none.

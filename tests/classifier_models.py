@@ -1,20 +1,48 @@
 """Small classifiers of mmpretrain and timm, and the config of one as a file."""
+
 import pytest
 import torch
 
 CLASSES = 5
 IMAGENET = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375])
 
-_VIT = dict(type='ImageClassifier', backbone=dict(
-    type='VisionTransformer', arch=dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64), img_size=32,
-    patch_size=8), head=dict(type='VisionTransformerClsHead', num_classes=CLASSES, in_channels=32))
-_SWIN = dict(type='ImageClassifier', backbone=dict(
-    type='SwinTransformer', arch=dict(embed_dims=16, depths=[1, 2], num_heads=[1, 2]), img_size=56, out_indices=(1, )),
-    neck=dict(type='GlobalAveragePooling'), head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=32))
-_TIMM_VIT = dict(type='TimmClassifier', model_name='vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=4,
-                 num_heads=2, num_classes=CLASSES)
-_TIMM_SWIN = dict(type='TimmClassifier', model_name='swin_tiny_patch4_window7_224', img_size=56, embed_dim=16, depths=(1, 2),
-                  num_heads=(1, 2), num_classes=CLASSES)
+_VIT = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='VisionTransformer',
+        arch=dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64),
+        img_size=32,
+        patch_size=8,
+    ),
+    head=dict(type='VisionTransformerClsHead', num_classes=CLASSES, in_channels=32),
+)
+_SWIN = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='SwinTransformer', arch=dict(embed_dims=16, depths=[1, 2], num_heads=[1, 2]), img_size=56, out_indices=(1,)
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=32),
+)
+_TIMM_VIT = dict(
+    type='TimmClassifier',
+    model_name='vit_tiny_patch16_224',
+    img_size=32,
+    patch_size=8,
+    embed_dim=32,
+    depth=4,
+    num_heads=2,
+    num_classes=CLASSES,
+)
+_TIMM_SWIN = dict(
+    type='TimmClassifier',
+    model_name='swin_tiny_patch4_window7_224',
+    img_size=56,
+    embed_dim=16,
+    depths=(1, 2),
+    num_heads=(1, 2),
+    num_classes=CLASSES,
+)
 
 MODELS = {
     'mmpretrain-vit': _VIT,
@@ -35,6 +63,7 @@ def build_classifier(name, seed=0, quant=None):
         pytest.importorskip('timm')
     from mmengine.registry import MODELS as REGISTRY
     from mmengine.registry import DefaultScope
+
     config = dict(MODELS[name], data_preprocessor=dict(num_classes=CLASSES, to_rgb=True, **IMAGENET))
     if quant is not None:
         config = dict(config, type='psaq_mm.Quantized', base_type=config['type'], quant=quant)

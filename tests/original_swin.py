@@ -1,4 +1,6 @@
-"""Swin Transformer in plain PyTorch under the names of its own releases, written from the paper (arXiv 2103.14030) for comparison."""
+"""Swin Transformer in plain PyTorch under the names of its own releases, written from the paper (arXiv 2103.14030) for
+comparison."""
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,7 +12,7 @@ class _Attention(nn.Module):
     def __init__(self, width, window, heads):
         super().__init__()
         self.window, self.heads = window, heads
-        self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1)**2, heads))
+        self.relative_position_bias_table = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads))
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         place = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing='ij')).flatten(1)
         offset = place[:, :, None] - place[:, None, :] + window - 1  # of a query from a key, 0 .. 2 window - 2
@@ -19,7 +21,7 @@ class _Attention(nn.Module):
     def forward(self, x, mask=None):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-1, -2) * (width // self.heads)**-0.5
+        scores = q @ k.transpose(-1, -2) * (width // self.heads) ** -0.5
         scores = scores + self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)
         if mask is not None:
             scores = (scores.view(-1, len(mask), *scores.shape[1:]) + mask[:, None]).view(scores.shape)
@@ -27,7 +29,6 @@ class _Attention(nn.Module):
 
 
 class _Mlp(nn.Module):
-
     def __init__(self, width):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -41,7 +42,12 @@ class _Block(nn.Module):
 
     def __init__(self, width, window, heads, shift):
         super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(width), _Attention(width, window, heads), nn.LayerNorm(width), _Mlp(width)
+        self.norm1, self.attn, self.norm2, self.mlp = (
+            nn.LayerNorm(width),
+            _Attention(width, window, heads),
+            nn.LayerNorm(width),
+            _Mlp(width),
+        )
         self.window, self.shift = window, shift
 
     def _cut(self, x):
@@ -56,11 +62,15 @@ class _Block(nn.Module):
     def _mask(self, height, width):
         """Tokens that the cyclic shift brought together do not see each other (section 3.2, figure 4)."""
         regions = torch.zeros(1, height, width, 1)
-        for row, rows in enumerate((slice(0, -self.window), slice(-self.window, -self.shift), slice(-self.shift, None))):
-            for column, columns in enumerate((slice(0, -self.window), slice(-self.window, -self.shift), slice(-self.shift, None))):
+        for row, rows in enumerate(
+            (slice(0, -self.window), slice(-self.window, -self.shift), slice(-self.shift, None))
+        ):
+            for column, columns in enumerate(
+                (slice(0, -self.window), slice(-self.window, -self.shift), slice(-self.shift, None))
+            ):
                 regions[:, rows, columns] = 3 * row + column
         region = self._cut(regions)[..., 0]
-        return torch.where(region[:, None] == region[:, :, None], 0., -100.)
+        return torch.where(region[:, None] == region[:, :, None], 0.0, -100.0)
 
     def forward(self, x):
         n, height, width, _ = x.shape
@@ -87,7 +97,6 @@ class _Merging(nn.Module):
 
 
 class _Stage(nn.Module):
-
     def __init__(self, width, depth, heads, window, last):
         super().__init__()
         self.blocks = nn.ModuleList(_Block(width, window, heads, window // 2 * (i % 2)) for i in range(depth))
@@ -95,7 +104,6 @@ class _Stage(nn.Module):
 
 
 class _PatchEmbed(nn.Module):
-
     def __init__(self, width):
         super().__init__()
         self.proj, self.norm = nn.Conv2d(3, width, 4, 4), nn.LayerNorm(width)
@@ -114,9 +122,12 @@ class OriginalSwin(nn.Module):
     def __init__(self, width=16, depths=(2, 2, 2), heads=(1, 2, 4), window=7, positions=None):
         super().__init__()
         self.patch_embed = _PatchEmbed(width)
-        self.absolute_pos_embed = None if positions is None else nn.Parameter(torch.randn(1, width, positions, positions))
+        self.absolute_pos_embed = (
+            None if positions is None else nn.Parameter(torch.randn(1, width, positions, positions))
+        )
         self.layers = nn.ModuleList(
-            _Stage(width * 2**i, depth, heads[i], window, i == len(depths) - 1) for i, depth in enumerate(depths))
+            _Stage(width * 2**i, depth, heads[i], window, i == len(depths) - 1) for i, depth in enumerate(depths)
+        )
         for i in range(len(depths)):
             self.add_module(f'norm{i}', nn.LayerNorm(width * 2**i))
 

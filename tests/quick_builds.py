@@ -1,4 +1,5 @@
 """What makes configs and models of full size quick to read and to build, for tests that look at many of them."""
+
 import contextlib
 import functools
 
@@ -21,14 +22,17 @@ def metafiles_read_once():
     with pytest.MonkeyPatch.context() as patch:
         with contextlib.suppress(ImportError):
             import mmengine.config.utils as utils
+
             patch.setattr(utils, 'load', functools.lru_cache(None)(utils.load))
         yield
 
 
 @contextlib.contextmanager
 def configs_as_they_are():
-    """MMEngine has yapf format the config several times a run, which takes most of a tiny one; inside, the text stays as it is."""
+    """MMEngine has yapf format the config several times a run, which takes most of a tiny one; inside, the text stays
+    as it is."""
     import mmengine.config.config as config
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, 'FormatCode', lambda text, *args, **kwargs: (text, False))
         yield

@@ -1,12 +1,14 @@
 """A second device in one process without a GPU: finds what on a GPU would be "two devices" in one operation.
 
-Tensors stay ordinary ones of the CPU, and so do their values and their gradients. Which of them are said to be on the other device is
-known by their storage, so views, parameters and what ``module.to`` puts into them need nothing more. Two modes of PyTorch keep it:
-one sees what Python calls (``device=``, ``.to``, ``.cpu``, ``.numpy``, ``tensor.device``), the other every operation under
-that, in backward too; it says on which device the outcome lies, and raises as PyTorch does where an operation gets two.
+Tensors stay ordinary ones of the CPU, and so do their values and their gradients. Which of them are said to be on the
+other device is known by their storage, so views, parameters and what ``module.to`` puts into them need nothing more.
+Two modes of PyTorch keep it: one sees what Python calls (``device=``, ``.to``, ``.cpu``, ``.numpy``,
+``tensor.device``), the other every operation under that, in backward too; it says on which device the outcome lies, and
+raises as PyTorch does where an operation gets two.
 
 Not seen: streams, what a kernel itself computes, and libraries that are bound past PyTorch (mmcv's are wrapped).
 """
+
 import contextlib
 import inspect
 
@@ -40,7 +42,6 @@ def _address(x):
 
 
 class _Move(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x, device, there):
         ctx.device, ctx.back = device, not there
@@ -107,8 +108,11 @@ class SecondDevice:
                     self.here.pop(address, None)
                 elif address not in self.here:
                     if self.kind == 'mps' and x.dtype == torch.float64:
-                        raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
-                                        'Please use float32 instead.')
+                        raise TypeError(
+                            "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support "
+                            'float64. '
+                            'Please use float32 instead.'
+                        )
                     self.here[address] = StorageWeakRef(storage)
                     self._forget()
         return x
@@ -161,8 +165,11 @@ class _Calls(TorchFunctionMode):
         if there and name in _TO_HOST:
             second.waits.append(name)
         if name in ('numpy', '__array__') and there:
-            raise TypeError(f"can't convert {second.device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory "
-                            'first.')
+            raise TypeError(
+                f"can't convert {second.device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to "
+                f'host memory '
+                'first.'
+            )
         if name in ('to', 'cpu', 'cuda') and given:
             return self._moved(func, name, args, kwargs)
         target = kwargs.get('device')
@@ -254,8 +261,11 @@ class _Operations(TorchDispatchMode):
                 if argument in written:
                     wrong += [x for x in _tensors(value) if not second.has(x)]
         if wrong:
-            raise RuntimeError(f'Expected all tensors to be on the same device, but found at least two devices, {second.device} and cpu! '
-                               f'({name})')
+            raise RuntimeError(
+                f'Expected all tensors to be on the same device, but found at least two devices, {second.device} and '
+                f'cpu! '
+                f'({name})'
+            )
 
 
 @contextlib.contextmanager
@@ -263,6 +273,7 @@ def second_device(kind='cuda'):
     """A :class:`SecondDevice` that MMEngine's runners take, and mmcv's operations know."""
     import mmengine.device.utils as chosen
     from mmcv import _ext
+
     second = SecondDevice(kind)
     functions = {name: function for name, function in vars(_ext).items() if inspect.isbuiltin(function)}
     before, chosen.DEVICE = chosen.DEVICE, kind

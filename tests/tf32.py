@@ -1,4 +1,5 @@
 """TF32 emulated on the CPU: factors are rounded to 10 binary digits wherever PyTorch is allowed to do that on a GPU."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ def shortened(x, digits=10):
 
 @pytest.fixture
 def tf32(monkeypatch):
-    """Convolutions and Linear layers as on a GPU with TF32 whose switches are both on; a list of the calls that made use of it."""
+    """Convolutions and Linear layers as on a GPU with TF32 whose switches are both on; a list of the calls that made
+    use of it."""
     used = []
 
     def emulated(name, allowed):

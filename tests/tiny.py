@@ -1,4 +1,5 @@
 """Tiny detectors and segmentors out of the libraries' own zoo configs, as config files and checkpoints on disk."""
+
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ model = dict(
             loss_bbox=dict(type='GIoULoss', loss_weight=10.0)) for d in (1, 2, 3)],
         mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1)))
 """
-"""Cascade Mask R-CNN with the box heads of Swin's own releases (4 convolutions, 1 Linear, GIoU loss), which mmdet 3 has no config
-for; their SyncBN is BN here, which runs without a process group."""
+"""Cascade Mask R-CNN with the box heads of Swin's own releases (4 convolutions, 1 Linear, GIoU loss), which mmdet 3 has
+no config for; their SyncBN is BN here, which runs without a process group."""
 
 SEGMENTOR = """
 _base_ = ['mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py']
@@ -54,8 +55,19 @@ load_from = {load_from!r}
 dfq = {dfq!r}
 """
 
-DFQ = dict(size=(64, 96), batch_size=2, calibration_samples=2, pool_size=6, evolve_every=2, evolve_samples=2, iters=4,
-           checkpoint_interval=2, sheet_interval=2, log_interval=1, generator=dict(batch_size=2, steps=2))
+DFQ = dict(
+    size=(64, 96),
+    batch_size=2,
+    calibration_samples=2,
+    pool_size=6,
+    evolve_every=2,
+    evolve_samples=2,
+    iters=4,
+    checkpoint_interval=2,
+    sheet_interval=2,
+    log_interval=1,
+    generator=dict(batch_size=2, steps=2),
+)
 """The shortest run that passes through every part: two rounds of synthesis, four student steps."""
 
 
@@ -64,6 +76,7 @@ def build_full_precision(config, seed=0):
     from mmengine.registry import MODELS, init_default_scope
 
     from psaq_mm.engine.config import drop_pretrained
+
     init_default_scope(config.default_scope)
     drop_pretrained(config.model)
     torch.manual_seed(seed)
@@ -84,6 +97,7 @@ class Project:
 
     def __init__(self, folder: Path, base: str = DETECTOR):
         from mmengine.config import Config
+
         self.folder = Path(folder)
         self.base = self.folder / 'full_precision.py'
         self.base.write_text(base)

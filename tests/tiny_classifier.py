@@ -1,4 +1,5 @@
 """A tiny classifier with pictures to train and to test on, as a user's folder."""
+
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ test_cfg = dict()
 def write_pictures(folder: Path, per_class: int, seed: int) -> None:
     """Folders ``a``, ``b`` and ``c`` of 32 x 32 pictures: blocks of colour and noise."""
     from PIL import Image
+
     random = np.random.default_rng(seed)
     for name in 'abc':
         (folder / name).mkdir(parents=True)
@@ -54,6 +56,7 @@ class ClassifierProject(Project):
         from mmengine.config import Config
         from mmengine.registry import MODELS, init_default_scope
         from PIL import Image
+
         config = Config.fromfile(self.base)
         init_default_scope(config.default_scope)
         model = MODELS.build(dict(config.model, data_preprocessor=config.data_preprocessor)).eval()
@@ -63,5 +66,7 @@ class ClassifierProject(Project):
         with torch.no_grad():
             logits = model.head(model.extract_feat(model.data_preprocessor(dict(inputs=batch))['inputs']))
         scale = 1 / logits.std(0)
-        return {'head.fc.weight': weights['head.fc.weight'] * scale[:, None],
-                'head.fc.bias': (weights['head.fc.bias'] - logits.mean(0)) * scale}
+        return {
+            'head.fc.weight': weights['head.fc.weight'] * scale[:, None],
+            'head.fc.bias': (weights['head.fc.bias'] - logits.mean(0)) * scale,
+        }

@@ -1,4 +1,5 @@
 """Two processes that find each other through gloo, and tools in processes of their own."""
+
 import datetime
 import importlib.util
 import os
@@ -17,15 +18,21 @@ WORLD = 2
 def _rank(rank, file, name, folder, arguments):
     os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=WORLD,
-                            timeout=datetime.timedelta(seconds=120))
+    dist.init_process_group(
+        'gloo',
+        init_method=f'file://{folder}/store',
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=120),
+    )
     # By file: a test module has no name that another process could import it by.
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = getattr(module, name)(*arguments)
     torch.save(found, Path(folder) / f'rank{rank}.pt')
-    # All is said and written. Taking gloo's connections down waits for the other rank, now and then for ever where that is gone already.
+    # All is said and written. Taking gloo's connections down waits for the other rank, now and then for ever where that
+    # is gone already.
     os._exit(0)
 
 
@@ -66,15 +73,29 @@ def tool(name, arguments, folder, **environment):
     output = Path(folder) / f'output{environment.get("RANK", "")}.txt'
     path = os.pathsep.join([str(root), str(folder)])
     with open(output, 'wb') as file:
-        return subprocess.Popen([sys.executable, *begin, *map(str, arguments)], stdout=file, stderr=subprocess.STDOUT,
-                                env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, 'GLOO_SOCKET_IFNAME': 'lo', **environment})
+        return subprocess.Popen(
+            [sys.executable, *begin, *map(str, arguments)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path, 'GLOO_SOCKET_IFNAME': 'lo', **environment},
+        )
 
 
 def ranks_of_tool(name, arguments, folder, **environment):
     """The processes of :func:`tool` on two ranks, without a launcher that watches over them."""
     shared = dict(WORLD_SIZE=str(WORLD), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
-    return [tool(name, [*arguments, '--launcher', 'pytorch'], folder, RANK=str(rank), LOCAL_RANK=str(rank), **shared, **environment)
-            for rank in range(WORLD)]
+    return [
+        tool(
+            name,
+            [*arguments, '--launcher', 'pytorch'],
+            folder,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            **shared,
+            **environment,
+        )
+        for rank in range(WORLD)
+    ]
 
 
 SPY = '''
@@ -88,7 +109,7 @@ import sys
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from psaq_mm.quantization.reduction import ranks
+from psaq_mm.ranks import ranks
 
 MOMENT = os.environ.get('SPY_KILL', '')
 
@@ -142,6 +163,8 @@ class Spy(Hook):
 def spied(config):
     """Add the spy to a config file; returns the file of digests of a rank."""
     (config.parent / 'spy.py').write_text(SPY)
-    config.write_text(config.read_text() + "custom_imports = dict(imports=['spy'], allow_failed_imports=False)\n"
-                      "custom_hooks = [dict(type='Spy')]\n")
+    config.write_text(
+        config.read_text() + "custom_imports = dict(imports=['spy'], allow_failed_imports=False)\n"
+        "custom_hooks = [dict(type='Spy')]\n"
+    )
     return lambda rank=0: config.parent / f'digests{rank}.txt'

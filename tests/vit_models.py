@@ -1,4 +1,5 @@
 """Small models of every supported kind with one class of attention each, and the library's own explicit attention."""
+
 import copy
 from functools import lru_cache
 
@@ -18,29 +19,102 @@ def _classifier(name, **more):
 
 CONFIGS = {
     'mmpretrain-vit': ('mmpretrain', dict(type='VisionTransformer', **_VIT)),
-    'mmpretrain-vit-options': ('mmpretrain', dict(
-        type='VisionTransformer', pre_norm=True, layer_scale_init_value=0.5, out_type='avg_featmap', with_cls_token=False, **_VIT)),
-    'mmpretrain-vit-gated': ('mmpretrain', dict(
-        type='VisionTransformer', layer_cfgs=dict(ffn_type='swiglu_fused', qkv_bias=False), out_type='featmap', **_VIT)),
+    'mmpretrain-vit-options': (
+        'mmpretrain',
+        dict(
+            type='VisionTransformer',
+            pre_norm=True,
+            layer_scale_init_value=0.5,
+            out_type='avg_featmap',
+            with_cls_token=False,
+            **_VIT,
+        ),
+    ),
+    'mmpretrain-vit-gated': (
+        'mmpretrain',
+        dict(
+            type='VisionTransformer',
+            layer_cfgs=dict(ffn_type='swiglu_fused', qkv_bias=False),
+            out_type='featmap',
+            **_VIT,
+        ),
+    ),
     'mmpretrain-deit': ('mmpretrain', dict(type='DistilledVisionTransformer', **_VIT)),
     'mmpretrain-deit3': ('mmpretrain', dict(type='DeiT3', **_VIT)),
-    'mmseg-vit': ('mmseg', dict(type='VisionTransformer', img_size=32, patch_size=8, embed_dims=32, num_layers=2, num_heads=2,
-                                mlp_ratio=2, drop_path_rate=0.1, out_indices=(0, 1))),
-    'mmseg-vit-options': ('mmseg', dict(
-        type='VisionTransformer', img_size=32, patch_size=8, embed_dims=32, num_layers=2, num_heads=2, mlp_ratio=2, pre_norm=True,
-        patch_norm=True, final_norm=True, with_cls_token=False, qkv_bias=False, with_cp=True)),
+    'mmseg-vit': (
+        'mmseg',
+        dict(
+            type='VisionTransformer',
+            img_size=32,
+            patch_size=8,
+            embed_dims=32,
+            num_layers=2,
+            num_heads=2,
+            mlp_ratio=2,
+            drop_path_rate=0.1,
+            out_indices=(0, 1),
+        ),
+    ),
+    'mmseg-vit-options': (
+        'mmseg',
+        dict(
+            type='VisionTransformer',
+            img_size=32,
+            patch_size=8,
+            embed_dims=32,
+            num_layers=2,
+            num_heads=2,
+            mlp_ratio=2,
+            pre_norm=True,
+            patch_norm=True,
+            final_norm=True,
+            with_cls_token=False,
+            qkv_bias=False,
+            with_cp=True,
+        ),
+    ),
     'timm-vit': _classifier('vit_tiny_patch16_224', img_size=32, **_TIMM_VIT),
-    'timm-vit-options': _classifier('vit_tiny_patch16_224', img_size=32, qk_norm=True, init_values=0.5, pre_norm=True,
-                                    no_embed_class=True, global_pool='avg', **_TIMM_VIT),
+    'timm-vit-options': _classifier(
+        'vit_tiny_patch16_224',
+        img_size=32,
+        qk_norm=True,
+        init_values=0.5,
+        pre_norm=True,
+        no_embed_class=True,
+        global_pool='avg',
+        **_TIMM_VIT,
+    ),
     'timm-deit': _classifier('deit_tiny_distilled_patch16_224', img_size=32, **_TIMM_VIT),
     'timm-swin': _classifier('swin_tiny_patch4_window7_224', img_size=(56, 72), **_TIMM_SWIN),
     'timm-swin-dynamic': _classifier('swin_tiny_patch4_window7_224', img_size=56, strict_img_size=False, **_TIMM_SWIN),
-    'timm-backbone-vit': ('mmdet', dict(_BACKBONE, model_name='vit_tiny_patch16_224', patch_size=8, embed_dim=32, depth=2,
-                                        num_heads=2)),
-    'timm-backbone-tokens': ('mmpretrain', dict(
-        type='TIMMBackbone', model_name='deit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)),
-    'timm-backbone-swin': ('mmseg', dict(_BACKBONE, model_name='swin_tiny_patch4_window7_224', img_size=(56, 72), embed_dim=16,
-                                         depths=(2, 2), num_heads=(1, 2), window_size=7)),
+    'timm-backbone-vit': (
+        'mmdet',
+        dict(_BACKBONE, model_name='vit_tiny_patch16_224', patch_size=8, embed_dim=32, depth=2, num_heads=2),
+    ),
+    'timm-backbone-tokens': (
+        'mmpretrain',
+        dict(
+            type='TIMMBackbone',
+            model_name='deit_tiny_patch16_224',
+            img_size=32,
+            patch_size=8,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+        ),
+    ),
+    'timm-backbone-swin': (
+        'mmseg',
+        dict(
+            _BACKBONE,
+            model_name='swin_tiny_patch4_window7_224',
+            img_size=(56, 72),
+            embed_dim=16,
+            depths=(2, 2),
+            num_heads=(1, 2),
+            window_size=7,
+        ),
+    ),
 }
 """(library, config) of each. Every head is 16 wide: the square root is a power of two, and scaling by it is exact."""
 
@@ -63,6 +137,7 @@ def build(name, seed=0, **more):
 def _built(library, config, seed):
     from mmengine.registry import MODELS as REGISTRY
     from mmengine.registry import DefaultScope
+
     torch.manual_seed(seed)
     with DefaultScope.overwrite_default_scope(library):
         model = REGISTRY.build(eval(config))
@@ -97,5 +172,6 @@ def unfuse(model):
             module.fused_attn = False
         if hasattr(module, 'scaled_dot_product_attention'):
             from mmpretrain.models.utils.attention import scaled_dot_product_attention_pyimpl
+
             module.scaled_dot_product_attention = scaled_dot_product_attention_pyimpl
     return model

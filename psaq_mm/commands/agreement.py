@@ -1,9 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """How far a quantized model's predictions are those of full precision, picture by picture, on the same test set.
 
-Accuracy on a few hundred pictures moves by more than two quantizers differ; agreement and the paired difference move far less,
-since both models see the same pictures.
+Accuracy on a few hundred pictures moves by more than two quantizers differ; agreement and the paired difference move
+far less, since both models see the same pictures.
 """
+
 import io
 import json
 import math
@@ -46,12 +47,12 @@ def matched_boxes(found: np.ndarray, truth: np.ndarray, min_iou: float = MIN_IOU
     common = sides[..., 0] * sides[..., 1]
     area, other = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (found, truth))
     overlap = common / np.maximum(area[:, None] + other[None] - common, 1e-9)
-    overlap[found[:, None, 5] != truth[None, :, 5]] = -1.
+    overlap[found[:, None, 5] != truth[None, :, 5]] = -1.0
     matches = 0
     for row in overlap:
         best = int(row.argmax())
         if row[best] >= min_iou:
-            overlap[:, best] = -1.
+            overlap[:, best] = -1.0
             matches += 1
     return matches
 
@@ -59,8 +60,9 @@ def matched_boxes(found: np.ndarray, truth: np.ndarray, min_iou: float = MIN_IOU
 # ---------------------------------------------------------------------- one picture
 def _label(sample) -> int:
     if sample.pred_label.numel() != 1:
-        raise UnsupportedModelError('a classifier with several labels a picture has no top-1 class: compare one with a single '
-                                    'label')
+        raise UnsupportedModelError(
+            'a classifier with several labels a picture has no top-1 class: compare one with a single label'
+        )
     return int(sample.pred_label)
 
 
@@ -91,8 +93,11 @@ def _boxes(sample) -> np.ndarray:
     found = sample.pred_instances
     boxes = getattr(found.bboxes, 'tensor', found.bboxes)
     kept = found.scores >= MIN_SCORE
-    columns = [boxes[kept].float().cpu().numpy(), found.scores[kept, None].float().cpu().numpy(),
-               found.labels[kept, None].float().cpu().numpy()]
+    columns = [
+        boxes[kept].float().cpu().numpy(),
+        found.scores[kept, None].float().cpu().numpy(),
+        found.labels[kept, None].float().cpu().numpy(),
+    ]
     return np.concatenate(columns, 1).astype(np.float32)
 
 
@@ -103,8 +108,10 @@ def _kind(sample) -> str:
     for kind, (field, _) in _READERS.items():
         if field in sample:
             return kind
-    raise UnsupportedModelError(f'predictions of {", ".join(sample.keys()) or "nothing"} cannot be compared: a classifier\'s '
-                                'label, a segmentor\'s map or a detector\'s boxes can')
+    raise UnsupportedModelError(
+        f"predictions of {', '.join(sample.keys()) or 'nothing'} cannot be compared: a classifier's "
+        "label, a segmentor's map or a detector's boxes can"
+    )
 
 
 def _name(sample) -> str:
@@ -116,8 +123,8 @@ def _name(sample) -> str:
 class Predictions:
     """Predictions of one model on a test set, in its order, as little of them as a comparison needs.
 
-    A label a picture, and the probabilities of all classes where the classifier gives them, 4 bytes each; or a label map, compressed; or
-    the boxes of at least :data:`MIN_SCORE`. COCO's 5000 pictures take some megabytes.
+    A label a picture, and the probabilities of all classes where the classifier gives them, 4 bytes each; or a label
+    map, compressed; or the boxes of at least :data:`MIN_SCORE`. COCO's 5000 pictures take some megabytes.
     """
 
     def __init__(self):
@@ -194,8 +201,10 @@ class Predictions:
                     self._records = np.split(content['boxes'], np.cumsum(content['counts'])[:-1])
                 elif self.kind == 'map':
                     packed, ends = content['packed'].tobytes(), np.cumsum(content['counts']).tolist()
-                    self._records = [((height, width), kind, packed[begin:end])
-                                     for (height, width, kind), begin, end in zip(header['maps'], [0, *ends], ends)]
+                    self._records = [
+                        ((height, width), kind, packed[begin:end])
+                        for (height, width, kind), begin, end in zip(header['maps'], [0, *ends], ends)
+                    ]
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f'{path} is damaged ({error}): delete it, and full precision is evaluated again') from error
         return self
@@ -222,12 +231,13 @@ class Agreement:
 
     def __init__(self, truth: Predictions):
         self.truth = truth
-        self._same, self._of = 0., 0.
+        self._same, self._of = 0.0, 0.0
         self._differences: List[int] = []
         self._divergences: List[float] = []
 
     def add(self, index: int, sample) -> None:
-        """Compare what the model predicted for picture ``index`` of the test set; ``sample`` is an OpenMMLab data sample.
+        """Compare what the model predicted for picture ``index`` of the test set; ``sample`` is an OpenMMLab data
+        sample.
 
         Raises:
             DataError: The picture is not the one that the other model saw at this place.
@@ -235,11 +245,14 @@ class Agreement:
         truth, name = self.truth, _name(sample)
         if index >= len(truth) or truth.names[index] != name:
             expected = truth.names[index] if index < len(truth) else 'none'
-            raise DataError(f'picture {index} of the test set is {name}, that of full precision was {expected}: the test set has '
-                            'to come in the same order each time, set test_dataloader.sampler.shuffle=False')
+            raise DataError(
+                f'picture {index} of the test set is {name}, that of full precision was {expected}: the test set has '
+                'to come in the same order each time, set test_dataloader.sampler.shuffle=False'
+            )
         if _kind(sample) != truth.kind:
-            raise DataError(f'predictions of kind {_kind(sample)!r} cannot be compared with {truth.kind!r}: use one config for '
-                            'both')
+            raise DataError(
+                f'predictions of kind {_kind(sample)!r} cannot be compared with {truth.kind!r}: use one config for both'
+            )
         found, expected = _READERS[truth.kind][1](sample), truth[index]
         same, of = _agreed(truth.kind, found, expected, name)
         self._same, self._of = self._same + same, self._of + of
@@ -254,21 +267,25 @@ class Agreement:
 
         Returns:
             ``agreement``, 0 to 1: the share of pictures with the same top-1 class; of pixels with the same class; of a
-            detector, the F1 score of its boxes with the other's as truth. None where there is nothing to compare, as where
-            neither detects anything. ``difference`` and ``difference_se``, in percentage points of top-1: the mean over
-            pictures of correct minus the other's correct, and its standard error; None without labels. ``divergence``: the mean over
-            pictures of the Kullback-Leibler divergence of the class probabilities from the other's, in nats; None where no
-            classifier gives them. It tells students apart that agree on as many pictures.
+            detector, the F1 score of its boxes with the other's as truth. None where there is nothing to compare, as
+            where neither detects anything. ``difference`` and ``difference_se``, in percentage points of top-1: the
+            mean over pictures of correct minus the other's correct, and its standard error; None without labels.
+            ``divergence``: the mean over pictures of the Kullback-Leibler divergence of the class probabilities from
+            the other's, in nats; None where no classifier gives them. It tells students apart that agree on as many
+            pictures.
         """
         count = len(self._differences)
         mean = sum(self._differences) / count if count else None
         error = None
         if count > 1:
-            squares = sum((d - mean)**2 for d in self._differences)
+            squares = sum((d - mean) ** 2 for d in self._differences)
             error = 100 * math.sqrt(squares / (count - 1) / count)
-        return dict(agreement=self._same / self._of if self._of else None,
-                    difference=None if mean is None else 100 * mean, difference_se=error,
-                    divergence=sum(self._divergences) / len(self._divergences) if self._divergences else None)
+        return dict(
+            agreement=self._same / self._of if self._of else None,
+            difference=None if mean is None else 100 * mean,
+            difference_se=error,
+            divergence=sum(self._divergences) / len(self._divergences) if self._divergences else None,
+        )
 
 
 class AgreementHook(Hook):
@@ -300,9 +317,11 @@ class AgreementHook(Hook):
 def _agreed(kind: str, found, truth, name: str) -> Tuple[float, float]:
     """What is the same, out of what: sums of both over pictures give the agreement."""
     if kind == 'label':
-        return float(found == truth), 1.
+        return float(found == truth), 1.0
     if kind == 'boxes':  # F1 = 2 matches / (detections of one + of the other)
-        return 2. * matched_boxes(found, truth), float(len(found) + len(truth))
+        return 2.0 * matched_boxes(found, truth), float(len(found) + len(truth))
     if found.shape != truth.shape:
-        raise DataError(f'the label map of {name} is {found.shape}, that of full precision {truth.shape}: use one test pipeline')
+        raise DataError(
+            f'the label map of {name} is {found.shape}, that of full precision {truth.shape}: use one test pipeline'
+        )
     return float((found == truth).sum()), float(found.size)

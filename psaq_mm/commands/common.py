@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What every command line shares: reading a config, and turning a mistake into one sentence and an exit status."""
+
 import argparse
 import errno
 import os
@@ -11,26 +12,46 @@ from psaq_mm.commands.allocator import keep_freed_memory
 from psaq_mm.commands.missing import missing_from
 from psaq_mm.errors import ConfigError, PsaqError
 
-__all__ = ['add_config_arguments', 'add_quant_arguments', 'add_run_arguments', 'load_config', 'merge_options', 'run_command', 'runnable_config']
+__all__ = [
+    'add_config_arguments',
+    'add_quant_arguments',
+    'add_run_arguments',
+    'load_config',
+    'merge_options',
+    'run_command',
+    'runnable_config',
+]
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that all commands take: CONFIG and ``--cfg-options``."""
     from mmengine.config import DictAction
+
     parser.add_argument('config', help='an mmdet, mmseg or mmpretrain config file')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override settings of the config, e.g. model.quant.w_bits=4')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config, e.g. model.quant.w_bits=4',
+    )
 
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     """``--quant`` and ``--method``: another precision, or another method, than the config's own."""
     from psaq_mm.engine.presets import METHODS
-    parser.add_argument('--quant', metavar='PRESET', help='such as w4a8: quantizes a full-precision config, or takes the place of the '
-                        'config\'s own; the scope stays')
-    parser.add_argument('--method', choices=list(METHODS), help='a published method in place of the config\'s own')
+
+    parser.add_argument(
+        '--quant',
+        metavar='PRESET',
+        help="such as w4a8: quantizes a full-precision config, or takes the place of the config's own; the scope stays",
+    )
+    parser.add_argument('--method', choices=list(METHODS), help="a published method in place of the config's own")
 
 
-def load_config(path: str, options: Optional[Mapping] = None, quant: Optional[str] = None, method: Optional[str] = None):
+def load_config(
+    path: str, options: Optional[Mapping] = None, quant: Optional[str] = None, method: Optional[str] = None
+):
     """Read a config file, put another precision or method into it, and merge ``options`` last.
 
     Args:
@@ -43,8 +64,8 @@ def load_config(path: str, options: Optional[Mapping] = None, quant: Optional[st
     """
     from mmengine.config import Config
 
-    import psaq_mm.engine  # noqa: F401: from here on the configs of the forks are found
     from psaq_mm.engine.pure_python import with_named_types
+
     if not os.path.isfile(path):
         raise ConfigError(f'there is no config file {path}: check the path')
     try:
@@ -53,6 +74,7 @@ def load_config(path: str, options: Optional[Mapping] = None, quant: Optional[st
         raise ConfigError(f'the config {path} cannot be read: {_why_unreadable(error)}') from error
     if quant or method:
         from psaq_mm.engine.config import apply_method
+
         config = apply_method(config, quant, method)
     return merge_options(config, options)
 
@@ -60,9 +82,12 @@ def load_config(path: str, options: Optional[Mapping] = None, quant: Optional[st
 def _why_unreadable(error: Exception) -> str:
     message = ' '.join(str(error).split())
     if 'lazy_import' in message:  # MMEngine's word for it
-        return ('it and one of its bases are of two kinds, and a pure-Python config is inherited by a pure-Python one alone: write `with '
-                'read_base(): from .BASE import *`, then model.update(type=\'psaq_mm.Quantized\', base_type=model.type, '
-                'quant=\'w8a8\')')
+        return (
+            'it and one of its bases are of two kinds, and a pure-Python config is inherited by a pure-Python one '
+            'alone: write `with '
+            "read_base(): from .BASE import *`, then model.update(type='psaq_mm.Quantized', base_type=model.type, "
+            "quant='w8a8')"
+        )
     return missing_from(error) or message
 
 
@@ -89,28 +114,36 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def runnable_config(args: argparse.Namespace):
     """The config of parsed arguments, with launcher and work dir set.
 
-    The work dir is the command line's, else the config's, else ``work_dirs/<name of the config>``, as in the libraries' own tools.
+    The work dir is the command line's, else the config's, else ``work_dirs/<name of the config>``, as in the libraries'
+    own tools.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, args.cfg_options, getattr(args, 'quant', None), getattr(args, 'method', None))
     from psaq_mm.quantization import use_full_float32
+
     use_full_float32()  # the full-precision model too: it is what a quantized one is compared with
     config.launcher = args.launcher
     if args.work_dir:
         config.work_dir = args.work_dir
     elif not config.get('work_dir'):
         config.work_dir = os.path.join('work_dirs', os.path.splitext(os.path.basename(args.config))[0])
-    file = next((p for p in (Path(config.work_dir), *Path(config.work_dir).parents) if p.exists() and not p.is_dir()), None)
+    file = next(
+        (p for p in (Path(config.work_dir), *Path(config.work_dir).parents) if p.exists() and not p.is_dir()), None
+    )
     if file is not None:
-        raise ConfigError(f'the work dir {config.work_dir} cannot be made, as {file} is a file: give another --work-dir')
+        raise ConfigError(
+            f'the work dir {config.work_dir} cannot be made, as {file} is a file: give another --work-dir'
+        )
     if args.launcher != 'none':
         from psaq_mm.engine.ranks import join_ranks
+
         join_ranks(config)
     return config
 
 
-def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser,
-                argv: Optional[Sequence[str]] = None) -> int:
+def run_command(
+    command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None
+) -> int:
     """Parse, run, and report a user's mistake in one sentence.
 
     Returns:
@@ -121,7 +154,8 @@ def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.
     try:
         command(args)
         if getattr(args, 'launcher', 'none') != 'none':
-            from psaq_mm.quantization.reduction import leave
+            from psaq_mm.ranks import leave
+
             leave()
     except PsaqError as error:
         print(f'{parser.prog}: {error}', file=sys.stderr)
@@ -129,9 +163,15 @@ def run_command(command: Callable[[argparse.Namespace], None], parser: argparse.
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        elsewhere = next((f' or give another --{name.replace("_", "-")}' for name in ('work_dir', 'out') if hasattr(args, name)), '')
-        print(f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some space{elsewhere}; what was '
-              'saved before is whole', file=sys.stderr)
+        elsewhere = next(
+            (f' or give another --{name.replace("_", "-")}' for name in ('work_dir', 'out') if hasattr(args, name)), ''
+        )
+        print(
+            f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some '
+            f'space{elsewhere}; what was '
+            'saved before is whole',
+            file=sys.stderr,
+        )
         return 1
     except (ImportError, RuntimeError, AssertionError, KeyError) as error:
         missing = missing_from(error)

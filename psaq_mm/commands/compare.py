@@ -1,6 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Sources of samples through the same quantizer, calibrated or trained, at equal steps or equal seconds:
-``tools/compare.py CONFIG ... --calibration generated gaussian dead_leaves real --seeds 0 1 2``."""
+``tools/compare.py CONFIG ... --calibration generated gaussian dead_leaves real --seeds 0 1 2``.
+"""
+
 import argparse
 import copy
 import dataclasses
@@ -24,8 +26,8 @@ from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markd
 from psaq_mm.commands.metrics import other_metrics, scalars
 from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
-from psaq_mm.distillation.coevolution import SOURCES
 from psaq_mm.errors import ConfigError, DataError, PsaqError
+from psaq_mm.psaq_vit.coevolution import SOURCES
 from psaq_mm.quantization import QuantSpec
 
 __all__ = ['main', 'compare', 'plan', 'Run']
@@ -36,20 +38,26 @@ _SILENT = ('log_interval', 'dropped_hooks', 'teacher')
 
 
 _FIRST = frozenset(
-    'type max_iters model_config generator size batch_size calibration_samples pool_size evolve_every evolve_samples source samples '
-    'save_samples reobserve augment classes distil block_stride seed'.split())
+    'type max_iters model_config generator size batch_size calibration_samples pool_size evolve_every evolve_samples '
+    'source samples '
+    'save_samples reobserve augment classes distil block_stride seed'.split()
+)
 """Settings of the loop that the key of a row has always held."""
 
 
 def _new_and_unused(name: str, value: Any) -> bool:
     """Whether a setting came after :data:`_FIRST` and is at its default: rows from before it was there stay valid."""
     from psaq_mm.engine.presets import DFQ_DEFAULTS
+
     return name not in _FIRST and name in DFQ_DEFAULTS and value == DFQ_DEFAULTS[name]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row to be: a config with quantizer, source and seed set, and the key that stands for all that its numbers rest on."""
+    """One row to be: a config with quantizer, source and seed set, and the key that stands for all that its numbers
+    rest on.
+    """
+
     path: str
     config: Any
     method: str
@@ -79,6 +87,7 @@ class Shown:
         pictures: Of the test set, that these evaluations see.
         rows: JSON file that the rows are merged into, see :func:`psaq_mm.commands.sample_rows.merge_rows`; None: none.
     """
+
     points: int = 0
     pictures: int = 100
     rows: Optional[Path] = None
@@ -108,6 +117,7 @@ class _Contents:
 
     def __call__(self, path: str) -> str:
         from psaq_mm.engine.checkpoint import file_sha256
+
         if '://' in path:  # OpenMMLab's addresses end with the hash of what they hold
             return path
         if path not in self._known:
@@ -121,14 +131,22 @@ class _Contents:
 
 def _test_settings(config) -> Dict[str, Any]:
     loader = config.test_dataloader
-    return dict(dataset=loader.dataset, batch_size=loader.get('batch_size'), collate_fn=loader.get('collate_fn'),
-                evaluator=config.test_evaluator, test_cfg=config.get('test_cfg'),
-                preprocessor=config.get('data_preprocessor'))
+    return dict(
+        dataset=loader.dataset,
+        batch_size=loader.get('batch_size'),
+        collate_fn=loader.get('collate_fn'),
+        evaluator=config.test_evaluator,
+        test_cfg=config.get('test_cfg'),
+        preprocessor=config.get('data_preprocessor'),
+    )
 
 
 def _contents_of(used: Any, content: Callable[[str], str]) -> Any:
-    """What ``dfq.samples`` stands for in a key: the content of a path, of a source its settings and the content of its paths."""
+    """What ``dfq.samples`` stands for in a key: the content of a path, of a source its settings and the content of its
+    paths.
+    """
     from psaq_mm.engine.samples import folders_in
+
     if not used or isinstance(used, str):
         return content(used) if used and os.path.exists(used) else used
     return dict(settings=used, contents=[content(path) if os.path.exists(path) else path for path in folders_in(used)])
@@ -136,8 +154,11 @@ def _contents_of(used: Any, content: Callable[[str], str]) -> Any:
 
 # ---------------------------------------------------------------------- plan
 def _quant_name(config) -> str:
-    """The preset's name, and what a table must not mix: the scope where it is not the backbone, and a reduced range of weights."""
+    """The preset's name, and what a table must not mix: the scope where it is not the backbone, and a reduced range of
+    weights.
+    """
     from psaq_mm.engine.config import quant_holder
+
     quant = quant_holder(config.model).get('quant', 'w8a8')
     spec = QuantSpec.parse(quant)
     preset = quant if isinstance(quant, str) else quant.get('preset')
@@ -149,9 +170,11 @@ _ENDLESS = 10**6
 """Steps of a run that its time ends."""
 
 
-def _data_free_settings(config, source: str, seed: int, train: bool, samples: Optional[str],
-                        seconds: Optional[float] = None) -> Dict[str, Any]:
+def _data_free_settings(
+    config, source: str, seed: int, train: bool, samples: Optional[str], seconds: Optional[float] = None
+) -> Dict[str, Any]:
     from psaq_mm.engine.presets import Fresh, resolve_dfq
+
     given = config.get('dfq')
     dfq = dict(preset=given) if isinstance(given, str) else dict(given or {})
     dfq.update(source=source, seed=seed, checkpoint_interval=0, sheet_interval=0)
@@ -174,6 +197,7 @@ def _data_free_settings(config, source: str, seed: int, train: bool, samples: Op
 def _label(source: str, method: Optional[str], dfq: Mapping, name: Optional[str], seconds: Optional[float]) -> str:
     """What a row and a curve are called: the source, and what of the run is not seen from method, steps and seconds."""
     from psaq_mm.engine.presets import Fresh, resolve_dfq
+
     if source == 'generated':
         source = name or method or source
     elif source not in SOURCES:
@@ -187,45 +211,60 @@ def _check_source(source: str) -> None:
     if source not in SOURCES and not os.path.exists(source):
         near = difflib.get_close_matches(source, SOURCES, 1, cutoff=0.4)
         hint = f'did you mean {near[0]}? Known are' if near else 'use some of'
-        raise ConfigError(f'--calibration {source} is no source of samples: {hint} {", ".join(SOURCES)}, or the path of a folder of '
-                          'images')
+        raise ConfigError(
+            f'--calibration {source} is no source of samples: {hint} {", ".join(SOURCES)}, or the path of a folder of '
+            'images'
+        )
 
 
-def plan(configs: Mapping[str, Any], sources: Sequence[str], seeds: Sequence[int], quants: Sequence[Optional[str]] = (None, ),
-         train: bool = False, samples: Optional[str] = None, methods: Sequence[Optional[str]] = (None, ),
-         options: Optional[Mapping] = None, seconds: Optional[float] = None, label: Optional[str] = None) -> List[Run]:
+def plan(
+    configs: Mapping[str, Any],
+    sources: Sequence[str],
+    seeds: Sequence[int],
+    quants: Sequence[Optional[str]] = (None,),
+    train: bool = False,
+    samples: Optional[str] = None,
+    methods: Sequence[Optional[str]] = (None,),
+    options: Optional[Mapping] = None,
+    seconds: Optional[float] = None,
+    label: Optional[str] = None,
+) -> List[Run]:
     """All rows of a comparison, checked before the first of them runs.
 
     Args:
         configs: Loaded configs by their paths.
-        sources: Out of :data:`psaq_mm.distillation.coevolution.SOURCES`, or paths of folders of images.
+        sources: Out of :data:`psaq_mm.psaq_vit.coevolution.SOURCES`, or paths of folders of images.
         seeds: One row each.
         quants: Presets; None is the config's own.
         train: Whether the config's own training runs on the samples, else ranges alone are calibrated.
         samples: File or folder of samples that the source ``generated`` takes instead of making its own.
-        methods: Out of :data:`psaq_mm.engine.presets.METHODS`; each brings its quantizer, and trains or not as it does. None is what
-            the config has, trained if ``train``.
+        methods: Out of :data:`psaq_mm.engine.presets.METHODS`; each brings its quantizer, and trains or not as it does.
+            None is what the config has, trained if ``train``.
         seconds: Time of each run, samples included, in place of a number of steps, for those that train.
         label: What ``generated`` is called in rows and curves; the method by default.
 
     Raises:
-        ConfigError, SpecError, DataError: A source or preset is not known, a checkpoint or test set is not there, or real images
-            are asked for where there is no training set or it is the test set.
+        ConfigError, SpecError, DataError: A source or preset is not known, a checkpoint or test set is not there, or
+            real images are asked for where there is no training set or it is the test set.
     """
     from psaq_mm.commands.test import check_test_set
     from psaq_mm.engine.config import apply_method, full_precision_model_config, quant_holder, to_data_free
     from psaq_mm.engine.data_overlap import check_folder, check_no_overlap
     from psaq_mm.engine.presets import resolve_dfq
+
     for source in sources:
         _check_source(source)
     if seconds is not None and not seconds > 0:
         raise ConfigError(f'--seconds {seconds:g} must be above 0')
     if seconds is not None and not (train or any(method and resolve_dfq(method)['iters'] for method in methods)):
-        raise ConfigError(f'--seconds {seconds:g} bounds the training of the student, and nothing is trained: add --train, or a '
-                          '--method that trains')
+        raise ConfigError(
+            f'--seconds {seconds:g} bounds the training of the student, and nothing is trained: add --train, or a '
+            '--method that trains'
+        )
     if samples and 'generated' not in sources:
-        raise ConfigError(f'--samples {samples} serves the source generated alone: add it to --calibration, or leave --samples '
-                          'out')
+        raise ConfigError(
+            f'--samples {samples} serves the source generated alone: add it to --calibration, or leave --samples out'
+        )
     if samples and not os.path.exists(samples):
         raise DataError(f'--samples {samples} does not exist: check the path')
     content, runs = _Contents(), []
@@ -234,8 +273,10 @@ def plan(configs: Mapping[str, Any], sources: Sequence[str], seeds: Sequence[int
         check_test_set(config)
         if 'real' in sources:
             if not (config.get('train_dataloader') or {}).get('dataset'):
-                raise ConfigError(f'--calibration real needs train_dataloader.dataset in {path}: name the training set, or leave '
-                                  'real out')
+                raise ConfigError(
+                    f'--calibration real needs train_dataloader.dataset in {path}: name the training set, or leave '
+                    'real out'
+                )
             check_no_overlap(config)
         for source in sources:
             if source not in SOURCES:
@@ -249,20 +290,41 @@ def plan(configs: Mapping[str, Any], sources: Sequence[str], seeds: Sequence[int
                     own.dfq = _data_free_settings(quantized, source, seed, train or bool(method), samples, seconds)
                     free = to_data_free(own)
                     checkpoint = free.train_cfg.teacher['checkpoint']
-                    test = dict(_test_settings(config), checkpoint=content(checkpoint),
-                                model=full_precision_model_config(own.model))
+                    test = dict(
+                        _test_settings(config),
+                        checkpoint=content(checkpoint),
+                        model=full_precision_model_config(own.model),
+                    )
                     loop = {k: v for k, v in free.train_cfg.items() if k not in _SILENT and not _new_and_unused(k, v)}
                     used = loop.get('samples')
-                    rests_on = dict(test, loop=loop, optimizer=free.optim_wrapper,
-                                    samples=_contents_of(used, content),
-                                    training=config.train_dataloader.dataset if source == 'real' else None)
+                    rests_on = dict(
+                        test,
+                        loop=loop,
+                        optimizer=free.optim_wrapper,
+                        samples=_contents_of(used, content),
+                        training=config.train_dataloader.dataset if source == 'real' else None,
+                    )
                     if used:
                         loop['samples'] = None  # counts by its content
                     dfq, shown = resolve_dfq(own.dfq), _quant_name(own)
                     name = method or (dfq['method'] if train else 'calibration')
-                    runs.append(Run(path, own, name, shown, source, seed, free.train_cfg.max_iters, checkpoint, _key(rests_on), _key(test),
-                                    _label(source, method, dfq, label, seconds), bits_of(shown, spec.label),
-                                    dfq['max_seconds'] is not None))
+                    runs.append(
+                        Run(
+                            path,
+                            own,
+                            name,
+                            shown,
+                            source,
+                            seed,
+                            free.train_cfg.max_iters,
+                            checkpoint,
+                            _key(rests_on),
+                            _key(test),
+                            _label(source, method, dfq, label, seconds),
+                            bits_of(shown, spec.label),
+                            dfq['max_seconds'] is not None,
+                        )
+                    )
     return list({(run.path, run.key): run for run in runs}.values())
 
 
@@ -283,23 +345,35 @@ def _full_precision_predictions(run: Run, work_dir: Path, say: Callable[[str], N
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
     from psaq_mm.commands.test import evaluate
     from psaq_mm.engine.checkpoint import read_checkpoint
+
     path = work_dir / f'full_precision_{run.full_precision_key}.npz'
     if path.is_file():
         return Predictions.load(path)
     folder, hook, begun = work_dir / 'runs' / path.stem, RecordHook(), time.perf_counter()
     with silence():
-        metrics = evaluate(isolated(run.config, folder), read_checkpoint(run.checkpoint), run.checkpoint, full_precision=True,
-                           hooks=[hook, ProgressHook(say)])
+        metrics = evaluate(
+            isolated(run.config, folder),
+            read_checkpoint(run.checkpoint),
+            run.checkpoint,
+            full_precision=True,
+            hooks=[hook, ProgressHook(say)],
+        )
     hook.predictions.metrics = scalars(metrics)
     hook.predictions.save(path)
     shutil.rmtree(folder, ignore_errors=True)
-    say(f'{Path(run.path).stem} full precision: {_shown(hook.predictions.metrics)}, {time.perf_counter() - begun:.1f} s')
+    say(
+        f'{Path(run.path).stem} full precision: {_shown(hook.predictions.metrics)}, {time.perf_counter() - begun:.1f} s'
+    )
     return hook.predictions
 
 
 def _samples_used(summary: Mapping) -> int:
     """Samples that ranges were calibrated on and the student has seen."""
-    return summary['calibration_samples'] + max(summary['rounds'] - 1, 0) * summary['evolve_samples'] + summary['fresh_samples']
+    return (
+        summary['calibration_samples']
+        + max(summary['rounds'] - 1, 0) * summary['evolve_samples']
+        + summary['fresh_samples']
+    )
 
 
 def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown = Shown()) -> Dict[str, Any]:
@@ -310,6 +384,7 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
     from psaq_mm.commands.test import evaluate
     from psaq_mm.engine.checkpoint import read_checkpoint
     from psaq_mm.engine.config import to_data_free
+
     student, hook, found = folder / 'student.pth', AgreementHook(truth), {}
     with silence():
         begun = time.perf_counter()
@@ -317,6 +392,7 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
         runner.register_hook(ProgressHook(say))
         if shown.points:
             from psaq_mm.commands.curves import CurveHook
+
             curve = CurveHook(truth, run.config, shown.points, shown.pictures)
             runner.register_hook(curve)
             found['curve'] = curve.curve
@@ -326,10 +402,18 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
         found['iters'] = loop.iter
         del runner, loop  # before another model takes its place on the device
         gc.collect()
-        metrics = evaluate(isolated(run.config, folder), read_checkpoint(student), str(student), hooks=[hook, ProgressHook(say)])
+        metrics = evaluate(
+            isolated(run.config, folder), read_checkpoint(student), str(student), hooks=[hook, ProgressHook(say)]
+        )
     others = other_metrics(metrics)
-    return dict(found, samples=samples, seconds=round(seconds, 2), metrics=scalars(metrics), **hook.result(),
-                **(dict(other_metrics=others) if others else {}))
+    return dict(
+        found,
+        samples=samples,
+        seconds=round(seconds, 2),
+        metrics=scalars(metrics),
+        **hook.result(),
+        **(dict(other_metrics=others) if others else {}),
+    )
 
 
 def _shown(metrics: Mapping[str, Optional[float]]) -> str:
@@ -337,9 +421,23 @@ def _shown(metrics: Mapping[str, Optional[float]]) -> str:
     return ', '.join(shown) or 'no metrics'
 
 
-def _row_or_error(run: Run, work_dir: Path, keep_students: bool, say: Callable[[str], None], failed: Dict[str, Exception],
-                  shown: Shown = Shown()) -> Dict[str, Any]:
-    row = dict(key=run.key, config=run.path, method=run.method, quant=run.quant, source=run.source, seed=run.seed, iters=run.iters)
+def _row_or_error(
+    run: Run,
+    work_dir: Path,
+    keep_students: bool,
+    say: Callable[[str], None],
+    failed: Dict[str, Exception],
+    shown: Shown = Shown(),
+) -> Dict[str, Any]:
+    row = dict(
+        key=run.key,
+        config=run.path,
+        method=run.method,
+        quant=run.quant,
+        source=run.source,
+        seed=run.seed,
+        iters=run.iters,
+    )
     folder = work_dir / 'runs' / f'{re.sub("[^A-Za-z0-9.-]+", "_", run.name)}_{run.key[:6]}'
     shutil.rmtree(folder, ignore_errors=True)  # what a run that was stopped left
     try:
@@ -347,7 +445,8 @@ def _row_or_error(run: Run, work_dir: Path, keep_students: bool, say: Callable[[
         row.update(_run(run, truth, folder, say, *([shown] if shown.points else [])), full_precision=truth.metrics)
     except PsaqError as error:
         return dict(row, error=str(error))
-    except Exception as error:  # what the libraries raise is not ours to foresee, and the other rows do not depend on it
+    # what the libraries raise is not ours to foresee, and the other rows do not depend on it
+    except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise
         missing = missing_from(error)
@@ -362,8 +461,13 @@ def _row_or_error(run: Run, work_dir: Path, keep_students: bool, say: Callable[[
     return row
 
 
-def compare(runs: Sequence[Run], work_dir: str, keep_students: bool = False, say: Optional[Callable[[str], None]] = None,
-            shown: Shown = Shown()) -> RowFile:
+def compare(
+    runs: Sequence[Run],
+    work_dir: str,
+    keep_students: bool = False,
+    say: Optional[Callable[[str], None]] = None,
+    shown: Shown = Shown(),
+) -> RowFile:
     """Run all rows that are not there yet; rows and table are in ``compare.json`` and ``compare.md`` of ``work_dir``.
 
     Args:
@@ -385,12 +489,16 @@ def compare(runs: Sequence[Run], work_dir: str, keep_students: bool = False, say
         return _compare(runs, folder, keep_students, say or _printer(), shown)
 
 
-def _compare(runs: Sequence[Run], folder: Path, keep_students: bool, say: Callable[[str], None], shown: Shown) -> RowFile:
+def _compare(
+    runs: Sequence[Run], folder: Path, keep_students: bool, say: Callable[[str], None], shown: Shown
+) -> RowFile:
     file = RowFile(folder / 'compare.json')
     if shown.rows:
         read_rows(shown.rows)  # a file of something else is named before anything runs
     wanted = {run.key: run for run in runs}  # two configs may say the same
-    missing = [run for key, run in wanted.items() if not file.done(key) or shown.points and not file.rows[key].get('curve')]
+    missing = [
+        run for key, run in wanted.items() if not file.done(key) or shown.points and not file.rows[key].get('curve')
+    ]
     say(f'{len(wanted)} rows, {len(wanted) - len(missing)} of them are there already')
     begun, failed = time.monotonic(), {}
     for number, run in enumerate(missing, 1):
@@ -398,18 +506,31 @@ def _compare(runs: Sequence[Run], folder: Path, keep_students: bool, say: Callab
         file.add(row)
         _merge(run, row, shown)
         eta = (time.monotonic() - begun) / number * (len(missing) - number)
-        outcome = f'failed: {row["error"]}' if row.get('error') else ', '.join([
-            _shown(row['metrics']), f'agreement {row["agreement"]:.3f}' if row['agreement'] is not None else 'agreement -',
-            f'{row["seconds"]:.1f} s'])
+        outcome = (
+            f'failed: {row["error"]}'
+            if row.get('error')
+            else ', '.join(
+                [
+                    _shown(row['metrics']),
+                    f'agreement {row["agreement"]:.3f}' if row['agreement'] is not None else 'agreement -',
+                    f'{row["seconds"]:.1f} s',
+                ]
+            )
+        )
         say(f'[{number}/{len(missing)}] {run.name}: {outcome}; {_duration(eta)} left')
-    file.table = summarize([dict(file.rows[run.key], config=run.path, method=run.method, quant=run.quant) for run in runs])
+    file.table = summarize(
+        [dict(file.rows[run.key], config=run.path, method=run.method, quant=run.quant) for run in runs]
+    )
     file.save()
     write_whole(folder / 'compare.md', to_markdown(file.table))
     for run in runs:  # those of earlier calls among them
         _merge(run, file.rows[run.key], shown)
     if shown.points:
         from psaq_mm.commands.curves import draw_curves
-        for path in draw_curves([(f'{Path(run.path).stem} {run.bits}', run.label, file.rows[run.key]) for run in runs], folder):
+
+        for path in draw_curves(
+            [(f'{Path(run.path).stem} {run.bits}', run.label, file.rows[run.key]) for run in runs], folder
+        ):
             say(f'drawn: {path}')
     return file
 
@@ -435,28 +556,65 @@ def _parser() -> argparse.ArgumentParser:
     from mmengine.config import DictAction
 
     from psaq_mm.engine.presets import METHODS
+
     parser = argparse.ArgumentParser(prog='psaq-compare', description=__doc__)
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help='configs with a test set; load_from is quantized')
-    parser.add_argument('--calibration', nargs='+', default=['generated', 'gaussian'], metavar='SOURCE',
-                        help=f'where samples come from: some of {", ".join(SOURCES)}, or folders of images')
+    parser.add_argument(
+        '--calibration',
+        nargs='+',
+        default=['generated', 'gaussian'],
+        metavar='SOURCE',
+        help=f'where samples come from: some of {", ".join(SOURCES)}, or folders of images',
+    )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--quant', nargs='+', metavar='PRESET', help='such as w8a8 w4a8; each config\'s own by default')
-    parser.add_argument('--method', nargs='+', choices=list(METHODS), help='published methods, each with its quantizer; they train or '
-                        'not as they do')
-    parser.add_argument('--train', action='store_true', help='train the student too, as the config says, on each '
-                        'source\'s samples')
-    parser.add_argument('--seconds', type=float, metavar='S', help='train for this time, samples included, in place of a number of steps; '
-                        'the learning rate ends with it')
-    parser.add_argument('--curve', type=int, default=0, metavar='N', help='agreement at the start and N points of training, drawn '
-                        'against steps and seconds')
-    parser.add_argument('--curve-images', type=int, default=100, metavar='K', help='images of the test set that a point is taken on, '
-                        'always the same (default: %(default)s)')
-    parser.add_argument('--rows', type=Path, metavar='FILE', help='JSON list that the rows are merged into, such as '
-                        'docs/results/samples.json')
-    parser.add_argument('--label', help='what the source generated is called in --rows and curves; the method by default')
+    parser.add_argument('--quant', nargs='+', metavar='PRESET', help="such as w8a8 w4a8; each config's own by default")
+    parser.add_argument(
+        '--method',
+        nargs='+',
+        choices=list(METHODS),
+        help='published methods, each with its quantizer; they train or not as they do',
+    )
+    parser.add_argument(
+        '--train', action='store_true', help="train the student too, as the config says, on each source's samples"
+    )
+    parser.add_argument(
+        '--seconds',
+        type=float,
+        metavar='S',
+        help='train for this time, samples included, in place of a number of steps; the learning rate ends with it',
+    )
+    parser.add_argument(
+        '--curve',
+        type=int,
+        default=0,
+        metavar='N',
+        help='agreement at the start and N points of training, drawn against steps and seconds',
+    )
+    parser.add_argument(
+        '--curve-images',
+        type=int,
+        default=100,
+        metavar='K',
+        help='images of the test set that a point is taken on, always the same (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--rows',
+        type=Path,
+        metavar='FILE',
+        help='JSON list that the rows are merged into, such as docs/results/samples.json',
+    )
+    parser.add_argument(
+        '--label', help='what the source generated is called in --rows and curves; the method by default'
+    )
     parser.add_argument('--samples', help='saved samples for the source generated: a .pt file or a folder of images')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE',
-                        help='override settings of every config')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='override settings of every config',
+    )
     parser.add_argument('--work-dir', default=os.path.join('work_dirs', 'compare'), help='where rows and table go')
     parser.add_argument('--keep-students', action='store_true', help='keep student.pth and log of every row')
     return parser
@@ -469,13 +627,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     def command(args) -> None:
         nonlocal status
         configs = {path: load_config(path) for path in args.configs}
-        runs = plan(configs, list(dict.fromkeys(args.calibration)), list(dict.fromkeys(args.seeds)),
-                    list(dict.fromkeys(args.quant or [None])), args.train, args.samples,
-                    list(dict.fromkeys(args.method or [None])), args.cfg_options, args.seconds, args.label)
+        runs = plan(
+            configs,
+            list(dict.fromkeys(args.calibration)),
+            list(dict.fromkeys(args.seeds)),
+            list(dict.fromkeys(args.quant or [None])),
+            args.train,
+            args.samples,
+            list(dict.fromkeys(args.method or [None])),
+            args.cfg_options,
+            args.seconds,
+            args.label,
+        )
         if args.curve < 0 or args.curve_images < 1:
-            raise ConfigError(f'--curve {args.curve} must be 0 or more points, on --curve-images {args.curve_images} of at least 1')
+            raise ConfigError(
+                f'--curve {args.curve} must be 0 or more points, on --curve-images {args.curve_images} of at least 1'
+            )
         try:
-            file = compare(runs, args.work_dir, args.keep_students, say, Shown(args.curve, args.curve_images, args.rows))
+            file = compare(
+                runs, args.work_dir, args.keep_students, say, Shown(args.curve, args.curve_images, args.rows)
+            )
         except KeyboardInterrupt:
             print(f'{parser.prog}: interrupted; the same command goes on where it was', file=sys.stderr)
             status = 130
@@ -485,8 +656,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         failed = [run.name for run in runs if not file.done(run.key)]
         if failed:
             status = 1
-            print(f'{parser.prog}: {len(failed)} of {len(runs)} rows failed ({failed[0]} first): the reasons are above and in '
-                  f'{os.path.join(args.work_dir, "compare.json")}; the same command tries them again', file=sys.stderr)
+            print(
+                f'{parser.prog}: {len(failed)} of {len(runs)} rows failed ({failed[0]} first): the reasons are above '
+                f'and in '
+                f'{os.path.join(args.work_dir, "compare.json")}; the same command tries them again',
+                file=sys.stderr,
+            )
 
     return run_command(command, parser, argv) or status
 

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Rows of a comparison: kept on disk as they come, and summed up in one table."""
+
 import contextlib
 import json
 import os
@@ -35,7 +36,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(folder / '.lock', wait=False))
         except BlockingIOError as error:
-            raise ConfigError(f'another comparison is at work in {folder}: wait for it, or give another --work-dir') from error
+            raise ConfigError(
+                f'another comparison is at work in {folder}: wait for it, or give another --work-dir'
+            ) from error
         yield
 
 
@@ -58,8 +61,10 @@ class RowFile:
                 content = json.loads(self.path.read_text())
                 self.rows, self.table = {row['key']: row for row in content['rows']}, content['table']
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f'{self.path} holds no rows of a comparison ({type(error).__name__}): move it away or give '
-                                'another --work-dir') from error
+                raise DataError(
+                    f'{self.path} holds no rows of a comparison ({type(error).__name__}): move it away or give '
+                    'another --work-dir'
+                ) from error
 
     def done(self, key: str) -> bool:
         """Whether the run is there; one that failed is not."""
@@ -92,8 +97,14 @@ def summarize(rows: Sequence[Mapping]) -> List[Dict[str, Any]]:
     entries = []
     for (config, method, quant, source), group in groups.items():
         good = [r for r in group if not r.get('error')]
-        entry: Dict[str, Any] = dict(config=config, method=method, quant=quant, source=source, seeds=[r['seed'] for r in good],
-                                     failed=len(group) - len(good))
+        entry: Dict[str, Any] = dict(
+            config=config,
+            method=method,
+            quant=quant,
+            source=source,
+            seeds=[r['seed'] for r in good],
+            failed=len(group) - len(good),
+        )
         if good:
             keys = dict.fromkeys(k for r in good for k in r['metrics'])
             entry['metrics'] = {k: _spread([r['metrics'].get(k) for r in good]) for k in keys}
@@ -129,21 +140,53 @@ def to_markdown(table: Sequence[Mapping]) -> str:
 
 def _one_config(entries: Sequence[Mapping]) -> List[str]:
     full = next((e['full_precision'] for e in entries if e.get('full_precision')), {})
-    given = dict.fromkeys([*full, *(k for e in entries for k in e.get('metrics') or {})])  # full precision may have none, or not all
+    # full precision may have none, or not all
+    given = dict.fromkeys([*full, *(k for e in entries for k in e.get('metrics') or {})])
     keys = [k for k in given if not _DETAIL.search(k)] or list(given)
     paired = any(e.get('difference') for e in entries)
     divergent = any(e.get('divergence') for e in entries)
-    head = ['method', 'quant', 'source', 'seeds', *keys, 'agreement', *(['difference'] if paired else []),
-            *(['divergence'] if divergent else []), 'samples', 'steps', 'seconds']
+    head = [
+        'method',
+        'quant',
+        'source',
+        'seeds',
+        *keys,
+        'agreement',
+        *(['difference'] if paired else []),
+        *(['divergence'] if divergent else []),
+        'samples',
+        'steps',
+        'seconds',
+    ]
     # AP comes as a share, mIoU and top-1 in per cent.
     digits = {k: 3 if full.get(k) is None or abs(full[k]) <= 1 else 2 for k in keys}
-    first = ['full precision', '-', '-', '-', *(f'{full[k]:.{digits[k]}f}' if full.get(k) is not None else '-' for k in keys), '1.000']
-    lines = [head, ['---'] * len(head), first + ['-'] * (len(head) - len(first))] if full else [head, ['---'] * len(head)]
+    first = [
+        'full precision',
+        '-',
+        '-',
+        '-',
+        *(f'{full[k]:.{digits[k]}f}' if full.get(k) is not None else '-' for k in keys),
+        '1.000',
+    ]
+    lines = (
+        [head, ['---'] * len(head), first + ['-'] * (len(head) - len(first))] if full else [head, ['---'] * len(head)]
+    )
     for e in entries:
         metrics = e.get('metrics') or {}
         seeds = f'{len(e["seeds"])}' + (f' ({e["failed"]} failed)' if e['failed'] else '')
-        lines.append([e['method'], e['quant'], e['source'], seeds, *(_cell(metrics.get(k), digits[k]) for k in keys),
-                      _cell(e.get('agreement'), 3), *([_difference(e)] if paired else []),
-                      *([_cell(e.get('divergence'), 4)] if divergent else []), _cell(e.get('samples'), 0), _cell(e.get('iters'), 0),
-                      _cell(e.get('seconds'), 1)])
+        lines.append(
+            [
+                e['method'],
+                e['quant'],
+                e['source'],
+                seeds,
+                *(_cell(metrics.get(k), digits[k]) for k in keys),
+                _cell(e.get('agreement'), 3),
+                *([_difference(e)] if paired else []),
+                *([_cell(e.get('divergence'), 4)] if divergent else []),
+                _cell(e.get('samples'), 0),
+                _cell(e.get('iters'), 0),
+                _cell(e.get('seconds'), 1),
+            ]
+        )
     return ['| ' + ' | '.join(line) + ' |' for line in lines]

@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A Swin checkpoint of another release for today's libraries: ``tools/convert_checkpoint.py CONFIG SOURCE --out OUT``."""
+"""A Swin checkpoint of another release for today's libraries: ``tools/convert_checkpoint.py CONFIG SOURCE --out
+OUT``.
+"""
+
 import argparse
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
 
@@ -12,11 +15,15 @@ __all__ = ['main', 'convert_checkpoint', 'dataset_meta_of']
 def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:
     """See :func:`psaq_mm.engine.checkpoint.dataset_meta_of`."""
     from psaq_mm.engine import checkpoint
+
     return checkpoint.dataset_meta_of(meta)
 
 
-def convert_checkpoint(config, source: str, backbone_only: bool = False, drop: Sequence[str] = ()) -> Tuple[Dict, Any, Any]:
-    """Convert ``source`` for the full-precision model of a loaded config; nothing is written, and misfits are not raised.
+def convert_checkpoint(
+    config, source: str, backbone_only: bool = False, drop: Sequence[str] = ()
+) -> Tuple[Dict, Any, Any]:
+    """Convert ``source`` for the full-precision model of a loaded config; nothing is written, and misfits are not
+    raised.
 
     Args:
         config: Of a full-precision or a quantized model.
@@ -37,6 +44,7 @@ def convert_checkpoint(config, source: str, backbone_only: bool = False, drop: S
     from psaq_mm.errors import CheckpointError
     from psaq_mm.models.conversion import fit_weights, rename_swin
     from psaq_mm.models.loading import usable_weights
+
     checkpoint = read_checkpoint(source)
     if is_quantized(checkpoint):
         raise CheckpointError(f'{source} is quantized: convert the full-precision checkpoint and quantize that')
@@ -44,19 +52,30 @@ def convert_checkpoint(config, source: str, backbone_only: bool = False, drop: S
     for note in usable.notes:
         print(f'{source}: {note}')
     renamed = rename_swin(usable.weights)
-    conversion = fit_weights(renamed, build_model(config, full_precision_model_config(config.model)), backbone_only, drop)
-    meta = dict(dataset_meta=dataset_meta_of(checkpoint['meta']),
-                converted_from=dict(checkpoint=str(source), naming=renamed.naming))
+    conversion = fit_weights(
+        renamed, build_model(config, full_precision_model_config(config.model)), backbone_only, drop
+    )
+    meta = dict(
+        dataset_meta=dataset_meta_of(checkpoint['meta']),
+        converted_from=dict(checkpoint=str(source), naming=renamed.naming),
+    )
     return dict(meta=meta, state_dict=conversion.state_dict), renamed, conversion
 
 
 def _say(renamed, conversion) -> None:
     """Every weight that was not simply carried over, by name."""
-    print(f'naming of the checkpoint: {renamed.naming}; {len(conversion.state_dict)} weights placed, {len(renamed.derived)} '
-          'position indices and masks made anew')
-    for what, names in (('found no place', conversion.unplaced), ('is not in the checkpoint', conversion.missing),
-                        ('does not fit', conversion.wrong), ('left out', conversion.left_out),
-                        ('is not in the checkpoint and keeps its initial value', conversion.untrained)):
+    print(
+        f'naming of the checkpoint: {renamed.naming}; {len(conversion.state_dict)} weights placed, '
+        f'{len(renamed.derived)} '
+        'position indices and masks made anew'
+    )
+    for what, names in (
+        ('found no place', conversion.unplaced),
+        ('is not in the checkpoint', conversion.missing),
+        ('does not fit', conversion.wrong),
+        ('left out', conversion.left_out),
+        ('is not in the checkpoint and keeps its initial value', conversion.untrained),
+    ):
         for name in names:
             print(f'  {what}: {name}')
 
@@ -65,14 +84,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog='psaq-convert-checkpoint', description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument('source', help='a file or URL, .pth or .safetensors: Swin\'s own releases, timm\'s, mmpretrain\'s')
+    parser.add_argument('source', help="a file or URL, .pth or .safetensors: Swin's own releases, timm's, mmpretrain's")
     parser.add_argument('--out', required=True, help='the .pth to be written, whole or not at all')
-    parser.add_argument('--backbone-only', action='store_true', help='the backbone alone, as from a classifier to a detector; what '
-                        'reads it as init_cfg wants convert_weights=False')
-    parser.add_argument('--drop', nargs='+', default=[], metavar='PATTERN', help='leave weights out by their name in the source')
+    parser.add_argument(
+        '--backbone-only',
+        action='store_true',
+        help='the backbone alone, as from a classifier to a detector; what '
+        'reads it as init_cfg wants convert_weights=False',
+    )
+    parser.add_argument(
+        '--drop', nargs='+', default=[], metavar='PATTERN', help='leave weights out by their name in the source'
+    )
 
     def command(args) -> None:
         from psaq_mm.engine.checkpoint import save_atomic
+
         if not args.out.endswith('.pth'):
             raise ConfigError(f'--out {args.out} must end with .pth: OpenMMLab reads nothing else')
         config = load_config(args.config, args.cfg_options)

@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Agreement with full precision while the student learns, and its picture: ``tools/compare.py ... --train --curve 8``."""
+"""Agreement with full precision while the student learns, and its picture: ``tools/compare.py ... --train --curve
+8``.
+"""
+
 import functools
 import statistics
 from pathlib import Path
@@ -30,9 +33,11 @@ class CurveHook(Hook):
     Args:
         truth: Predictions of full precision on the whole test set.
         config: Has the test set.
-        points: Evaluations after that of calibration, evenly spread over the run's steps, or its seconds where they bound it.
+        points: Evaluations after that of calibration, evenly spread over the run's steps, or its seconds where they
+            bound it.
         pictures: How many; the same ones every time, in every row.
     """
+
     priority = 'LOWEST'
 
     def __init__(self, truth: Predictions, config: Mapping, points: int, pictures: int = 100):
@@ -65,7 +70,7 @@ class CurveHook(Hook):
             model, collate = loop.model, self._collate()
             size = int(self.config['test_dataloader'].get('batch_size') or 1)
             for begin in range(0, len(self.places), size):
-                places = self.places[begin:begin + size]
+                places = self.places[begin : begin + size]
                 samples = model.test_step(collate([self._items()[place] for place in places]))
                 for place, sample in zip(places, samples):
                     found.add(place, sample)
@@ -74,6 +79,7 @@ class CurveHook(Hook):
     def _items(self):
         if self._dataset is None:
             from mmengine.registry import DATASETS
+
             dataset = DATASETS.build(self.config['test_dataloader']['dataset'])
             getattr(dataset, 'full_init', lambda: None)()
             self._dataset = dataset
@@ -81,6 +87,7 @@ class CurveHook(Hook):
 
     def _collate(self):
         from mmengine.registry import FUNCTIONS
+
         given = self.config['test_dataloader'].get('collate_fn') or dict(type='pseudo_collate')
         if not isinstance(given, Mapping):
             return given
@@ -92,17 +99,24 @@ class CurveHook(Hook):
 def _mean_curve(label: str, curves: Sequence[Sequence[Point]], key: str) -> Any:
     """One line of several seeds, point by point; None where nothing can be drawn."""
     from psaq_mm.visualization import Line
+
     points = [[point for point in group if point['agreement'] is not None] for group in zip(*curves)]
     points = [group for group in points if group]
     if not points:
         return None
     found = [[point['agreement'] for point in group] for group in points]
-    return Line(label, [statistics.fmean(point[key] for point in group) for group in points], [statistics.fmean(v) for v in found],
-                [min(v) for v in found], [max(v) for v in found])
+    return Line(
+        label,
+        [statistics.fmean(point[key] for point in group) for group in points],
+        [statistics.fmean(v) for v in found],
+        [min(v) for v in found],
+        [max(v) for v in found],
+    )
 
 
 def draw_curves(rows: Sequence[Tuple[str, str, Mapping]], folder: Path) -> List[Path]:
-    """One PNG for each group of rows: agreement against steps, and against seconds; a line a label, its mean and range over the seeds.
+    """One PNG for each group of rows: agreement against steps, and against seconds; a line a label, its mean and range
+    over the seeds.
 
     Args:
         rows: (group, label, row); rows without a ``curve`` are left out. A group is a model at a precision.
@@ -112,6 +126,7 @@ def draw_curves(rows: Sequence[Tuple[str, str, Mapping]], folder: Path) -> List[
         The files.
     """
     from psaq_mm.visualization import Panel, line_chart, write_png
+
     written = []
     for group in dict.fromkeys(name for name, _, _ in rows):
         curves: Dict[str, List[Sequence[Point]]] = {}

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A quantized model to ONNX with integer weights and activations: ``tools/export.py CONFIG STUDENT.pth --out DIR``."""
+
 import argparse
 import math
 from typing import List, Mapping, Optional, Sequence, Tuple
@@ -19,8 +20,10 @@ def _round_up(value: float, multiple: int) -> int:
 def default_sizes(config) -> List[Tuple[int, int]]:
     """Sizes (height, width) that hold what a config's test pipelines make, and what its preprocessor pads that to.
 
-    Where the ratio of an image is kept, these are its bound and the sizes of 4:3 and 3:2 photographs, upright and across, in multiples of
-    32. A size that does not depend on the image is itself; so is the crop of a segmentor that looks at one after the other. Without any,
+    Where the ratio of an image is kept, these are its bound and the sizes of 4:3 and 3:2 photographs, upright and
+    across, in multiples of
+    32. A size that does not depend on the image is itself; so is the crop of a segmentor that looks at one after the
+        other. Without any,
     it is the size that the model is calibrated on.
 
     Raises:
@@ -28,10 +31,15 @@ def default_sizes(config) -> List[Tuple[int, int]]:
     """
     from psaq_mm.engine.config import sample_size
     from psaq_mm.engine.pipelines import image_sizes, padding_multiple
+
     test_cfg = config.model.get('test_cfg') or {}
     slides, padded, found = test_cfg.get('mode') == 'slide', padding_multiple(config), []
     for height, width, bound in () if slides else image_sizes(config):
-        found += _sizes_within(height, width, math.lcm(32, padded)) if bound else [(_round_up(height, padded), _round_up(width, padded))]
+        found += (
+            _sizes_within(height, width, math.lcm(32, padded))
+            if bound
+            else [(_round_up(height, padded), _round_up(width, padded))]
+        )
     if found or slides and test_cfg.get('crop_size'):
         return list(dict.fromkeys(found)) or [tuple(test_cfg['crop_size'])]
     try:
@@ -41,13 +49,22 @@ def default_sizes(config) -> List[Tuple[int, int]]:
 
 
 def _sizes_within(short: int, long: int, multiple: int) -> List[Tuple[int, int]]:
-    widths = sorted({min(_round_up(_round_up(short, multiple) * ratio, multiple), _round_up(long, multiple)) for ratio in _RATIOS}
-                    | {_round_up(long, multiple)})
-    return [size for width in widths for size in ((_round_up(short, multiple), width), (width, _round_up(short, multiple)))]
+    widths = sorted(
+        {min(_round_up(_round_up(short, multiple) * ratio, multiple), _round_up(long, multiple)) for ratio in _RATIOS}
+        | {_round_up(long, multiple)}
+    )
+    return [
+        size for width in widths for size in ((_round_up(short, multiple), width), (width, _round_up(short, multiple)))
+    ]
 
 
-def build_student(config, checkpoint_path: str, quant: Optional[str] = None, method: Optional[str] = None,
-                  options: Optional[Mapping] = None):
+def build_student(
+    config,
+    checkpoint_path: str,
+    quant: Optional[str] = None,
+    method: Optional[str] = None,
+    options: Optional[Mapping] = None,
+):
     """The quantized model of a config with a student's weights, and its checkpoint.
 
     Args:
@@ -63,23 +80,35 @@ def build_student(config, checkpoint_path: str, quant: Optional[str] = None, met
     from psaq_mm.engine.config import quantized_model_config
     from psaq_mm.engine.inputs import check_preprocessor, set_input_
     from psaq_mm.engine.students import config_of_student
+
     checkpoint = read_checkpoint(checkpoint_path)
     if not is_quantized(checkpoint):
-        raise CheckpointError(f'{checkpoint_path} is a full-precision checkpoint, which has no integer codes to export: quantize it with '
-                              'tools/dfq_train.py and export the student.pth that it writes')
+        raise CheckpointError(
+            f'{checkpoint_path} is a full-precision checkpoint, which has no integer codes to export: quantize it with '
+            'tools/dfq_train.py and export the student.pth that it writes'
+        )
     config = config_of_student(config, checkpoint, checkpoint_path, quant, method, options)
     check_preprocessor(config)
     model = build_model(config, quantized_model_config(config))
     load_weights(model, checkpoint, checkpoint_path)
-    said = [s for s in (config.get('dfq'), (checkpoint['meta'].get('psaq_mm') or {}).get('dfq')) if isinstance(s, Mapping)]
+    said = [
+        s for s in (config.get('dfq'), (checkpoint['meta'].get('psaq_mm') or {}).get('dfq')) if isinstance(s, Mapping)
+    ]
     value_range = next((s['value_range'] for s in said if s.get('value_range') is not None), None)
     set_input_(model, config, value_range, strict=False)  # the range is that of a picture to verify with
     model.eval()
     return model, checkpoint
 
 
-def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequence[int]]] = None, opset: Optional[int] = None,
-           dynamic: bool = False, stated: Sequence = ()):
+def export(
+    config,
+    checkpoint_path: str,
+    out: str,
+    sizes: Optional[Sequence[Sequence[int]]] = None,
+    opset: Optional[int] = None,
+    dynamic: bool = False,
+    stated: Sequence = (),
+):
     """Export a student; returns the quantized model and :class:`psaq_mm.deploy.export.ExportedModel`.
 
     Args:
@@ -89,9 +118,11 @@ def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequ
         sizes: Image sizes (height, width). Defaults to None, :func:`default_sizes`.
         opset: Of ONNX. Defaults to None, the oldest that serves.
         dynamic: One graph for every size.
-        stated: What a command line says of the quantization: ``quant``, ``method`` and ``options`` of :func:`build_student`.
+        stated: What a command line says of the quantization: ``quant``, ``method`` and ``options`` of
+            :func:`build_student`.
     """
     from psaq_mm.deploy.export import OPSET, check_opset, export_model
+
     check_opset(opset or OPSET)
     model, checkpoint = build_student(config, checkpoint_path, *stated)
     classes = (checkpoint['meta'].get('dataset_meta') or {}).get('classes')
@@ -99,32 +130,39 @@ def export(config, checkpoint_path: str, out: str, sizes: Optional[Sequence[Sequ
 
 
 _FEW_PIXELS = 512 * 512
-"""Up to this size, each is verified with a picture of every kind; above, with one, of another kind than the size before."""
+"""Up to this size, each is verified with a picture of every kind; above, with one, of another kind than the size
+before."""
 
 
 def verified_sizes(exported) -> List[Tuple[int, int]]:
-    """Sizes (height, width) to verify: all that were exported; of a graph for every size, the traced one and one that it never saw."""
+    """Sizes (height, width) to verify: all that were exported; of a graph for every size, the traced one and one that
+    it never saw.
+    """
     sizes = [tuple(graph['size']) for graph in exported.manifest['graphs']]
     if exported.manifest['graphs'][0]['multiple']:
         from psaq_mm.deploy.export import MULTIPLE
+
         sizes.append((sizes[0][0] + MULTIPLE, sizes[0][1] + 2 * MULTIPLE))
     return sizes
 
 
 def _pictures(size: Tuple[int, int], number: int, image_spec):
-    """Pictures to verify a size with, normalized (N, C, H, W). No data set is opened: 1/f noise has the spectrum of photographs, dead
-    leaves have their edges and plain areas."""
+    """Pictures to verify a size with, normalized (N, C, H, W). No data set is opened: 1/f noise has the spectrum of
+    photographs, dead leaves have their edges and plain areas.
+    """
     import torch
 
-    from psaq_mm.synthesis import DeadLeaves, pink_noise
+    from psaq_mm.pictures import DeadLeaves, pink_noise
+
     kinds = pink_noise, DeadLeaves()
-    kinds = kinds if size[0] * size[1] <= _FEW_PIXELS else kinds[number % 2:number % 2 + 1]
+    kinds = kinds if size[0] * size[1] <= _FEW_PIXELS else kinds[number % 2 : number % 2 + 1]
     return torch.cat([kind(1, size, image_spec, torch.Generator().manual_seed(number)) for kind in kinds])
 
 
 def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) -> None:
     from psaq_mm.deploy.verify import verify
     from psaq_mm.models import TaskModel
+
     bad = []
     for number, size in enumerate(verified_sizes(exported)):
         images = _pictures(size, number, TaskModel(model).image_spec)
@@ -133,8 +171,11 @@ def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) ->
             print(found.to_table(brief=number > 0), flush=True)
             bad += [] if found.good else [f'{runtime} at {size[0]} x {size[1]}']
     if bad:
-        raise PsaqError(f'the integer codes in {" and ".join(bad)} are further from the fake-quantized model\'s than 99.9 % equal and one '
-                        f'step: see the lines marked above; {exported.directory} was written all the same')
+        raise PsaqError(
+            f"the integer codes in {' and '.join(bad)} are further from the fake-quantized model's than 99.9 % equal "
+            f'and one '
+            f'step: see the lines marked above; {exported.directory} was written all the same'
+        )
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -143,36 +184,63 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='student.pth, as tools/dfq_train.py writes it')
     parser.add_argument('--out', required=True, help='directory to be written; an exported model in it is replaced')
-    parser.add_argument('--size', nargs=2, type=int, action='append', metavar=('H', 'W'),
-                        help='an image size to export for, in pixels; give it again for more sizes; defaults to what the test '
-                        'pipeline makes')
-    parser.add_argument('--dynamic', action='store_true',
-                        help='one graph for images of any size, padded to multiples of 32; slower than a graph of the size')
-    parser.add_argument('--runtime', nargs='+', default=[], metavar='NAME',
-                        help='openvino, onnxruntime: start the exported model there, and tell what it runs as integers')
-    parser.add_argument('--verify', action='store_true',
-                        help='compare the integer codes with the fake-quantized model, layer by layer and for each size, in each '
-                        '--runtime (without one: in all that are installed)')
+    parser.add_argument(
+        '--size',
+        nargs=2,
+        type=int,
+        action='append',
+        metavar=('H', 'W'),
+        help='an image size to export for, in pixels; give it again for more sizes; defaults to what the test '
+        'pipeline makes',
+    )
+    parser.add_argument(
+        '--dynamic',
+        action='store_true',
+        help='one graph for images of any size, padded to multiples of 32; slower than a graph of the size',
+    )
+    parser.add_argument(
+        '--runtime',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='openvino, onnxruntime: start the exported model there, and tell what it runs as integers',
+    )
+    parser.add_argument(
+        '--verify',
+        action='store_true',
+        help='compare the integer codes with the fake-quantized model, layer by layer and for each size, in each '
+        '--runtime (without one: in all that are installed)',
+    )
     parser.add_argument('--opset', type=int, help='of ONNX, 17 or newer')
     parser.add_argument('--threads', type=int, help='of the runtimes; defaults to their own choice')
     add_quant_arguments(parser)
 
     def command(args) -> None:
         from psaq_mm.deploy.report import summary
-        from psaq_mm.deploy.runtime import RUNTIMES, require_runtime
+        from psaq_mm.runtime.deployed import RUNTIMES, require_runtime
+
         runtimes = list(args.runtime)
         for runtime in runtimes:
             require_runtime(runtime)
         if args.verify and not runtimes:
             runtimes = [name for name in RUNTIMES if _installed(name)]
             if not runtimes:
-                raise ConfigError('--verify needs a runtime and none is installed: pip install psaq_mm[deploy], which brings '
-                                  f'{" and ".join(RUNTIMES)}')
+                raise ConfigError(
+                    '--verify needs a runtime and none is installed: pip install psaq_mm[deploy], which brings '
+                    f'{" and ".join(RUNTIMES)}'
+                )
         if args.dynamic and args.size:
             raise ConfigError('--size and --dynamic contradict each other: give sizes, or have one graph for all')
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
-        model, exported = export(config, args.checkpoint, args.out, args.size, args.opset, args.dynamic,
-                                 (args.quant, args.method, args.cfg_options))
+        model, exported = export(
+            config,
+            args.checkpoint,
+            args.out,
+            args.size,
+            args.opset,
+            args.dynamic,
+            (args.quant, args.method, args.cfg_options),
+        )
         print(summary(exported.manifest['tensors']))
         print(size_line(model, exported), flush=True)
         for runtime in runtimes:
@@ -186,19 +254,25 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _installed(runtime: str) -> bool:
     import importlib.util
+
     return importlib.util.find_spec(runtime) is not None
 
 
 def size_line(model, exported) -> str:
     """How large the export is beside the float32 weights of what it holds."""
     from psaq_mm.deploy.report import sizes_of
+
     on_disk, float32 = sizes_of(model, exported)
-    return f'{on_disk / 2**20:.2f} MiB on disk, {on_disk / float32:.3f} of the {float32 / 2**20:.2f} MiB of its weights in float32'
+    return (
+        f'{on_disk / 2**20:.2f} MiB on disk, {on_disk / float32:.3f} of the {float32 / 2**20:.2f} MiB of its '
+        f'weights in float32'
+    )
 
 
 def _execution(exported, runtime: str, threads: Optional[int]) -> str:
     from psaq_mm.deploy.report import execution
-    from psaq_mm.deploy.runtime import load
+    from psaq_mm.runtime.deployed import load
+
     deployed = load(exported.directory, runtime, threads)
     return execution(deployed, deployed.sizes[0])
 

@@ -1,6 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Metrics of any evaluator, in plain types, as numbers for a table, and as JSON. Evaluators give numbers, and also lists of one value a
-class, confusion matrices, nested dicts and strings; a number may be NaN."""
+"""Metrics of any evaluator, in plain types, as numbers for a table, and as JSON. Evaluators give numbers, and also
+lists of one value a class, confusion matrices, nested dicts and strings; a number may be NaN.
+"""
+
 import math
 import statistics
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -28,8 +30,9 @@ def _plain(value: Any) -> Any:
 
 
 def plain_metrics(found: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
-    """What an evaluator gave, in plain types: numbers as floats (NaN stays), tensors and arrays as lists, dicts flat, their keys joined
-    with a slash."""
+    """What an evaluator gave, in plain types: numbers as floats (NaN stays), tensors and arrays as lists, dicts flat,
+    their keys joined with a slash.
+    """
     flat: Dict[str, Any] = {}
     for key, value in (found or {}).items():
         value = _plain(value)
@@ -58,8 +61,8 @@ def _is_classwise(value: Any) -> bool:
 
 
 def scalars(metrics: Mapping[str, Any]) -> Dict[str, Optional[float]]:
-    """The numbers among metrics, None where one is not finite; of a list of one value a class the mean over the finite ones, under
-    ``KEY (mean)``. Matrices and strings are left out.
+    """The numbers among metrics, None where one is not finite; of a list of one value a class the mean over the finite
+    ones, under ``KEY (mean)``. Matrices and strings are left out.
 
     Args:
         metrics: Of :func:`plain_metrics`.
@@ -92,11 +95,13 @@ def _difference(one: Any, other: Any) -> str:
     return f'  {other - one:>+10.3f}' if _finite(one) and _finite(other) else f'  {"-":>10}'
 
 
-def before_after_table(before: Optional[Mapping], after: Optional[Mapping], label: str, first: str = 'full precision') -> str:
+def before_after_table(
+    before: Optional[Mapping], after: Optional[Mapping], label: str, first: str = 'full precision'
+) -> str:
     """A table of metrics, one row a metric, full precision (or what ``first`` names) beside quantized.
 
-    A column without a metric has ``-`` in its row; one without any is explained below. Lists of one value a class are shown as their mean,
-    other kinds of metrics by a hint to the results' file.
+    A column without a metric has ``-`` in its row; one without any is explained below. Lists of one value a class are
+    shown as their mean, other kinds of metrics by a hint to the results' file.
 
     Args:
         before, after: Of :func:`plain_metrics`; None leaves the column out.
@@ -116,13 +121,19 @@ def before_after_table(before: Optional[Mapping], after: Optional[Mapping], labe
     head += '  difference' if both else ''
     rows = [head, '-' * len(head)]
     for key in keys:
-        rows.append(f'{key:<{width}}' + ''.join(_cell(column, key, size) for _, size, column in known)
-                    + (_difference(*(column.get(key) for _, _, column in known)) if both else ''))
+        rows.append(
+            f'{key:<{width}}'
+            + ''.join(_cell(column, key, size) for _, size, column in known)
+            + (_difference(*(column.get(key) for _, _, column in known)) if both else '')
+        )
     if any(_ELSEWHERE in column.values() for _, _, column in known):
         rows.append(f'{_ELSEWHERE}: {RESULTS} holds these metrics whole')
     return '\n'.join(rows + _silent([name for name, _, column in known if not column]))
 
 
 def _silent(names: Sequence[str]) -> List[str]:
-    return [f'{name}: the evaluator gave no metrics; nothing was detected on the whole test set, or it only formats results (format_only)'
-            for name in names]
+    return [
+        f'{name}: the evaluator gave no metrics; nothing was detected on the whole test set, or it only formats '
+        f'results (format_only)'
+        for name in names
+    ]

@@ -1,13 +1,25 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What a config needs and this environment lacks, in one sentence: the libraries say it in a dozen ways, at the end of a traceback."""
+"""What a config needs and this environment lacks, in one sentence: the libraries say it in a dozen ways, at the end of
+a traceback.
+"""
+
 import importlib.util
 import re
 from typing import Iterator, Optional
 
 __all__ = ['missing_from']
 
-_DISTRIBUTIONS = dict(cv2='opencv-python', PIL='pillow', skimage='scikit-image', sklearn='scikit-learn', yaml='pyyaml',
-                      mmdet='mmdet', mmseg='mmsegmentation', mmcv='mmcv', mmpretrain='mmpretrain')
+_DISTRIBUTIONS = dict(
+    cv2='opencv-python',
+    PIL='pillow',
+    skimage='scikit-image',
+    sklearn='scikit-learn',
+    yaml='pyyaml',
+    mmdet='mmdet',
+    mmseg='mmsegmentation',
+    mmcv='mmcv',
+    mmpretrain='mmpretrain',
+)
 """Modules that pip knows by another name."""
 
 _NO_MODULE = re.compile(r'No module named [\'"]([\w.]+)')
@@ -26,8 +38,9 @@ def missing_from(error: BaseException) -> Optional[str]:
     """What an error says is missing, and the way out; None where it is of another kind.
 
     Args:
-        error: As MMEngine, a library or Python raised it. A library checks for an optional package when a part is built, and raises an
-            ImportError, a RuntimeError or an AssertionError of its own, with ``pip install`` in its text or without.
+        error: As MMEngine, a library or Python raised it. A library checks for an optional package when a part is
+            built, and raises an ImportError, a RuntimeError or an AssertionError of its own, with ``pip install`` in
+            its text or without.
     """
     for one in _chain(error):
         found = _sentence(one)
@@ -38,13 +51,19 @@ def missing_from(error: BaseException) -> Optional[str]:
 
 def _absent(module: str) -> str:
     name = module.split('.')[0]
-    return (f'the module {module} is not there: pip install {_DISTRIBUTIONS.get(name, name)}, or put the folder that it is in on '
-            'PYTHONPATH')
+    return (
+        f'the module {module} is not there: pip install {_DISTRIBUTIONS.get(name, name)}, or put the folder that it is '
+        f'in on '
+        'PYTHONPATH'
+    )
 
 
 def _absent_library() -> Optional[str]:
-    """The library that a config names as its scope, where it is not installed: MMEngine then knows its own types alone."""
+    """The library that a config names as its scope, where it is not installed: MMEngine then knows its own types
+    alone.
+    """
     from mmengine.registry import DefaultScope
+
     scope = DefaultScope.get_current_instance()
     try:
         there = scope is None or importlib.util.find_spec(scope.scope_name) is not None
@@ -62,11 +81,20 @@ def _sentence(error: BaseException) -> Optional[str]:
         command, absent = _PIP_INSTALL.search(message), _NOT_INSTALLED.search(message)
         package = command[2].rstrip('.,;)') if command else absent[1] if absent else None
         if package:
-            return f'the package {absent[1] if absent else package} is not installed: pip install{command[1] if command else ""} {package}'
+            return (
+                f'the package {absent[1] if absent else package} is not installed: pip '
+                f'install{command[1] if command else ""} {package}'
+            )
     unregistered = _UNREGISTERED.search(message) if isinstance(error, KeyError) else None
     if unregistered:
         library = _absent_library()
         name = unregistered[1].strip('\'"')
-        return _absent(library) if library else (f'type={name!r} is not known to {unregistered[2]}: check its name, or name the module '
-                                                 'that registers it in custom_imports')
+        return (
+            _absent(library)
+            if library
+            else (
+                f'type={name!r} is not known to {unregistered[2]}: check its name, or name the module '
+                'that registers it in custom_imports'
+            )
+        )
     return None

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Many runs in one process: each with names of its own, silent but for a line of progress now and then."""
+
 import contextlib
 import copy
 import logging
@@ -59,9 +60,10 @@ class ProgressHook(Hook):
         say: Called with a line.
         interval: Least seconds between two lines; a run that takes less says nothing.
     """
+
     priority = 'LOWEST'
 
-    def __init__(self, say: Callable[[str], None], interval: float = 30.):
+    def __init__(self, say: Callable[[str], None], interval: float = 30.0):
         self._relay = _Relay(say, interval)
 
     def _begin(self, runner) -> None:

@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Rows of all comparisons in one JSON list, for tables and pages: ``tools/compare.py ... --rows docs/results/samples.json``."""
+"""Rows of all comparisons in one JSON list, for tables and pages: ``tools/compare.py ... --rows
+docs/results/samples.json``.
+"""
+
 import json
 import re
 from pathlib import Path
@@ -11,10 +14,12 @@ from psaq_mm.errors import DataError
 __all__ = ['DIVERGENCE', 'FIELDS', 'bits_of', 'merge_rows', 'principal_metrics', 'read_rows', 'rows_of']
 
 FIELDS = ('model', 'bits', 'source', 'seed', 'steps', 'seconds', 'metric', 'value', 'agreement')
-"""Keys of a row, in their order. ``seconds`` is those of the data-free part; ``agreement`` that with full precision, 0 to 1."""
+"""Keys of a row, in their order. ``seconds`` is those of the data-free part; ``agreement`` that with full precision, 0
+to 1."""
 
 DIVERGENCE = 'divergence'
-"""A metric beside those of the evaluator, of classifiers that give probabilities: from those of full precision, in nats."""
+"""A metric beside those of the evaluator, of classifiers that give probabilities: from those of full precision, in
+nats."""
 
 
 def principal_metrics(metrics: Mapping[str, Any]) -> List[str]:
@@ -23,7 +28,8 @@ def principal_metrics(metrics: Mapping[str, Any]) -> List[str]:
 
 
 def bits_of(quant: str, label: str) -> str:
-    """What a row has under ``bits``: the precision, and the quantizer's recipe where it is neither the plain one nor PSAQ-ViT V2's.
+    """What a row has under ``bits``: the precision, and the quantizer's recipe where it is neither the plain one nor
+    PSAQ-ViT V2's.
 
     Args:
         quant: Name of the quantizer, such as ``'repq_w4a4 (full)'``.
@@ -41,8 +47,18 @@ def rows_of(model: str, bits: str, source: str, row: Mapping) -> List[Dict[str, 
     if row.get(DIVERGENCE) is not None:
         values[DIVERGENCE] = round(row[DIVERGENCE], 5)
     return [
-        dict(model=model, bits=bits, source=source, seed=row['seed'], steps=row['iters'], seconds=row['seconds'], metric=metric,
-             value=value, agreement=row['agreement']) for metric, value in values.items()
+        dict(
+            model=model,
+            bits=bits,
+            source=source,
+            seed=row['seed'],
+            steps=row['iters'],
+            seconds=row['seconds'],
+            metric=metric,
+            value=value,
+            agreement=row['agreement'],
+        )
+        for metric, value in values.items()
     ]
 
 
@@ -60,8 +76,10 @@ def read_rows(path: Path) -> List[Dict[str, Any]]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) and set(FIELDS) <= set(row) for row in rows):
             raise ValueError('rows lack a key')
     except ValueError as error:
-        raise DataError(f'{path} holds no list of rows with the keys {", ".join(FIELDS)} ({error}): move it away or give another '
-                        'file') from error
+        raise DataError(
+            f'{path} holds no list of rows with the keys {", ".join(FIELDS)} ({error}): move it away or give another '
+            'file'
+        ) from error
     return rows
 
 
@@ -71,7 +89,8 @@ def merge_rows(path: Path, rows: Sequence[Mapping], by_time: bool = False) -> No
     Args:
         path: A JSON list; made where it is not there, written whole, one process after the other.
         rows: Of :func:`rows_of`.
-        by_time: The runs ended with their time, after as many steps as came: rows of other steps are the same run, made again.
+        by_time: The runs ended with their time, after as many steps as came: rows of other steps are the same run, made
+            again.
 
     Raises:
         DataError: The file holds something else.

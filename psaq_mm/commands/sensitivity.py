@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which layers suffer most from being quantized: ``tools/sensitivity.py CONFIG FP.pth [--budget BITS] [--metric]``."""
+
 import argparse
 import copy
 import dataclasses
@@ -25,13 +26,17 @@ def _samples(config, task, number: int, source: str, seed: int, path: Optional[s
     from psaq_mm.engine.config import sample_size
     from psaq_mm.engine.presets import resolve_dfq
     from psaq_mm.engine.samples import load_samples
-    from psaq_mm.synthesis.sources import SOURCES
+    from psaq_mm.pictures import SOURCES
+
     size = tuple(resolve_dfq(config.get('dfq'))['size'] or task.fixed_size or sample_size(config))
     if task.fixed_size is not None and size != tuple(task.fixed_size):
         raise ConfigError(
-            f'dfq.size={size} does not fit the position embedding of the model: set dfq.size={tuple(task.fixed_size)}')
+            f'dfq.size={size} does not fit the position embedding of the model: set dfq.size={tuple(task.fixed_size)}'
+        )
     if min(size) < task.min_size:
-        raise ConfigError(f'dfq.size={size} is smaller than one attention window of {task.min_size} pixels: give a larger size')
+        raise ConfigError(
+            f'dfq.size={size} is smaller than one attention window of {task.min_size} pixels: give a larger size'
+        )
     if path:
         return load_samples(path, size, task.model, task.image_spec).samples[:number]
     if source not in SOURCES:
@@ -47,6 +52,7 @@ def _build(config, model_config: Mapping, checkpoint: Mapping, source: str):
     from psaq_mm.engine.checkpoint import load_weights
     from psaq_mm.engine.inputs import check_preprocessor, set_input_
     from psaq_mm.engine.presets import resolve_dfq
+
     check_preprocessor(config)
     model = build_model(config, model_config)
     load_weights(model, checkpoint, source)
@@ -58,6 +64,7 @@ def _build(config, model_config: Mapping, checkpoint: Mapping, source: str):
 def _calibrated(model, batches: Sequence) -> None:
     from psaq_mm.models import TaskModel, spec_of
     from psaq_mm.quantization import calibrate
+
     task, scope = TaskModel(model), spec_of(model).scope
 
     def run() -> None:
@@ -74,7 +81,6 @@ def _only_hook(names: Optional[Sequence[str]]):
     from psaq_mm.models.sensitivity import layer_quantizers
 
     class OnlyHook(Hook):
-
         def before_test(self, runner) -> None:
             for name, kinds in layer_quantizers(getattr(runner.model, 'module', runner.model)).items():
                 for quantizer in kinds['weights'] + kinds['activations']:
@@ -86,17 +92,23 @@ def _only_hook(names: Optional[Sequence[str]]):
 def _metrics(config, model, work_dir: Path, names: Optional[Sequence[str]]) -> Dict[str, Optional[float]]:
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
     from psaq_mm.commands.test import evaluate
+
     content = dict(state_dict={key: value.cpu() for key, value in model.state_dict().items()}, meta={})
     quiet = isolated(config, str(work_dir / 'evaluation'))
     with silence():
         return scalars(evaluate(quiet, content, 'the calibrated model', hooks=[_only_hook(names), ProgressHook(print)]))
 
 
-def _mixed_precision(config, content: Mapping, checkpoint: str, spec, choice, batches: Sequence) -> Tuple[Dict[str, Any], float]:
-    """Settings under ``quant`` with a choice's overrides, and the error of the outputs under them, all layers quantized."""
+def _mixed_precision(
+    config, content: Mapping, checkpoint: str, spec, choice, batches: Sequence
+) -> Tuple[Dict[str, Any], float]:
+    """Settings under ``quant`` with a choice's overrides, and the error of the outputs under them, all layers
+    quantized.
+    """
     from psaq_mm.engine.config import quant_holder
     from psaq_mm.models.sensitivity import mean_error, only_quantized, outputs_to_compare, with_overrides
     from psaq_mm.quantization import quantizers
+
     settings = with_overrides(spec, choice)
     model_config = copy.deepcopy(config.model)
     quant_holder(model_config)['quant'] = settings
@@ -109,27 +121,39 @@ def _mixed_precision(config, content: Mapping, checkpoint: str, spec, choice, ba
         return settings, mean_error(run(), reference)
 
 
-def analyse(config, checkpoint: str, *, number: int = 8, source: str = 'pink', samples: Optional[str] = None,
-            batch_size: int = 1, seed: int = 0, budgets: Optional[Mapping[str, float]] = None, metric: int = 0,
-            work_dir: Optional[Path] = None, say=print) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
+def analyse(
+    config,
+    checkpoint: str,
+    *,
+    number: int = 8,
+    source: str = 'pink',
+    samples: Optional[str] = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    budgets: Optional[Mapping[str, float]] = None,
+    metric: int = 0,
+    work_dir: Optional[Path] = None,
+    say=print,
+) -> Tuple[Dict[str, Any], Optional[Dict[str, Any]]]:
     """Rank the layers of a quantized config.
 
     Args:
         config: Loaded; its ``model`` is quantized.
         checkpoint: Full-precision weights, a file or URL.
         number: Samples.
-        source: Where they come from, out of :data:`psaq_mm.synthesis.sources.SOURCES`.
+        source: Where they come from, out of :data:`psaq_mm.pictures.SOURCES`.
         samples: A ``samples.pt`` or a folder of pictures instead.
         batch_size: Samples a forward pass.
         seed: Of the samples.
         budgets: See :func:`psaq_mm.models.sensitivity.choose_bits`; None chooses nothing.
-        metric: How many of the most sensitive layers to evaluate on the config's test set, each quantized alone; 0 opens no
-            dataset.
+        metric: How many of the most sensitive layers to evaluate on the config's test set, each quantized alone; 0
+            opens no dataset.
         work_dir: Where test runs keep their logs.
         say: Called with a line of progress.
 
     Returns:
-        What ``sensitivity.json`` holds, and the settings under ``quant`` of the mixed-precision config, None without a budget.
+        What ``sensitivity.json`` holds, and the settings under ``quant`` of the mixed-precision config, None without a
+        budget.
 
     Raises:
         CheckpointError: It cannot be read, does not fit, or is quantized already.
@@ -140,6 +164,7 @@ def analyse(config, checkpoint: str, *, number: int = 8, source: str = 'pink', s
     from psaq_mm.engine.config import quantized_model_config
     from psaq_mm.models import TaskModel, spec_of
     from psaq_mm.models.sensitivity import choose_bits, measure_layers
+
     if number < 1 or batch_size < 1:
         raise ConfigError(f'--number {number} and --batch-size {batch_size} must be at least 1')
     config.model = quantized_model_config(config)
@@ -150,7 +175,9 @@ def analyse(config, checkpoint: str, *, number: int = 8, source: str = 'pink', s
         raise CheckpointError(f'{checkpoint} is quantized: give the full-precision checkpoint that it was made from')
     model = _build(config, config.model, content, checkpoint)
     device = next(model.parameters()).device
-    batches = [part.to(device) for part in _samples(config, TaskModel(model), number, source, seed, samples).split(batch_size)]
+    batches = [
+        part.to(device) for part in _samples(config, TaskModel(model), number, source, seed, samples).split(batch_size)
+    ]
     _calibrated(model, batches)
 
     def progress(done: int, count: int, row) -> None:
@@ -159,20 +186,32 @@ def analyse(config, checkpoint: str, *, number: int = 8, source: str = 'pink', s
     budgets, spec, settings = dict(budgets or {}), spec_of(model), None
     rows, whole = measure_layers(model, batches, tuple(budgets), progress)
     report: Dict[str, Any] = dict(
-        config=str(config.filename), checkpoint=str(checkpoint), quant=spec.to_dict(), source=samples or source,
-        samples=sum(len(batch) for batch in batches), size=list(batches[0].shape[-2:]), seed=seed, error=whole)
+        config=str(config.filename),
+        checkpoint=str(checkpoint),
+        quant=spec.to_dict(),
+        source=samples or source,
+        samples=sum(len(batch) for batch in batches),
+        size=list(batches[0].shape[-2:]),
+        seed=seed,
+        error=whole,
+    )
     if budgets:
         choice = choose_bits(rows, budgets)
         settings, error = _mixed_precision(config, content, checkpoint, spec, choice, batches)
-        report['mixed_precision'] = dict(budgets=budgets, average={k: list(v) for k, v in choice.average.items()},
-                                         overrides=[o.to_dict() for o in choice.overrides], error=error)
+        report['mixed_precision'] = dict(
+            budgets=budgets,
+            average={k: list(v) for k, v in choice.average.items()},
+            overrides=[o.to_dict() for o in choice.overrides],
+            error=error,
+        )
     if metric:
         folder = Path(work_dir or 'work_dirs/sensitivity')
         _keep(report, rows, folder)
-        report['metrics'] = dict(full_precision=_metrics(config, model, folder, ()),
-                                 quantized=_metrics(config, model, folder, None))
+        report['metrics'] = dict(
+            full_precision=_metrics(config, model, folder, ()), quantized=_metrics(config, model, folder, None)
+        )
         for row in rows[:metric]:
-            row.metrics = _metrics(config, model, folder, (row.name, ))
+            row.metrics = _metrics(config, model, folder, (row.name,))
             _keep(report, rows, folder)
             say(f'evaluated with {row.name} quantized alone')
     return dict(report, layers=_layers(rows)), settings
@@ -189,6 +228,7 @@ def _keep(report: Mapping, rows: Sequence, folder: Path) -> None:
 
 def _write_report(report: Mapping, folder: Path) -> None:
     from psaq_mm.visualization import write_whole
+
     write_whole(json.dumps(to_json(report), indent=2, allow_nan=False).encode(), Path(folder) / 'sensitivity.json')
 
 
@@ -197,17 +237,27 @@ def _parser() -> argparse.ArgumentParser:
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='full-precision weights: a file or a URL')
     add_quant_arguments(parser)
-    parser.add_argument('--budget', type=float, metavar='BITS',
-                        help='average bits of the weights: choose layers for 8 bits within it')
+    parser.add_argument(
+        '--budget', type=float, metavar='BITS', help='average bits of the weights: choose layers for 8 bits within it'
+    )
     parser.add_argument('--activation-budget', type=float, metavar='BITS', help='the same for activations')
-    parser.add_argument('--metric', nargs='?', type=int, const=10, default=0, metavar='LAYERS',
-                        help='evaluate the LAYERS most sensitive ones (10) on the config\'s test set, each quantized alone')
+    parser.add_argument(
+        '--metric',
+        nargs='?',
+        type=int,
+        const=10,
+        default=0,
+        metavar='LAYERS',
+        help="evaluate the LAYERS most sensitive ones (10) on the config's test set, each quantized alone",
+    )
     parser.add_argument('--number', type=int, default=8, help='samples')
     parser.add_argument('--source', default='pink', help='where samples come from; pink is 1/f noise')
     parser.add_argument('--samples', metavar='PATH', help='a samples.pt or a folder of pictures instead')
     parser.add_argument('--batch-size', type=int, default=1)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--work-dir', help='where the results go; defaults to work_dirs/<name of the config>_sensitivity')
+    parser.add_argument(
+        '--work-dir', help='where the results go; defaults to work_dirs/<name of the config>_sensitivity'
+    )
     return parser
 
 
@@ -217,20 +267,32 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     def command(args) -> None:
         from psaq_mm.visualization import write_whole
+
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
         folder = Path(args.work_dir or os.path.join('work_dirs', f'{Path(args.config).stem}_sensitivity'))
         asked = dict(weights=args.budget, activations=args.activation_budget)
         budgets = {kind: value for kind, value in asked.items() if value is not None}
         report, settings = analyse(
-            config, args.checkpoint, number=args.number, source=args.source, samples=args.samples, batch_size=args.batch_size,
-            seed=args.seed, budgets=budgets, metric=max(0, args.metric), work_dir=folder)
+            config,
+            args.checkpoint,
+            number=args.number,
+            source=args.source,
+            samples=args.samples,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            budgets=budgets,
+            metric=max(0, args.metric),
+            work_dir=folder,
+        )
         folder.mkdir(parents=True, exist_ok=True)
         files: List[str] = ['sensitivity.json', 'sensitivity.html']
         _write_report(report, folder)
         write_whole(sensitivity_page(report).encode(), folder / files[1])
         if settings is not None:
             files.append('mixed_precision.py')
-            write_whole(mixed_precision_config(args.config, config, settings, report, folder).encode(), folder / files[2])
+            write_whole(
+                mixed_precision_config(args.config, config, settings, report, folder).encode(), folder / files[2]
+            )
         print('\n' + to_text(report, SHOWN))
         print(f'saved to {folder}: {", ".join(files)}')
 

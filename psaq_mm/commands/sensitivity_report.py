@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What :mod:`psaq_mm.commands.sensitivity` shows and leaves: a table, a page with a plot, and a config with mixed precision."""
+"""What :mod:`psaq_mm.commands.sensitivity` shows and leaves: a table, a page with a plot, and a config with mixed
+precision.
+"""
+
 import copy
 import os
 import pprint
@@ -25,9 +28,13 @@ def _value(value: Optional[float]) -> str:
 
 def _mixed_line(report: Mapping) -> str:
     mixed = report['mixed_precision']
-    average = ', '.join(f'{kind} {before:.2f} -> {after:.2f} bits' for kind, (before, after) in mixed['average'].items())
-    return (f'{len(mixed["overrides"])} layers raised to 8 bits: {average} on average; error of the outputs '
-            f'{report["error"]:.5f} -> {mixed["error"]:.5f}')
+    average = ', '.join(
+        f'{kind} {before:.2f} -> {after:.2f} bits' for kind, (before, after) in mixed['average'].items()
+    )
+    return (
+        f'{len(mixed["overrides"])} layers raised to 8 bits: {average} on average; error of the outputs '
+        f'{report["error"]:.5f} -> {mixed["error"]:.5f}'
+    )
 
 
 def to_text(report: Mapping, shown: int) -> str:
@@ -41,7 +48,10 @@ def to_text(report: Mapping, shown: int) -> str:
         lines.append(f'{layer["rank"]:>4}  {layer["name"]:<{width}}  {_bits(layer):>6}  {layer["error"]:>8.5f}{values}')
     lines.append(f'all {len(report["layers"])} layers together: {report["error"]:.5f}')
     for name, found in report.get('metrics', {}).items():
-        lines.append(f'{name}: ' + (', '.join(f'{key} {_value(value)}' for key, value in found.items()) or 'the evaluator gave no metrics'))
+        lines.append(
+            f'{name}: '
+            + (', '.join(f'{key} {_value(value)}' for key, value in found.items()) or 'the evaluator gave no metrics')
+        )
     if 'mixed_precision' in report:
         lines.append(_mixed_line(report))
     return '\n'.join(lines)
@@ -56,32 +66,61 @@ def sensitivity_page(report: Mapping) -> str:
     for style, kind in enumerate(_TITLES, 1):
         known = [layer for layer in ordered if kind in layer['parts']]
         if known:
-            curves.append(Curve(_TITLES[kind], [layer['position'] for layer in known],
-                                [layer['parts'][kind] for layer in known], style))
+            curves.append(
+                Curve(
+                    _TITLES[kind],
+                    [layer['position'] for layer in known],
+                    [layer['parts'][kind] for layer in known],
+                    style,
+                )
+            )
     last = max(1, len(ordered) - 1)
-    chart = area_chart('Error of the outputs by layer, in the order of the network (logarithmic)', curves, (0, last), (0, last),
-                       floor=min(positive, default=0.), size=(640, 240))
+    chart = area_chart(
+        'Error of the outputs by layer, in the order of the network (logarithmic)',
+        curves,
+        (0, last),
+        (0, last),
+        floor=min(positive, default=0.0),
+        size=(640, 240),
+    )
     metrics = sorted({key for layer in layers for key in layer['metrics']})
-    rows = [[f'{layer["rank"]}. <code>{text(layer["name"])}</code>', text(layer['kind']), _bits(layer), f'{layer["error"]:.5f}']
-            + [_value(layer['metrics'][key]) if key in layer['metrics'] else '' for key in metrics] for layer in layers]
+    rows = [
+        [
+            f'{layer["rank"]}. <code>{text(layer["name"])}</code>',
+            text(layer['kind']),
+            _bits(layer),
+            f'{layer["error"]:.5f}',
+        ]
+        + [_value(layer['metrics'][key]) if key in layer['metrics'] else '' for key in metrics]
+        for layer in layers
+    ]
     raised = {override['pattern'] for override in report.get('mixed_precision', {}).get('overrides', ())}
     marked = [number for number, layer in enumerate(layers) if layer['name'] in raised]
     height, width = report['size']
-    body = [f'<h1>What quantization hurts: {text(Path(report["config"]).name)}</h1>',
-            f'<p>Each layer quantized alone, on {report["samples"]} samples of {height} x {width} ({text(report["source"])}). The '
-            'error is the mean absolute difference of the outputs from full precision, in units of their own spread.</p>',
-            f'<p>All {len(layers)} layers together: {report["error"]:.5f}.</p>']
+    body = [
+        f'<h1>What quantization hurts: {text(Path(report["config"]).name)}</h1>',
+        f'<p>Each layer quantized alone, on {report["samples"]} samples of {height} x {width} '
+        f'({text(report["source"])}). The '
+        'error is the mean absolute difference of the outputs from full precision, in units of their own spread.</p>',
+        f'<p>All {len(layers)} layers together: {report["error"]:.5f}.</p>',
+    ]
     if raised:
         body.append(f'<p>{text(_mixed_line(report))}; they stand out below.</p>')
-    body += [f'<div class="chart">{chart}</div>',
-             table(['Layer', 'Kind', 'Bits', 'Error'] + [text(key) for key in metrics], rows, 'Layers, the most sensitive first',
-                   marked)]
+    body += [
+        f'<div class="chart">{chart}</div>',
+        table(
+            ['Layer', 'Kind', 'Bits', 'Error'] + [text(key) for key in metrics],
+            rows,
+            'Layers, the most sensitive first',
+            marked,
+        ),
+    ]
     return page('Sensitivity of layers', '\n'.join(body))
 
 
 def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping, folder: Path) -> str:
-    """A config that inherits ``path`` and differs in what ``quant`` says; one that holds all of ``config`` where that is a pure-Python one,
-    whose heirs are pure Python too and name it as a module.
+    """A config that inherits ``path`` and differs in what ``quant`` says; one that holds all of ``config`` where that
+    is a pure-Python one, whose heirs are pure Python too and name it as a module.
 
     Args:
         path: The config that was analysed, relative to the current folder or not.
@@ -94,6 +133,7 @@ def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping
 
     from psaq_mm.engine.config import is_quantized_config, quant_holder
     from psaq_mm.engine.pure_python import with_named_types
+
     given = Config.fromfile(path)
     own = given.get('model') or {}
     inherits = is_quantized_config(own)
@@ -109,8 +149,10 @@ def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping
         whole = copy.deepcopy(config)
         quant_holder(whole.model)['quant'], whole.load_from = dict(settings), checkpoint
         return f'{written}\n{whole.pretty_text}'
-    lines: List[str] = [written,
-                        f'_base_ = [{os.path.relpath(os.path.abspath(path), os.path.abspath(folder))!r}]',
-                        f'model = {pprint.pformat(model, width=110, sort_dicts=False)}',
-                        f'load_from = {checkpoint!r}']
+    lines: List[str] = [
+        written,
+        f'_base_ = [{os.path.relpath(os.path.abspath(path), os.path.abspath(folder))!r}]',
+        f'model = {pprint.pformat(model, width=110, sort_dicts=False)}',
+        f'load_from = {checkpoint!r}',
+    ]
     return '\n'.join(lines) + '\n'

@@ -1,6 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Box and mask AP, mIoU or top-1 of a quantized model: ``tools/test.py CONFIG CKPT [--full-precision [FP]]``; of an exported one:
-``tools/test.py CONFIG --deployed DIR``."""
+"""Box and mask AP, mIoU or top-1 of a quantized model: ``tools/test.py CONFIG CKPT [--full-precision [FP]]``; of an
+exported one: ``tools/test.py CONFIG --deployed DIR``.
+"""
+
 import argparse
 import copy
 import functools
@@ -10,13 +12,18 @@ import traceback
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
-from psaq_mm.commands.common import (add_config_arguments, add_quant_arguments, add_run_arguments, run_command,
-                                    runnable_config)
+from psaq_mm.commands.common import (
+    add_config_arguments,
+    add_quant_arguments,
+    add_run_arguments,
+    run_command,
+    runnable_config,
+)
 from psaq_mm.commands.compare_rows import write_whole
 from psaq_mm.commands.metrics import RESULTS, before_after_table, plain_metrics, to_json
 from psaq_mm.engine.data_overlap import dataset_leaves
 from psaq_mm.errors import CheckpointError, ConfigError, DataError, PsaqError
-from psaq_mm.quantization.reduction import ranks
+from psaq_mm.ranks import ranks
 
 __all__ = ['main', 'evaluate', 'check_test_set', 'before_after_table']
 
@@ -41,18 +48,33 @@ def check_test_set(config) -> None:
         DataError: Its images or annotations are not there.
     """
     if not config.get('test_dataloader') or not config.get('test_evaluator'):
-        raise ConfigError(f'the config {config.filename} has no test set: set test_dataloader, test_cfg and test_evaluator')
+        raise ConfigError(
+            f'the config {config.filename} has no test set: set test_dataloader, test_cfg and test_evaluator'
+        )
     if not isinstance(config.test_dataloader, Mapping) or not config.test_dataloader.get('dataset'):
-        raise ConfigError(f'test_dataloader of the config {config.filename} is no single loader with a dataset: give one, or several sets '
-                          'as the datasets of a ConcatDataset')
+        raise ConfigError(
+            f'test_dataloader of the config {config.filename} is no single loader with a dataset: give one, or several '
+            f'sets '
+            'as the datasets of a ConcatDataset'
+        )
     absent = _missing_file(config)
     if absent:
-        raise DataError(f'the test set is not there: {absent} does not exist; check data_root, or override '
-                        'test_dataloader.dataset.ann_file')
+        raise DataError(
+            f'the test set is not there: {absent} does not exist; check data_root, or override '
+            'test_dataloader.dataset.ann_file'
+        )
 
 
-def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision: bool = False, hooks: Sequence = (),
-             runtime: Optional[str] = None, threads: Optional[int] = None, failed: Optional[List[str]] = None) -> Dict[str, Any]:
+def evaluate(
+    config,
+    checkpoint: Optional[Mapping],
+    source: str,
+    full_precision: bool = False,
+    hooks: Sequence = (),
+    runtime: Optional[str] = None,
+    threads: Optional[int] = None,
+    failed: Optional[List[str]] = None,
+) -> Dict[str, Any]:
     """Metrics of a model on its config's test set.
 
     Args:
@@ -63,12 +85,13 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
         hooks: MMEngine hooks that see the run, such as :class:`psaq_mm.commands.agreement.RecordHook`.
         runtime: Evaluate the exported model at ``source`` in ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime.
-        failed: Takes a sentence for each evaluator that fails at the end, so that the metrics of the others are not lost. Defaults to None:
-            the first failure is an error.
+        failed: Takes a sentence for each evaluator that fails at the end, so that the metrics of the others are not
+            lost. Defaults to None: the first failure is an error.
 
     Returns:
-        The evaluator's metrics under its own keys, such as ``coco/bbox_mAP`` and ``mIoU``: floats, NaN where there is nothing to score;
-        lists, matrices and strings where the evaluator gives such (:func:`psaq_mm.commands.metrics.scalars` takes the numbers).
+        The evaluator's metrics under its own keys, such as ``coco/bbox_mAP`` and ``mIoU``: floats, NaN where there is
+        nothing to score; lists, matrices and strings where the evaluator gives such
+        (:func:`psaq_mm.commands.metrics.scalars` takes the numbers).
 
     Raises:
         ConfigError: The config has no test set.
@@ -77,11 +100,12 @@ def evaluate(config, checkpoint: Optional[Mapping], source: str, full_precision:
     """
     from mmengine.runner import Runner
 
+    from psaq_mm.deploy.serving import deploy_model_
     from psaq_mm.engine.building import set_scope
     from psaq_mm.engine.checkpoint import load_weights
     from psaq_mm.engine.config import drop_pretrained, full_precision_model_config
     from psaq_mm.engine.pure_python import with_named_types
-    from psaq_mm.models import deploy_model_
+
     config = copy.deepcopy(with_named_types(config))
     check_test_set(config)
     config.load_from, config.resume = None, False
@@ -115,8 +139,10 @@ def _tested(runner, failed: Optional[List[str]]) -> Dict[str, Any]:
     except Exception as error:  # a pipeline's own code may raise anything
         if isinstance(error, PsaqError) or not _while_loading(error):
             raise
-        raise DataError(f'a picture of the test set cannot be loaded ({_reason(error)}): check its files and '
-                        'test_dataloader.dataset.pipeline') from error
+        raise DataError(
+            f'a picture of the test set cannot be loaded ({_reason(error)}): check its files and '
+            'test_dataloader.dataset.pipeline'
+        ) from error
     if failures and failed is None:
         raise DataError(failures[0])
     if failed is not None:
@@ -147,10 +173,21 @@ def _test_loop(runner):
         count = len(loop.dataloader.dataset)
     except PsaqError:
         raise
-    except (ImportError, RuntimeError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         if 'need at least one array' not in str(error):  # how MMEngine's dataset ends without a picture
-            raise DataError(f'the test set or its evaluator cannot be built ({_reason(error)}): check test_dataloader and '
-                            'test_evaluator') from error
+            raise DataError(
+                f'the test set or its evaluator cannot be built ({_reason(error)}): check test_dataloader and '
+                'test_evaluator'
+            ) from error
         count = 0
     if not count:
         raise DataError('the test set is empty: check its annotation file, data_prefix, indices and filter_cfg')
@@ -163,8 +200,10 @@ def _guard_evaluator(loop, failures: List[str]) -> None:
     Of several ranks, which wait for each other in the evaluators, a failure stays one.
     """
     from mmengine.evaluator import Evaluator
+
     evaluator, seen = getattr(loop, 'evaluator', None), {}  # type: Any, Dict[str, Any]
-    alone, plain = ranks()[1] == 1, getattr(type(evaluator), 'evaluate', None) is Evaluator.evaluate  # another one may name them itself
+    # another one may name them itself
+    alone, plain = ranks()[1] == 1, getattr(type(evaluator), 'evaluate', None) is Evaluator.evaluate
     for number, metric in enumerate(getattr(evaluator, 'metrics', None) or ()):
         name = type(metric).__name__
         metric.process = functools.partial(_process, metric.process, name)
@@ -180,21 +219,28 @@ def _process(process: Callable, name: str, *args, **kwargs) -> None:
     except PsaqError:
         raise
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
-        raise DataError(f'the evaluator {name} cannot score what the test set and the model give ({_reason(error)}): the test set needs '
-                        'the annotations that it asks for, and the classes of the model') from error
+        raise DataError(
+            f'the evaluator {name} cannot score what the test set and the model give ({_reason(error)}): the test set '
+            f'needs '
+            'the annotations that it asks for, and the classes of the model'
+        ) from error
 
 
 def _compute(compute: Callable, name: str, failures: List[str], *args, **kwargs) -> Dict[str, Any]:
     try:
         return compute(*args, **kwargs) or {}
     except Exception as error:  # whatever a metric's own code raises, after all pictures have been seen
-        failures.append(f'the evaluator {name} failed at the end of the evaluation ({_reason(error)}): check its '
-                        'settings under test_evaluator, and the annotations')
+        failures.append(
+            f'the evaluator {name} failed at the end of the evaluation ({_reason(error)}): check its '
+            'settings under test_evaluator, and the annotations'
+        )
         return {}
 
 
 def _renamed(evaluate_metric: Callable, name: str, seen: Dict[str, Any], *args, **kwargs) -> Dict[str, Any]:
-    found = {f'{key} ({name})' if key in seen else key: value for key, value in evaluate_metric(*args, **kwargs).items()}
+    found = {
+        f'{key} ({name})' if key in seen else key: value for key, value in evaluate_metric(*args, **kwargs).items()
+    }
     seen.update(found)
     return found
 
@@ -202,18 +248,23 @@ def _renamed(evaluate_metric: Callable, name: str, seen: Dict[str, Any], *args, 
 def _check_spec(model, checkpoint: Mapping, source: str) -> None:
     from psaq_mm.engine.students import spec_in
     from psaq_mm.models import spec_of
+
     made = spec_in(checkpoint)
     if made is None:
         return
     made, wanted = made.to_dict(), spec_of(model).to_dict()
     odd = [f'{k}={made[k]!r}, the config {wanted[k]!r}' for k in wanted if made[k] != wanted[k]]
     if odd:
-        raise CheckpointError(f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with, or set '
-                              'these under its quant')
+        raise CheckpointError(
+            f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with, or '
+            f'set '
+            'these under its quant'
+        )
 
 
 def _teacher_of(checkpoint: Mapping, given: Optional[str], path: str) -> str:
     from psaq_mm.engine.checkpoint import file_sha256
+
     if given:
         return given
     teacher = (checkpoint['meta'].get('psaq_mm') or {}).get('teacher') or {}
@@ -221,20 +272,25 @@ def _teacher_of(checkpoint: Mapping, given: Optional[str], path: str) -> str:
     if not where or not os.path.isfile(where):
         raise CheckpointError(f'{path} was made from {where}, which is not there: give it as --full-precision PATH')
     if teacher.get('sha256') and file_sha256(where) != teacher['sha256']:
-        raise CheckpointError(f'{where} has changed since {path} was made from it: give the right one as --full-precision PATH')
+        raise CheckpointError(
+            f'{where} has changed since {path} was made from it: give the right one as --full-precision PATH'
+        )
     return where
 
 
 def _test_deployed(config, args) -> None:
     """Metrics of an exported model, beside those of the fake-quantized one where its checkpoint is given too."""
     from psaq_mm.deploy import load
-    from psaq_mm.deploy.kernels import EXPLAINED
     from psaq_mm.engine.checkpoint import read_checkpoint
     from psaq_mm.engine.students import config_of_student
+    from psaq_mm.runtime.kernels import EXPLAINED
+
     if args.full_precision is not None:
         raise ConfigError('--deployed and --full-precision do not go together: evaluate one after the other')
     label = f'{load(args.deployed, args.runtime).manifest["label"]} {args.runtime}'  # before the test set is opened
-    results: Dict[str, Any] = dict(deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=None, integer=None)
+    results: Dict[str, Any] = dict(
+        deployed=args.deployed, runtime=args.runtime, checkpoint=args.checkpoint, quantized=None, integer=None
+    )
     failed: List[str] = []
     if args.checkpoint:
         checkpoint = read_checkpoint(args.checkpoint)
@@ -242,7 +298,9 @@ def _test_deployed(config, args) -> None:
         results['quantized'] = evaluate(own, checkpoint, args.checkpoint, failed=failed)
         _save(config, results)
     ran = _kernels_hook()
-    results['integer'] = evaluate(config, None, args.deployed, hooks=[ran], runtime=args.runtime, threads=args.threads, failed=failed)
+    results['integer'] = evaluate(
+        config, None, args.deployed, hooks=[ran], runtime=args.runtime, threads=args.threads, failed=failed
+    )
     results['kernels'] = list(ran.kernels)
     if not ranks()[0]:
         print(''.join(f'{args.runtime} ran it with {EXPLAINED[kernels]}\n' for kernels in ran.kernels), end='')
@@ -295,13 +353,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog='psaq-test', description=__doc__)
     add_config_arguments(parser)
-    parser.add_argument('checkpoint', nargs='?', help='student.pth, or a full-precision checkpoint with --full-precision; not needed with '
-                        '--deployed')
-    parser.add_argument('--full-precision', nargs='?', const='', metavar='FP',
-                        help='evaluate the full-precision model too (before and after); FP defaults to the one the student '
-                        'was made from')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='student.pth, or a full-precision checkpoint with --full-precision; not needed with --deployed',
+    )
+    parser.add_argument(
+        '--full-precision',
+        nargs='?',
+        const='',
+        metavar='FP',
+        help='evaluate the full-precision model too (before and after); FP defaults to the one the student '
+        'was made from',
+    )
     parser.add_argument('--deployed', metavar='DIR', help='evaluate the integer model that tools/export.py wrote')
-    parser.add_argument('--runtime', default='openvino', metavar='NAME', help='of --deployed: openvino (default) or onnxruntime')
+    parser.add_argument(
+        '--runtime', default='openvino', metavar='NAME', help='of --deployed: openvino (default) or onnxruntime'
+    )
     parser.add_argument('--threads', type=int, help='of the runtime; defaults to its own choice')
     add_quant_arguments(parser)
     add_run_arguments(parser)
@@ -309,12 +377,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     def command(args) -> None:
         from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
         from psaq_mm.engine.students import config_of_student
+
         config = runnable_config(args)
         if args.deployed:
             _test_deployed(config, args)
             return
         if not args.checkpoint:
-            raise CheckpointError('there is no checkpoint to evaluate: give student.pth after the config, or --deployed DIR')
+            raise CheckpointError(
+                'there is no checkpoint to evaluate: give student.pth after the config, or --deployed DIR'
+            )
         checkpoint = read_checkpoint(args.checkpoint)
         config = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
         results: Dict[str, Any] = dict(checkpoint=args.checkpoint, full_precision=None, quantized=None)
@@ -323,11 +394,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             path = args.checkpoint
             if is_quantized(checkpoint):
                 path = _teacher_of(checkpoint, args.full_precision, path)
-            results['full_precision'] = evaluate(config, read_checkpoint(path), path, full_precision=True, failed=failed)
+            results['full_precision'] = evaluate(
+                config, read_checkpoint(path), path, full_precision=True, failed=failed
+            )
             _save(config, results)
         elif not is_quantized(checkpoint):
-            raise CheckpointError(f'{args.checkpoint} is a full-precision checkpoint: quantize it with tools/dfq_train.py '
-                                  'first, or evaluate it as it is with --full-precision')
+            raise CheckpointError(
+                f'{args.checkpoint} is a full-precision checkpoint: quantize it with tools/dfq_train.py '
+                'first, or evaluate it as it is with --full-precision'
+            )
         if is_quantized(checkpoint):
             results['quantized'] = evaluate(config, checkpoint, args.checkpoint, failed=failed)
         label = (checkpoint['meta'].get('psaq_mm') or {}).get('label', 'quantized')

@@ -1,16 +1,18 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Integer export (ONNX with QuantizeLinear and DequantizeLinear) and the runtimes that run it.
 
-:func:`load` needs numpy and one runtime, and imports neither PyTorch nor an OpenMMLab library; :func:`export_model` needs PyTorch and
-onnx, and is imported when it is asked for.
+:func:`load` needs numpy and one runtime, and imports neither PyTorch nor an OpenMMLab library; :func:`export_model`
+needs PyTorch and onnx, and is imported when it is asked for.
 """
-from .runtime import RUNTIMES, DeployedModel, load
+
+from psaq_mm.runtime.deployed import RUNTIMES, DeployedModel, load
 
 __all__ = ['RUNTIMES', 'DeployedModel', 'export_model', 'load']
 
 
 def __getattr__(name: str):
     if name == 'export_model':
-        from .export import export_model
+        from psaq_mm.deploy.export import export_model
+
         return export_model
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A quantized model to a directory that ONNX Runtime and OpenVINO run as integers."""
+
 import inspect
 import io
 import math
@@ -12,28 +13,28 @@ import torch
 from torch import Tensor, nn
 
 import psaq_mm
+from psaq_mm.deploy.exportable import ExportableModel, make_exportable
+from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower
+from psaq_mm.deploy.symbols import DOMAIN
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
 from psaq_mm.models.task import is_classifier, turns_channels
-
-from .bundle import write_bundle
-from .exportable import ExportableModel, make_exportable
-from .parts import GraphParts, NotInGraph, graph_parts, narrower
-from .symbols import DOMAIN
+from psaq_mm.runtime.bundle import write_bundle
 
 __all__ = ['ExportedModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
 
 MULTIPLE = 32
-"""Of height and width with a dynamic size: what the last stage's patches and those that are merged before it make together."""
+"""Of height and width with a dynamic size: what the last stage's patches and those that are merged before it make
+together."""
 
 OPSET = 17
 MIN_OPSET = 17
 """LayerNormalization came with 17."""
 
-_DEPTH = ('mmseg.models.segmentors.depth_estimator.DepthEstimator', )
+_DEPTH = ('mmseg.models.segmentors.depth_estimator.DepthEstimator',)
 
 
 class ExportedModel(NamedTuple):
@@ -47,6 +48,7 @@ class ExportedModel(NamedTuple):
         weights: :class:`.bundle.Weight` by name.
         parts: What of the model the graphs hold.
     """
+
     directory: Path
     manifest: Dict[str, Any]
     made: ExportableModel
@@ -68,7 +70,7 @@ class _Graph(nn.Module):
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
         model, parts = self.inner, self.parts
         self.names, self.levels, self.dense, found = [], None, None, []
-        if parts.prefixes == ('model', ):
+        if parts.prefixes == ('model',):
             self.dense = self._name(model.model(images), 'logits', found)
             return tuple(found)
         levels = find_backbone(model)(images)
@@ -119,8 +121,11 @@ def check_sizes(model: nn.Module, sizes: Sequence[Sequence[int]]) -> List[Tuple[
             raise ConfigError(f'size={tuple(size)} is no image size: give height and width in pixels')
         height, width = (int(s) for s in size)
         if fixed is not None and (height, width) != fixed:
-            raise ConfigError(f'size={height} x {width} does not fit the position embedding, which takes {fixed[0]} x {fixed[1]} alone: '
-                              f'export with --size {fixed[0]} {fixed[1]}')
+            raise ConfigError(
+                f'size={height} x {width} does not fit the position embedding, which takes {fixed[0]} x {fixed[1]} '
+                f'alone: '
+                f'export with --size {fixed[0]} {fixed[1]}'
+            )
         if (height, width) not in found:
             found.append((height, width))
     if not found:
@@ -131,24 +136,36 @@ def check_sizes(model: nn.Module, sizes: Sequence[Sequence[int]]) -> List[Tuple[
 def check_opset(opset: int) -> None:
     """Raises ConfigError where the opset is too old for the graph or too new for this PyTorch."""
     from torch.onnx import _constants
+
     newest = getattr(_constants, 'ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET', _constants.ONNX_MAX_OPSET)
     if opset < MIN_OPSET:
-        raise ConfigError(f'opset={opset} is too old: LayerNormalization needs {MIN_OPSET}; leave --opset out, or give {MIN_OPSET} or more')
+        raise ConfigError(
+            f'opset={opset} is too old: LayerNormalization needs {MIN_OPSET}; leave --opset out, or give {MIN_OPSET} '
+            f'or more'
+        )
     if opset > newest:
-        raise ConfigError(f'opset={opset} is newer than what PyTorch {torch.__version__} exports: leave --opset out, or give at most '
-                          f'{newest}')
+        raise ConfigError(
+            f'opset={opset} is newer than what PyTorch {torch.__version__} exports: leave --opset out, or give at most '
+            f'{newest}'
+        )
 
 
 def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
     """Raises UnsupportedModelError where a graph cannot find out its sizes when it runs."""
     backbone = find_backbone(model)
     # Without pad_small_map, mmpretrain shifts or does not as the size has it.
-    if class_named(backbone, SWIN_BACKBONES) is None or not all(getattr(m, 'pad_small_map', True) for m in backbone.modules()):
-        raise UnsupportedModelError(f'{type(backbone).__name__} does not export with a dynamic size, which the Swin of mmdet and mmseg '
-                                    'does: give its sizes, --size H W')
+    if class_named(backbone, SWIN_BACKBONES) is None or not all(
+        getattr(m, 'pad_small_map', True) for m in backbone.modules()
+    ):
+        raise UnsupportedModelError(
+            f'{type(backbone).__name__} does not export with a dynamic size, which the Swin of mmdet and mmseg '
+            'does: give its sizes, --size H W'
+        )
     if spec_of(model).points == 'all':
-        raise UnsupportedModelError('points=\'all\' does not export with a dynamic size, for which OpenVINO 2026.4 gives wrong results '
-                                    '(seen: 17 % off): give the sizes, --size H W')
+        raise UnsupportedModelError(
+            "points='all' does not export with a dynamic size, for which OpenVINO 2026.4 gives wrong results "
+            '(seen: 17 % off): give the sizes, --size H W'
+        )
     if parts.task in ('classification', 'other'):
         raise UnsupportedModelError(f'{type(model).__name__} takes its exact size alone: export with --size H W')
 
@@ -156,6 +173,7 @@ def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
 def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int, tracing, dynamic: bool):
     """ONNX model, and shapes of its outputs by name."""
     import onnx
+
     images = torch.zeros(1, channels, *size)
     tracing.begin(False)
     with torch.no_grad():
@@ -163,8 +181,13 @@ def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int, trac
     shapes = {name: tuple(output.shape) for name, output in zip(graph.names, outputs)}
     tracing.begin(dynamic)
     file = io.BytesIO()
-    settings: Dict[str, Any] = dict(input_names=['images'], output_names=list(graph.names), opset_version=opset,
-                                    custom_opsets={DOMAIN: 1}, do_constant_folding=True)
+    settings: Dict[str, Any] = dict(
+        input_names=['images'],
+        output_names=list(graph.names),
+        opset_version=opset,
+        custom_opsets={DOMAIN: 1},
+        do_constant_folding=True,
+    )
     if dynamic:
         maps = [name for name, shape in shapes.items() if len(shape) == 4]
         settings['dynamic_axes'] = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in ('images', *maps)}
@@ -173,11 +196,15 @@ def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int, trac
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # sizes become constants: that is what is wanted, unless it is dynamic
         try:
-            torch.onnx.export(graph, (images, ), file, **settings)
+            torch.onnx.export(graph, (images,), file, **settings)
         except Exception as error:  # its own errors, and whatever else an operator that it does not know makes of it
-            raise NotInGraph(f'the exporter ends in "{(str(error).strip() or type(error).__name__).splitlines()[0]}"') from error
+            raise NotInGraph(
+                f'the exporter ends in "{(str(error).strip() or type(error).__name__).splitlines()[0]}"'
+            ) from error
     model = onnx.load_model_from_string(file.getvalue())
-    foreign = sorted({f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain not in ('', 'ai.onnx', DOMAIN)})
+    foreign = sorted(
+        {f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain not in ('', 'ai.onnx', DOMAIN)}
+    )
     if foreign:
         raise NotInGraph(f'it needs {" and ".join(foreign)}, which ONNX does not have')
     return model, shapes
@@ -197,11 +224,17 @@ def _settle(made: ExportableModel, parts: GraphParts, size: Tuple[int, int], **s
             less = narrower(parts, str(error))
             if less is None:
                 what = type(find_backbone(made.model)).__name__
-                raise UnsupportedModelError(f'the backbone {what} does not export ({error}): build it without that, or keep the model in '
-                                            'PyTorch') from error
+                raise UnsupportedModelError(
+                    f'the backbone {what} does not export ({error}): build it without that, or keep the model in '
+                    'PyTorch'
+                ) from error
             parts = less
             continue
-        if parts.task == 'classification' and not is_classifier(made.model) and [len(shape) for shape in shapes.values()] != [2]:
+        if (
+            parts.task == 'classification'
+            and not is_classifier(made.model)
+            and [len(shape) for shape in shapes.values()] != [2]
+        ):
             parts = parts._replace(task='other')  # the head of another kind of model, such as a pose estimator
             continue
         return graph, traced, shapes
@@ -212,7 +245,7 @@ def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Di
     found = {}
     for name, shape in shapes.items():
         if len(shape) == 4:
-            stride = 2**round(math.log2(size[0] / shape[2]))
+            stride = 2 ** round(math.log2(size[0] / shape[2]))
             if -(-size[0] // stride) == shape[2] and -(-size[1] // stride) == shape[3]:
                 found[name] = stride
     return found
@@ -221,7 +254,9 @@ def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Di
 def _image_settings(model: nn.Module) -> Dict[str, Any]:
     spec, turned = TaskModel(model).image_spec, bool(turns_channels(model))
     # mmseg turns pictures of three channels alone, the others no picture of another number.
-    return dict(channels=spec.channels, mean=list(spec.mean), std=list(spec.std), reverse_channels=turned and spec.channels == 3)
+    return dict(
+        channels=spec.channels, mean=list(spec.mean), std=list(spec.std), reverse_channels=turned and spec.channels == 3
+    )
 
 
 def _rest(model: nn.Module, parts: GraphParts) -> Dict[str, Any]:
@@ -234,7 +269,11 @@ def _rest(model: nn.Module, parts: GraphParts) -> Dict[str, Any]:
 
 def _labels(model: nn.Module, graph: _Graph, shapes: Mapping[str, Tuple[int, ...]]) -> Optional[Dict[str, Any]]:
     """How a segmentor's logits become classes, as mmseg's ``postprocess_result`` has it; None where they do not."""
-    if graph.parts.task != 'segmentation' or graph.dense != 'logits' or class_named(model, _DEPTH, 'postprocess_result'):
+    if (
+        graph.parts.task != 'segmentation'
+        or graph.dense != 'logits'
+        or class_named(model, _DEPTH, 'postprocess_result')
+    ):
         return None
     if shapes['logits'][1] > 1:
         return dict(rule='argmax')
@@ -246,27 +285,47 @@ def _interface(model: nn.Module, graph: _Graph) -> Dict[str, Any]:
     """What the manifest says of what goes into the graph and comes out of it."""
     parts = graph.parts
     head = getattr(model, parts.dense) if parts.dense else None
-    outputs = dict(names=list(graph.names), levels=[n for n in graph.names if n.startswith('level_')], features=graph.levels,
-                   dense=graph.dense)
-    return dict(task=parts.task, model=type(model).__name__, exact_size=parts.task in ('classification', 'other'), outputs=outputs,
-                dense_head=parts.dense, replaced=list(parts.prefixes), align_corners=bool(getattr(head, 'align_corners', False)))
+    outputs = dict(
+        names=list(graph.names),
+        levels=[n for n in graph.names if n.startswith('level_')],
+        features=graph.levels,
+        dense=graph.dense,
+    )
+    return dict(
+        task=parts.task,
+        model=type(model).__name__,
+        exact_size=parts.task in ('classification', 'other'),
+        outputs=outputs,
+        dense_head=parts.dense,
+        replaced=list(parts.prefixes),
+        align_corners=bool(getattr(head, 'align_corners', False)),
+    )
 
 
 def _rows(graph, made: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
-    """Rows of the report, without weights that the graph does not hold, and with the parts that one would expect in it."""
-    from .report import tensor_rows
+    """Rows of the report, without weights that the graph does not hold, and with the parts that one would expect in
+    it.
+    """
+    from psaq_mm.deploy.report import tensor_rows
+
     inside = tuple(f'{p}.' if p else '' for p in parts.prefixes)
-    rows = [row for row in tensor_rows(graph, made, report) if row['kind'] != 'weight' or row['name'].startswith(inside)]
-    return rows + [dict(name=name, kind='part', type='float32', reason=f'runs in PyTorch: {reason}')
-                   for name, reason in parts.outside.items()]
+    rows = [
+        row for row in tensor_rows(graph, made, report) if row['kind'] != 'weight' or row['name'].startswith(inside)
+    ]
+    return rows + [
+        dict(name=name, kind='part', type='float32', reason=f'runs in PyTorch: {reason}')
+        for name, reason in parts.outside.items()
+    ]
 
 
-def export_model(model: nn.Module,
-                 out: Union[str, os.PathLike],
-                 sizes: Sequence[Sequence[int]],
-                 opset: int = OPSET,
-                 classes: Optional[Sequence[str]] = None,
-                 dynamic: bool = False) -> ExportedModel:
+def export_model(
+    model: nn.Module,
+    out: Union[str, os.PathLike],
+    sizes: Sequence[Sequence[int]],
+    opset: int = OPSET,
+    classes: Optional[Sequence[str]] = None,
+    dynamic: bool = False,
+) -> ExportedModel:
     """Export a calibrated, quantized model.
 
     Args:
@@ -275,8 +334,8 @@ def export_model(model: nn.Module,
         sizes: Image sizes (height, width), one graph for each.
         opset: Of ONNX, 17 or newer.
         classes: Names of the classes, for the manifest.
-        dynamic: One graph for every size, worked out when it runs: images are padded to multiples of :data:`MULTIPLE`. ``sizes`` is one
-            then, which the graph is traced and verified with.
+        dynamic: One graph for every size, worked out when it runs: images are padded to multiples of :data:`MULTIPLE`.
+            ``sizes`` is one then, which the graph is traced and verified with.
 
     Raises:
         ConfigError: A size or the opset does not fit, or ``out`` is something else than an exported model.
@@ -287,7 +346,7 @@ def export_model(model: nn.Module,
         >>> export_model(model, 'work_dirs/deployed', [(800, 1216), (1216, 800)])
     """
     try:
-        from .lowering import WeightStore, lower
+        from psaq_mm.deploy.lowering import WeightStore, lower
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
     spec = spec_of(model)
@@ -309,11 +368,22 @@ def export_model(model: nn.Module,
         strides = _strides(shapes, size)
         lowered[size] = lower(traced, made, store)
         name = 'graph_dynamic.onnx' if dynamic else f'graph_{size[0]}x{size[1]}.onnx'
-        entries.append(dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None))
+        entries.append(
+            dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None)
+        )
     manifest = dict(
-        psaq_mm=psaq_mm.__version__, label=spec.label, quant=spec.to_dict(), opset=opset, classes=list(classes or ()), graphs=entries,
-        strides=strides, labels=labels, tensors=_rows(lowered[sizes[0]], made, report_of(model), graph.parts), **image,
-        **_interface(model, graph))
+        psaq_mm=psaq_mm.__version__,
+        label=spec.label,
+        quant=spec.to_dict(),
+        opset=opset,
+        classes=list(classes or ()),
+        graphs=entries,
+        strides=strides,
+        labels=labels,
+        tensors=_rows(lowered[sizes[0]], made, report_of(model), graph.parts),
+        **image,
+        **_interface(model, graph),
+    )
     files = {entry['file']: lowered[tuple(entry['size'])].model.SerializeToString() for entry in entries}
     directory = write_bundle(out, manifest, files, store.weights, _rest(model, graph.parts))
     return ExportedModel(directory, manifest, made, lowered, store.weights, graph.parts)

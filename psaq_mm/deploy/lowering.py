@@ -1,10 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""From the traced graph with its symbols to plain ONNX: quantizers as QuantizeLinear and DequantizeLinear, weights as integers.
+"""From the traced graph with its symbols to plain ONNX: quantizers as QuantizeLinear and DequantizeLinear, weights as
+integers.
 
-An affine quantizer becomes QuantizeLinear (codes, uint8) and DequantizeLinear; with fewer than 8 bits a Clip stands before the two,
-because QuantizeLinear saturates at 0 and 255 alone. A logarithmic quantizer becomes ordinary operations. The larger tensors leave the
-graph for :mod:`.bundle`.
+An affine quantizer becomes QuantizeLinear (codes, uint8) and DequantizeLinear; with fewer than 8 bits a Clip stands
+before the two, because QuantizeLinear saturates at 0 and 255 alone. A logarithmic quantizer becomes ordinary
+operations. The larger tensors leave the graph for :mod:`.bundle`.
 """
+
 import hashlib
 import math
 from collections import Counter
@@ -16,12 +18,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from psaq_mm.deploy.exportable import Codes, ExportableModel, IntegerWeight
+from psaq_mm.deploy.symbols import DOMAIN
 from psaq_mm.quantization.logarithmic import BASES, LEAST
-
-from .bundle import PACKED_BITS, Weight
-from .exportable import Codes, ExportableModel, IntegerWeight
-from .kernels import NARROW
-from .symbols import DOMAIN
+from psaq_mm.runtime.bundle import PACKED_BITS, Weight
+from psaq_mm.runtime.kernels import NARROW
 
 __all__ = ['LoweredGraph', 'WeightStore', 'lower']
 
@@ -41,7 +42,8 @@ class WeightStore:
         self._names: Dict[Tuple, str] = {}
 
     def add(self, name: str, array: np.ndarray, low: Union[int, np.ndarray, None] = None, shared: bool = True) -> str:
-        """The name under which ``array`` is kept: ``name``, another one's that has the same content, or ``name`` with a number.
+        """The name under which ``array`` is kept: ``name``, another one's that has the same content, or ``name`` with a
+        number.
 
         Args:
             name: What the graph calls it.
@@ -67,8 +69,8 @@ class LoweredGraph:
     Attributes:
         model: Without the larger tensors.
         weights: Names of the tensors it needs.
-        codes: By quantizer, the names of its tensors of codes, one a call (a head's layers are called for each level); whole numbers in
-            float32 for a logarithmic one.
+        codes: By quantizer, the names of its tensors of codes, one a call (a head's layers are called for each level);
+            whole numbers in float32 for a logarithmic one.
         values: The same, of the dequantized tensors.
         taps: The same, of the tensors that enter a LayerNorm, by the LayerNorm's name.
         layouts: See :class:`.windows.Tracing`.
@@ -84,10 +86,11 @@ class LoweredGraph:
 
 
 def mask_regions(height: int, width: int, rows: int, columns: int, down: int, across: int) -> np.ndarray:
-    """Which part of the image each token of a shifted window comes from (Swin, arXiv 2103.14030, section 3.2, figure 4).
+    """Which part of the image each token of a shifted window comes from (Swin, arXiv 2103.14030, section 3.2, figure
+    4).
 
-    Two tokens of one window attend to each other if they are of one part. The mask itself has the square of a window's tokens for each
-    window: these numbers stand for it on disk.
+    Two tokens of one window attend to each other if they are of one part. The mask itself has the square of a window's
+    tokens for each window: these numbers stand for it on disk.
 
     Args:
         height, width: Of the padded token map, multiples of the window.
@@ -101,8 +104,8 @@ def mask_regions(height: int, width: int, rows: int, columns: int, down: int, ac
     def parts(size: int, side: int, moved: int) -> np.ndarray:
         found = np.zeros(size, np.uint8)
         if moved:
-            found[size - side:size - moved] = 1
-            found[size - moved:] = 2
+            found[size - side : size - moved] = 1
+            found[size - moved :] = 2
         return found
 
     regions = parts(height, rows, down)[:, None] * 3 + parts(width, columns, across)
@@ -114,7 +117,11 @@ def _least_codes(weight: IntegerWeight) -> Union[int, np.ndarray]:
     """See :class:`.bundle.Weight`."""
     if not isinstance(weight.low, Tensor):
         return weight.low
-    return weight.low.numpy().astype(np.int8).reshape([-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())])
+    return (
+        weight.low.numpy()
+        .astype(np.int8)
+        .reshape([-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())])
+    )
 
 
 def _dtype(codes: Codes):
@@ -126,7 +133,6 @@ def _content(codes: Codes) -> Tuple:
 
 
 class _Lowering:
-
     def __init__(self, model: onnx.ModelProto, made: ExportableModel, store: WeightStore):
         self.graph, self.made, self.store = model.graph, made, store
         self.out = LoweredGraph(model)
@@ -185,8 +191,11 @@ class _Lowering:
             label = f'{name}.{count + 1}' if count else name
             zero = 0 if centred else quantizer.zero_point - (quantizer.shift or 0)
             zero_point = self._zero_point(f'{label}.centred' if centred else label, quantizer, zero)
-            self.known[key] = self.node('DequantizeLinear', [codes, self.scalar(np.float32(quantizer.scale), f'{label}.scale'), zero_point],
-                                        f'{label}.value')
+            self.known[key] = self.node(
+                'DequantizeLinear',
+                [codes, self.scalar(np.float32(quantizer.scale), f'{label}.scale'), zero_point],
+                f'{label}.value',
+            )
         self.out.values.setdefault(name, []).append(self.known[key])
         return self.known[key]
 
@@ -201,33 +210,51 @@ class _Lowering:
         dtype, shift = _dtype(codes), codes.shift or 0
         scale = np.float32(codes.scale)
         if (codes.low - shift, codes.high - shift) != (np.iinfo(dtype).min, np.iinfo(dtype).max):
-            ends = [self.scalar((end - codes.zero_point) * scale, f'{name}.{which}')
-                    for end, which in ((codes.low, 'least'), (codes.high, 'greatest'))]
+            ends = [
+                self.scalar((end - codes.zero_point) * scale, f'{name}.{which}')
+                for end, which in ((codes.low, 'least'), (codes.high, 'greatest'))
+            ]
             x = self.node('Clip', [x, *ends], f'{name}.clipped')
         zero_point = self._zero_point(name, codes, codes.zero_point - shift)
         return self.node('QuantizeLinear', [x, self.scalar(scale, f'{name}.scale'), zero_point], f'{name}.codes')
 
     def _log(self, x: str, name: str, codes: Codes) -> Tuple[str, str]:
-        """Codes round(-m log2(x / delta)), values delta 2^(-code / m), and 0 from the last code on (quantization/logarithmic.py)."""
+        """Codes round(-m log2(x / delta)), values delta 2^(-code / m), and 0 from the last code on
+        (quantization/logarithmic.py).
+        """
         octave = BASES[codes.log_base]
         zero_code = codes.high + 1
         ratio = self.node('Div', [x, self.scalar(codes.scale, f'{name}.delta')], f'{name}.ratio')
         # The logarithm of 0 is infinite: values that small have the code of zero, and are told by themselves.
-        log = self.node('Log', [self.node('Max', [ratio, self.scalar(LEAST, f'{name}.tiny')], f'{name}.above_zero')], f'{name}.log')
-        code = self.node('Round', [self.node('Mul', [log, self.scalar(-octave / math.log(2), f'{name}.octaves')], f'{name}.real_code')],
-                         f'{name}.whole_code')
-        code = self.node('Clip', [code, self.scalar(0, f'{name}.first'), self.scalar(zero_code, f'{name}.last')], f'{name}.nonzero_code')
+        log = self.node(
+            'Log', [self.node('Max', [ratio, self.scalar(LEAST, f'{name}.tiny')], f'{name}.above_zero')], f'{name}.log'
+        )
+        code = self.node(
+            'Round',
+            [self.node('Mul', [log, self.scalar(-octave / math.log(2), f'{name}.octaves')], f'{name}.real_code')],
+            f'{name}.whole_code',
+        )
+        code = self.node(
+            'Clip',
+            [code, self.scalar(0, f'{name}.first'), self.scalar(zero_code, f'{name}.last')],
+            f'{name}.nonzero_code',
+        )
         tiny = self.node('Less', [ratio, self.scalar(LEAST, f'{name}.tiny')], f'{name}.is_tiny')
         code = self.node('Where', [tiny, self.scalar(zero_code, f'{name}.last'), code], f'{name}.codes')
-        power = self.node('Exp', [self.node('Mul', [code, self.scalar(-math.log(2) / octave, f'{name}.octave')], f'{name}.exponent')],
-                          f'{name}.power')
+        power = self.node(
+            'Exp',
+            [self.node('Mul', [code, self.scalar(-math.log(2) / octave, f'{name}.octave')], f'{name}.exponent')],
+            f'{name}.power',
+        )
         value = self.node('Mul', [power, self.scalar(codes.scale, f'{name}.delta')], f'{name}.level')
-        none = self.node('Greater', [code, self.scalar(zero_code - .5, f'{name}.past')], f'{name}.is_zero')
+        none = self.node('Greater', [code, self.scalar(zero_code - 0.5, f'{name}.past')], f'{name}.is_zero')
         return code, self.node('Where', [none, self.scalar(0, f'{name}.zero'), value], f'{name}.value')
 
     def weight(self, name: str) -> str:
-        """The dequantized weight; each product that reads a wide one has its own, under names of its own. Where ONNX Runtime multiplies
-        with wide weights plus 128, it makes these for each product by the name of the codes, and does not start if two have one name."""
+        """The dequantized weight; each product that reads a wide one has its own, under names of its own. Where ONNX
+        Runtime multiplies with wide weights plus 128, it makes these for each product by the name of the codes, and
+        does not start if two have one name.
+        """
         weight = self.made.weights[name]
         wide = int(weight.codes.to(torch.int16).abs().max()) > NARROW
         self.readers[name] += 1
@@ -240,10 +267,13 @@ class _Lowering:
                 self.unshared.add(codes)
             if weight.bits <= PACKED_BITS:
                 self.packed[codes] = _least_codes(weight)
-            # Neither is shared with another weight: ONNX Runtime replaces the zero points of some weights, each by its name.
+            # Neither is shared with another weight: ONNX Runtime replaces the zero points of some weights, each by its
+            # name.
             parameters = [f'{name}.weight.scale', f'{name}.weight{copy}.zero_point']
             zero_point = weight.zero_point.numpy()
-            self.new_initializers.update(zip(parameters, (weight.scale.numpy(), np.zeros_like(zero_point) if weight.apart else zero_point)))
+            self.new_initializers.update(
+                zip(parameters, (weight.scale.numpy(), np.zeros_like(zero_point) if weight.apart else zero_point))
+            )
             self.unshared.add(parameters[1])
             self.known[key] = self.node('DequantizeLinear', [codes, *parameters], value, axis=weight.axis)
         return self.known[key]
@@ -251,20 +281,30 @@ class _Lowering:
     def position_bias(self, scores: str, name: str, output: str) -> str:
         """The table is looked up by the runtime when it loads."""
         table, index = self.made.positions[name]
-        inputs = [self.constant(f'{name}.position_bias.table', table.numpy()),
-                  self.constant(f'{name}.position_bias.index', index.numpy().astype(np.int32))]
+        inputs = [
+            self.constant(f'{name}.position_bias.table', table.numpy()),
+            self.constant(f'{name}.position_bias.index', index.numpy().astype(np.int32)),
+        ]
         return self.node('Add', [scores, self.node('Gather', inputs, f'{name}.position_bias', axis=1)], output)
 
     def window_mask(self, scores: str, windows: Tuple[int, ...], value: float, output: str) -> str:
-        """The mask, (windows, 1, N, N), is worked out once for all blocks of a stage, and by the runtime when it loads."""
+        """The mask, (windows, 1, N, N), is worked out once for all blocks of a stage, and by the runtime when it
+        loads.
+        """
         key = 'mask', windows, value
         if key not in self.known:
             array = mask_regions(*windows)
             count, tokens = array.shape
             base = f'window_mask_{"x".join(map(str, windows))}'
             queries, keys = (
-                self.node('Cast', [self.constant(f'{base}.{which}', array.reshape(shape))], f'{base}.{which}.int32', to=TensorProto.INT32)
-                for which, shape in (('queries', (count, 1, tokens, 1)), ('keys', (count, 1, 1, tokens))))
+                self.node(
+                    'Cast',
+                    [self.constant(f'{base}.{which}', array.reshape(shape))],
+                    f'{base}.{which}.int32',
+                    to=TensorProto.INT32,
+                )
+                for which, shape in (('queries', (count, 1, tokens, 1)), ('keys', (count, 1, 1, tokens)))
+            )
             same = self.node('Equal', [queries, keys], f'{base}.same')
             ends = [self.scalar(0, f'{base}.zero'), self.scalar(value, f'{base}.masked')]
             self.known[key] = self.node('Where', [same, *ends], f'{base}.mask')
@@ -282,7 +322,11 @@ class _Lowering:
                 entries = entries[count:]
                 place = self.node('Add', [place, table], f'{label}.sum_{i}') if place else table
             if settings['limit'] >= 0:
-                place = self.node('Min', [place, self.constant(f'{label}.limit', np.array(settings['limit'], np.int32))], f'{label}.limited')
+                place = self.node(
+                    'Min',
+                    [place, self.constant(f'{label}.limit', np.array(settings['limit'], np.int32))],
+                    f'{label}.limited',
+                )
             self.known[key] = self.node('Reshape', [place, self.constant('flat', np.array([-1], np.int64))], label)
         return self.node('Gather', [rows, self.known[key]], output, axis=0)
 
@@ -330,7 +374,9 @@ class _Lowering:
         """A graph whose output was a symbol's: give the tensor the name of the output."""
         for output in self.graph.output:
             if output.name in self.renamed:
-                self.nodes.append(helper.make_node('Identity', [self.renamed[output.name]], [output.name], name=output.name))
+                self.nodes.append(
+                    helper.make_node('Identity', [self.renamed[output.name]], [output.name], name=output.name)
+                )
 
     def _drop_unused(self) -> None:
         needed = {o.name for o in self.graph.output}
@@ -352,8 +398,12 @@ class _Lowering:
         initializers, nodes = [], []
         for tensor in self.graph.initializer:
             if len(tensor.raw_data) > IN_GRAPH_BYTES:
-                moved[tensor.name] = self.store.add(tensor.name, numpy_helper.to_array(tensor), self.packed.get(tensor.name),
-                                                     tensor.name not in self.unshared)
+                moved[tensor.name] = self.store.add(
+                    tensor.name,
+                    numpy_helper.to_array(tensor),
+                    self.packed.get(tensor.name),
+                    tensor.name not in self.unshared,
+                )
             else:
                 initializers.append(tensor)
         for node in self.graph.node:

@@ -1,9 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which parts of a model become the graph, and which stay in PyTorch beside it.
 
-The widest graph is backbone, neck and dense head. A part is left to PyTorch where a graph could not stand for it: a head that reads more
-than the levels of the neck, a prediction that is not made from the outputs of the head's forward, an operator that ONNX does not have.
+The widest graph is backbone, neck and dense head. A part is left to PyTorch where a graph could not stand for it: a
+head that reads more than the levels of the neck, a prediction that is not made from the outputs of the head's forward,
+an operator that ONNX does not have.
 """
+
 import copy
 import inspect
 from typing import Mapping, NamedTuple, Optional, Tuple
@@ -27,12 +29,14 @@ class GraphParts(NamedTuple):
     """What of a model becomes the graph.
 
     Attributes:
-        task: ``'classification'``, ``'segmentation'``, ``'detection'``, ``'backbone'``, or ``'other'`` for a model that is none of these.
+        task: ``'classification'``, ``'segmentation'``, ``'detection'``, ``'backbone'``, or ``'other'`` for a model that
+            is none of these.
         dense: Name of the head inside the graph, or None.
         with_levels: Whether feature maps are outputs.
         prefixes: Names of the model's children that the graph replaces.
         outside: By the name of a neck or dense head that stays in PyTorch, why.
     """
+
     task: str
     dense: Optional[str]
     with_levels: bool
@@ -41,15 +45,21 @@ class GraphParts(NamedTuple):
 
 
 def graph_parts(model: nn.Module) -> GraphParts:
-    """The widest graph of a detector, segmentor, classifier or backbone, as far as it can be told without running it."""
+    """The widest graph of a detector, segmentor, classifier or backbone, as far as it can be told without running
+    it.
+    """
     backbone = find_backbone(model)
     if backbone is model:
-        return GraphParts('backbone', None, True, ('', ))
+        return GraphParts('backbone', None, True, ('',))
     if getattr(model, 'model', None) is backbone:  # timm's whole network
-        return GraphParts('classification', None, False, ('model', ))
+        return GraphParts('classification', None, False, ('model',))
     dense, reason = dense_head_name(model), None
-    parts = GraphParts(_task(model, dense), dense, _others_read_levels(model, dense),
-                       tuple(n for n in ('backbone', 'neck', dense) if n and getattr(model, n, None) is not None))
+    parts = GraphParts(
+        _task(model, dense),
+        dense,
+        _others_read_levels(model, dense),
+        tuple(n for n in ('backbone', 'neck', dense) if n and getattr(model, n, None) is not None),
+    )
     if dense is not None:
         reason = _why_apart(model, getattr(model, dense))
         parts = _without(parts, dense, reason) if reason else parts
@@ -59,7 +69,9 @@ def graph_parts(model: nn.Module) -> GraphParts:
 
 
 def narrower(parts: GraphParts, reason: str) -> Optional[GraphParts]:
-    """The same graph without its last part, which stays in PyTorch for ``reason``; None where it is the backbone alone."""
+    """The same graph without its last part, which stays in PyTorch for ``reason``; None where it is the backbone
+    alone.
+    """
     last = parts.dense or ('neck' if 'neck' in parts.prefixes else None)
     return _without(parts, last, reason) if last and parts.task != 'backbone' else None
 
@@ -69,7 +81,9 @@ def _without(parts: GraphParts, name: str, reason: str) -> GraphParts:
     if name == 'neck':
         outside.update({parts.dense: 'it reads the neck, which runs in PyTorch'} if parts.dense else {})
     dropped = (name, parts.dense)
-    return parts._replace(dense=None, with_levels=True, prefixes=tuple(p for p in parts.prefixes if p not in dropped), outside=outside)
+    return parts._replace(
+        dense=None, with_levels=True, prefixes=tuple(p for p in parts.prefixes if p not in dropped), outside=outside
+    )
 
 
 def _task(model: nn.Module, dense: Optional[str]) -> str:
@@ -84,8 +98,9 @@ def _task(model: nn.Module, dense: Optional[str]) -> str:
 
 
 def _others_read_levels(model: nn.Module, dense: Optional[str]) -> bool:
-    """Whether a model has parts beside the dense head, such as RoI, mask and semantic heads, which may read the levels, or predicts in a
-    way of its own."""
+    """Whether a model has parts beside the dense head, such as RoI, mask and semantic heads, which may read the levels,
+    or predicts in a way of its own.
+    """
     known = ('neck', dense, *TRAINING_ONLY)
     backbone = find_backbone(model)
     others = any(part is not backbone and name not in known for name, part in model.named_children())
@@ -137,10 +152,11 @@ class _Meta(dict):
 
 
 def _predicts_from_levels(head: nn.Module) -> bool:
-    """Whether the first thing that a head does to predict is its own forward, on the levels alone: a rehearsal on a copy, without levels.
+    """Whether the first thing that a head does to predict is its own forward, on the levels alone: a rehearsal on a
+    copy, without levels.
 
-    All its prediction reads then is what the graph gives. A head that hands the levels to heads inside it, or reads them itself, is none
-    of these.
+    All its prediction reads then is what the graph gives. A head that hands the levels to heads inside it, or reads
+    them itself, is none of these.
     """
     predict = getattr(type(head), 'predict', None)
     if predict is None:
@@ -151,9 +167,14 @@ def _predicts_from_levels(head: nn.Module) -> bool:
         raise _Asked(args, kwargs)
 
     head.forward = forward
-    image = _Meta(img_shape=(32, 32), ori_shape=(32, 32), pad_shape=(32, 32), batch_input_shape=(32, 32), scale_factor=(1., 1.))
-    required = [p for p in list(inspect.signature(predict).parameters.values())[3:]
-                if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    image = _Meta(
+        img_shape=(32, 32), ori_shape=(32, 32), pad_shape=(32, 32), batch_input_shape=(32, 32), scale_factor=(1.0, 1.0)
+    )
+    required = [
+        p
+        for p in list(inspect.signature(predict).parameters.values())[3:]
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     try:
         head.predict(levels, [image], *({} for _ in required))
     except _Asked as asked:

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Adaptive average pooling as two matrix products: ONNX has it only where the cells are equal."""
+
 from typing import Tuple, Union
 
 import torch

@@ -1,14 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which tensors of an exported graph are integer and which stay float, and why."""
+
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Tuple
 
+from psaq_mm.deploy.exportable import ExportableModel
 from psaq_mm.quantization import ConversionReport
-
-from .bundle import REST
-from .exportable import ExportableModel
-from .kernels import EXPLAINED
+from psaq_mm.runtime.bundle import REST
+from psaq_mm.runtime.kernels import EXPLAINED
 
 __all__ = ['execution', 'sizes_of', 'summary', 'tensor_rows']
 
@@ -35,15 +35,25 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
         Dicts with ``name``, ``kind``, ``type`` and, where it is float, ``reason``.
     """
     rows: List[Dict[str, Any]] = []
-    layers = {weight.layer: weight for weight in made.weights.values() if weight.layer is not None}  # parts of one layer are alike
+    # parts of one layer are alike
+    layers = {weight.layer: weight for weight in made.weights.values() if weight.layer is not None}
     for name, weight in layers.items():
-        rows.append(dict(name=f'{name}.weight', kind='weight', type=str(weight.codes.dtype).replace('torch.', ''), bits=weight.bits))
+        rows.append(
+            dict(
+                name=f'{name}.weight',
+                kind='weight',
+                type=str(weight.codes.dtype).replace('torch.', ''),
+                bits=weight.bits,
+            )
+        )
     for name, codes in made.quantizers.items():
         if name not in graph.values:
             continue  # outside the graph (RoI heads)
         bits = (codes.high - codes.low + 1).bit_length() - 1
         if codes.log_base:
-            reason = f'{codes.log_base} codes have no integer product in the runtimes: ordinary operations give their values'
+            reason = (
+                f'{codes.log_base} codes have no integer product in the runtimes: ordinary operations give their values'
+            )
             rows.append(dict(name=name, kind='activation', type='float32', bits=bits, reason=reason))
         else:
             signed = codes.low < 0 or codes.shift is not None
@@ -52,8 +62,11 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
     rows += [dict(name=name, kind='layer', type='float32', reason=note) for name, note in made.notes.items()]
     rows += _float_products(graph)
     counts = Counter(node.op_type for node in graph.model.graph.node)
-    rows += [dict(name=kind, kind=f'{counts[kind]} operations', type='float32', reason=reason)
-             for kind, reason in _FLOAT_OPERATIONS.items() if counts[kind]]
+    rows += [
+        dict(name=kind, kind=f'{counts[kind]} operations', type='float32', reason=reason)
+        for kind, reason in _FLOAT_OPERATIONS.items()
+        if counts[kind]
+    ]
     return rows
 
 
@@ -65,13 +78,26 @@ def _float_products(graph) -> Iterable[Dict[str, Any]]:
         sides = [_is_integer(name, producer) for name in node.input[:2]]
         if any(sides) and not all(sides):
             side = 'left' if sides[1] else 'right'
-            yield dict(name=node.name, kind=node.op_type, type='float32',
-                       reason=f'its {side} operand is not quantized, so that the other one is widened for the product')
+            yield dict(
+                name=node.name,
+                kind=node.op_type,
+                type='float32',
+                reason=f'its {side} operand is not quantized, so that the other one is widened for the product',
+            )
 
 
 def _is_integer(name: str, producer) -> bool:
     node = producer.get(name)
-    while node is not None and node.op_type in ('Transpose', 'Reshape', 'Unsqueeze', 'Squeeze', 'Flatten', 'Slice', 'Concat', 'Gather'):
+    while node is not None and node.op_type in (
+        'Transpose',
+        'Reshape',
+        'Unsqueeze',
+        'Squeeze',
+        'Flatten',
+        'Slice',
+        'Concat',
+        'Gather',
+    ):
         node = producer.get(node.input[0])
     return node is not None and node.op_type == 'DequantizeLinear'
 
@@ -106,7 +132,11 @@ def execution(deployed, size: Tuple[int, int]) -> str:
         size: One of its sizes.
     """
     session = deployed.session(size)
-    rows = _openvino_products(session) if deployed.runtime == 'openvino' else _onnxruntime_products(session, deployed.graph(size))
+    rows = (
+        _openvino_products(session)
+        if deployed.runtime == 'openvino'
+        else _onnxruntime_products(session, deployed.graph(size))
+    )
     counts = Counter(row[2] for row in rows)
     told = [f'{counts["integer"]} of {len(rows)} products are integer']
     told += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
@@ -117,12 +147,16 @@ def execution(deployed, size: Tuple[int, int]) -> str:
 
 
 def _openvino_products(session) -> List[Tuple[str, str, str]]:
-    """Name, kind, and ``'integer'``, ``'float'`` or ``'fused'``, of each product in the compiled graph: the name of the primitive
-    ends in its precision."""
+    """Name, kind, and ``'integer'``, ``'float'`` or ``'fused'``, of each product in the compiled graph: the name of the
+    primitive ends in its precision.
+    """
     rows = []
     for node in session.compiled.get_runtime_model().get_ordered_ops():
-        info = {key: value.astype(str) for key, value in node.get_rt_info().items()
-                if key in ('layerType', 'primitiveType', 'originalLayersNames')}
+        info = {
+            key: value.astype(str)
+            for key, value in node.get_rt_info().items()
+            if key in ('layerType', 'primitiveType', 'originalLayersNames')
+        }
         kind, primitive = info.get('layerType', ''), info.get('primitiveType', '')
         if kind == 'Subgraph':
             names = info.get('originalLayersNames', '').split(',')
@@ -138,10 +172,14 @@ def _onnxruntime_products(session, graph: bytes) -> List[Tuple[str, str, str]]:
     import tempfile
 
     import onnx
+
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / 'optimized.onnx')
         session.new_session(graph, None, session.way, path)
         nodes = onnx.load(path).graph.node
     integer = ('MatMulIntegerToFloat', 'MatMulInteger', 'QLinearMatMul', 'QLinearConv', 'ConvInteger', 'QGemm')
-    return [(node.name, node.op_type, 'integer' if node.op_type in integer else 'float') for node in nodes
-            if node.op_type in integer or node.op_type in (*_PRODUCTS, 'FusedMatMul', 'FusedConv', 'FusedGemm')]
+    return [
+        (node.name, node.op_type, 'integer' if node.op_type in integer else 'float')
+        for node in nodes
+        if node.op_type in integer or node.op_type in (*_PRODUCTS, 'FusedMatMul', 'FusedConv', 'FusedGemm')
+    ]

@@ -1,9 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Operations that stand in a traced graph for what ``lowering.py`` writes out: quantizers, integer weights, attention masks.
+"""Operations that stand in a traced graph for what ``lowering.py`` writes out: quantizers, integer weights, attention
+masks.
 
-Traced as they are, a quantizer would become six float operations and a weight a float one, and constants of the same value would
-be merged whatever they belong to. Each of these carries a name instead, under which the export keeps the real thing.
+Traced as they are, a quantizer would become six float operations and a weight a float one, and constants of the same
+value would be merged whatever they belong to. Each of these carries a name instead, under which the export keeps the
+real thing.
 """
+
 import math
 from typing import Optional, Sequence, Tuple
 
@@ -29,7 +32,6 @@ class _Named(torch.autograd.Function):
 
 
 class _Codes(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x, name, dtype):
         return x.to(dtype)
@@ -40,33 +42,37 @@ class _Codes(torch.autograd.Function):
 
 
 class _Values(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, codes, name, centred):
         return codes.float()
 
     @staticmethod
     def symbolic(g, codes, name, centred):
-        return g.op(f'{DOMAIN}::Values', codes, name_s=name, centred_i=int(centred)).setType(codes.type().with_dtype(torch.float32))
+        return g.op(f'{DOMAIN}::Values', codes, name_s=name, centred_i=int(centred)).setType(
+            codes.type().with_dtype(torch.float32)
+        )
 
 
 class _LookUp(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, rows, channels, entries, shapes, limit):
         places = sum(np.reshape(values, shape) for values, shape in zip(entries, shapes))
-        return rows[torch.from_numpy(np.minimum(places, np.inf if limit is None else limit).astype(np.int64).reshape(-1))]
+        return rows[
+            torch.from_numpy(np.minimum(places, np.inf if limit is None else limit).astype(np.int64).reshape(-1))
+        ]
 
     @staticmethod
     def symbolic(g, rows, channels, entries, shapes, limit):
-        flat = dict(entries_i=[e for values in entries for e in values], shapes_i=[s for shape in shapes for s in shape])
+        flat = dict(
+            entries_i=[e for values in entries for e in values], shapes_i=[s for shape in shapes for s in shape]
+        )
         total = math.prod(max(shape[axis] for shape in shapes) for axis in range(len(shapes[0])))
-        return g.op(f'{DOMAIN}::LookUp', rows, tables_i=len(shapes), limit_i=-1 if limit is None else limit,
-                    **flat).setType(rows.type().with_sizes([total, channels]))
+        return g.op(
+            f'{DOMAIN}::LookUp', rows, tables_i=len(shapes), limit_i=-1 if limit is None else limit, **flat
+        ).setType(rows.type().with_sizes([total, channels]))
 
 
 class _Weight(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, one, name, shape):
         return one.new_zeros(shape)
@@ -77,7 +83,6 @@ class _Weight(torch.autograd.Function):
 
 
 class _WindowMask(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, scores, windows, value):
         return scores.clone()
@@ -113,7 +118,9 @@ def look_up(rows: Tensor, tables: Sequence[np.ndarray], limit: Optional[int]) ->
     Returns:
         (product of the tables' broadcast shape, C).
     """
-    return _LookUp.apply(rows, int(rows.shape[1]), [t.reshape(-1).tolist() for t in tables], [t.shape for t in tables], limit)
+    return _LookUp.apply(
+        rows, int(rows.shape[1]), [t.reshape(-1).tolist() for t in tables], [t.shape for t in tables], limit
+    )
 
 
 def mark_tap(x: Tensor, name: str) -> Tensor:

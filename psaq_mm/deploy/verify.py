@@ -1,10 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Whether an exported model gives the integer codes of the fake-quantized one.
 
-Layer by layer: a copy of the graph is cut behind every quantizer and before every LayerNorm, each cut is fed what the fake-quantized model
-has there, and the codes that come out are compared. So each layer sees the same inputs, and a difference belongs to the layer that
-shows it; end to end the layers' differences add up, which is reported beside it.
+Layer by layer: a copy of the graph is cut behind every quantizer and before every LayerNorm, each cut is fed what the
+fake-quantized model has there, and the codes that come out are compared. So each layer sees the same inputs, and a
+difference belongs to the layer that shows it; end to end the layers' differences add up, which is reported beside it.
 """
+
 import copy
 import math
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
@@ -15,27 +16,27 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from psaq_mm.deploy.export import ExportedModel, _Graph
+from psaq_mm.deploy.lowering import LoweredGraph, with_weights
+from psaq_mm.deploy.parts import GraphParts
 from psaq_mm.models import spec_of
 from psaq_mm.quantization import LogQuantizer, Quantizer, log_quantize, quantize
-from psaq_mm.quantization.primitives import along
 from psaq_mm.quantization.logarithmic import BASES
-
-from .bundle import read_manifest, read_weights
-from .export import ExportedModel, _Graph
-from .kernels import EXPLAINED
-from .lowering import LoweredGraph, with_weights
-from .parts import GraphParts
-from .runtime import DeployedModel, load, start
+from psaq_mm.quantization.primitives import along
+from psaq_mm.runtime.bundle import read_manifest, read_weights
+from psaq_mm.runtime.deployed import DeployedModel, load, start
+from psaq_mm.runtime.kernels import EXPLAINED
 
 __all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
 
 LEAST_SHARE = 0.999
 GREATEST_STEP = 1
-GREATEST_ERROR = .1
-"""Of an output end to end, where activations have 6 bits or more. Ties that fall the other way add up to far less; a runtime that takes the
-whole graph for another one than its pieces does not."""
+GREATEST_ERROR = 0.1
+"""Of an output end to end, where activations have 6 bits or more. Ties that fall the other way add up to far less; a
+runtime that takes the whole graph for another one than its pieces does not."""
 TIE = 1e-3
-"""Of a step: a value this close to the edge of two codes is decided by the order of a sum. A wrong layer moves all values, these too."""
+"""Of a step: a value this close to the edge of two codes is decided by the order of a sum. A wrong layer moves all
+values, these too."""
 _FALSE_CUT = '.given'
 
 
@@ -49,6 +50,7 @@ class LayerAgreement(NamedTuple):
         step: The greatest difference, in codes.
         edge: Of the values whose codes differ, the greatest distance from the edge between two codes, in steps.
     """
+
     name: str
     elements: int
     equal: float
@@ -57,7 +59,9 @@ class LayerAgreement(NamedTuple):
 
     @property
     def ties(self) -> bool:
-        """Whether all that differ lie on an edge. Padded positions of windows hold one value: a hundred times the same tie."""
+        """Whether all that differ lie on an edge. Padded positions of windows hold one value: a hundred times the same
+        tie.
+        """
         return self.step <= GREATEST_STEP and self.edge <= TIE
 
     @property
@@ -67,8 +71,10 @@ class LayerAgreement(NamedTuple):
 
 
 class OutputAgreement(NamedTuple):
-    """An output of the whole graph: its error relative to the fake-quantized one (L2), and the share of positions whose greatest channel
-    is the same."""
+    """An output of the whole graph: its error relative to the fake-quantized one (L2), and the share of positions whose
+    greatest channel is the same.
+    """
+
     name: str
     error: float
     same_class: float
@@ -86,6 +92,7 @@ class Verification(NamedTuple):
         kernels: What the runtime ran the whole graph with, of :data:`.kernels.KERNELS`.
         size: Of the images, (height, width); None where it was not told.
     """
+
     runtime: str
     layers: List[LayerAgreement]
     outputs: List[OutputAgreement]
@@ -97,7 +104,7 @@ class Verification(NamedTuple):
     def equal(self) -> float:
         """Share of all codes that are equal."""
         elements = sum(layer.elements for layer in self.layers)
-        return sum(layer.elements * layer.equal for layer in self.layers) / elements if elements else 1.
+        return sum(layer.elements * layer.equal for layer in self.layers) / elements if elements else 1.0
 
     @property
     def good(self) -> bool:
@@ -118,14 +125,23 @@ class Verification(NamedTuple):
             mark = '  <- too far' if not layer.good else '  ties' if layer.equal < LEAST_SHARE else ''
             lines.append(f'{layer.name:<{width}}  {layer.elements:>10}  {layer.equal:>9.4%}  {layer.step:>13}{mark}')
         total = sum(layer.elements for layer in self.layers)
-        lines.append(f'{"all layers":<{width}}  {total:>10}  {self.equal:>9.4%}  {max([l.step for l in self.layers] + [0]):>13}')
-        worst = max([output.error for output in self.outputs] + [0.])
-        lines += [f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of positions'
-                  f'{"" if o.good else "  <- too far"}'
-                  for o in self.outputs if not brief or not o.good or o.error == worst]
+        lines.append(
+            f'{"all layers":<{width}}  {total:>10}  {self.equal:>9.4%}  {max([l.step for l in self.layers] + [0]):>13}'
+        )
+        worst = max([output.error for output in self.outputs] + [0.0])
+        lines += [
+            f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of '
+            f'positions'
+            f'{"" if o.good else "  <- too far"}'
+            for o in self.outputs
+            if not brief or not o.good or o.error == worst
+        ]
         lines += [f'{self.runtime} ran the graph with {EXPLAINED[kernels]}' for kernels in self.kernels]
-        lines.append('integer weights: all as in the fake-quantized model' if not self.weights else
-                     f'integer weights that differ: {", ".join(self.weights)}')
+        lines.append(
+            'integer weights: all as in the fake-quantized model'
+            if not self.weights
+            else f'integer weights that differ: {", ".join(self.weights)}'
+        )
         return '\n'.join(lines)
 
 
@@ -166,7 +182,7 @@ def _edge_distances(quantizer: Quantizer, x: Tensor) -> np.ndarray:
         places = torch.log2(x / quantizer.scale) * BASES[quantizer.base]
     else:
         places = x / quantizer.scale
-    return (places - places.floor() - .5).abs().numpy()
+    return (places - places.floor() - 0.5).abs().numpy()
 
 
 def _reordered(x: Tensor, order: Optional[Tensor]) -> Tensor:
@@ -204,15 +220,17 @@ def _records(model: nn.Module, parts: GraphParts, image: Tensor) -> Dict[str, Li
     return recorder.inputs
 
 
-def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads,
-                kernels: str) -> Iterator[LayerAgreement]:
+def _layer_rows(
+    model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads, kernels: str
+) -> Iterator[LayerAgreement]:
     size = tuple(images.shape[-2:])
     graph = exported.graphs[size]
     modules = dict(model.named_modules())
     counts: Dict[str, List[float]] = {}
     session = None
     for i in range(len(images)):
-        records = _records(model, exported.parts, images[i:i + 1])  # of one image at a time: a layer's inputs may be gigabytes
+        # of one image at a time: a layer's inputs may be gigabytes
+        records = _records(model, exported.parts, images[i : i + 1])
         expected: Dict[str, Tuple[str, np.ndarray, Tensor]] = {}
         given: Dict[str, Tuple[str, np.ndarray]] = {}
         for name, codes in graph.codes.items():
@@ -230,7 +248,7 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
                 if tensor not in values:
                     given[tensor] = tensor + _FALSE_CUT, _reordered(x, exported.made.orders.get(name)).numpy()
         inputs = {input_name: value for input_name, value in given.values()}
-        inputs['images'] = images[i:i + 1].numpy()
+        inputs['images'] = images[i : i + 1].numpy()
         if session is None:
             session = start(_cut(graph, exported, given).SerializeToString(), runtime, threads, kernels)
         del records
@@ -238,7 +256,7 @@ def _layer_rows(model: nn.Module, exported: ExportedModel, images: Tensor, runti
         del inputs, given
         for code, (name, wanted, x) in expected.items():
             gap = np.abs(found[code].astype(np.int32) - wanted.astype(np.int32))
-            row = counts.setdefault(name, [0, 0, 0, 0.])
+            row = counts.setdefault(name, [0, 0, 0, 0.0])
             row[0] += gap.size
             row[1] += int((gap == 0).sum())
             row[2] = max(row[2], int(gap.max()))
@@ -270,7 +288,9 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
         order = exported.made.orders.get(f'{integer.layer}.input_quantizer')
         weight = _reordered(layer.weight.detach(), order)
         quantizer = layer.weight_quantizer
-        wanted = quantize(weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis)
+        wanted = quantize(
+            weight, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, layer.output_axis
+        )
         wanted = wanted - along(quantizer.zero_point, wanted, layer.output_axis)
         wanted = wanted.t() if isinstance(layer, nn.Linear) else wanted
         wanted = wanted if integer.channels is None else wanted[:, slice(*integer.channels)]
@@ -281,11 +301,13 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
     return wrong
 
 
-def _output_rows(model: nn.Module, exported: ExportedModel, deployed: DeployedModel, images: Tensor) -> Iterator[OutputAgreement]:
+def _output_rows(
+    model: nn.Module, exported: ExportedModel, deployed: DeployedModel, images: Tensor
+) -> Iterator[OutputAgreement]:
     found = deployed.run(images.numpy())
     graph = _Graph(model, exported.parts)
     with torch.no_grad():
-        rows = [graph(images[i:i + 1]) for i in range(len(images))]
+        rows = [graph(images[i : i + 1]) for i in range(len(images))]
     for i, name in enumerate(graph.names):
         wanted = torch.cat([row[i] for row in rows]).numpy()
         error = np.linalg.norm(found[name] - wanted) / max(np.linalg.norm(wanted), 1e-12)
@@ -293,15 +315,21 @@ def _output_rows(model: nn.Module, exported: ExportedModel, deployed: DeployedMo
         yield OutputAgreement(name, float(error), float((found[name].argmax(1) == wanted.argmax(1)).mean()), bool(good))
 
 
-def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads: Optional[int] = None,
-           kernels: str = 'auto') -> Verification:
+def verify(
+    model: nn.Module,
+    exported: ExportedModel,
+    images: Tensor,
+    runtime: str,
+    threads: Optional[int] = None,
+    kernels: str = 'auto',
+) -> Verification:
     """Compare an exported model with the fake-quantized one it was made of.
 
     Args:
         model: The fake-quantized model, on any device: a copy on the CPU, where the runtime is, is compared.
         exported: What :func:`.export.export_model` returned.
-        images: Normalized, (N, C, H, W), of an exported size; with a dynamic size, of the traced one, or of another one in multiples of
-            :data:`.export.MULTIPLE`, whose outputs alone are compared.
+        images: Normalized, (N, C, H, W), of an exported size; with a dynamic size, of the traced one, or of another one
+            in multiples of :data:`.export.MULTIPLE`, whose outputs alone are compared.
         runtime: ``'openvino'`` or ``'onnxruntime'``.
         threads: Of the runtime.
         kernels: See :func:`.runtime.start`.
@@ -314,7 +342,9 @@ def verify(model: nn.Module, exported: ExportedModel, images: Tensor, runtime: s
     try:
         size = tuple(images.shape[-2:])
         deployed = load(exported.directory, runtime, threads, kernels)
-        layers = list(_layer_rows(model, exported, images, runtime, threads, kernels)) if size in exported.graphs else []
+        layers = (
+            list(_layer_rows(model, exported, images, runtime, threads, kernels)) if size in exported.graphs else []
+        )
         outputs = list(_output_rows(model, exported, deployed, images))
         return Verification(runtime, layers, outputs, wrong_weights(model, exported), deployed.kernels, size)
     finally:

@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Window attention of Swin in a form that exports well, for one image: windows, masks and heads as look-ups that stay small on disk."""
+"""Window attention of Swin in a form that exports well, for one image: windows, masks and heads as look-ups that stay
+small on disk.
+"""
+
 from dataclasses import dataclass, field
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -8,12 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psaq_mm.deploy import symbols
 from psaq_mm.quantization import apply_edge, quantize
 
-from . import symbols
-
-__all__ = ['IntegerAttention', 'TracedWindows', 'Tracing', 'Windows', 'attend_integer', 'attend_windows', 'merge_patches',
-           'shift_attention', 'timm_attention', 'window_attention']
+__all__ = [
+    'IntegerAttention',
+    'TracedWindows',
+    'Tracing',
+    'Windows',
+    'attend_integer',
+    'attend_windows',
+    'merge_patches',
+    'shift_attention',
+    'timm_attention',
+    'window_attention',
+]
 
 MASKED = -100.0  # as the libraries have it
 
@@ -27,6 +39,7 @@ class Tracing:
         layouts: By quantizer, how its input in the model becomes that of the graph, where it is laid out otherwise.
         cache: What several layers read, by what it is worked out from; kept with that, as its identity is the key.
     """
+
     dynamic: bool = False
     layouts: Dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     cache: Dict[Tuple, Tuple] = field(default_factory=dict)
@@ -40,14 +53,15 @@ class Tracing:
 
 @dataclass
 class Windows:
-    """How a token map is cut into shifted windows. A token is looked up by its place: one operation, where moving rows and columns around
-    takes six.
+    """How a token map is cut into shifted windows. A token is looked up by its place: one operation, where moving rows
+    and columns around takes six.
 
     Attributes:
         height, width: Of the token map.
         window, shift: In tokens, down and across.
         pad_first: Pad, then shift, as OpenMMLab does; timm shifts first.
     """
+
     height: int
     width: int
     window: Tuple[int, int]
@@ -68,7 +82,9 @@ class Windows:
         """Tokens (H * W, C) to (windows, tokens, C), with ``padding`` (C,) where there is no token."""
         (height, width), (rows, columns) = self.padded, self.window
         count, channels = self.height * self.width, int(x.shape[-1])
-        down = np.array([count if i is None else i * self.width for i in self._sources(self.height, height, self.shift[0])])
+        down = np.array(
+            [count if i is None else i * self.width for i in self._sources(self.height, height, self.shift[0])]
+        )
         across = np.array([count if i is None else i for i in self._sources(self.width, width, self.shift[1])])
         padded = count != height * width
         x = torch.cat([x, padding.reshape(1, channels)]) if padded else x
@@ -76,18 +92,29 @@ class Windows:
         return symbols.look_up(x, tables, count if padded else None).reshape(-1, rows * columns, channels)
 
     def join(self, x: Tensor) -> Tensor:
-        """(windows, heads, tokens, channels) to (H * W, heads * channels): the inverse of :meth:`cut`, and heads side by side."""
+        """(windows, heads, tokens, channels) to (H * W, heads * channels): the inverse of :meth:`cut`, and heads side
+        by side.
+        """
         (height, width), (rows, columns) = self.padded, self.window
         heads, tokens, channels = (int(s) for s in x.shape[1:])
-        down, across = (np.array([self._place(i, *ends) for i in range(ends[0])])
-                        for ends in ((self.height, height, self.shift[0]), (self.width, width, self.shift[1])))
-        tables = (down // rows * (width // columns * heads * tokens) + down % rows * columns,
-                  across // columns * (heads * tokens) + across % columns, np.arange(heads) * tokens)
+        down, across = (
+            np.array([self._place(i, *ends) for i in range(ends[0])])
+            for ends in ((self.height, height, self.shift[0]), (self.width, width, self.shift[1]))
+        )
+        tables = (
+            down // rows * (width // columns * heads * tokens) + down % rows * columns,
+            across // columns * (heads * tokens) + across % columns,
+            np.arange(heads) * tokens,
+        )
         shaped = [table.reshape([-1 if i == axis else 1 for i in range(3)]) for axis, table in enumerate(tables)]
-        return symbols.look_up(x.reshape(-1, channels), shaped, None).reshape(self.height * self.width, heads * channels)
+        return symbols.look_up(x.reshape(-1, channels), shaped, None).reshape(
+            self.height * self.width, heads * channels
+        )
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Scores (windows, heads, tokens, tokens) of shifted windows with :data:`MASKED` added between tokens that were no neighbours."""
+        """Scores (windows, heads, tokens, tokens) of shifted windows with :data:`MASKED` added between tokens that were
+        no neighbours.
+        """
         if not any(self.shift):
             return scores
         return symbols.window_mask(scores, (*self.padded, *self.window, *self.shift), MASKED)
@@ -105,12 +132,14 @@ class Windows:
 
 @dataclass
 class TracedWindows(Windows):
-    """Windows of a token map whose size the graph finds out when it runs: what follows from it is part of the graph. Pads first.
+    """Windows of a token map whose size the graph finds out when it runs: what follows from it is part of the graph.
+    Pads first.
 
     Attributes:
         size: Height and width in the trace.
         cache: See :class:`Tracing`.
     """
+
     size: Tuple[Tensor, Tensor] = ()
     cache: Dict[Tuple, Tuple] = field(default_factory=dict)
 
@@ -126,8 +155,10 @@ class TracedWindows(Windows):
 
     def _axes(self) -> List[Tuple[Tensor, Tensor, int, int]]:
         """For each axis: size, padded size, side of a window, shift."""
-        return [(size, torch.div(size + side - 1, side, rounding_mode='floor') * side, side, shift)
-                for size, side, shift in zip(self.size, self.window, self.shift)]
+        return [
+            (size, torch.div(size + side - 1, side, rounding_mode='floor') * side, side, shift)
+            for size, side, shift in zip(self.size, self.window, self.shift)
+        ]
 
     def cut(self, x: Tensor, padding: Tensor) -> Tensor:
         """As :meth:`Windows.cut`."""
@@ -156,16 +187,22 @@ class TracedWindows(Windows):
             across = torch.div(padded_width, columns, rounding_mode='floor')
             y = row * across * (heads * tokens) + torch.remainder(y, rows) * columns
             x = column * (heads * tokens) + torch.remainder(x, columns)
-            return (y.reshape(-1, 1, 1) + x.reshape(1, -1, 1) + (torch.arange(heads) * tokens).reshape(1, 1, -1)).reshape(-1)
+            return (
+                y.reshape(-1, 1, 1) + x.reshape(1, -1, 1) + (torch.arange(heads) * tokens).reshape(1, 1, -1)
+            ).reshape(-1)
 
-        return x.reshape(-1, channels).index_select(0, self._once(f'places {heads}', places)).reshape(-1, heads * channels)
+        return (
+            x.reshape(-1, channels).index_select(0, self._once(f'places {heads}', places)).reshape(-1, heads * channels)
+        )
 
     def mask(self, scores: Tensor) -> Tensor:
         """As :meth:`Windows.mask`."""
 
         def mask() -> Tensor:
-            down, across = ((torch.arange(padded) >= padded - side).long() + (torch.arange(padded) >= padded - shift).long()
-                            for _, padded, side, shift in self._axes())
+            down, across = (
+                (torch.arange(padded) >= padded - side).long() + (torch.arange(padded) >= padded - shift).long()
+                for _, padded, side, shift in self._axes()
+            )
             parts = down.reshape(-1, 1, self.window[0], 1) * 3 + across.reshape(1, -1, 1, self.window[1])
             parts = parts.reshape(-1, self.window[0] * self.window[1])
             return ((parts.unsqueeze(1) != parts.unsqueeze(2)).float() * MASKED).unsqueeze(1)
@@ -185,9 +222,11 @@ def attend_windows(x: Tensor, attention: nn.Module, windows: Windows) -> Tensor:
     channels = int(x.shape[-1])
     padding = _padding(qkv, channels)
     if attention.export is None:
-        return windows.join(attention(windows.cut(x.reshape(-1, channels), padding), windows.mask).unsqueeze(1)).unsqueeze(0)
-    # What is moved around are codes, a quarter of the bytes; and each row of the projection has a token for its own, so that it may as
-    # well come after the windows are joined, where nothing is padding any more.
+        return windows.join(
+            attention(windows.cut(x.reshape(-1, channels), padding), windows.mask).unsqueeze(1)
+        ).unsqueeze(0)
+    # What is moved around are codes, a quarter of the bytes; and each row of the projection has a token for its own, so
+    # that it may as well come after the windows are joined, where nothing is padding any more.
     tokens, out, plain = qkv.input_quantizer, proj.input_quantizer, windows.plain
     layouts[tokens.export_name] = lambda rows: plain.join(rows.unsqueeze(1)).unsqueeze(0)
     layouts[out.export_name] = lambda rows: rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2)
@@ -203,24 +242,29 @@ class IntegerAttention(NamedTuple):
     """What a window attention is exported with whose products are all of codes.
 
     Attributes:
-        products: By ``'q'``, ``'k'`` and ``'v'``, the third of ``qkv`` that makes it, from dequantized tokens (windows, N, C).
-        key_sums: Codes of keys, dequantized as they are, (windows, N, C) to what :func:`attend_integer` adds to the scores
-            (windows, N, heads); None where that is 0.
+        products: By ``'q'``, ``'k'`` and ``'v'``, the third of ``qkv`` that makes it, from dequantized tokens (windows,
+            N, C).
+        key_sums: Codes of keys, dequantized as they are, (windows, N, C) to what :func:`attend_integer` adds to the
+            scores (windows, N, heads); None where that is 0.
     """
+
     products: Dict[str, Callable]
     key_sums: Optional[Callable]
 
 
 def attend_integer(attention: nn.Module, x: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
-    """Window attention up to its projection, whose scores are a product of int8 codes without zero points, which runtimes have a kernel
-    for: dequantized tokens (windows, N, C) to (windows, heads, N, C / heads).
+    """Window attention up to its projection, whose scores are a product of int8 codes without zero points, which
+    runtimes have a kernel for: dequantized tokens (windows, N, C) to (windows, heads, N, C / heads).
 
-    The scores are s (q - a) (k - b), with codes q and k and their zero points a and b. Of the four terms of that, those with b are the
-    same for all keys of a query, and softmax does not see them. What is left beside s q k is -s a sum(k), a number a key.
+    The scores are s (q - a) (k - b), with codes q and k and their zero points a and b. Of the four terms of that, those
+    with b are the same for all keys of a query, and softmax does not see them. What is left beside s q k is -s a
+    sum(k), a number a key.
     """
     export, heads = attention.export, attention.num_heads
     tokens, channels = (int(s) for s in x.shape[1:])
-    quantizers = dict(q=attention.matmul_qk.lhs_quantizer, k=attention.matmul_qk.rhs_quantizer, v=attention.matmul_av.rhs_quantizer)
+    quantizers = dict(
+        q=attention.matmul_qk.lhs_quantizer, k=attention.matmul_qk.rhs_quantizer, v=attention.matmul_av.rhs_quantizer
+    )
     back = dict(q=(0, 2, 1, 3), k=(0, 3, 1, 2), v=(0, 2, 1, 3))
     found = {}
     for part, quantizer in quantizers.items():
@@ -240,20 +284,28 @@ def attend_integer(attention: nn.Module, x: Tensor, mask: Callable[[Tensor], Ten
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """(windows, N, C) to (windows, heads, N, C / heads), by looking rows up: a transpose of codes goes byte by byte in OpenVINO. (One
-    of queries is none there, it becomes the stride of their product.)"""
+    """(windows, N, C) to (windows, heads, N, C / heads), by looking rows up: a transpose of codes goes byte by byte in
+    OpenVINO. (One of queries is none there, it becomes the stride of their product.)
+    """
     tokens, channels = (int(s) for s in x.shape[1:])
     rows = torch.from_numpy(np.arange(tokens * heads).reshape(tokens, heads).T.reshape(-1))
-    return x.reshape(-1, tokens * heads, channels // heads).index_select(1, rows).reshape(-1, heads, tokens, channels // heads)
+    return (
+        x.reshape(-1, tokens * heads, channels // heads)
+        .index_select(1, rows)
+        .reshape(-1, heads, tokens, channels // heads)
+    )
 
 
 def window_attention(self, x: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
-    """Forward of a quantized window attention; ``x`` (windows, N, C), ``mask`` what is done to the scores of shifted windows.
+    """Forward of a quantized window attention; ``x`` (windows, N, C), ``mask`` what is done to the scores of shifted
+    windows.
 
     ``export_name`` is what the export keeps its table of positions under.
     """
     tokens, channels = (int(s) for s in x.shape[1:])
-    q, k, v = self.qkv(x).reshape(-1, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = (
+        self.qkv(x).reshape(-1, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    )
     scores = self.matmul_qk(q * self.scale, k.transpose(-2, -1))
     scores = mask(apply_edge(self.scores_quantizer, symbols.position_bias(scores, self.export_name)))
     x = self.matmul_av(self.softmax(scores), v).transpose(1, 2).reshape(-1, tokens, channels)
@@ -277,14 +329,17 @@ def timm_attention(self, x: Tensor) -> Tensor:
     """``_attn`` of timm's ``SwinTransformerBlock``: (1, H, W, C) to (1, H, W, C)."""
     _, height, width, channels = (int(s) for s in x.shape)
     windows = Windows(height, width, tuple(self.window_size), tuple(self.shift_size), pad_first=False)
-    return attend_windows(x.reshape(1, height * width, channels), self.attn, windows).reshape(1, height, width, channels)
+    return attend_windows(x.reshape(1, height * width, channels), self.attn, windows).reshape(
+        1, height, width, channels
+    )
 
 
 def merge_patches(self, x: Tensor, input_size) -> Tuple[Tensor, Tuple[int, int]]:
     """Forward of OpenMMLab's ``PatchMerging`` of 2 x 2 patches, with the channels of one patch side by side.
 
-    The library's goes through ``nn.Unfold``, which becomes gathers in ONNX, and puts the four values of one channel side by side.
-    Whoever uses this reorders LayerNorm and reduction as :func:`patch_order` says. Where the size is left to the graph, it is even.
+    The library's goes through ``nn.Unfold``, which becomes gathers in ONNX, and puts the four values of one channel
+    side by side. Whoever uses this reorders LayerNorm and reduction as :func:`patch_order` says. Where the size is left
+    to the graph, it is even.
     """
     channels = int(x.shape[-1])
     height, width = input_size if self.tracing.dynamic else (int(s) for s in input_size)

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Building the model of a config, the same way for every command."""
+
 import copy
 from typing import Mapping, Optional
 
@@ -17,8 +18,8 @@ __all__ = ['build_model', 'set_scope']
 def set_scope(config: Mapping) -> None:
     """Look types up where a config says, else in the library of its model.
 
-    A pure-Python config says None, as its own types are no names; but those that a library writes into its code are, such as the
-    ``'Linear'`` of mmdet's box heads, and the scope of an earlier config would still be in force.
+    A pure-Python config says None, as its own types are no names; but those that a library writes into its code are,
+    such as the ``'Linear'`` of mmdet's box heads, and the scope of an earlier config would still be in force.
     """
     init_default_scope(config.get('default_scope') or _library_of(config.get('model') or {}))
 

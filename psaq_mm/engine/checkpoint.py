@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Checkpoints: read without running code, written whole or not at all."""
+
 import _compat_pickle
 import contextlib
 import errno
@@ -29,26 +30,65 @@ from psaq_mm.models import spec_of
 from psaq_mm.models.loading import convert_timm_keys, match_names, unwrapped, whole_loading
 from psaq_mm.quantization import is_quantizer_key
 
-__all__ = ['file_sha256', 'load_restricted', 'read_checkpoint', 'is_quantized', 'load_weights', 'RESTRICTED', 'save_atomic',
-           'student_checkpoint', 'whole_file', 'dataset_meta_of']
+__all__ = [
+    'file_sha256',
+    'load_restricted',
+    'read_checkpoint',
+    'is_quantized',
+    'load_weights',
+    'RESTRICTED',
+    'save_atomic',
+    'student_checkpoint',
+    'whole_file',
+    'dataset_meta_of',
+]
 
 PathLike = Union[str, os.PathLike]
 
 RESTRICTED = 'psaq_mm://'
-"""Before a path that a runner of MMEngine loads from: it is then read as here, and not by an unrestricted ``torch.load``."""
+"""Before a path that a runner of MMEngine loads from: it is then read as here, and not by an unrestricted
+``torch.load``."""
 
 _ALLOWED = {
-    ('collections', 'OrderedDict'), ('collections', 'defaultdict'), ('collections', 'deque'), ('builtins', 'set'),
+    ('collections', 'OrderedDict'),
+    ('collections', 'defaultdict'),
+    ('collections', 'deque'),
+    ('builtins', 'set'),
     ('collections', 'Counter'),  # milestones of a schedule
-    ('builtins', 'frozenset'), ('builtins', 'slice'), ('builtins', 'range'), ('builtins', 'complex'), ('builtins', 'bytearray'),
-    ('builtins', 'dict'), ('builtins', 'list'), ('builtins', 'tuple'), ('builtins', 'int'), ('builtins', 'float'),
-    ('builtins', 'str'), ('builtins', 'bool'), ('_codecs', 'encode'), ('copyreg', '_reconstructor'), ('builtins', 'object'),
-    ('torch._utils', '_rebuild_tensor'), ('torch._utils', '_rebuild_tensor_v2'), ('torch._utils', '_rebuild_parameter'),
-    ('torch', 'Size'), ('torch', 'device'), ('torch.nn.parameter', 'Parameter'), ('torch.serialization', '_get_layout'),
-    ('numpy', 'ndarray'), ('numpy', 'dtype'), ('numpy.core.multiarray', '_reconstruct'), ('numpy.core.multiarray', 'scalar'),
-    ('numpy._core.multiarray', '_reconstruct'), ('numpy._core.multiarray', 'scalar'),
-    ('mmengine.logging.history_buffer', 'HistoryBuffer'), ('mmengine.config.config', 'ConfigDict'),
-    ('argparse', 'Namespace'), ('pathlib', 'PosixPath'), ('pathlib', 'PurePosixPath'), ('pathlib', 'WindowsPath'),
+    ('builtins', 'frozenset'),
+    ('builtins', 'slice'),
+    ('builtins', 'range'),
+    ('builtins', 'complex'),
+    ('builtins', 'bytearray'),
+    ('builtins', 'dict'),
+    ('builtins', 'list'),
+    ('builtins', 'tuple'),
+    ('builtins', 'int'),
+    ('builtins', 'float'),
+    ('builtins', 'str'),
+    ('builtins', 'bool'),
+    ('_codecs', 'encode'),
+    ('copyreg', '_reconstructor'),
+    ('builtins', 'object'),
+    ('torch._utils', '_rebuild_tensor'),
+    ('torch._utils', '_rebuild_tensor_v2'),
+    ('torch._utils', '_rebuild_parameter'),
+    ('torch', 'Size'),
+    ('torch', 'device'),
+    ('torch.nn.parameter', 'Parameter'),
+    ('torch.serialization', '_get_layout'),
+    ('numpy', 'ndarray'),
+    ('numpy', 'dtype'),
+    ('numpy.core.multiarray', '_reconstruct'),
+    ('numpy.core.multiarray', 'scalar'),
+    ('numpy._core.multiarray', '_reconstruct'),
+    ('numpy._core.multiarray', 'scalar'),
+    ('mmengine.logging.history_buffer', 'HistoryBuffer'),
+    ('mmengine.config.config', 'ConfigDict'),
+    ('argparse', 'Namespace'),
+    ('pathlib', 'PosixPath'),
+    ('pathlib', 'PurePosixPath'),
+    ('pathlib', 'WindowsPath'),
 }
 """What checkpoints of OpenMMLab hold beside tensors: histories of the logger, numpy scalars, metainfo."""
 
@@ -63,9 +103,12 @@ _DATE = re.compile(r'(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])')
 def _history_method(owner: type, name: str):
     """``getattr`` for the one use that checkpoints have: the statistics of a logged history, pickled by reference."""
     from mmengine.logging import HistoryBuffer
+
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current', 'statistics'):
-        raise CheckpointError(f'it asks for {getattr(owner, "__name__", owner)}.{name}, which is no weight and could run '
-                              'code: only load it after saving its state_dict alone in an environment that you trust')
+        raise CheckpointError(
+            f'it asks for {getattr(owner, "__name__", owner)}.{name}, which is no weight and could run '
+            'code: only load it after saving its state_dict alone in an environment that you trust'
+        )
     return getattr(owner, name)
 
 
@@ -74,17 +117,26 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         # torch pickles as Python 2 does: its set is __builtin__.set, its subprocess is commands.
-        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name))
-        plain_torch = module in ('torch', 'torch.storage') and (name.endswith('Storage') or isinstance(
-            getattr(torch, name, None), torch.dtype))
+        module, name = _compat_pickle.NAME_MAPPING.get(
+            (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+        )
+        plain_torch = module in ('torch', 'torch.storage') and (
+            name.endswith('Storage') or isinstance(getattr(torch, name, None), torch.dtype)
+        )
         if (module, name) == ('builtins', 'getattr'):
             return _history_method
-        numpy_types = module.split('.')[0] == 'numpy' and name.endswith('DType') or module == 'numpy' and name in (
-            'int64', 'int32', 'float64', 'float32', 'bool_', 'uint8')
+        numpy_types = (
+            module.split('.')[0] == 'numpy'
+            and name.endswith('DType')
+            or module == 'numpy'
+            and name in ('int64', 'int32', 'float64', 'float32', 'bool_', 'uint8')
+        )
         if (module, name) in _ALLOWED or plain_torch or numpy_types:
             return super().find_class(module, name)
-        raise CheckpointError(f'it holds {module}.{name}, which is no weight and could run code: only load it after '
-                              'saving its state_dict alone in an environment that you trust')
+        raise CheckpointError(
+            f'it holds {module}.{name}, which is no weight and could run code: only load it after '
+            'saving its state_dict alone in an environment that you trust'
+        )
 
 
 def _pickle_module() -> types.ModuleType:
@@ -104,8 +156,9 @@ def _load(path: str) -> Any:
         try:
             return torch.load(path, map_location='cpu', weights_only=True)
         except Exception:  # of many types; what is wrong the second reading tells, and names
-            # It refuses the histories of the logger, which every OpenMMLab checkpoint has. torch's own list of further types is new in
-            # 2.4, holds for the whole process, and takes no stand-in for getattr, which those histories need, before 2.6.
+            # It refuses the histories of the logger, which every OpenMMLab checkpoint has. torch's own list of further
+            # types is new in 2.4, holds for the whole process, and takes no stand-in for getattr, which those histories
+            # need, before 2.6.
             pass
     return torch.load(path, map_location='cpu', pickle_module=_pickle_module(), weights_only=False)
 
@@ -129,6 +182,7 @@ def _downloaded(url: str) -> str:
     One process downloads it, and those that want it too, such as the other ranks of a machine, wait for it.
     """
     from torch.hub import get_dir
+
     name = os.path.basename(urllib.parse.urlparse(url).path)
     found = _CONTENT_HASH.search(name)
     if not found:
@@ -150,6 +204,7 @@ def _downloaded(url: str) -> str:
 def _download(url: str, path: Path, sha256: Optional[str]) -> None:
     """Fetch a file, whole or not at all; ``sha256``, or what it begins with, is compared."""
     from torch.hub import download_url_to_file
+
     print(f'downloading {url} to {path}', flush=True)
     partial = path.with_name(f'.{path.name}.partial')
     try:
@@ -159,11 +214,14 @@ def _download(url: str, path: Path, sha256: Optional[str]) -> None:
             raise OSError(f'{partial.stat().st_size} of {expected} bytes came')
         os.replace(partial, path)
     except RuntimeError as error:
-        raise CheckpointError(f'{url} is not what its name says, whose SHA-256 begins with {sha256} ({error}): try again, or give the '
-                              'local path of a file that you trust') from error
+        raise CheckpointError(
+            f'{url} is not what its name says, whose SHA-256 begins with {sha256} ({error}): try again, or give the '
+            'local path of a file that you trust'
+        ) from error
     except (OSError, http.client.HTTPException) as error:
-        raise CheckpointError(f'{url} could not be downloaded ({error}): fetch it yourself and give its '
-                              'local path') from error
+        raise CheckpointError(
+            f'{url} could not be downloaded ({error}): fetch it yourself and give its local path'
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -188,14 +246,16 @@ def load_restricted(path: PathLike) -> Any:
     try:
         if path.endswith('.safetensors'):
             from safetensors.torch import load_file
+
             return load_file(path)
         content = _load(path)
     except CheckpointError as error:
         raise CheckpointError(f'{path} is not read: {error}') from error
     except Exception as error:  # torch, zip and safetensors raise a dozen types for a damaged file
         first = (str(error).splitlines() or [''])[0]
-        raise CheckpointError(f'{path} is damaged or no checkpoint ({type(error).__name__}: {first}): '
-                              'fetch or save it again') from error
+        raise CheckpointError(
+            f'{path} is damaged or no checkpoint ({type(error).__name__}: {first}): fetch or save it again'
+        ) from error
     if _is_own(content) and zipfile.is_zipfile(path):
         _check_sums(path)
     return content
@@ -205,9 +265,10 @@ def read_checkpoint(path: PathLike) -> Dict:
     """Read a ``.pth`` or ``.safetensors`` file, or the URL of one, onto the CPU.
 
     Returns:
-        ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under another name such as ``model``, is brought into
-        that form. Names are without what ``torch.compile`` and data-parallel training put into them. ``meta['dataset_meta']`` holds
-        classes and palette, also of checkpoints of OpenMMLab 1, in plain lists, tuples, numbers and strings.
+        ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under another name such as ``model``, is
+        brought into that form. Names are without what ``torch.compile`` and data-parallel training put into them.
+        ``meta['dataset_meta']`` holds classes and palette, also of checkpoints of OpenMMLab 1, in plain lists, tuples,
+        numbers and strings.
 
     Raises:
         CheckpointError: The file is absent, cut short, no checkpoint, or would run code.
@@ -220,19 +281,40 @@ def read_checkpoint(path: PathLike) -> Dict:
         raise CheckpointError(f'{path} holds a {type(content).__name__}, not a checkpoint: save model.state_dict()')
     where, weights = _weights_in(content)
     if not weights:
-        raise CheckpointError(f'{path} holds no weights (its keys are {", ".join(map(str, list(content)[:5])) or "none"}): '
-                              'save model.state_dict()')
+        raise CheckpointError(
+            f'{path} holds no weights (its keys are {", ".join(map(str, list(content)[:5])) or "none"}): '
+            'save model.state_dict()'
+        )
     averaged = [key for key in ('state_dict_ema', 'model_ema') if key != where and isinstance(content.get(key), dict)]
     if averaged:
-        print_log(f'{path}: {where} is used, and not the averages under {averaged[0]}: save those alone to use them', 'current')
+        print_log(
+            f'{path}: {where} is used, and not the averages under {averaged[0]}: save those alone to use them',
+            'current',
+        )
     meta = content['meta'] if isinstance(content.get('meta'), Mapping) else {}
     dataset_meta = dataset_meta_of(meta)
     meta = {**meta, 'dataset_meta': dataset_meta} if dataset_meta else dict(meta)
-    return {**(content if 'state_dict' in content else {}), 'meta': meta, 'state_dict': unwrapped(_tensors(weights, path))}
+    return {
+        **(content if 'state_dict' in content else {}),
+        'meta': meta,
+        'state_dict': unwrapped(_tensors(weights, path)),
+    }
 
 
-_CONTAINERS = ('state_dict', 'model', 'model_state', 'model_state_dict', 'module', 'net', 'network', 'weights', 'params', 'state_dict_ema',
-               'model_ema', 'ema_state_dict')
+_CONTAINERS = (
+    'state_dict',
+    'model',
+    'model_state',
+    'model_state_dict',
+    'module',
+    'net',
+    'network',
+    'weights',
+    'params',
+    'state_dict_ema',
+    'model_ema',
+    'ema_state_dict',
+)
 """Names under which training programs keep a state dict; where a file has several, the first."""
 
 
@@ -248,15 +330,25 @@ def _weights_in(content: Any, depth: int = 3) -> Tuple[str, Mapping]:
 
 
 def _tensors(weights: Mapping[str, Any], path: str) -> Mapping[str, Tensor]:
-    found = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in weights.items()}
+    found = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in weights.items()
+    }
     strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
     if strange:
         print_log(f'{path}: {len(strange)} entries are left out, such as {strange[0]}: they are no tensors', 'current')
     weights = OrderedDict((str(name), value) for name, value in found.items() if isinstance(value, Tensor))
     for name, value in weights.items():
         if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            kind = 'is sparse' if value.layout is not torch.strided else 'has no values' if value.is_meta else 'is quantized by PyTorch'
-            raise CheckpointError(f'{path}: {name} {kind}: save the state_dict of a model whose weights are ordinary tensors')
+            kind = (
+                'is sparse'
+                if value.layout is not torch.strided
+                else 'has no values'
+                if value.is_meta
+                else 'is quantized by PyTorch'
+            )
+            raise CheckpointError(
+                f'{path}: {name} {kind}: save the state_dict of a model whose weights are ordinary tensors'
+            )
     return weights
 
 
@@ -283,7 +375,7 @@ def _plain(value: Any) -> Any:
 
 @CheckpointLoader.register_scheme(prefixes=RESTRICTED, force=True)
 def _for_runner(path: str, map_location: Any = None) -> Dict:
-    return read_checkpoint(path[len(RESTRICTED):])
+    return read_checkpoint(path[len(RESTRICTED) :])
 
 
 def is_quantized(checkpoint: Dict) -> bool:
@@ -295,7 +387,8 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
     """Load a checkpoint's weights, all of them or none.
 
     Raises:
-        CheckpointError: A key or shape does not fit, or a weight is NaN or infinite; the message names it and ``source``.
+        CheckpointError: A key or shape does not fit, or a weight is NaN or infinite; the message names it and
+            ``source``.
     """
     try:
         found = match_names(model, checkpoint['state_dict'], checkpoint.get('meta') or {})
@@ -304,8 +397,10 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
     weights = convert_timm_keys(model, found.weights)
     for key, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
-                                  'use an earlier checkpoint')
+            raise CheckpointError(
+                f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
+                'use an earlier checkpoint'
+            )
     try:
         with whole_loading(model):
             model.load_state_dict(weights, strict=False)
@@ -317,10 +412,12 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: PathLike) -> Iterator[Path]:
-    """Where to write a file, so that what stands at ``path`` is whole at every moment: beside it, to be moved there at the end.
+    """Where to write a file, so that what stands at ``path`` is whole at every moment: beside it, to be moved there at
+    the end.
 
     Raises:
-        OSError: The disk is full or not writable (it names ``path``); the partial file is removed and ``path`` is as it was.
+        OSError: The disk is full or not writable (it names ``path``); the partial file is removed and ``path`` is as it
+            was.
 
     Example:
         >>> with whole_file('student.pth') as partial:
@@ -352,20 +449,30 @@ def save_atomic(content: Dict, path: PathLike) -> None:
         torch.save(content, file)
 
 
-def student_checkpoint(model: nn.Module, config_text: str, dataset_meta: Optional[Dict], teacher: Tuple[str, str],
-                       settings: Dict) -> Dict:
+def student_checkpoint(
+    model: nn.Module, config_text: str, dataset_meta: Optional[Dict], teacher: Tuple[str, str], settings: Dict
+) -> Dict:
     """The deliverable: what inference and the next user need, and nothing else.
 
     Args:
         model: The calibrated student.
         config_text: The quantized model's config, for inferencers that build from a checkpoint alone.
-        dataset_meta: Classes and palette of the full-precision checkpoint; without it inferencers would show COCO's names.
+        dataset_meta: Classes and palette of the full-precision checkpoint; without it inferencers would show COCO's
+            names.
         teacher: Path and SHA-256 of the full-precision checkpoint.
         settings: The data-free settings of the run, JSON types only.
     """
     state = OrderedDict((k, v.detach().cpu().clone()) for k, v in model.state_dict().items())
     spec = spec_of(model)
-    meta = dict(cfg=config_text, dataset_meta=_plain(dataset_meta or {}),
-                psaq_mm=dict(version=psaq_mm.__version__, label=spec.label, quant=spec.to_dict(),
-                             teacher=dict(checkpoint=str(teacher[0]), sha256=teacher[1]), dfq=settings))
+    meta = dict(
+        cfg=config_text,
+        dataset_meta=_plain(dataset_meta or {}),
+        psaq_mm=dict(
+            version=psaq_mm.__version__,
+            label=spec.label,
+            quant=spec.to_dict(),
+            teacher=dict(checkpoint=str(teacher[0]), sha256=teacher[1]),
+            dfq=settings,
+        ),
+    )
     return dict(meta=meta, state_dict=state)

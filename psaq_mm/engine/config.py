@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Turning any config of a quantized model into its data-free form."""
+
 import copy
 import os
 import re
@@ -16,13 +17,34 @@ from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.type_names import type_name
 
-__all__ = ['apply_method', 'to_data_free', 'quant_holder', 'quantized_model_config', 'full_precision_model_config', 'is_quantized_config',
-           'sample_size', 'drop_pretrained', 'preset_of', 'type_name']
+__all__ = [
+    'apply_method',
+    'to_data_free',
+    'quant_holder',
+    'quantized_model_config',
+    'full_precision_model_config',
+    'is_quantized_config',
+    'sample_size',
+    'drop_pretrained',
+    'preset_of',
+    'type_name',
+]
 
-_DATA_HOOKS = ('EMAHook', 'CheckpointHook', 'PipelineSwitchHook', 'NumClassCheckHook', 'ClassNumCheckHook', 'YOLOXModeSwitchHook',
-               'MeanTeacherHook', 'PreciseBNHook', 'SyncNormHook', 'SwitchRecipeHook', 'SwAVHook')
-"""Inherited hooks that expect the real dataset, keep a second copy of the weights that nothing here would use, or write checkpoints, which
-:class:`psaq_mm.engine.hooks.DataFreeQuantHook` does."""
+_DATA_HOOKS = (
+    'EMAHook',
+    'CheckpointHook',
+    'PipelineSwitchHook',
+    'NumClassCheckHook',
+    'ClassNumCheckHook',
+    'YOLOXModeSwitchHook',
+    'MeanTeacherHook',
+    'PreciseBNHook',
+    'SyncNormHook',
+    'SwitchRecipeHook',
+    'SwAVHook',
+)
+"""Inherited hooks that expect the real dataset, keep a second copy of the weights that nothing here would use, or write
+checkpoints, which :class:`psaq_mm.engine.hooks.DataFreeQuantHook` does."""
 
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -39,9 +61,10 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
 
     Args:
         config: A whole config.
-        quant: A preset. On a config that is quantized already it takes the place of all but the scope, and ``w_reduce_range`` with 8 bits.
-        method: One of :data:`psaq_mm.engine.presets.METHODS`, whose quantizer's recipe is applied to the bits of ``quant`` or of the
-            config; a preset that names a recipe itself keeps its own.
+        quant: A preset. On a config that is quantized already it takes the place of all but the scope, and
+            ``w_reduce_range`` with 8 bits.
+        method: One of :data:`psaq_mm.engine.presets.METHODS`, whose quantizer's recipe is applied to the bits of
+            ``quant`` or of the config; a preset that names a recipe itself keeps its own.
 
     Raises:
         ConfigError: No model in the config, or a full-precision one without ``quant``.
@@ -56,9 +79,13 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
         model.data_preprocessor = copy.deepcopy(config.data_preprocessor)
     if not is_quantized_config(model):
         if quant is None:
-            raise ConfigError(f'the config {config.filename} is full-precision: set model = dict(type=\'psaq_mm.Quantized\', '
-                              'base_type={{_base_.model.type}}, quant=\'w8a8\') in a config that inherits it, or give --quant')
-        return ConfigDict({**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': preset_of(quant, method)})
+            raise ConfigError(
+                f"the config {config.filename} is full-precision: set model = dict(type='psaq_mm.Quantized', "
+                "base_type={{_base_.model.type}}, quant='w8a8') in a config that inherits it, or give --quant"
+            )
+        return ConfigDict(
+            {**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': preset_of(quant, method)}
+        )
     holder = quant_holder(model)
     own = QuantSpec.parse(holder.get('quant', 'w8a8'))
     if quant is not None or method:
@@ -74,7 +101,9 @@ def quant_holder(model: Mapping) -> Any:
 
 
 def preset_of(quant: Any, method: Optional[str]) -> Any:
-    """A preset such as ``'w4a8'`` with a method's recipe before it; one that names a recipe, and a dict, stay as they are."""
+    """A preset such as ``'w4a8'`` with a method's recipe before it; one that names a recipe, and a dict, stay as they
+    are.
+    """
     plain = re.fullmatch(r'w\d+a(\d+)', quant, re.IGNORECASE) if isinstance(quant, str) else None
     return f'{recipe_of(method, int(plain[1]))}_{quant}' if method and plain else quant
 
@@ -107,10 +136,11 @@ def drop_pretrained(model: Any) -> None:
 
 
 def sample_size(config: Config) -> Tuple[int, int]:
-    """Height and width of the samples: the training crop where there is one, else the test resolution, in whole strides.
+    """Height and width of the samples: the training crop where there is one, else the test resolution, in whole
+    strides.
 
-    A size that is one and the same for every test picture (a classifier's crop, a scale that keeps no ratio) is taken as it is: a position
-    embedding may fit no other.
+    A size that is one and the same for every test picture (a classifier's crop, a scale that keeps no ratio) is taken
+    as it is: a position embedding may fit no other.
 
     Raises:
         ConfigError: The config tells neither; ``dfq.size`` then has to.
@@ -138,8 +168,9 @@ def _sorted_hooks(config: Config) -> Tuple[List, List[str]]:
 
 
 def apply_method(config: Config, quant: Optional[str] = None, method: Optional[str] = None) -> Config:
-    """A copy of a config with another precision, another method, or both: see :func:`quantized_model_config` for the quantizer
-    and :func:`psaq_mm.engine.presets.with_method` for the samples and the training."""
+    """A copy of a config with another precision, another method, or both: see :func:`quantized_model_config` for the
+    quantizer and :func:`psaq_mm.engine.presets.with_method` for the samples and the training.
+    """
     config = copy.deepcopy(with_named_types(config))
     config.model = quantized_model_config(config, quant, method)
     if method:
@@ -150,8 +181,9 @@ def apply_method(config: Config, quant: Optional[str] = None, method: Optional[s
 def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool = False, quant=None) -> Config:
     """A copy of ``config`` that quantizes without data, and runs under any ``tools/train.py`` of OpenMMLab.
 
-    The loop, the optimizer and its schedule are replaced; pretrained initialization is cleared; inherited hooks that need
-    the dataset are dropped, and named in ``dfq.dropped_hooks`` for the log. No dataset is opened unless ``val`` is set.
+    The loop, the optimizer and its schedule are replaced; pretrained initialization is cleared; inherited hooks that
+    need the dataset are dropped, and named in ``dfq.dropped_hooks`` for the log. No dataset is opened unless ``val`` is
+    set.
 
     Args:
         config: A config with a quantized model, and optionally ``dfq``: a preset's name or a dict, see
@@ -185,26 +217,38 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     if iters < 0:
         raise ConfigError(f'dfq.iters={iters} must be 0 (calibrate only) or more')
     lr, clip, rates = dfq['lr'], dfq['clip_grad'], {name: dfq[name] for name in ('vector_lr', 'range_lr')}
-    config.train_cfg = ConfigDict(type='psaq_mm.DataFreeTrainLoop', max_iters=iters,
-                                  dropped_hooks=[*before.get('dropped_hooks', ()), *dropped], model_config=config.model,
-                                  **_loop_settings(dfq))
-    # Kept whole: the config that a run leaves in its work dir is that run, for whoever runs it again, also with another --method.
+    config.train_cfg = ConfigDict(
+        type='psaq_mm.DataFreeTrainLoop',
+        max_iters=iters,
+        dropped_hooks=[*before.get('dropped_hooks', ()), *dropped],
+        model_config=config.model,
+        **_loop_settings(dfq),
+    )
+    # Kept whole: the config that a run leaves in its work dir is that run, for whoever runs it again, also with another
+    # --method.
     config.dfq = dict(preset=preset_name(given), **dfq)
     # A runner wants a training dataloader beside a training loop; the loop brings its own over the pool of samples.
     if not config.get('train_dataloader'):
         config.train_dataloader = ConfigDict(batch_size=dfq['batch_size'])
-    config.optim_wrapper = ConfigDict(type='OptimWrapper', optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
-                                      clip_grad=dict(max_norm=clip) if clip else None)
-    if lr < 0 or iters and (not lr or rates != dict(vector_lr=None, range_lr=0.)):
+    config.optim_wrapper = ConfigDict(
+        type='OptimWrapper',
+        optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
+        clip_grad=dict(max_norm=clip) if clip else None,
+    )
+    if lr < 0 or iters and (not lr or rates != dict(vector_lr=None, range_lr=0.0)):
         config.optim_wrapper.update(constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates)
     if dfq['amp'] == 'float16':  # its small gradients vanish unless the loss is scaled; bfloat16's do not
         config.optim_wrapper.type = 'psaq_mm.Float16OptimWrapper'
-    # Without T_max: MMEngine ends it with the loop, also where somebody sets train_cfg.max_iters of the config that a run leaves.
+    # Without T_max: MMEngine ends it with the loop, also where somebody sets train_cfg.max_iters of the config that a
+    # run leaves.
     config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', eta_min=0, by_epoch=False)] if iters else []
     config.pop('auto_scale_lr', None)
     if val and not all(config.get(key) is not None for key in ('val_dataloader', 'val_evaluator', 'val_cfg')):
-        raise ConfigError(f'the config {config.filename} has no validation set: set val_dataloader, val_cfg and val_evaluator, or run '
-                          'without --val')
+        raise ConfigError(
+            f'the config {config.filename} has no validation set: set val_dataloader, val_cfg and val_evaluator, or '
+            f'run '
+            'without --val'
+        )
     if not val:
         config.val_cfg = config.val_dataloader = config.val_evaluator = None
     _set_runtime(config, dfq)
@@ -212,11 +256,22 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
 
 
 def _teacher(given: Optional[str], dfq: Mapping, config: Config, before: Mapping) -> str:
-    path = given or dfq['teacher'].get('checkpoint') or config.get('load_from') or (before.get('teacher') or {}).get('checkpoint')
+    path = (
+        given
+        or dfq['teacher'].get('checkpoint')
+        or config.get('load_from')
+        or (before.get('teacher') or {}).get('checkpoint')
+    )
     if not path:
-        raise ConfigError('there is no full-precision checkpoint to quantize: set load_from in the config or give --checkpoint')
+        raise ConfigError(
+            'there is no full-precision checkpoint to quantize: set load_from in the config or give --checkpoint'
+        )
     if '://' not in str(path) and not os.path.isfile(path):
-        what = 'is a folder: give the file in it' if os.path.isdir(path) else 'does not exist: set load_from or give --checkpoint'
+        what = (
+            'is a folder: give the file in it'
+            if os.path.isdir(path)
+            else 'does not exist: set load_from or give --checkpoint'
+        )
         raise ConfigError(f'the full-precision checkpoint {path} {what}')
     return str(path)
 
@@ -230,7 +285,9 @@ def _loop_settings(dfq: Mapping) -> dict:
 
 
 def _by_iteration(log_processor: Mapping) -> ConfigDict:
-    """A log processor of an iteration loop, which refuses windows of an epoch: a run is one, so it takes all steps so far."""
+    """A log processor of an iteration loop, which refuses windows of an epoch: a run is one, so it takes all steps so
+    far.
+    """
     found = ConfigDict({**copy.deepcopy(dict(log_processor)), 'type': 'LogProcessor', 'by_epoch': False})
     if not isinstance(found.get('window_size', 1), int):
         found.pop('window_size')
@@ -245,8 +302,9 @@ def _set_runtime(config: Config, dfq: Mapping) -> None:
     default_hooks.checkpoint = None  # mmengine removes the old file before it writes the new one; our hook does neither
     for name in [name for name, hook in default_hooks.items() if hook and type_name(hook) in _DATA_HOOKS]:
         default_hooks.pop(name)  # mmengine takes None for its own names alone
-    default_hooks.logger = ConfigDict({**(default_hooks.get('logger') or {}), 'type': 'LoggerHook',
-                                       'interval': dfq['log_interval']})
+    default_hooks.logger = ConfigDict(
+        {**(default_hooks.get('logger') or {}), 'type': 'LoggerHook', 'interval': dfq['log_interval']}
+    )
     config.default_hooks = default_hooks
     config.log_processor = _by_iteration(config.get('log_processor') or {})
     config.randomness = ConfigDict(seed=dfq['seed'])

@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Whether a config's training set and test set are the same pictures, as far as the config tells without opening them."""
+"""Whether a config's training set and test set are the same pictures, as far as the config tells without opening
+them.
+"""
+
 import os
 from typing import Any, Iterator, List, Mapping, NamedTuple
 
@@ -9,14 +12,19 @@ __all__ = ['check_folder', 'check_no_overlap', 'dataset_leaves']
 
 
 class _Files(NamedTuple):
-    """Where a dataset reads: annotation file and image folder, absolute (empty: none is named), and a named split of them."""
+    """Where a dataset reads: annotation file and image folder, absolute (empty: none is named), and a named split of
+    them.
+    """
+
     annotations: str
     images: str
     split: str
 
 
 def dataset_leaves(dataset: Any) -> Iterator[Mapping]:
-    """The dataset configs inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``; the config itself without one."""
+    """The dataset configs inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``; the config itself without
+    one.
+    """
     if isinstance(dataset, (list, tuple)):
         for one in dataset:
             yield from dataset_leaves(one)
@@ -57,37 +65,44 @@ def _same(one: _Files, other: _Files) -> bool:
     if not one.images or not other.images:
         return False
     # Without an annotation file every picture below the folder is read.
-    return ((not other.annotations and _inside(one.images, other.images))
-            or (not one.annotations and _inside(other.images, one.images)))
+    return (not other.annotations and _inside(one.images, other.images)) or (
+        not one.annotations and _inside(other.images, one.images)
+    )
 
 
 def check_no_overlap(config: Mapping) -> None:
     """Refuse real images from a training set that is the test or validation set under another name.
 
-    Compared are annotation file and image folder (symbolic links followed), inside dataset wrappers too. Without an annotation
-    file a dataset reads every picture below its folder, so that a folder overlaps with all that are inside it.
+    Compared are annotation file and image folder (symbolic links followed), inside dataset wrappers too. Without an
+    annotation file a dataset reads every picture below its folder, so that a folder overlaps with all that are inside
+    it.
 
     Args:
-        config: A config with ``train_dataloader``, and ``test_dataloader`` or ``val_dataloader``; the others may be absent.
+        config: A config with ``train_dataloader``, and ``test_dataloader`` or ``val_dataloader``; the others may be
+            absent.
 
     Raises:
         ConfigError: Both read the same files.
     """
-    training: List[_Files] = [_files(leaf) for leaf in dataset_leaves((config.get('train_dataloader') or {}).get('dataset'))]
+    training: List[_Files] = [
+        _files(leaf) for leaf in dataset_leaves((config.get('train_dataloader') or {}).get('dataset'))
+    ]
     for loader in ('test_dataloader', 'val_dataloader'):
         for leaf in dataset_leaves((config.get(loader) or {}).get('dataset')):
             found = next((files for files in training if _same(files, _files(leaf))), None)
             if found is not None:
-                raise ConfigError('real images would come from the set that is evaluated: train_dataloader and '
-                                  f'{loader} both read {found.annotations or found.images}; point train_dataloader.dataset '
-                                  'at training images, or leave out the source \'real\'')
+                raise ConfigError(
+                    'real images would come from the set that is evaluated: train_dataloader and '
+                    f'{loader} both read {found.annotations or found.images}; point train_dataloader.dataset '
+                    "at training images, or leave out the source 'real'"
+                )
 
 
 def check_folder(config: Mapping, folder: Any) -> None:
     """Refuse a folder of images that a config's test or validation set reads.
 
-    A folder inside that of a set is refused too, with or without an annotation file: which of its pictures an annotation file lists
-    is not told by the config.
+    A folder inside that of a set is refused too, with or without an annotation file: which of its pictures an
+    annotation file lists is not told by the config.
 
     Args:
         config: A config with ``test_dataloader`` or ``val_dataloader``; both may be absent.
@@ -103,5 +118,8 @@ def check_folder(config: Mapping, folder: Any) -> None:
         for leaf in dataset_leaves((config.get(loader) or {}).get('dataset')):
             read = _files(leaf).images
             if read and _inside(given, read):
-                raise ConfigError(f'the samples in {folder} would come from the set that is evaluated: {loader} reads its pictures in '
-                                  f'{read}; give a folder that is not inside it')
+                raise ConfigError(
+                    f'the samples in {folder} would come from the set that is evaluated: {loader} reads its pictures '
+                    f'in '
+                    f'{read}; give a folder that is not inside it'
+                )

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The student's optimizer: a learning rate for each kind of what it learns."""
+
 import math
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -19,25 +20,29 @@ __all__ = ['Float16OptimWrapper', 'StudentOptimWrapperConstructor', 'follow_sche
 def Float16OptimWrapper(**settings: Any) -> OptimWrapper:
     """What ``dfq.amp='float16'`` needs where it runs: MMEngine's ``AmpOptimWrapper``, which scales the loss, on a GPU.
 
-    Elsewhere a plain wrapper, with which the loop says that float16 needs a GPU: a config may be written on a computer without one.
+    Elsewhere a plain wrapper, with which the loop says that float16 needs a GPU: a config may be written on a computer
+    without one.
     """
     if get_device() in ('cpu', 'mps'):
         return OptimWrapper(**settings)
     return AmpOptimWrapper(**settings, dtype='float16')
 
 
-def parameter_groups(model: nn.Module, lr: float, vector_lr: Optional[float] = None, range_lr: float = 0.) -> List[Dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, vector_lr: Optional[float] = None, range_lr: float = 0.0
+) -> List[Dict[str, Any]]:
     """Parameters of a quantized model by kind, each kind with its learning rate. A kind whose rate is 0 is frozen.
 
-    Rounded weights lie on their codes, half a step from the next, and only a long way changes anything; the gains and offsets of
-    normalization layers and the biases are a few thousand numbers that bring the statistics of every layer back (norm tweaking, Li et al.,
-    arXiv 2309.02784).
+    Rounded weights lie on their codes, half a step from the next, and only a long way changes anything; the gains and
+    offsets of normalization layers and the biases are a few thousand numbers that bring the statistics of every layer
+    back (norm tweaking, Li et al., arXiv 2309.02784).
 
     Args:
         model: Quantized model; a whole one, as frozen parameters are marked.
         lr: Of parameters with two dimensions and more: weights, and tables of position embeddings and biases.
         vector_lr: Of those with one: biases, gains and offsets of normalization layers. None: as ``lr``.
-        range_lr: Of the logarithms of the activations' scales (:func:`psaq_mm.quantization.learn_ranges_`). 0: ranges stay as calibrated.
+        range_lr: Of the logarithms of the activations' scales (:func:`psaq_mm.quantization.learn_ranges_`). 0: ranges
+            stay as calibrated.
 
     Returns:
         Groups for an optimizer; without one where all is frozen.
@@ -72,7 +77,7 @@ class StudentOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping, paramwise_cfg: Optional[Mapping] = None) -> None:
-        rates = dict(vector_lr=None, range_lr=0.)
+        rates = dict(vector_lr=None, range_lr=0.0)
         unknown = set(paramwise_cfg or {}) - set(rates)
         if unknown:
             raise ConfigError(f'paramwise_cfg.{sorted(unknown)[0]} is not known: use vector_lr or range_lr')
@@ -82,16 +87,20 @@ class StudentOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Called once, with the whole model."""
         params.extend(parameter_groups(module, self.base_lr, **self.paramwise_cfg))
         if not params:
-            raise ConfigError('dfq.lr, dfq.vector_lr and dfq.range_lr are all 0: nothing is left to learn; set dfq.iters=0 to calibrate only')
+            raise ConfigError(
+                'dfq.lr, dfq.vector_lr and dfq.range_lr are all 0: nothing is left to learn; set dfq.iters=0 to '
+                'calibrate only'
+            )
 
 
 def follow_schedule(runner: Runner) -> None:
     """Put a resumed run's schedules where a run of the config's own length has them after as many steps.
 
-    MMEngine restores schedules with the length that they were saved with: a run that is resumed with more steps would stay at the end
-    of the old one, and a cosine would rise again. They are built anew from the config and taken through the steps so far, which gives
-    the values of an uninterrupted run bit for bit, as they follow from the first rates and the number of steps alone. A schedule that
-    follows metrics is left as it was restored, and so are all others beside it.
+    MMEngine restores schedules with the length that they were saved with: a run that is resumed with more steps would
+    stay at the end of the old one, and a cosine would rise again. They are built anew from the config and taken through
+    the steps so far, which gives the values of an uninterrupted run bit for bit, as they follow from the first rates
+    and the number of steps alone. A schedule that follows metrics is left as it was restored, and so are all others
+    beside it.
     """
     given, wrapper, step = runner.cfg.get('param_scheduler'), runner.optim_wrapper, runner.iter
     if not isinstance(runner.param_schedulers, list) or not given:

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What sizes a config's test pipelines give its pictures, whatever data sets and transforms they are wrapped in."""
+
 import math
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -16,6 +17,7 @@ class ImageSize(NamedTuple):
         height, width: In pixels.
         bound: Whether they are a bound, the short side first: the picture keeps its ratio, upright or across.
     """
+
     height: int
     width: int
     bound: bool = False
@@ -50,7 +52,10 @@ def _after(step: Mapping, before: List[ImageSize]) -> List[ImageSize]:
         return [size for scale in step.get('scales') or () for size in _resized(scale, keeps)] or before
     if kind == 'RandomResize':
         return _random_resize(step, keeps) or before
-    if kind in ('CenterCrop', 'RandomCrop', 'EfficientNetCenterCrop') and step.get('crop_type', 'absolute') == 'absolute':
+    if (
+        kind in ('CenterCrop', 'RandomCrop', 'EfficientNetCenterCrop')
+        and step.get('crop_type', 'absolute') == 'absolute'
+    ):
         size = _pair(step.get('crop_size'))
         return [ImageSize(*size)] if size else before
     if kind == 'Pad':
@@ -63,11 +68,13 @@ def _after(step: Mapping, before: List[ImageSize]) -> List[ImageSize]:
 def _random_resize(step: Mapping, keeps: bool) -> List[ImageSize]:
     """The largest size that it draws."""
     scales = step.get('scale')
-    scales = scales if isinstance(scales, (tuple, list)) and scales and isinstance(scales[0], (tuple, list)) else [scales]
+    scales = (
+        scales if isinstance(scales, (tuple, list)) and scales and isinstance(scales[0], (tuple, list)) else [scales]
+    )
     sides = [_pair(scale) for scale in scales]
     if None in sides:
         return []
-    most = max(step.get('ratio_range') or (1, ))
+    most = max(step.get('ratio_range') or (1,))
     return _resized((int(max(s[1] for s in sides) * most), int(max(s[0] for s in sides) * most)), keeps)
 
 
@@ -94,12 +101,12 @@ def _alternatives(kind: str, inner: Sequence[Sequence], sizes: List[ImageSize]) 
 
 
 def image_sizes(config: Mapping) -> List[ImageSize]:
-    """The sizes that the test pictures of a config have when they leave its pipelines, those of each data set, the last one last; none
-    where a pipeline resizes nothing.
+    """The sizes that the test pictures of a config have when they leave its pipelines, those of each data set, the last
+    one last; none where a pipeline resizes nothing.
 
     Args:
-        config: A whole config. Data sets may stand in wrappers (``ConcatDataset``, ``RepeatDataset``), and so may pipelines: a
-            pipeline of the wrapper's own comes after those inside it.
+        config: A whole config. Data sets may stand in wrappers (``ConcatDataset``, ``RepeatDataset``), and so may
+            pipelines: a pipeline of the wrapper's own comes after those inside it.
     """
     found: List[ImageSize] = _sizes_after(config.get('test_pipeline') or (), [])
     for sizes in _of_dataset((config.get('test_dataloader') or {}).get('dataset')):

@@ -1,9 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""MMEngine's pure-Python configs (``read_base()``), whose types are classes, in the form of all others, whose types are names.
+"""MMEngine's pure-Python configs (``read_base()``), whose types are classes, in the form of all others, whose types are
+names.
 
-A run writes its config into the work dir and into ``student.pth``, where a class has no text, and settings are compared by name in many
-places of the libraries. So a pure-Python config becomes a text one as soon as it is here, and everything behind that knows one form.
+A run writes its config into the work dir and into ``student.pth``, where a class has no text, and settings are compared
+by name in many places of the libraries. So a pure-Python config becomes a text one as soon as it is here, and
+everything behind that knows one form.
 """
+
 from typing import Any
 
 from mmengine.config import Config

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Ranks on machines without a GPU, where MMEngine's own set-up asks for one."""
+
 import datetime
 import os
 
@@ -18,7 +19,8 @@ TIMEOUT = 1800
 def join_ranks(config: Config) -> None:
     """Make a config ready for ``config.launcher``, in place, and join the process group where MMEngine could not.
 
-    With a GPU nothing is done: the runner does it. Without one the group is gloo's, and the model's wrapper gets no device ids.
+    With a GPU nothing is done: the runner does it. Without one the group is gloo's, and the model's wrapper gets no
+    device ids.
 
     Raises:
         ConfigError: No launcher started this process, or it was another one than torchrun and there is no GPU.
@@ -26,10 +28,14 @@ def join_ranks(config: Config) -> None:
     if config.get('launcher', 'none') == 'none' or torch.cuda.is_available():
         return
     if config.launcher != 'pytorch':
-        raise ConfigError(f'--launcher {config.launcher} needs GPUs: start CPU processes with torchrun and --launcher pytorch')
+        raise ConfigError(
+            f'--launcher {config.launcher} needs GPUs: start CPU processes with torchrun and --launcher pytorch'
+        )
     absent = [name for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
     if absent:
-        raise ConfigError(f'--launcher pytorch without {absent[0]} in the environment: start with torchrun --nproc-per-node N')
+        raise ConfigError(
+            f'--launcher pytorch without {absent[0]} in the environment: start with torchrun --nproc-per-node N'
+        )
     config.merge_from_dict(dict(model_wrapper_cfg=dict(device_ids=None)))
     if not dist.is_initialized():
         seconds = ((config.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout', TIMEOUT)

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Real images as a control: only on request, and only from a config's own training set."""
+
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
@@ -13,7 +14,9 @@ __all__ = ['TrainingImages', 'training_images']
 
 
 class TrainingImages:
-    """Images of a dataset in a random order, each call going on where the last one stopped; see :func:`training_images`."""
+    """Images of a dataset in a random order, each call going on where the last one stopped; see
+    :func:`training_images`.
+    """
 
     def __init__(self, dataset, model: nn.Module, size: Tuple[int, int], seed: int) -> None:
         self.dataset, self.model, self.size, self.position = dataset, model, tuple(size), 0
@@ -30,7 +33,9 @@ class TrainingImages:
         first, self.position = self.position, self.position + count
         for place in range(count) if only is None else only:
             item = self.dataset[self.order[(first + place) % len(self.order)]]
-            batch = self.model.data_preprocessor(dict(inputs=[item['inputs']], data_samples=[item['data_samples']]), training=False)
+            batch = self.model.data_preprocessor(
+                dict(inputs=[item['inputs']], data_samples=[item['data_samples']]), training=False
+            )
             image = batch['inputs'][0].detach().cpu()[:, :height, :width]
             images.append(F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])))
         return torch.stack(images) if images else torch.empty(0)
@@ -64,15 +69,20 @@ def training_images(config, model: nn.Module, size: Tuple[int, int], seed: int) 
     """
     loader = config.get('train_dataloader') or {}
     if not loader.get('dataset'):
-        raise ConfigError('dfq.source=\'real\' needs train_dataloader.dataset in the config: name the training set, or use '
-                          'dfq.source=\'generated\'')
+        raise ConfigError(
+            "dfq.source='real' needs train_dataloader.dataset in the config: name the training set, or use "
+            "dfq.source='generated'"
+        )
     check_no_overlap(config)
     from mmengine.registry import DATASETS
+
     try:
         dataset = DATASETS.build(loader['dataset'])
         dataset = getattr(dataset, 'full_init', lambda: None)() or dataset
     except OSError as error:
-        raise DataError(f'the training set cannot be opened ({error}): check data_root, or use dfq.source=\'generated\'') from error
+        raise DataError(
+            f"the training set cannot be opened ({error}): check data_root, or use dfq.source='generated'"
+        ) from error
     if len(dataset) == 0:
         raise DataError('the training set is empty: check data_root and the annotation file')
     return TrainingImages(dataset, model, size, seed)

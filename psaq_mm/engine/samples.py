@@ -1,6 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Samples kept after a run and used again by another (``dfq.save_samples=True``, ``dfq.samples=PATH``), and sources of samples out of
-a config (``dfq.samples=dict(type='psaq_mm.PinkNoise')``)."""
+"""Samples kept after a run and used again by another (``dfq.save_samples=True``, ``dfq.samples=PATH``), and sources of
+samples out of a config (``dfq.samples=dict(type='psaq_mm.PinkNoise')``).
+"""
+
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -13,16 +15,25 @@ from torch import Tensor, nn
 from psaq_mm.engine.checkpoint import load_restricted, save_atomic
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.models.task import turns_channels
+from psaq_mm.pictures import ImageSpec, Mixture, Source, source_of
+from psaq_mm.pictures.base import Make, checked_size, mixed
+from psaq_mm.pictures.image_spec import EIGHT_BITS
+from psaq_mm.pictures.mixture import PLAIN
 from psaq_mm.registry import TASK_UTILS
-from psaq_mm.synthesis import ImageSpec, Mixture, Source, source_of
-from psaq_mm.synthesis.normalization import EIGHT_BITS
-from psaq_mm.synthesis.sources.base import Make, checked_size, mixed
-from psaq_mm.synthesis.sources.mixture import PLAIN
 from psaq_mm.type_names import type_name
 from psaq_mm.visualization import write_png
 
-__all__ = ['Folder', 'SavedSamples', 'build_source', 'folders_in', 'load_samples', 'procedural_of', 'reads_rgb',
-           'save_samples', 'takes_rgb']
+__all__ = [
+    'Folder',
+    'SavedSamples',
+    'build_source',
+    'folders_in',
+    'load_samples',
+    'procedural_of',
+    'reads_rgb',
+    'save_samples',
+    'takes_rgb',
+]
 
 _SHEET = re.compile(r'round_\d+_step_\d+\.png')
 """Sample sheets, which a run writes into the same folder."""
@@ -37,6 +48,7 @@ class SavedSamples(NamedTuple):
         samples: (n, C, H, W), float32, in the model's units.
         labels: Classes that they were made for, (n,), or None.
     """
+
     samples: Tensor
     labels: Optional[Tensor]
 
@@ -54,18 +66,28 @@ def reads_rgb(preprocessor: Any) -> bool:
 
 
 def takes_rgb(model: nn.Module) -> bool:
-    """Whether a model takes its channels as RGB, its pipeline too considered where that is known (:mod:`psaq_mm.engine.inputs`); RGB
-    where nothing tells."""
+    """Whether a model takes its channels as RGB, its pipeline too considered where that is known
+    (:mod:`psaq_mm.engine.inputs`); RGB where nothing tells.
+    """
     return turns_channels(model) is not False
 
 
-def save_samples(folder, samples: Tensor, model: nn.Module, image_spec: ImageSpec, *, labels: Optional[Tensor] = None,
-                 seed: int = 0, settings: Optional[Mapping] = None) -> Path:
+def save_samples(
+    folder,
+    samples: Tensor,
+    model: nn.Module,
+    image_spec: ImageSpec,
+    *,
+    labels: Optional[Tensor] = None,
+    seed: int = 0,
+    settings: Optional[Mapping] = None,
+) -> Path:
     """Write ``samples.pt``, exact, and beside it ``samples/NNNN.png``, rounded to 8 bits for the eye.
 
     Args:
         folder: The work dir.
-        samples: (n, C, H, W) in the model's units; kept as float32, so that ranges calibrated on them are the same again.
+        samples: (n, C, H, W) in the model's units; kept as float32, so that ranges calibrated on them are the same
+            again.
         model: Whose ``data_preprocessor`` tells the order of the channels.
         image_spec: Of the model.
         labels: Classes that they were made for, (n,).
@@ -77,12 +99,26 @@ def save_samples(folder, samples: Tensor, model: nn.Module, image_spec: ImageSpe
     """
     folder, rgb = Path(folder), takes_rgb(model)
     samples = samples.detach().cpu().float()
-    spec = dict(mean=list(image_spec.mean), std=list(image_spec.std), channels=image_spec.channels,
-                max_value=_plain_value(image_spec.max_value))
+    spec = dict(
+        mean=list(image_spec.mean),
+        std=list(image_spec.std),
+        channels=image_spec.channels,
+        max_value=_plain_value(image_spec.max_value),
+    )
     if image_spec.min_value:
         spec['min_value'] = _plain_value(image_spec.min_value)
-    save_atomic(dict(samples=samples.clone(), labels=None if labels is None else labels.detach().cpu().clone(), image_spec=spec,
-                     size=list(samples.shape[-2:]), rgb=rgb, seed=seed, settings=dict(settings or {})), folder / 'samples.pt')
+    save_atomic(
+        dict(
+            samples=samples.clone(),
+            labels=None if labels is None else labels.detach().cpu().clone(),
+            image_spec=spec,
+            size=list(samples.shape[-2:]),
+            rgb=rgb,
+            seed=seed,
+            settings=dict(settings or {}),
+        ),
+        folder / 'samples.pt',
+    )
     if image_spec.channels in (1, 3):  # other numbers are no picture
         for number, picture in enumerate(image_spec.to_bytes(samples).round().to(torch.uint8)):
             picture = picture if rgb else picture.flip(0)
@@ -94,8 +130,8 @@ def save_samples(folder, samples: Tensor, model: nn.Module, image_spec: ImageSpe
 def load_samples(path, size: Tuple[int, int], model: nn.Module, image_spec: ImageSpec) -> SavedSamples:
     """Read ``samples.pt``, or every image of a folder, for a model.
 
-    Samples that were made for another normalization, or another order of the channels, are converted. Images of a folder are
-    sorted by name, made as large as covers ``size``, and cropped to it at the centre.
+    Samples that were made for another normalization, or another order of the channels, are converted. Images of a
+    folder are sorted by name, made as large as covers ``size``, and cropped to it at the centre.
 
     Args:
         path: A ``samples.pt``, or a folder of images in any format that Pillow reads.
@@ -119,19 +155,27 @@ def _load(path: Path, size: Tuple[int, int], image_spec: ImageSpec, rgb: bool) -
         raise ConfigError(f'dfq.samples={path} does not exist: give a samples.pt or a folder of images')
     content = load_restricted(path)
     if not isinstance(content, dict) or not _KEYS <= set(content) or not isinstance(content['samples'], Tensor):
-        raise DataError(f'dfq.samples={path} holds no samples: give a samples.pt that dfq.save_samples=True wrote, or a folder '
-                        'of images')
+        raise DataError(
+            f'dfq.samples={path} holds no samples: give a samples.pt that dfq.save_samples=True wrote, or a folder '
+            'of images'
+        )
     samples, labels = content['samples'].float(), content.get('labels')
     if samples.dim() != 4 or not len(samples) or not torch.isfinite(samples).all():
-        raise DataError(f'dfq.samples={path} is damaged: its samples are of shape {tuple(samples.shape)} or not finite; make '
-                        'them again')
+        raise DataError(
+            f'dfq.samples={path} is damaged: its samples are of shape {tuple(samples.shape)} or not finite; make '
+            'them again'
+        )
     made_for = ImageSpec(**content['image_spec'])
     if samples.shape[1] != image_spec.channels:
-        raise ConfigError(f'dfq.samples={path} has {samples.shape[1]} channels and the model takes {image_spec.channels}: make '
-                          'samples with this model')
+        raise ConfigError(
+            f'dfq.samples={path} has {samples.shape[1]} channels and the model takes {image_spec.channels}: make '
+            'samples with this model'
+        )
     if tuple(samples.shape[-2:]) != tuple(size):
-        raise ConfigError(f'dfq.samples={path} has samples of {tuple(samples.shape[-2:])} and dfq.size is {tuple(size)}: set '
-                          f'dfq.size={tuple(samples.shape[-2:])}, or make samples of that size')
+        raise ConfigError(
+            f'dfq.samples={path} has samples of {tuple(samples.shape[-2:])} and dfq.size is {tuple(size)}: set '
+            f'dfq.size={tuple(samples.shape[-2:])}, or make samples of that size'
+        )
     turned = content['rgb'] != rgb and samples.shape[1] == 3
     if made_for != image_spec or turned:
         pictures = made_for.to_unit(samples)
@@ -153,10 +197,14 @@ def _images_of(folder: Path, image_spec: ImageSpec) -> Tuple[List[Path], str]:
     """Images of a folder in the order of their names, and Pillow's mode that they are read in."""
     modes = {1: 'L', 3: 'RGB'}
     if image_spec.channels not in modes:
-        raise ConfigError(f'dfq.samples={folder} is a folder of images, and the model takes {image_spec.channels} channels: '
-                          'give a samples.pt')
+        raise ConfigError(
+            f'dfq.samples={folder} is a folder of images, and the model takes {image_spec.channels} channels: '
+            'give a samples.pt'
+        )
     known = Image.registered_extensions()
-    files: List[Path] = sorted(p for p in folder.iterdir() if p.suffix.lower() in known and not _SHEET.fullmatch(p.name))
+    files: List[Path] = sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in known and not _SHEET.fullmatch(p.name)
+    )
     if not files:
         raise DataError(f'dfq.samples={folder} has no images: give a folder of pictures, or a samples.pt')
     return files, modes[image_spec.channels]
@@ -165,8 +213,8 @@ def _images_of(folder: Path, image_spec: ImageSpec) -> Tuple[List[Path], str]:
 def _read_picture(file: Path, size: Tuple[int, int], mode: str, image_spec: ImageSpec) -> Tensor:
     """(C, H, W), 0 .. 1: the centre of a picture made as large as covers ``size``.
 
-    Grey pictures of 16 bits or of floats hold raw values where the model's range is not that of 8 bits; under a model of 8 bits those of
-    16 bits are made as bright as their 8-bit form.
+    Grey pictures of 16 bits or of floats hold raw values where the model's range is not that of 8 bits; under a model
+    of 8 bits those of 16 bits are made as bright as their 8-bit form.
     """
     try:
         with Image.open(file) as opened:
@@ -175,9 +223,11 @@ def _read_picture(file: Path, size: Tuple[int, int], mode: str, image_spec: Imag
             picture = opened.convert('F' if deep else mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f'the image {file} cannot be read ({error}): remove it or save it again') from error
-    if not deep and '16' in depth and image_spec.max_value not in (EIGHT_BITS[1], 65535.):
-        raise DataError(f'the image {file} has 16 bits a colour, of which 8 are read, and the model takes values up to '
-                        f'{image_spec.max_value}: give a samples.pt')
+    if not deep and '16' in depth and image_spec.max_value not in (EIGHT_BITS[1], 65535.0):
+        raise DataError(
+            f'the image {file} has 16 bits a colour, of which 8 are read, and the model takes values up to '
+            f'{image_spec.max_value}: give a samples.pt'
+        )
     height, width = size
     scale = max(height / picture.height, width / picture.width)
     if scale != 1:
@@ -186,24 +236,28 @@ def _read_picture(file: Path, size: Tuple[int, int], mode: str, image_spec: Imag
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     array = np.array(picture.crop((left, top, left + width, top + height)), dtype=np.float32)
     if not deep:
-        return torch.from_numpy(array / 255.).reshape(height, width, -1).permute(2, 0, 1)
+        return torch.from_numpy(array / 255.0).reshape(height, width, -1).permute(2, 0, 1)
     raw = torch.from_numpy(array).expand(image_spec.channels, height, width)
     if kind != 'F' and (image_spec.min_value, image_spec.max_value) == EIGHT_BITS:
-        return (raw / 65535.).clamp(0, 1)
-    return ImageSpec(channels=image_spec.channels, max_value=image_spec.max_value, min_value=image_spec.min_value).to_unit(raw)
+        return (raw / 65535.0).clamp(0, 1)
+    return ImageSpec(
+        channels=image_spec.channels, max_value=image_spec.max_value, min_value=image_spec.min_value
+    ).to_unit(raw)
 
 
 # ---------------------------------------------------------------------- sources
 @TASK_UTILS.register_module()
 class Folder(Source):
-    """Images of a folder, or the samples of a ``samples.pt``, in an order of their own for each seed; then in another one.
+    """Images of a folder, or the samples of a ``samples.pt``, in an order of their own for each seed; then in another
+    one.
 
-    Images are read when their number comes; of one larger than the samples, the centre is taken, as :func:`load_samples` does.
+    Images are read when their number comes; of one larger than the samples, the centre is taken, as
+    :func:`load_samples` does.
 
     Args:
         path: A folder of images in any format that Pillow reads, or a file that ``dfq.save_samples=True`` wrote.
         rgb: Whether the model takes its channels as RGB; :func:`build_source` fills it in.
-        seed: As for :class:`~psaq_mm.synthesis.Source`.
+        seed: As for :class:`~psaq_mm.pictures.Source`.
 
     Raises:
         ConfigError: Nothing is there.
@@ -216,12 +270,18 @@ class Folder(Source):
             raise ConfigError(f'the folder of samples {path} does not exist: check the path')
         self._known: Dict[Tuple, Any] = {}
 
-    def draw(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int = 0,
-             generated: Optional[Make] = None) -> Tensor:
-        """See :meth:`psaq_mm.synthesis.Source.draw`."""
+    def draw(
+        self,
+        numbers: Sequence[int],
+        size: Tuple[int, int],
+        image_spec: ImageSpec,
+        seed: int = 0,
+        generated: Optional[Make] = None,
+    ) -> Tensor:
+        """See :meth:`psaq_mm.pictures.Source.draw`."""
         size = checked_size(len(numbers), size)
         if Path(self.path).is_dir():
-            files, mode = self._once((image_spec.channels, ), lambda: _images_of(Path(self.path), image_spec))
+            files, mode = self._once((image_spec.channels,), lambda: _images_of(Path(self.path), image_spec))
             places = self._places(numbers, len(files), seed)
             return _read_pictures([files[place] for place in places], size, mode, image_spec, self.rgb)
         samples = self._once((size, image_spec), lambda: _load(Path(self.path), size, image_spec, self.rgb).samples)
@@ -248,7 +308,7 @@ def build_source(given: Union[str, Mapping, Sequence, Source], rgb: bool = True)
     """A source out of what a config says, through the registry.
 
     Args:
-        given: As for :func:`psaq_mm.synthesis.source_of`; a type may be any that is registered in
+        given: As for :func:`psaq_mm.pictures.source_of`; a type may be any that is registered in
             :data:`psaq_mm.registry.TASK_UTILS`, and :class:`Folder`.
         rgb: Whether the model takes its channels as RGB.
 
@@ -264,8 +324,10 @@ def build_source(given: Union[str, Mapping, Sequence, Source], rgb: bool = True)
             settings['type'] = f'psaq_mm.{name}'
         if isinstance(settings['type'], str) and TASK_UTILS.get(settings['type']) is None:
             known = sorted({*PLAIN, 'Folder'})
-            raise ConfigError(f'dfq.samples has type={config["type"]!r}, which is no source of samples: use one of '
-                              f'{", ".join("psaq_mm." + one for one in known)}')
+            raise ConfigError(
+                f'dfq.samples has type={config["type"]!r}, which is no source of samples: use one of '
+                f'{", ".join("psaq_mm." + one for one in known)}'
+            )
         if name == 'Folder':
             settings.setdefault('rgb', rgb)
         try:

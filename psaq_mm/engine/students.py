@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A student knows how it was quantized: what a config and a command line say of that is asked only whether it contradicts."""
+"""A student knows how it was quantized: what a config and a command line say of that is asked only whether it
+contradicts.
+"""
+
 import copy
 import os
 import re
@@ -22,14 +25,21 @@ def spec_in(checkpoint: Mapping) -> Optional[QuantSpec]:
     return QuantSpec.from_dict(made) if made else None  # a setting that came later has its default there
 
 
-def config_of_student(config: Config, checkpoint: Mapping, source: str, quant: Optional[str] = None, method: Optional[str] = None,
-                      options: Optional[Mapping] = None) -> Config:
+def config_of_student(
+    config: Config,
+    checkpoint: Mapping,
+    source: str,
+    quant: Optional[str] = None,
+    method: Optional[str] = None,
+    options: Optional[Mapping] = None,
+) -> Config:
     """A config whose model is quantized as a student was.
 
     Args:
-        config: Loaded, of a full-precision or a quantized model. What it says under ``quant`` is how the next student would be made: where
-            this one was made otherwise, a line says so.
-        checkpoint: As read by :func:`psaq_mm.engine.checkpoint.read_checkpoint`. One that tells no spec leaves the config as it is.
+        config: Loaded, of a full-precision or a quantized model. What it says under ``quant`` is how the next student
+            would be made: where this one was made otherwise, a line says so.
+        checkpoint: As read by :func:`psaq_mm.engine.checkpoint.read_checkpoint`. One that tells no spec leaves the
+            config as it is.
         source: Its path, for messages.
         quant, method, options: ``--quant``, ``--method`` and ``--cfg-options`` as they were given.
 
@@ -40,9 +50,15 @@ def config_of_student(config: Config, checkpoint: Mapping, source: str, quant: O
     if made is None:
         return config
     _check_stated(made, source, quant, method, options or {})
-    own = QuantSpec.parse(quant_holder(config.model).get('quant', 'w8a8')) if is_quantized_config(config.model) else made
+    own = (
+        QuantSpec.parse(quant_holder(config.model).get('quant', 'w8a8')) if is_quantized_config(config.model) else made
+    )
     if own != made and not (quant or method) and os.environ.get('RANK', '0') == '0':
-        print(f'{source} was quantized as {made.label} with {_differences(made, own)}: the student is taken as it was made', flush=True)
+        print(
+            f'{source} was quantized as {made.label} with {_differences(made, own)}: the student is taken as it was '
+            f'made',
+            flush=True,
+        )
     config = copy.deepcopy(config)
     config.model = quantized_model_config(config, 'w8a8' if not is_quantized_config(config.model) else None)
     quant_holder(config.model)['quant'] = made.to_dict()
@@ -56,22 +72,29 @@ def _differences(made: QuantSpec, other: QuantSpec, whose: str = 'the config has
 
 
 def _check_stated(made: QuantSpec, source: str, quant: Optional[str], method: Optional[str], options: Mapping) -> None:
-    said = {**made.to_dict(), **(_fields_of(preset_of(quant or f'w{made.w_bits}a{made.a_bits}', method)) if quant or method else {})}
+    said = {
+        **made.to_dict(),
+        **(_fields_of(preset_of(quant or f'w{made.w_bits}a{made.a_bits}', method)) if quant or method else {}),
+    }
     options = {key: value for key, value in options.items() if _QUANT_OPTION.match(key)}
     for said in [said, *(_merged(said, key, value) for key, value in options.items())]:
         said = QuantSpec.from_dict(said)
         if said != made:
-            raise CheckpointError(f'{source} was quantized as {made.label} with {_differences(made, said, "the command says")}: leave '
-                                  '--quant, --method and quant in --cfg-options out, the student knows how it was made')
+            raise CheckpointError(
+                f'{source} was quantized as {made.label} with {_differences(made, said, "the command says")}: leave '
+                '--quant, --method and quant in --cfg-options out, the student knows how it was made'
+            )
 
 
 def _merged(spec: Mapping, key: str, value: Any) -> Dict[str, Any]:
     """A spec with what one of ``--cfg-options`` says of it."""
     config = Config(dict(quant=copy.deepcopy(dict(spec))))
     try:
-        config.merge_from_dict({'.'.join(key.split('.')[key.split('.').index('quant'):]): value})
+        config.merge_from_dict({'.'.join(key.split('.')[key.split('.').index('quant') :]): value})
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ConfigError(f'--cfg-options {key}={value!r} does not fit how the student was quantized ({error}): leave it out') from error
+        raise ConfigError(
+            f'--cfg-options {key}={value!r} does not fit how the student was quantized ({error}): leave it out'
+        ) from error
     found = config.quant if isinstance(config.quant, Mapping) else dict(preset=config.quant)
     preset = found.pop('preset', None)
     return {**spec, **found, **(_fields_of(preset) if preset else {})}

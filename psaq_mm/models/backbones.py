@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Backbone-level form, for configs that override only ``backbone.type``."""
+
 import sys
 from typing import Mapping, Optional, Union
 
@@ -25,8 +26,10 @@ def _current_library(arguments: Mapping) -> str:
     loaded = [name for name in _LIBRARIES if name in sys.modules]
     if len(loaded) == 1:
         return loaded[0]
-    raise ConfigError(f'QuantSwinTransformer cannot tell which library is meant (loaded: {loaded or "none"}): '
-                      f'give it library=, one of {", ".join(_LIBRARIES)}')
+    raise ConfigError(
+        f'QuantSwinTransformer cannot tell which library is meant (loaded: {loaded or "none"}): '
+        f'give it library=, one of {", ".join(_LIBRARIES)}'
+    )
 
 
 @MODELS.register_module()

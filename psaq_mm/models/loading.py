@@ -1,10 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What is checked whenever weights reach a quantized model, whoever loads them.
 
-MMEngine loads without ``strict``: wrong shapes and missing keys end in a warning, and the run goes on with random weights.
-The check therefore sits in a load hook of the model itself, so that tools, inferencers and test-time augmentation of every
-library pass through it.
+MMEngine loads without ``strict``: wrong shapes and missing keys end in a warning, and the run goes on with random
+weights. The check therefore sits in a load hook of the model itself, so that tools, inferencers and test-time
+augmentation of every library pass through it.
 """
+
 import contextlib
 import re
 import sys
@@ -17,8 +18,17 @@ from psaq_mm.errors import CheckpointError
 from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
 from psaq_mm.quantization import is_quantizer_key
 
-__all__ = ['Matched', 'absent_parts', 'check_state_dict', 'convert_timm_keys', 'guard_loading', 'match_names', 'unwrapped',
-           'usable_weights', 'whole_loading']
+__all__ = [
+    'Matched',
+    'absent_parts',
+    'check_state_dict',
+    'convert_timm_keys',
+    'guard_loading',
+    'match_names',
+    'unwrapped',
+    'usable_weights',
+    'whole_loading',
+]
 
 _SHOWN = 3
 
@@ -31,8 +41,8 @@ def _some(names: List[str]) -> str:
 def _own_state(model: nn.Module) -> Dict[str, Tensor]:
     """A model's weights under the names that its modules have.
 
-    mmpretrain's TimmClassifier takes its prefix off in a hook when a state dict is made, and puts it on in another before one
-    is loaded: where loading is checked, after that hook, both sides must have it.
+    mmpretrain's TimmClassifier takes its prefix off in a hook when a state dict is made, and puts it on in another
+    before one is loaded: where loading is checked, after that hook, both sides must have it.
     """
     hooks, model._state_dict_hooks = model._state_dict_hooks, OrderedDict()
     try:
@@ -41,10 +51,13 @@ def _own_state(model: nn.Module) -> Dict[str, Tensor]:
         model._state_dict_hooks = hooks
 
 
-_RESIZERS = {'_prepare_pos_embed': 'pos_embed', '_prepare_abs_pos_embed': 'absolute_pos_embed',
-             '_prepare_relative_position_bias_table': 'relative_position_bias_table'}
-"""Methods with which mmpretrain's backbones fit positions of another image size, in a hook that runs after this check, and the
-weights they fit."""
+_RESIZERS = {
+    '_prepare_pos_embed': 'pos_embed',
+    '_prepare_abs_pos_embed': 'absolute_pos_embed',
+    '_prepare_relative_position_bias_table': 'relative_position_bias_table',
+}
+"""Methods with which mmpretrain's backbones fit positions of another image size, in a hook that runs after this check,
+and the weights they fit."""
 
 
 def _resized_by_the_library(model: nn.Module) -> Set[str]:
@@ -61,36 +74,52 @@ def _resized_by_the_library(model: nn.Module) -> Set[str]:
 def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str = '') -> None:
     """Check that ``state_dict`` has every weight of ``model``, in its shape, under the names of the model's modules.
 
-    Quantizer state may be absent as a whole (a full-precision checkpoint), not in part; so may an auxiliary head, which takes no part in
-    inference.
+    Quantizer state may be absent as a whole (a full-precision checkpoint), not in part; so may an auxiliary head, which
+    takes no part in inference.
 
     Raises:
         CheckpointError: One sentence that names the keys, the shapes and the way out.
     """
     own = _own_state(model)
-    given = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    given = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     resized = _resized_by_the_library(model)
     wrong = [
-        f'{k} is {tuple(given[k].shape)} in the checkpoint and {tuple(own[k].shape)} in the model' for k in own
-        if k in given and not is_quantizer_key(k) and given[k].shape != own[k].shape
+        f'{k} is {tuple(given[k].shape)} in the checkpoint and {tuple(own[k].shape)} in the model'
+        for k in own
+        if k in given
+        and not is_quantizer_key(k)
+        and given[k].shape != own[k].shape
         and not (k in resized and given[k].dim() == own[k].dim() and given[k].shape[-1] == own[k].shape[-1])
     ]
     if wrong:
-        raise CheckpointError(f'the checkpoint does not fit the model: {_some(wrong)}; use the config that it was trained with')
+        raise CheckpointError(
+            f'the checkpoint does not fit the model: {_some(wrong)}; use the config that it was trained with'
+        )
     unneeded = absent_parts(own, given)
-    missing = [k for k in own if k not in given and not is_quantizer_key(k) and not k.endswith('num_batches_tracked')
-               and not k.startswith(unneeded)]
+    missing = [
+        k
+        for k in own
+        if k not in given
+        and not is_quantizer_key(k)
+        and not k.endswith('num_batches_tracked')
+        and not k.startswith(unneeded)
+    ]
     if missing:
         alone = given and all(k.startswith('backbone.') for k in given)
-        way = ('it holds a backbone alone, give the checkpoint of the whole trained model' if alone else
-               'use the config that it was trained with, or convert its keys first')
+        way = (
+            'it holds a backbone alone, give the checkpoint of the whole trained model'
+            if alone
+            else 'use the config that it was trained with, or convert its keys first'
+        )
         raise CheckpointError(f'the checkpoint lacks {len(missing)} weights of the model ({_some(missing)}): {way}')
     has_state = {k for k in given if is_quantizer_key(k)}
     wants_state = {k for k in own if is_quantizer_key(k)}
     if has_state and has_state != wants_state:
         odd = sorted(has_state ^ wants_state)
-        raise CheckpointError(f'the checkpoint was quantized under another spec ({_some(odd)} stand on one side only): '
-                              'give the config the quant= that it was made with')
+        raise CheckpointError(
+            f'the checkpoint was quantized under another spec ({_some(odd)} stand on one side only): '
+            'give the config the quant= that it was made with'
+        )
 
 
 def absent_parts(own: Iterable[str], given: Iterable[str]) -> Tuple[str, ...]:
@@ -123,16 +152,19 @@ def whole_loading(model: nn.Module) -> Iterator[None]:
     The check runs after the hooks with which a model converts keys, and before anything is copied.
 
     Raises:
-        CheckpointError: Inside, from ``load_state_dict``: keys or shapes do not fit, or weights have no place in the model.
+        CheckpointError: Inside, from ``load_state_dict``: keys or shapes do not fit, or weights have no place in the
+            model.
     """
 
     def check(module, state_dict, prefix, *args):
         check_state_dict(module, state_dict, prefix)
         own = _own_state(module)
-        strangers = [k for k in state_dict if k[len(prefix):] not in own and not k.endswith('num_batches_tracked')]
+        strangers = [k for k in state_dict if k[len(prefix) :] not in own and not k.endswith('num_batches_tracked')]
         if strangers:
-            raise CheckpointError(f'{len(strangers)} weights have no place in the model ({_some(strangers)}): '
-                                  'use the config that it was trained with')
+            raise CheckpointError(
+                f'{len(strangers)} weights have no place in the model ({_some(strangers)}): '
+                'use the config that it was trained with'
+            )
 
     handle = model._register_load_state_dict_pre_hook(check, with_module=True)
     try:
@@ -142,7 +174,8 @@ def whole_loading(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(weights: Mapping[str, Any]) -> Dict[str, Any]:
-    """Weights without what DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``) put into their names.
+    """Weights without what DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``) put into their
+    names.
 
     Example:
         >>> unwrapped({'module._orig_mod.backbone._orig_mod.norm.bias': 0})
@@ -151,7 +184,7 @@ def unwrapped(weights: Mapping[str, Any]) -> Dict[str, Any]:
     found = OrderedDict((re.sub(r'(?<![^.])_orig_mod\.', '', name), value) for name, value in weights.items())
     found = found if len(found) == len(weights) else OrderedDict(weights)
     while found and all(name.startswith('module.') for name in found):
-        found = OrderedDict((name[len('module.'):], value) for name, value in found.items())
+        found = OrderedDict((name[len('module.') :], value) for name, value in found.items())
     return found
 
 
@@ -162,6 +195,7 @@ class Matched(NamedTuple):
         weights: State dict.
         notes: For the log.
     """
+
     weights: Dict[str, Tensor]
     notes: List[str]
 
@@ -173,32 +207,39 @@ def _note(names: Sequence[str], why: str) -> str:
 def _chosen(prefixes: Sequence[str], meta: Mapping) -> str:
     """Which one of several copies of a model is to be used."""
     if {'teacher.', 'student.'} <= set(prefixes):
-        # mmdet's semi-supervised detectors: its config says whose predictions are the model's, by default the teacher's.
-        said = re.search(r"""predict_on['"]?\s*[=:]\s*['"](teacher|student)""", str(meta.get('cfg') or meta.get('config') or ''))
+        # mmdet's semi-supervised detectors: its config says whose predictions are the model's, by default the
+        # teacher's.
+        said = re.search(
+            r"""predict_on['"]?\s*[=:]\s*['"](teacher|student)""", str(meta.get('cfg') or meta.get('config') or '')
+        )
         return f'{said[1] if said else "teacher"}.'
     if 'model.' in prefixes:
         return 'model.'
-    raise CheckpointError(f'the checkpoint holds the model {len(prefixes)} times ({", ".join(sorted(prefixes))}): save one of them alone')
+    raise CheckpointError(
+        f'the checkpoint holds the model {len(prefixes)} times ({", ".join(sorted(prefixes))}): save one of them alone'
+    )
 
 
 def _below(weights: Mapping[str, Tensor], prefix: str, notes: List[str]) -> Dict[str, Tensor]:
     others = [name for name in weights if not name.startswith(prefix)]
     if others:
         notes.append(_note(others, f'the model is what lies under {prefix[:-1]!r}'))
-    return OrderedDict((name[len(prefix):], value) for name, value in weights.items() if name.startswith(prefix))
+    return OrderedDict((name[len(prefix) :], value) for name, value in weights.items() if name.startswith(prefix))
 
 
 def _without_averages(weights: Mapping[str, Tensor], notes: List[str]) -> Mapping[str, Tensor]:
     """Without the second copy that the EMA hooks of mmcv 1 and mmdet 2 keep as buffers of the model.
 
-    For ``backbone.norm.bias`` it is ``ema_backbone_norm_bias``. The hooks swap the two before a checkpoint is saved, so that averages
-    stand under the plain names, which those releases test with.
+    For ``backbone.norm.bias`` it is ``ema_backbone_norm_bias``. The hooks swap the two before a checkpoint is saved, so
+    that averages stand under the plain names, which those releases test with.
     """
     second = {'ema_' + name.replace('.', '_'): value for name, value in weights.items() if not name.startswith('ema_')}
     dropped = [name for name, value in weights.items() if name in second and value.shape == second[name].shape]
     if not dropped:
         return weights
-    notes.append(_note(dropped, 'a second copy of the weights that an EMA hook kept, whose averages stand under the plain names'))
+    notes.append(
+        _note(dropped, 'a second copy of the weights that an EMA hook kept, whose averages stand under the plain names')
+    )
     return OrderedDict((name, value) for name, value in weights.items() if name not in set(dropped))
 
 
@@ -219,11 +260,12 @@ def usable_weights(weights: Mapping[str, Tensor], meta: Mapping) -> Matched:
 
 
 def match_names(model: nn.Module, weights: Mapping[str, Tensor], meta: Mapping) -> Matched:
-    """Weights under the names of the model, where they have them under a prefix or beside what takes no part in inference.
+    """Weights under the names of the model, where they have them under a prefix or beside what takes no part in
+    inference.
 
-    What a training program puts before all names (``model.`` of Lightning and OTX, any other) is found by what the model asks for. A
-    second copy of the weights, and an auxiliary head that the config no longer has, are left out. Nothing else is: what has no place in
-    the model then is a mistake.
+    What a training program puts before all names (``model.`` of Lightning and OTX, any other) is found by what the
+    model asks for. A second copy of the weights, and an auxiliary head that the config no longer has, are left out.
+    Nothing else is: what has no place in the model then is a mistake.
 
     Args:
         model: That is to load them.
@@ -238,7 +280,7 @@ def match_names(model: nn.Module, weights: Mapping[str, Tensor], meta: Mapping) 
     needed = [k for k in own if not k.startswith(tuple(f'{part}.' for part in TRAINING_ONLY))]
     if needed and not all(k in weights for k in needed):
         anchor = max(needed, key=len)
-        prefixes = [name[:-len(anchor)] for name in weights if name.endswith(f'.{anchor}')]
+        prefixes = [name[: -len(anchor)] for name in weights if name.endswith(f'.{anchor}')]
         prefixes = [prefix for prefix in prefixes if all(prefix + k in weights for k in needed)]
         if prefixes:
             weights = _below(weights, prefixes[0] if len(prefixes) == 1 else _chosen(prefixes, meta), notes)
@@ -250,7 +292,9 @@ def match_names(model: nn.Module, weights: Mapping[str, Tensor], meta: Mapping) 
         notes.append(_note(dropped, f'the config has no {part[:-1]}, which takes no part in inference'))
         weights = OrderedDict((name, value) for name, value in weights.items() if not name.startswith(part))
     for part in absent_parts(own, weights):
-        notes.append(f'it has no {part[:-1]}: that of the config, which takes no part in inference, keeps its initial weights')
+        notes.append(
+            f'it has no {part[:-1]}: that of the config, which takes no part in inference, keeps its initial weights'
+        )
     return Matched(weights, notes)
 
 
@@ -261,9 +305,10 @@ _RESAMPLED = ('pos_embed', 'patch_embed.proj.weight', 'relative_position_bias_ta
 def convert_timm_keys(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A full-precision checkpoint of an older timm, or of a model's original release, under the names of today's timm.
 
-    Swin of timm 0.6 and of its own release has its downsampling one stage earlier, other names in its head, and attention masks
-    among its weights. What to do is timm's knowledge: its ``checkpoint_filter_fn`` beside the class of the network is called,
-    where names differ. Positions are not resampled: weights for another image size keep their shape, and do not fit.
+    Swin of timm 0.6 and of its own release has its downsampling one stage earlier, other names in its head, and
+    attention masks among its weights. What to do is timm's knowledge: its ``checkpoint_filter_fn`` beside the class of
+    the network is called, where names differ. Positions are not resampled: weights for another image size keep their
+    shape, and do not fit.
 
     Args:
         model: A classifier around a timm network, such as mmpretrain's TimmClassifier; any other is left alone.

@@ -4,6 +4,7 @@
 Converting when the model is built, and not in a hook, makes the library's own tools, inferencers and test-time
 augmentation serve the quantized model: inferencers run no hooks, and TTA and DDP wrap the model before any hook runs.
 """
+
 from typing import Mapping, Union
 
 import torch
@@ -43,8 +44,10 @@ def _quantized_part(model: nn.Module) -> nn.Module:
     for part in (model, find_backbone(model)):
         if getattr(part, 'quant_spec', None) is not None:
             return part
-    raise UnsupportedModelError(f'{type(model).__name__} is not quantized, nor is its backbone: build it with '
-                                'model = dict(type=\'psaq_mm.Quantized\', ...), or call psaq_mm.models.quantize_model_')
+    raise UnsupportedModelError(
+        f'{type(model).__name__} is not quantized, nor is its backbone: build it with '
+        "model = dict(type='psaq_mm.Quantized', ...), or call psaq_mm.models.quantize_model_"
+    )
 
 
 def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> ConversionReport:
@@ -77,21 +80,24 @@ def Quantized(base_type: Union[str, type], quant: Union[Mapping, str] = 'w8a8', 
     """Build ``base_type`` and quantize it; a config needs no other change.
 
     Args:
-        base_type: The model type that the user's config had, e.g. ``'MaskRCNN'``, ``'mmseg.EncoderDecoder'`` or the class itself.
+        base_type: The model type that the user's config had, e.g. ``'MaskRCNN'``, ``'mmseg.EncoderDecoder'`` or the
+            class itself.
         quant: See :func:`quantize_model_`.
         **model: The other keys of the user's model config, untouched.
 
     Returns:
-        An instance of ``base_type``, with ``quant_spec`` and ``quant_report`` as attributes. Until it is calibrated or a
-        quantized checkpoint is loaded, its forward raises :class:`~psaq_mm.errors.NotCalibratedError`.
+        An instance of ``base_type``, with ``quant_spec`` and ``quant_report`` as attributes. Until it is calibrated or
+        a quantized checkpoint is loaded, its forward raises :class:`~psaq_mm.errors.NotCalibratedError`.
 
     Example:
         >>> _base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']
         >>> model = dict(type='psaq_mm.Quantized', base_type={{_base_.model.type}}, quant='w8a8')
     """
     if type_name(base_type) in ('', 'Quantized'):
-        raise ConfigError(f'base_type={base_type!r} is no model type: write base_type={{{{_base_.model.type}}}} in the config '
-                          'that inherits the full-precision one')
+        raise ConfigError(
+            f'base_type={base_type!r} is no model type: write base_type={{{{_base_.model.type}}}} in the config '
+            'that inherits the full-precision one'
+        )
     built = ROOT_MODELS.build(dict(type=base_type, **model))
     quantize_model_(built, quant)
     return built

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which parts of a model a scope covers, and whether its backbone is one that can be quantized."""
+
 import inspect
 from typing import Callable, Iterator, List, Optional, Tuple
 
@@ -11,14 +12,24 @@ from psaq_mm.models.adapters.match import class_named, qualified_name
 from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
 
-__all__ = ['scope_filter', 'find_backbone', 'first_layer_name', 'check_backbone', 'check_scope', 'dense_head_name',
-           'is_query_based', 'network_of', 'takes_levels_alone']
+__all__ = [
+    'scope_filter',
+    'find_backbone',
+    'first_layer_name',
+    'check_backbone',
+    'check_scope',
+    'dense_head_name',
+    'is_query_based',
+    'network_of',
+    'takes_levels_alone',
+]
 
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
 """Parts that are not used at test time: they stay float in every scope."""
 
 CLASSIFIER_HEADS = ('head', 'head_dist')
-"""Parts of a timm network that are no backbone: OpenMMLab's backbones end before their head, timm's networks hold it."""
+"""Parts of a timm network that are no backbone: OpenMMLab's backbones end before their head, timm's networks hold
+it."""
 
 DENSE_HEADS = ('rpn_head', 'decode_head', 'bbox_head', 'head')
 """Heads that read all levels of the neck at once; a model has one of them."""
@@ -26,14 +37,15 @@ DENSE_HEADS = ('rpn_head', 'decode_head', 'bbox_head', 'head')
 _ROI_PARTS = ('bbox_head', 'mask_head', 'bbox_roi_extractor', 'mask_roi_extractor', 'shared_head')
 _DETECTION_TRANSFORMER = 'mmdet.models.detectors.base_detr.DetectionTransformer'
 
-_TIMM_CLASSIFIER = ('mmpretrain.models.classifiers.timm.TimmClassifier', )
-_TIMM_BACKBONE = ('mmpretrain.models.backbones.timm_backbone.TIMMBackbone', )
-_FEATURE_GETTER = ('timm.models._features.FeatureGetterNet', )
+_TIMM_CLASSIFIER = ('mmpretrain.models.classifiers.timm.TimmClassifier',)
+_TIMM_BACKBONE = ('mmpretrain.models.backbones.timm_backbone.TIMMBackbone',)
+_FEATURE_GETTER = ('timm.models._features.FeatureGetterNet',)
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
-    """The backbone of a detector, segmentor or classifier, timm's whole network in a ``TimmClassifier``; the model itself where
-    it is a backbone."""
+    """The backbone of a detector, segmentor or classifier, timm's whole network in a ``TimmClassifier``; the model
+    itself where it is a backbone.
+    """
     if class_named(model, _TIMM_CLASSIFIER):
         return model.model
     return getattr(model, 'backbone', model)
@@ -63,8 +75,9 @@ def check_backbone(model: nn.Module) -> None:
     """Refuse at build time what the adapters do not know.
 
     Raises:
-        UnsupportedModelError: The backbone is none of the supported ones, or one of its attention modules is not; the message
-            names it. Quantizing only its convolutions and linears would leave its attention float without a word.
+        UnsupportedModelError: The backbone is none of the supported ones, or one of its attention modules is not; the
+            message names it. Quantizing only its convolutions and linears would leave its attention float without a
+            word.
     """
     net = network_of(find_backbone(model))
     name = class_named(net, SUPPORTED_BACKBONES)
@@ -74,12 +87,16 @@ def check_backbone(model: nn.Module) -> None:
         known = (n for n in SUPPORTED_BACKBONES if '._features.' not in n)
         supported = ', '.join('.'.join((n.split('.')[0], n.rsplit('.', 1)[1])) for n in known)
         raise UnsupportedModelError(
-            f'the backbone {_title(net)} is not supported: use one of {supported}, or a subclass that does not override its '
-            'forward')
+            f'the backbone {_title(net)} is not supported: use one of {supported}, or a subclass that does not '
+            f'override its '
+            'forward'
+        )
     for path, part in kind.strangers(net) if kind else ():
         raise UnsupportedModelError(
-            f'{path} of the backbone {_title(net)} is a {qualified_name(type(part))}, whose attention is not known and would stay '
-            'in floating point: build the backbone without it')
+            f'{path} of the backbone {_title(net)} is a {qualified_name(type(part))}, whose attention is not known and '
+            f'would stay '
+            'in floating point: build the backbone without it'
+        )
 
 
 def is_query_based(model: nn.Module) -> bool:
@@ -97,7 +114,9 @@ def dense_head_name(model: nn.Module) -> Optional[str]:
 
 
 def takes_levels_alone(head: nn.Module) -> bool:
-    """Whether the forward of a head runs on the levels of the neck and on nothing else (texts, queries, data samples)."""
+    """Whether the forward of a head runs on the levels of the neck and on nothing else (texts, queries, data
+    samples).
+    """
     if type(head).forward is nn.Module.forward:  # it has none of its own: something else calls its parts
         return False
     try:
@@ -131,7 +150,7 @@ def _unknown_attention(model: nn.Module) -> Optional[str]:
         if name.startswith(inside):
             continue
         if any(adapter.matcher(module) for adapter in ADAPTERS):
-            known += (f'{name}.', )
+            known += (f'{name}.',)
         if isinstance(module, nn.MultiheadAttention) and not name.startswith(known):
             return name
     return None
@@ -141,37 +160,43 @@ def check_scope(model: nn.Module, scope: str) -> None:
     """Refuse at build time what ``scope='full'`` cannot quantize or calibrate; every supported backbone can be alone.
 
     Raises:
-        UnsupportedModelError: The detector is of the DETR family; a part of the model would see no sample; or an attention would
-            stay in floating point without a word. The message names it.
+        UnsupportedModelError: The detector is of the DETR family; a part of the model would see no sample; or an
+            attention would stay in floating point without a word. The message names it.
     """
     if scope == 'backbone' or find_backbone(model) is model or class_named(model, _TIMM_CLASSIFIER):
         return
-    kind, way_out = type(model).__name__, 'use scope=\'backbone\' for this model'
+    kind, way_out = type(model).__name__, "use scope='backbone' for this model"
     if is_query_based(model):
         raise UnsupportedModelError(
-            f'scope=\'full\' does not cover {kind}, whose encoder and decoder attend with layers that are not known '
-            f'here and would stay in floating point: {way_out}')
+            f"scope='full' does not cover {kind}, whose encoder and decoder attend with layers that are not known "
+            f'here and would stay in floating point: {way_out}'
+        )
     for name, part in _never_run(model):
         if _quantizable(part):
             raise UnsupportedModelError(
-                f'scope=\'full\' cannot run {name} of {kind} ({type(part).__name__}), whose ranges would never be '
-                f'set: {way_out}')
+                f"scope='full' cannot run {name} of {kind} ({type(part).__name__}), whose ranges would never be "
+                f'set: {way_out}'
+            )
     attention = _unknown_attention(model)
     if attention:
         raise UnsupportedModelError(
             f'{attention} of {kind} is torch.nn.MultiheadAttention, which would stay in floating point under '
-            f'scope=\'full\': {way_out}')
+            f"scope='full': {way_out}"
+        )
     roi_head = getattr(model, 'roi_head', None)
     if roi_head is not None and not hasattr(model, 'rpn_head'):
-        raise UnsupportedModelError(f'scope=\'full\' cannot run {kind}, whose RoI head has no RPN to give it boxes: {way_out}')
+        raise UnsupportedModelError(
+            f"scope='full' cannot run {kind}, whose RoI head has no RPN to give it boxes: {way_out}"
+        )
     if roi_head is not None:
-        staged = () if getattr(roi_head, 'num_stages', None) is None else (0, )
+        staged = () if getattr(roi_head, 'num_stages', None) is None else (0,)
         try:
             inspect.signature(roi_head._bbox_forward).bind(*staged, (), ())
         except (AttributeError, TypeError) as error:
             raise UnsupportedModelError(
-                f'scope=\'full\' cannot run the RoI head {type(roi_head).__name__} of {kind}, whose boxes need more '
-                f'than levels and RoIs: {way_out}') from error
+                f"scope='full' cannot run the RoI head {type(roi_head).__name__} of {kind}, whose boxes need more "
+                f'than levels and RoIs: {way_out}'
+            ) from error
 
 
 def scope_filter(model: nn.Module, scope: str) -> Callable[[str, nn.Module], bool]:
@@ -179,8 +204,8 @@ def scope_filter(model: nn.Module, scope: str) -> Callable[[str, nn.Module], boo
 
     Args:
         model: The model about to be quantized.
-        scope: ``'backbone'`` (without the classification head that a timm network holds) or ``'full'`` (backbone, neck and
-            heads; auxiliary heads, unused at test time, stay float).
+        scope: ``'backbone'`` (without the classification head that a timm network holds) or ``'full'`` (backbone, neck
+            and heads; auxiliary heads, unused at test time, stay float).
 
     Raises:
         UnsupportedModelError: See :func:`check_scope`.

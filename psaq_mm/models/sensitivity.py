@@ -2,10 +2,11 @@
 """What quantizing one layer alone does to a model's outputs, and which layers to give more bits for it.
 
 A layer's error is the mean absolute difference of the outputs from full precision in units of their own spread
-(:func:`psaq_mm.distillation.discrepancy.normalized_l1`). Bits are chosen by it under a budget as in the mixed precision of HAWQ
-(arXiv 1905.03696), with a measured error in place of a second-order estimate. That errors of layers add up is an assumption, which
-the error of the whole model under the choice is there to check.
+(:func:`psaq_mm.calibration.discrepancy.normalized_l1`). Bits are chosen by it under a budget as in the mixed precision
+of HAWQ (arXiv 1905.03696), with a measured error in place of a second-order estimate. That errors of layers add up is
+an assumption, which the error of the whole model under the choice is there to check.
 """
+
 import contextlib
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -13,14 +14,24 @@ from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.distillation.discrepancy import normalized_l1
+from psaq_mm.calibration.discrepancy import normalized_l1
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.scope import find_backbone
 from psaq_mm.models.task import TaskModel
-from psaq_mm.quantization import Override, QuantMatMul, QuantSpec, Quantizer, in_mode, quantizers
+from psaq_mm.quantization import Override, Quantizer, QuantMatMul, QuantSpec, in_mode, quantizers
 
-__all__ = ['Choice', 'LayerError', 'choose_bits', 'layer_quantizers', 'mean_error', 'measure_layers', 'only_quantized',
-           'outputs_to_compare', 'quantized_part', 'with_overrides']
+__all__ = [
+    'Choice',
+    'LayerError',
+    'choose_bits',
+    'layer_quantizers',
+    'mean_error',
+    'measure_layers',
+    'only_quantized',
+    'outputs_to_compare',
+    'quantized_part',
+    'with_overrides',
+]
 
 _OF_A_LAYER = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rhs_quantizer')
 
@@ -41,6 +52,7 @@ class LayerError:
         parts: The same with its weights alone, and its activations alone, where a budget asked for it.
         metrics: Of the test set, where asked for.
     """
+
     name: str
     position: int
     kind: str
@@ -59,6 +71,7 @@ class Choice:
         overrides: To be added to a spec's.
         average: Average bits before and after, of weights and activations.
     """
+
     overrides: Tuple[Override, ...]
     average: Dict[str, Tuple[float, float]]
 
@@ -68,7 +81,9 @@ def quantized_part(model: nn.Module) -> nn.Module:
     for part in (model, find_backbone(model)):
         if getattr(part, 'quant_spec', None) is not None:
             return part
-    raise UnsupportedModelError(f'{type(model).__name__} is not quantized: give a config of a quantized model, or --quant')
+    raise UnsupportedModelError(
+        f'{type(model).__name__} is not quantized: give a config of a quantized model, or --quant'
+    )
 
 
 def layer_quantizers(model: nn.Module) -> Dict[str, Dict[str, List[Quantizer]]]:
@@ -82,7 +97,7 @@ def layer_quantizers(model: nn.Module) -> Dict[str, Dict[str, List[Quantizer]]]:
     for name, quantizer in quantizers(part):
         owner, _, attribute = name.rpartition('.')
         edge = attribute not in _OF_A_LAYER and not isinstance(modules[owner], QuantMatMul)
-        row = f'{owner}.{attribute[:-len("_quantizer")]}'.lstrip('.') if edge else owner
+        row = f'{owner}.{attribute[: -len("_quantizer")]}'.lstrip('.') if edge else owner
         kinds = found.setdefault(row, dict(weights=[], activations=[]))
         kinds['weights' if attribute == 'weight_quantizer' else 'activations'].append(quantizer)
     return found
@@ -98,8 +113,8 @@ def only_quantized(model: nn.Module, chosen: Sequence[Quantizer]) -> Iterator[No
 def outputs_to_compare(model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], List[List[Tensor]]]:
     """A function that runs the model on all samples and gives the outputs that are compared, a list a batch.
 
-    They are those that a student learns by default; under ``scope='full'`` those of all heads too, RoI heads on the RoIs that the
-    model as it is now proposes.
+    They are those that a student learns by default; under ``scope='full'`` those of all heads too, RoI heads on the
+    RoIs that the model as it is now proposes.
 
     Args:
         model: Calibrated; its quantizers should be off while this is called.
@@ -113,13 +128,16 @@ def outputs_to_compare(model: nn.Module, batches: Sequence[Tensor]) -> Callable[
 
     @torch.no_grad()
     def run() -> List[List[Tensor]]:
-        return [task.outputs(batch) + ([] if own is None else task.roi_outputs(batch, own)) for batch, own in zip(batches, rois)]
+        return [
+            task.outputs(batch) + ([] if own is None else task.roi_outputs(batch, own))
+            for batch, own in zip(batches, rois)
+        ]
 
     return run
 
 
 def mean_error(found: List[List[Tensor]], reference: List[List[Tensor]]) -> float:
-    """:func:`~psaq_mm.distillation.discrepancy.normalized_l1` averaged over batches."""
+    """:func:`~psaq_mm.calibration.discrepancy.normalized_l1` averaged over batches."""
     return sum(float(normalized_l1(ours, theirs)) for ours, theirs in zip(found, reference)) / len(reference)
 
 
@@ -139,8 +157,12 @@ def _count_activations(model: nn.Module, run: Callable[[], List], samples: int) 
     return {key: value // samples for key, value in counts.items()}
 
 
-def measure_layers(model: nn.Module, batches: Sequence[Tensor], kinds: Sequence[str] = (),
-                   progress: Optional[Callable[[int, int, LayerError], None]] = None) -> Tuple[List[LayerError], float]:
+def measure_layers(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    kinds: Sequence[str] = (),
+    progress: Optional[Callable[[int, int, LayerError], None]] = None,
+) -> Tuple[List[LayerError], float]:
     """Quantize each layer alone and see what the outputs become.
 
     Args:
@@ -170,7 +192,9 @@ def measure_layers(model: nn.Module, batches: Sequence[Tensor], kinds: Sequence[
             elif chosen:
                 measured[kind] = measured['both']
         bits = {kind: min(q.bits for q in found) for kind, found in groups.items() if found}
-        elements = {'activations': sum(counts.get(id(q), 0) for q in groups['activations'])} if groups['activations'] else {}
+        elements = (
+            {'activations': sum(counts.get(id(q), 0) for q in groups['activations'])} if groups['activations'] else {}
+        )
         if groups['weights']:
             elements['weights'] = owner.weight.numel()
         kind = 'activation' if owner is None else type(owner).__name__
@@ -195,8 +219,8 @@ def choose_bits(rows: Sequence[LayerError], budgets: Dict[str, float], high: int
 
     Args:
         rows: From :func:`measure_layers`, measured for the kinds of ``budgets``.
-        budgets: Average bits of ``'weights'`` (over the weights of all quantized layers) and of ``'activations'`` (over what a
-            sample puts through all quantizers), of those that are to change.
+        budgets: Average bits of ``'weights'`` (over the weights of all quantized layers) and of ``'activations'`` (over
+            what a sample puts through all quantizers), of those that are to change.
         high: Bits of a raised layer.
 
     Raises:
@@ -209,8 +233,10 @@ def choose_bits(rows: Sequence[LayerError], budgets: Dict[str, float], high: int
         before = _average(rows, kind, {})
         if not before <= budget <= high:
             raise ConfigError(
-                f'{option} {budget:g} is outside of what can be had: {kind} have {before:.2f} bits on average now and at '
-                f'most {high}')
+                f'{option} {budget:g} is outside of what can be had: {kind} have {before:.2f} bits on average now and '
+                f'at '
+                f'most {high}'
+            )
         candidates = [row for row in rows if row.bits.get(kind, high) < high and row.elements[kind]]
         total = sum(row.elements[kind] for row in rows if kind in row.bits)
         room = (budget - before) * total + 1e-6 * total
@@ -222,7 +248,9 @@ def choose_bits(rows: Sequence[LayerError], budgets: Dict[str, float], high: int
         average[kind] = (before, _average(rows, kind, raised[kind]))
     names = [row.name for row in rows if any(row.name in chosen for chosen in raised.values())]
     overrides = tuple(
-        Override(_literal(name), raised.get('weights', {}).get(name), raised.get('activations', {}).get(name)) for name in names)
+        Override(_literal(name), raised.get('weights', {}).get(name), raised.get('activations', {}).get(name))
+        for name in names
+    )
     return Choice(overrides, average)
 
 

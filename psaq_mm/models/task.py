@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What a data-free run needs to know of a detector, segmentor or classifier, whichever library it comes from."""
+
 import math
 from contextlib import nullcontext
 from typing import List, NamedTuple, Optional, Sequence, Tuple
@@ -7,27 +8,29 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.distillation.blocks import BlockTaps
+from psaq_mm.calibration import find_attention
+from psaq_mm.calibration.blocks import BlockTaps
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.scope import dense_head_name, find_backbone, is_query_based, takes_levels_alone
-from psaq_mm.synthesis import ImageSpec, find_attention
+from psaq_mm.pictures import ImageSpec
 
 __all__ = ['ModelInput', 'TaskModel', 'TaskOutputs', 'PARTS', 'default_parts', 'input_channels', 'turns_channels']
 
 PARTS = ('blocks', 'backbone', 'neck', 'head')
-"""Parts whose outputs can be distilled. ``blocks``: the tokens of every few transformer blocks, for backbones without stages of
-several scales. ``head``: RPN maps of a two-stage detector, per-pixel logits of a segmentor, dense head maps of a one-stage
-detector, logits of a classifier."""
+"""Parts whose outputs can be distilled. ``blocks``: the tokens of every few transformer blocks, for backbones without
+stages of several scales. ``head``: RPN maps of a two-stage detector, per-pixel logits of a segmentor, dense head maps
+of a one-stage detector, logits of a classifier."""
 
 
 class ModelInput(NamedTuple):
-    """What a config says of a model's input beside its ``data_preprocessor``: :func:`psaq_mm.engine.inputs.set_input_` keeps it as
-    ``model.psaq_mm_input``, and copies of the model have it too.
+    """What a config says of a model's input beside its ``data_preprocessor``: :func:`psaq_mm.engine.inputs.set_input_`
+    keeps it as ``model.psaq_mm_input``, and copies of the model have it too.
 
     Attributes:
         spec: Normalization, by pipeline and preprocessor together, and the range of raw values.
         turned: Whether the pipeline turns the channels' order, before the preprocessor does or does not.
     """
+
     spec: ImageSpec
     turned: bool = False
 
@@ -39,6 +42,7 @@ class TaskOutputs(NamedTuple):
         parts: The tensors of the parts asked for.
         logits: (B, classes) of a classifier, else None.
     """
+
     parts: List[Tensor]
     logits: Optional[Tensor]
 
@@ -59,14 +63,17 @@ def default_parts(model: nn.Module) -> Tuple[str, ...]:
     """The parts that the student learns where a config leaves it open.
 
     Stages and neck levels where the backbone gives stages of several scales (Swin under a detector or segmentor); the
-    transformer blocks where all its tokens are of one width (ViT, DeiT), or where it gives its last stage alone. A classifier's
-    logits are left out: a student of DeiT-Tiny that learns them beside the blocks does worse, see docs/method.md.
+    transformer blocks where all its tokens are of one width (ViT, DeiT), or where it gives its last stage alone. A
+    classifier's logits are left out: a student of DeiT-Tiny that learns them beside the blocks does worse, see
+    docs/method.md.
     """
     backbone = find_backbone(model)
     widths = {module.qkv.in_features for _, module in find_attention(backbone)}
     stages = getattr(backbone, 'out_indices', None)
-    pyramid = len(widths) != 1 and not _is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
-    return ('backbone', 'neck') if pyramid else ('blocks', )
+    pyramid = (
+        len(widths) != 1 and not _is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
+    )
+    return ('backbone', 'neck') if pyramid else ('blocks',)
 
 
 def input_channels(model: nn.Module) -> int:
@@ -75,10 +82,16 @@ def input_channels(model: nn.Module) -> int:
 
 
 def turns_channels(model: nn.Module) -> Optional[bool]:
-    """Whether a model's pipeline and preprocessor turn the channels as the libraries load them (blue first); None where neither tells."""
+    """Whether a model's pipeline and preprocessor turn the channels as the libraries load them (blue first); None where
+    neither tells.
+    """
     preprocessor, known = getattr(model, 'data_preprocessor', None), getattr(model, 'psaq_mm_input', None)
     # mmdet, mmseg and mmpretrain call it each by another name.
-    flags = [bool(getattr(preprocessor, n)) for n in ('_channel_conversion', 'channel_conversion', 'to_rgb') if hasattr(preprocessor, n)]
+    flags = [
+        bool(getattr(preprocessor, n))
+        for n in ('_channel_conversion', 'channel_conversion', 'to_rgb')
+        if hasattr(preprocessor, n)
+    ]
     if not flags and not (known and known.turned):
         return None
     return any(flags) != bool(known and known.turned)
@@ -115,27 +128,32 @@ class TaskModel:
 
     Args:
         model: A built detector, segmentor, classifier or backbone.
-        parts: Which outputs :meth:`outputs` returns, out of :data:`PARTS`. Parts that the model lacks are left out. Defaults
-            to None, :func:`default_parts`.
-        max_proposals: RoIs an image that :meth:`calibration_forward` sends through the RoI heads. They are the RPN's best,
-            without a score threshold: on synthetic images a threshold may leave a mask head without any data.
-        block_stride: For the part ``blocks``: every how many of them, see :class:`psaq_mm.distillation.blocks.BlockTaps`.
+        parts: Which outputs :meth:`outputs` returns, out of :data:`PARTS`. Parts that the model lacks are left out.
+            Defaults to None, :func:`default_parts`.
+        max_proposals: RoIs an image that :meth:`calibration_forward` sends through the RoI heads. They are the RPN's
+            best, without a score threshold: on synthetic images a threshold may leave a mask head without any data.
+        block_stride: For the part ``blocks``: every how many of them, see
+            :class:`psaq_mm.calibration.blocks.BlockTaps`.
 
     Raises:
         ConfigError: A part that does not exist.
         UnsupportedModelError: ``blocks`` of a model that has none, or ``head`` of a detector of the DETR family.
     """
 
-    def __init__(self, model: nn.Module, parts: Optional[Sequence[str]] = None, max_proposals: int = 100,
-                 block_stride: int = 3):
+    def __init__(
+        self, model: nn.Module, parts: Optional[Sequence[str]] = None, max_proposals: int = 100, block_stride: int = 3
+    ):
         parts = default_parts(model) if parts is None else parts
         unknown = [p for p in parts if p not in PARTS]
         if unknown:
-            raise ConfigError(f'distil={list(parts)} names no part {unknown[0]!r} of a model: use some of {", ".join(PARTS)}')
+            raise ConfigError(
+                f'distil={list(parts)} names no part {unknown[0]!r} of a model: use some of {", ".join(PARTS)}'
+            )
         if 'head' in parts and is_query_based(model):
             raise UnsupportedModelError(
                 f'distil={list(parts)} asks for the head of {type(model).__name__}, which reads queries and gives no '
-                'dense maps: distil its backbone and neck')
+                'dense maps: distil its backbone and neck'
+            )
         self.model = model
         self.parts = tuple(parts)
         self.max_proposals = max_proposals
@@ -144,11 +162,12 @@ class TaskModel:
 
     @property
     def image_spec(self) -> ImageSpec:
-        """Colour normalization, channels and range: as a config tells them (:class:`ModelInput`), else read from ``data_preprocessor``
-        and the first layer, for pictures of 8 bits.
+        """Colour normalization, channels and range: as a config tells them (:class:`ModelInput`), else read from
+        ``data_preprocessor`` and the first layer, for pictures of 8 bits.
 
         Raises:
-            ConfigError: The preprocessor's mean and std are not of pictures of 8 bits, or of another number of channels.
+            ConfigError: The preprocessor's mean and std are not of pictures of 8 bits, or of another number of
+                channels.
         """
         known = getattr(self.model, 'psaq_mm_input', None)
         if known is not None:
@@ -156,8 +175,11 @@ class TaskModel:
         channels = input_channels(self.model)
         spec = ImageSpec.from_preprocessor(getattr(self.model, 'data_preprocessor', None), channels=channels)
         if spec.channels != channels and 4 * spec.channels != channels:  # YOLOX puts four pixels into one first
-            raise ConfigError(f'data_preprocessor.mean has {spec.channels} values and the model takes {channels} channels: give one value, '
-                              'or one of each channel')
+            raise ConfigError(
+                f'data_preprocessor.mean has {spec.channels} values and the model takes {channels} channels: give one '
+                f'value, '
+                'or one of each channel'
+            )
         return spec
 
     @property
@@ -182,8 +204,8 @@ class TaskModel:
     def fixed_size(self) -> Optional[Tuple[int, int]]:
         """The only (height, width) that the position embedding takes, or None where it takes others too.
 
-        timm's ViT and Swin refuse other sizes than the one they were built for; the Swin of mmdet and mmseg with an absolute
-        position embedding adds it without resizing. ViT of mmpretrain and mmseg resize theirs.
+        timm's ViT and Swin refuse other sizes than the one they were built for; the Swin of mmdet and mmseg with an
+        absolute position embedding adds it without resizing. ViT of mmpretrain and mmseg resize theirs.
         """
         net = _inner(self.model)
         embed = getattr(net, 'patch_embed', None)
@@ -191,8 +213,13 @@ class TaskModel:
         if getattr(embed, 'strict_img_size', False) and size:
             return (size, size) if isinstance(size, int) else tuple(size)
         absolute = getattr(net, 'absolute_pos_embed', None)
-        if getattr(net, 'use_abs_pos_embed', False) and isinstance(absolute, Tensor) and not hasattr(net, 'interpolate_mode'):
-            side = math.isqrt(absolute.shape[1]) * self._patch  # of a square: the backbone does not keep pretrain_img_size
+        if (
+            getattr(net, 'use_abs_pos_embed', False)
+            and isinstance(absolute, Tensor)
+            and not hasattr(net, 'interpolate_mode')
+        ):
+            # of a square: the backbone does not keep pretrain_img_size
+            side = math.isqrt(absolute.shape[1]) * self._patch
             return side, side
         return None
 
@@ -218,7 +245,9 @@ class TaskModel:
 
     # ------------------------------------------------------------------ forwards
     def features(self, images: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
-        """Outputs of backbone and neck for normalized ``images`` (B, C, H, W); the neck's are the backbone's without one."""
+        """Outputs of backbone and neck for normalized ``images`` (B, C, H, W); the neck's are the backbone's without
+        one.
+        """
         backbone = find_backbone(self.model)
         stages = backbone.forward_features(images) if _is_timm(backbone) else backbone(images)
         stages = list(stages) if isinstance(stages, (tuple, list)) else [stages]
@@ -239,11 +268,13 @@ class TaskModel:
         if not takes_levels_alone(head):
             raise UnsupportedModelError(
                 f'{name} of {type(self.model).__name__} ({type(head).__name__}) needs more than the levels of the '
-                'neck: distil backbone and neck, and use scope=\'backbone\'')
+                "neck: distil backbone and neck, and use scope='backbone'"
+            )
         return _tensors(head(tuple(levels)))
 
     def outputs(self, images: Tensor) -> List[Tensor]:
-        """The tensors that the student learns from the teacher, coarse structure first: blocks, stages, neck levels, dense maps.
+        """The tensors that the student learns from the teacher, coarse structure first: blocks, stages, neck levels,
+        dense maps.
 
         Args:
             images: Normalized, (B, C, H, W).
@@ -279,7 +310,8 @@ class TaskModel:
             return
         stages, levels = self.features(images)
         roi_head = getattr(self.model, 'roi_head', None)
-        # A layer's rows are paired with those of another pass call by call (row_importance): the RPN runs once, for its proposals.
+        # A layer's rows are paired with those of another pass call by call (row_importance): the RPN runs once, for its
+        # proposals.
         if roi_head is None or dense_head_name(self.model) != 'rpn_head':
             self._dense_head(levels)
         if roi_head is not None:
@@ -288,14 +320,20 @@ class TaskModel:
     # ------------------------------------------------------------------ RoI heads
     def _proposals(self, images: Tensor, levels: Tuple[Tensor, ...]) -> List[Tensor]:
         from mmdet.structures import DetDataSample
+
         height, width = images.shape[-2:]
-        meta = dict(img_shape=(height, width), ori_shape=(height, width), pad_shape=(height, width), scale_factor=(1., 1.),
-                    batch_input_shape=(height, width))
+        meta = dict(
+            img_shape=(height, width),
+            ori_shape=(height, width),
+            pad_shape=(height, width),
+            scale_factor=(1.0, 1.0),
+            batch_input_shape=(height, width),
+        )
         samples = [DetDataSample(metainfo=meta) for _ in range(len(images))]
         found = self.model.rpn_head.predict(levels, samples, rescale=False)
-        boxes = [r.bboxes[:self.max_proposals] for r in found]
+        boxes = [r.bboxes[: self.max_proposals] for r in found]
         boxes = [b.tensor if hasattr(b, 'tensor') else b for b in boxes]
-        whole = images.new_tensor([[0., 0., width, height]])
+        whole = images.new_tensor([[0.0, 0.0, width, height]])
         return [b if len(b) else whole for b in boxes]
 
     @torch.no_grad()
@@ -310,17 +348,21 @@ class TaskModel:
         """Class scores, box deltas and masks of every stage of the RoI heads on given boxes, one row a RoI."""
         return self._roi_forward(images, tuple(self.features(images)[1]), self.model.roi_head, proposals)
 
-    def _roi_forward(self, images: Tensor, levels: Tuple[Tensor, ...], roi_head: nn.Module,
-                     proposals: List[Tensor]) -> List[Tensor]:
+    def _roi_forward(
+        self, images: Tensor, levels: Tuple[Tensor, ...], roi_head: nn.Module, proposals: List[Tensor]
+    ) -> List[Tensor]:
         from mmdet.structures.bbox import bbox2roi
+
         rois = bbox2roi(proposals)
         stages = getattr(roi_head, 'num_stages', None)
         if not hasattr(roi_head, '_bbox_forward'):
-            raise UnsupportedModelError(f'scope=\'full\' cannot run the RoI head {type(roi_head).__name__}: '
-                                        'use scope=\'backbone\' for this detector')
+            raise UnsupportedModelError(
+                f"scope='full' cannot run the RoI head {type(roi_head).__name__}: "
+                "use scope='backbone' for this detector"
+            )
         found: List[Tensor] = []
         for stage in range(stages or 1):
-            which = () if stages is None else (stage, )
+            which = () if stages is None else (stage,)
             result = roi_head._bbox_forward(*which, levels, rois)
             found += [result['cls_score'], result['bbox_pred']]
             if roi_head.with_mask:

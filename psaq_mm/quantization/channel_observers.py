@@ -9,11 +9,11 @@ from typing import Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..errors import DataError, NotCalibratedError, SpecError
-from .histograms import ChannelHistogram, Distribution, refuse_non_finite
-from .observers import FACTORS, PERCENTILES, valid_rows_of, widest_first
-from .primitives import MIN_SCALE, qrange
-from .reduction import maximum_, minimum_
+from psaq_mm.errors import DataError, NotCalibratedError, SpecError
+from psaq_mm.quantization.histograms import ChannelHistogram, Distribution, refuse_non_finite
+from psaq_mm.quantization.observers import FACTORS, PERCENTILES, valid_rows_of, widest_first
+from psaq_mm.quantization.primitives import MIN_SCALE, qrange
+from psaq_mm.ranks import maximum_, minimum_
 
 
 def channel_qparams(low: Tensor, high: Tensor, bits: int) -> Tuple[Tensor, Tensor]:
@@ -40,7 +40,7 @@ def channel_qparams(low: Tensor, high: Tensor, bits: int) -> Tuple[Tensor, Tenso
     """
     steps = qrange(bits, symmetric=False)[1]
     low, high = low.double(), high.double()
-    of_one = torch.where(low == 0, 1., low.abs())
+    of_one = torch.where(low == 0, 1.0, low.abs())
     scale = torch.where(high > low, (high - low) / steps, of_one).clamp(min=MIN_SCALE).float()
     zero_point = torch.where(high > low, (-low / scale.double()).round(), -low.sign())
     return scale, zero_point.long()
@@ -87,12 +87,14 @@ class ChannelMinMaxObserver:
             DataError: The ranks saw different numbers of channels.
         """
         if self.saw_data and len(self.low) != channels:
-            raise DataError(f'This rank observed {len(self.low)} channels and another one {channels}: all need the same model.')
+            raise DataError(
+                f'This rank observed {len(self.low)} channels and another one {channels}: all need the same model.'
+            )
         self._reduce(channels)
 
     def _reduce(self, channels: int) -> None:
         if not self.saw_data:
-            self.low = torch.full((channels, ), torch.inf)
+            self.low = torch.full((channels,), torch.inf)
             self.high = -self.low
         minimum_(self.low)
         maximum_(self.high)
@@ -117,8 +119,10 @@ class ChannelMinMaxObserver:
         if x.dim() == 0:
             raise DataError('A number has no channels: give a tensor whose last dimension is the channel.')
         if self.saw_data and x.shape[-1] != len(self.low):
-            raise DataError(f'The tensor has {x.shape[-1]} channels in its last dimension where {len(self.low)} were '
-                            'observed before: start over with a new observer.')
+            raise DataError(
+                f'The tensor has {x.shape[-1]} channels in its last dimension where {len(self.low)} were '
+                'observed before: start over with a new observer.'
+            )
         rows = valid_rows_of(x.detach(), valid)
         if rows.numel():
             self._update(rows.reshape(-1, x.shape[-1]))
@@ -242,6 +246,5 @@ def build_channel_observer(name: str) -> ChannelMinMaxObserver:
         SpecError: The name is not known.
     """
     if name not in CHANNEL_OBSERVERS:
-        raise SpecError(f'The observer {name!r} is not known: choose one of '
-                        f'{", ".join(map(repr, CHANNEL_OBSERVERS))}.')
+        raise SpecError(f'The observer {name!r} is not known: choose one of {", ".join(map(repr, CHANNEL_OBSERVERS))}.')
     return CHANNEL_OBSERVERS[name]()

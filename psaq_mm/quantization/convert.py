@@ -8,13 +8,13 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tu
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, SpecError
-from .layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
-from .precision import use_full_float32
-from .quantizers import STATE_NAMES, Quantizer, check_mode
-from .reduction import reduce_observers
-from .reparam import ReparameterizedQuantizer, fold_, folded_weight, folding_of
-from .spec import Override, QuantSpec, names_asked, nearest
+from psaq_mm.errors import DataError, SpecError
+from psaq_mm.quantization.layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
+from psaq_mm.quantization.precision import use_full_float32
+from psaq_mm.quantization.quantizers import STATE_NAMES, Quantizer, check_mode
+from psaq_mm.quantization.reduction import reduce_observers
+from psaq_mm.quantization.reparam import ReparameterizedQuantizer, fold_, folded_weight, folding_of
+from psaq_mm.quantization.spec import Override, QuantSpec, names_asked, nearest
 
 # Quantizers that the row of their layer or product speaks for.
 _LAYER_QUANTIZERS = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rhs_quantizer')
@@ -26,6 +26,7 @@ FilterFn = Callable[[str, nn.Module], bool]
 
 class Adapter(NamedTuple):
     """How one kind of composite module (attention) is converted."""
+
     matcher: Callable[[nn.Module], bool]
     convert: Callable[[nn.Module, str, QuantSpec], nn.Module]
 
@@ -33,8 +34,9 @@ class Adapter(NamedTuple):
 ADAPTERS: List[Adapter] = []
 
 
-def register_adapter(matcher: Callable[[nn.Module], bool], convert: Callable[[nn.Module, str, QuantSpec],
-                                                                             nn.Module]) -> None:
+def register_adapter(
+    matcher: Callable[[nn.Module], bool], convert: Callable[[nn.Module, str, QuantSpec], nn.Module]
+) -> None:
     """Teach :func:`quantize_` a composite module.
 
     Args:
@@ -48,6 +50,7 @@ def register_adapter(matcher: Callable[[nn.Module], bool], convert: Callable[[nn
 
 class QuantizedLayer(NamedTuple):
     """Row of a report: a quantized layer."""
+
     name: str
     kind: str
     w_bits: Optional[int]
@@ -56,6 +59,7 @@ class QuantizedLayer(NamedTuple):
 
 class FloatLayer(NamedTuple):
     """Row of a report: a layer that could have been quantized and was not."""
+
     name: str
     kind: str
     reason: str
@@ -76,8 +80,10 @@ class ConversionReport:
     def to_table(self) -> str:
         """Text table of both lists."""
         rows = [('layer', 'kind', 'weight bits', 'activation bits', 'note')]
-        rows += [(r.name, r.kind, *('-' if bits is None else str(bits) for bits in (r.w_bits, r.a_bits)), '')
-                 for r in self.layers]
+        rows += [
+            (r.name, r.kind, *('-' if bits is None else str(bits) for bits in (r.w_bits, r.a_bits)), '')
+            for r in self.layers
+        ]
         rows += [(r.name, r.kind, 'float', 'float', r.reason) for r in self.floats]
         widths = [max(len(row[i]) for row in rows) for i in range(4)] + [0]
         return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
@@ -114,7 +120,9 @@ class _Conversion:
             self._convert_composites(composites)
             self._convert_layers()
         self._report_edges()
-        self._check_overrides([*names, *(row.name for row in self.report.floats), *(name for name, _, _ in composites.values())])
+        self._check_overrides(
+            [*names, *(row.name for row in self.report.floats), *(name for name, _, _ in composites.values())]
+        )
         for name, quantizer in quantizers(self.model):
             quantizer.name = name
         return self.report
@@ -132,29 +140,33 @@ class _Conversion:
         """Refuse wrong names before anything is changed, as far as they can be known."""
         layers = [n for n, m in self.model.named_modules() if quant_class_of(m)[0] and self.accept(n, m)]
         if self.first_layer is not None and self.first_layer not in layers:
-            raise SpecError(f'first_layer={self.first_layer!r} is no layer that gets quantized' +
-                            _hint(self.first_layer, layers))
+            raise SpecError(
+                f'first_layer={self.first_layer!r} is no layer that gets quantized' + _hint(self.first_layer, layers)
+            )
         if not composites:  # a composite's products of activations have no names yet
             self._check_overrides(layers)
 
     def _check_overrides(self, names: List[str]) -> None:
         for override in self.spec.overrides:
             if not any(fnmatchcase(name, override.pattern) for name in names):
-                raise SpecError(f'The override pattern {override.pattern!r} matches no layer' +
-                                _hint(override.pattern, names))
+                raise SpecError(
+                    f'The override pattern {override.pattern!r} matches no layer' + _hint(override.pattern, names)
+                )
 
     def _convert_composites(self, composites: Dict) -> None:
         new: Dict[int, nn.Module] = {}
         for key, (name, module, adapter) in composites.items():
-            # Adapted even where its products stay float: adapters also see to what is not quantization, such as which rows
-            # are padding.
+            # Adapted even where its products stay float: adapters also see to what is not quantization, such as which
+            # rows are padding.
             spec = self.spec
             if spec.points == 'linear' or spec.resolve(name) is None:
                 spec = replace(spec, overrides=(*spec.overrides, Override(f'{name}.*', float_=True)))
             new[key] = adapter.convert(module, name, spec)
         if id(self.model) in new and new[id(self.model)] is not self.model:
-            raise SpecError(f'{type(self.model).__name__} is converted as a whole and cannot be exchanged in place: '
-                            'call quantize_ on a module that contains it.')
+            raise SpecError(
+                f'{type(self.model).__name__} is converted as a whole and cannot be exchanged in place: '
+                'call quantize_ on a module that contains it.'
+            )
         for _, parent in _walk(self.model):
             # Not named_children: it leaves out the second name of a module that a parent holds twice.
             for child_name, child in list(parent._modules.items()):
@@ -187,8 +199,10 @@ class _Conversion:
         for name, quantizer in quantizers(self.model):
             owner, _, attribute = name.rpartition('.')
             if attribute not in _LAYER_QUANTIZERS:
-                edge = attribute[:-len('_quantizer')]
-                self.report.layers.append(QuantizedLayer(f'{owner}.{edge}' if owner else edge, 'activation', None, quantizer.bits))
+                edge = attribute[: -len('_quantizer')]
+                self.report.layers.append(
+                    QuantizedLayer(f'{owner}.{edge}' if owner else edge, 'activation', None, quantizer.bits)
+                )
 
     def _report_matmul(self, name: str, module: QuantMatMul) -> None:
         bits = [q.bits for q in (module.lhs_quantizer, module.rhs_quantizer, module.output_quantizer) if q is not None]
@@ -210,10 +224,9 @@ def _hint(name: str, known: List[str]) -> str:
     return f': layers are called, for example, {", ".join(map(repr, near))}.'
 
 
-def quantize_(model: nn.Module,
-              spec,
-              filter_fn: Optional[FilterFn] = None,
-              first_layer: Optional[str] = None) -> ConversionReport:
+def quantize_(
+    model: nn.Module, spec, filter_fn: Optional[FilterFn] = None, first_layer: Optional[str] = None
+) -> ConversionReport:
     """Quantize a model in place; the quantizers still need a calibration or a checkpoint.
 
     Linear layers, convolutions and transposed convolutions become quantized ones, and composite modules that an
@@ -285,9 +298,10 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
     """Set all ranges: weights from the tensors, activations from one full-precision run.
 
     Where a layer's input is reparameterized (:attr:`.QuantSpec.reparameterize`), its LayerNorm and weight change as
-    :func:`.reparam.reparameterize_` says. While ``run`` is under way nothing is quantized, so the ranges do not depend on
-    the order of the layers. In a distributed run each rank puts samples of its own through, and all get the ranges of all samples.
-    Quantizers that are switched off stay so. All ranges are found before the first is set: after an error the model is as before.
+    :func:`.reparam.reparameterize_` says. While ``run`` is under way nothing is quantized, so the ranges do not depend
+    on the order of the layers. In a distributed run each rank puts samples of its own through, and all get the ranges
+    of all samples. Quantizers that are switched off stay so. All ranges are found before the first is set: after an
+    error the model is as before.
 
     Args:
         model: Quantized model.
@@ -314,10 +328,16 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
             run()
         reduce_observers([q.observer for _, q in activations])
         _check_seen([n for n, q in activations if not q.saw_data], allow_unseen)
-        ranges.update((q, q.checked(*q.observed_qparams())) for _, q in activations
-                      if q.saw_data and not isinstance(q, ReparameterizedQuantizer))
-        foldings = [(layer, folding_of(layer)) for layer in weights.values()
-                    if isinstance(layer.input_quantizer, ReparameterizedQuantizer) and layer.input_quantizer.saw_data]
+        ranges.update(
+            (q, q.checked(*q.observed_qparams()))
+            for _, q in activations
+            if q.saw_data and not isinstance(q, ReparameterizedQuantizer)
+        )
+        foldings = [
+            (layer, folding_of(layer))
+            for layer in weights.values()
+            if isinstance(layer.input_quantizer, ReparameterizedQuantizer) and layer.input_quantizer.saw_data
+        ]
         for layer, folding in foldings:
             if layer.weight_quantizer in ranges:  # of the weight that folding will make
                 ranges[layer.weight_quantizer] = layer.weight_quantizer.qparams_of(folded_weight(layer, folding))
@@ -334,8 +354,10 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
 def _check_seen(unseen: List[str], allow_unseen: bool) -> None:
     if unseen and not allow_unseen:
         names = ', '.join(unseen[:5]) + (f' and {len(unseen) - 5} more' if len(unseen) > 5 else '')
-        raise DataError(f'{len(unseen)} quantizers saw no data in calibration ({names}): put samples through these '
-                        'layers, switch them off, or pass allow_unseen=True.')
+        raise DataError(
+            f'{len(unseen)} quantizers saw no data in calibration ({names}): put samples through these '
+            'layers, switch them off, or pass allow_unseen=True.'
+        )
 
 
 def is_quantizer_key(key: str) -> bool:
@@ -352,6 +374,7 @@ def quantizer_state_keys(model: nn.Module) -> Set[str]:
     """State-dict keys of all quantizers of a model, also under the second name of a shared module."""
     return {
         f'{name}.{state}'
-        for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Quantizer)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Quantizer)
         for state in module.state_names
     }

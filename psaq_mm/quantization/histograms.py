@@ -10,8 +10,8 @@ from typing import Iterator, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from .reduction import maximum_, minimum_, sum_
+from psaq_mm.errors import DataError
+from psaq_mm.ranks import maximum_, minimum_, sum_
 
 
 def refuse_non_finite(low: Tensor, high: Tensor) -> None:
@@ -98,7 +98,7 @@ class Distribution:
         level = levels / self.width - self.start - self._half
         # The sum of (x - level)^2 in each cell, below 0 by rounding alone.
         error = (pieces[0] * level).sub_(pieces[1], alpha=2).mul_(level).add_(pieces[2]).clamp_(min=0)
-        return error.sum(1) * self.width.squeeze(1)**2
+        return error.sum(1) * self.width.squeeze(1) ** 2
 
 
 class Histogram:
@@ -108,7 +108,8 @@ class Histogram:
     """
 
     BINS = 1 << 16
-    _CHUNK = 1 << 20  # values binned at a time: bounds the memory of the bin numbers, and keeps them in a processor's cache
+    # values binned at a time: bounds the memory of the bin numbers, and keeps them in a processor's cache
+    _CHUNK = 1 << 20
     _MIN_EXPONENT = -100  # values below 2**-100 share a bin with 0
 
     def __init__(self):
@@ -138,8 +139,8 @@ class Histogram:
         place, index = data.new_empty(size), data.new_empty(size, dtype=torch.int32)
         for chunk in data.split(self._CHUNK):
             # Whole numbers of at most 17 digits: float32 holds them.
-            found = torch.mul(chunk, per_unit, out=place[:len(chunk)]).floor_().add_(self.BINS // 2)
-            self.counts += torch.bincount(index[:len(chunk)].copy_(found), minlength=self.BINS)
+            found = torch.mul(chunk, per_unit, out=place[: len(chunk)]).floor_().add_(self.BINS // 2)
+            self.counts += torch.bincount(index[: len(chunk)].copy_(found), minlength=self.BINS)
 
     def reduce(self) -> None:
         """Add the counts of the other ranks, some of which may have none; all ranks call it."""
@@ -149,7 +150,8 @@ class Histogram:
             self.max = -self.min
         minimum_(self.min)
         maximum_(self.max)
-        # To the width that all values ask for; merging bins is exact, so this is the histogram of one rank that saw all.
+        # To the width that all values ask for; merging bins is exact, so this is the histogram of one rank that saw
+        # all.
         self._widen(int(maximum_(torch.tensor([self.exponent]))))
         sum_(self.counts)
         self._found = None
@@ -159,7 +161,7 @@ class Histogram:
         if shift <= 0:
             return
         half = self.BINS // 2
-        index = torch.arange(-half, half, device=self.counts.device) // 2**min(shift, 40)
+        index = torch.arange(-half, half, device=self.counts.device) // 2 ** min(shift, 40)
         self.counts = torch.zeros_like(self.counts).index_add_(0, index + half, self.counts)
         self.exponent = exponent
 
@@ -207,14 +209,20 @@ class Histogram:
         for step, offset in zip(*(t.split(1 if left.device.type == 'cpu' else len(scale)) for t in (steps, offsets))):
             ends = (qmin - offset).double(), (qmax - offset).double()
             mean = integral(left + 1, step, *ends).sub_(integral(left, step, *ends)).mul_(step / self.width)
-            found.append((mean * counts).sum(1) * step.squeeze(1)**2)
+            found.append((mean * counts).sum(1) * step.squeeze(1) ** 2)
         return torch.cat(found)
 
     def _occupied(self) -> Tuple[Tensor, Tensor]:
-        """Left edges, in bins from 0, and counts of the bins that hold a value, float64: the same for all candidates."""
+        """Left edges, in bins from 0, and counts of the bins that hold a value, float64: the same for all
+        candidates.
+        """
         if self._found is None or self._found[0] is not self.counts or self._found[1] != self.counts._version:
             bins = self.counts.nonzero().squeeze(1)
-            self._found = self.counts, self.counts._version, ((bins - self.BINS // 2).double(), self.counts[bins].double())
+            self._found = (
+                self.counts,
+                self.counts._version,
+                ((bins - self.BINS // 2).double(), self.counts[bins].double()),
+            )
         return self._found[2]
 
     def distribution(self) -> Distribution:
@@ -276,8 +284,8 @@ class ChannelHistogram:
     def reduce(self, channels: int) -> None:
         """Add the counts of the other ranks, some of which may have none; all ranks call it."""
         seen = self.counts is not None
-        low = minimum_(self.min.clone() if seen else torch.full((channels, ), torch.inf))
-        high = maximum_(self.max.clone() if seen else torch.full((channels, ), -torch.inf))
+        low = minimum_(self.min.clone() if seen else torch.full((channels,), torch.inf))
+        high = maximum_(self.max.clone() if seen else torch.full((channels,), -torch.inf))
         self._cover(low, high)
         # Bins lie where the ends alone say, on every rank: where they lay before depends on what a rank saw first.
         exponent = self._least_exponent(low, high)
@@ -290,8 +298,13 @@ class ChannelHistogram:
     def distributions(self) -> Iterator[Distribution]:
         """The distribution of some channels at a time, in order: bounds the memory of the float64 sums."""
         for part in self._parts():
-            yield Distribution(self.counts[part], self.start[part].double(), _power_of_two(self.exponent[part]),
-                               self.min[part], self.max[part])
+            yield Distribution(
+                self.counts[part],
+                self.start[part].double(),
+                _power_of_two(self.exponent[part]),
+                self.min[part],
+                self.max[part],
+            )
 
     def _parts(self) -> Iterator[slice]:
         for first in range(0, len(self.counts), self._CHANNELS):

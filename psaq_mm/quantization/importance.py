@@ -1,20 +1,21 @@
 """How much each row of a layer's output matters to what a model finally says.
 
-Tokens are not alike: in the last block of a classifier only the class token is read, and background says less than objects. The
-squared gradient of a loss with respect to a layer's output, a row at a time, is the weight under which the layer's own squared
-error approximates what the model's outputs make of it (a block of the Gauss-Newton matrix; GuidedQuant, arXiv 2505.07004, section 3,
-with all channels of a layer in one group).
+Tokens are not alike: in the last block of a classifier only the class token is read, and background says less than
+objects. The squared gradient of a loss with respect to a layer's output, a row at a time, is the weight under which the
+layer's own squared error approximates what the model's outputs make of it (a block of the Gauss-Newton matrix;
+GuidedQuant, arXiv 2505.07004, section 3, with all channels of a layer in one group).
 """
+
 import contextlib
 from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
-from .layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
-from .observers import valid_rows_of
-from .reduction import sum_
+from psaq_mm.errors import DataError
+from psaq_mm.quantization.layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
+from psaq_mm.quantization.observers import valid_rows_of
+from psaq_mm.ranks import sum_
 
 __all__ = ['RowImportance', 'row_importance']
 
@@ -23,8 +24,9 @@ class RowImportance(Dict[str, Tensor]):
     """By layer name, the weight of each of its rows, (rows,): a dict that knows by which calls the rows came.
 
     Attributes:
-        calls: How many rows each call had, by name of the layers that were called several times between two backward passes, such as a
-            head that goes over all levels: under another size of the batches their rows lie in another order.
+        calls: How many rows each call had, by name of the layers that were called several times between two backward
+            passes, such as a head that goes over all levels: under another size of the batches their rows lie in
+            another order.
     """
 
     def __init__(self) -> None:
@@ -33,7 +35,8 @@ class RowImportance(Dict[str, Tensor]):
 
 
 def row_importance(model: nn.Module, run: Callable[[], None]) -> RowImportance:
-    """Squared gradients at the outputs of every quantized Linear and convolution, a row (token, place of a convolution) at a time.
+    """Squared gradients at the outputs of every quantized Linear and convolution, a row (token, place of a convolution)
+    at a time.
 
     Taken with the weights in full precision, as :func:`.round_weights_` takes the inputs.
 
@@ -42,14 +45,19 @@ def row_importance(model: nn.Module, run: Callable[[], None]) -> RowImportance:
         run: Puts the samples through the model in forward and backward passes, the losses being sums over samples.
 
     Returns:
-        By layer name, (rows,) in the order in which the rows went in, padding left out, with mean 1 over the rows of all ranks; 0 for
-        the rows of a call that no gradient reached. Layers that no gradient reached at all are missing.
+        By layer name, (rows,) in the order in which the rows went in, padding left out, with mean 1 over the rows of
+        all ranks; 0 for the rows of a call that no gradient reached. Layers that no gradient reached at all are
+        missing.
 
     Raises:
-        DataError: Reentrant activation checkpointing runs a layer several times in a pass, and it is not known which is which.
+        DataError: Reentrant activation checkpointing runs a layer several times in a pass, and it is not known which is
+            which.
     """
-    layers = [(n, m) for n, m in model.named_modules()
-              if is_quantized_layer(m) and isinstance(m, (QuantLinearMixin, QuantConv2dMixin))]
+    layers = [
+        (n, m)
+        for n, m in model.named_modules()
+        if is_quantized_layer(m) and isinstance(m, (QuantLinearMixin, QuantConv2dMixin))
+    ]
     passes = _Passes()
     seen = {name: _Calls(name, passes) for name, _ in layers}
     with contextlib.ExitStack() as hooks:
@@ -114,7 +122,10 @@ class _Calls:
     def rows(self) -> Tensor:
         """(rows,), float64, on the device of the gradients."""
         device = next((call.energy.device for call in self.made if call.energy is not None), None)
-        parts = [torch.zeros(call.count, dtype=torch.float64, device=device) if call.energy is None else call.energy for call in self.made]
+        parts = [
+            torch.zeros(call.count, dtype=torch.float64, device=device) if call.energy is None else call.energy
+            for call in self.made
+        ]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def hook(self, layer: nn.Module, args: Tuple, output: Tensor) -> None:
@@ -140,13 +151,18 @@ class _Calls:
         output.register_hook(keep)
 
     def _computed_again(self) -> Optional[_Call]:
-        """The call that activation checkpointing computes again; None where the first time has the gradient (not reentrant)."""
+        """The call that activation checkpointing computes again; None where the first time has the gradient (not
+        reentrant).
+        """
         self.passes.backward()
         waiting = [call for call in self.made if call.open and call.number == self.passes.number]
         if len(waiting) > 1:
-            raise DataError(f'Layer {self.name!r} is called {len(waiting)} times in a pass under reentrant activation checkpointing, which '
-                            'does not tell which call has which gradient: use torch.utils.checkpoint with use_reentrant=False, or '
-                            'with_cp=False')
+            raise DataError(
+                f'Layer {self.name!r} is called {len(waiting)} times in a pass under reentrant activation '
+                f'checkpointing, which '
+                'does not tell which call has which gradient: use torch.utils.checkpoint with use_reentrant=False, or '
+                'with_cp=False'
+            )
         for call in waiting:
             call.open = False
         return waiting[0] if waiting else None

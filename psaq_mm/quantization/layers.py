@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .primitives import Rounded, straight_through
-from .quantizers import AffineQuantizer, LogQuantizer, Quantizer, in_mode
-from .reparam import ReparameterizedQuantizer, norm_before
-from .spec import LayerSpec, QuantSpec
+from psaq_mm.quantization.primitives import Rounded, straight_through
+from psaq_mm.quantization.quantizers import AffineQuantizer, LogQuantizer, Quantizer, in_mode
+from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before
+from psaq_mm.quantization.spec import LayerSpec, QuantSpec
 
 # Subclasses that override forward without changing its outcome ("module.ClassName"); open to additions.
 SAME_AS_LINEAR: Set[str] = {'mmcv.cnn.bricks.wrappers.Linear'}
@@ -48,7 +48,8 @@ class _QuantizedWeightLayer(nn.Module):
         device = self.weight.device
         if spec.reparameterize and norm_before(self) is not None:
             self.input_quantizer = ReparameterizedQuantizer(
-                spec.a_bits, self.in_features, self.out_features, observer=spec.a_observer).to(device)
+                spec.a_bits, self.in_features, self.out_features, observer=spec.a_observer
+            ).to(device)
         else:
             self.input_quantizer = AffineQuantizer(spec.a_bits, observer=spec.a_observer).to(device)
         self.weight_quantizer = AffineQuantizer(
@@ -57,7 +58,8 @@ class _QuantizedWeightLayer(nn.Module):
             channel_axis=self.output_axis,
             num_channels=self.weight.shape[self.output_axis],
             observer=spec.w_observer,
-            full_range=spec.w_full_range).to(device)
+            full_range=spec.w_full_range,
+        ).to(device)
         self.weight_quantizer.reduced_range = spec.w_reduce_range
         self.output_quantizer = None
         if output is not None and not getattr(self, 'output_feeds_activation', False):
@@ -88,9 +90,9 @@ class _QuantizedWeightLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The weight as the layer multiplies with it.
 
-        Kept between calls until the weight or its scale changes: where no gradient is needed, and inside :func:`hold_weights`. (A
-        change through ``weight.data`` leaves no trace on the weight: call ``train()`` or ``eval()`` after it, which drops the
-        cache.)
+        Kept between calls until the weight or its scale changes: where no gradient is needed, and inside
+        :func:`hold_weights`. (A change through ``weight.data`` leaves no trace on the weight: call ``train()`` or
+        ``eval()`` after it, which drops the cache.)
         """
         weight, quantizer = self.weight, self.weight_quantizer
         needs_grad = weight.requires_grad and torch.is_grad_enabled()
@@ -140,9 +142,10 @@ class _QuantizedWeightLayer(nn.Module):
 def hold_weights(model: nn.Module) -> Iterator[None]:
     """Quantize each weight once for all forward passes with gradients inside the ``with`` block.
 
-    For a training step that is made of several passes (accumulated batches, a head that every level goes through, blocks that
-    activation checkpointing runs twice). The gradients are those without it. In-place changes of a weight are seen all the
-    same; what is kept is dropped in the end, so that nothing is left for an optimizer that leaves no trace.
+    For a training step that is made of several passes (accumulated batches, a head that every level goes through,
+    blocks that activation checkpointing runs twice). The gradients are those without it. In-place changes of a weight
+    are seen all the same; what is kept is dropped in the end, so that nothing is left for an optimizer that leaves no
+    trace.
 
     Args:
         model: Quantized model.
@@ -176,7 +179,9 @@ class QuantLinearMixin(_QuantizedWeightLayer):
         return folded if self.bias is None else self.bias + folded
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._finish(F.linear(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.full_bias()))
+        return self._finish(
+            F.linear(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.full_bias())
+        )
 
 
 class QuantConv2dMixin(_QuantizedWeightLayer):
@@ -184,7 +189,8 @@ class QuantConv2dMixin(_QuantizedWeightLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         return self._finish(
-            self._conv_forward(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias))
+            self._conv_forward(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias)
+        )
 
 
 class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
@@ -197,12 +203,21 @@ class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
     output_axis = 1
 
     def forward(self, input: Tensor, output_size=None) -> Tensor:
-        output_padding = self._output_padding(input, output_size, self.stride, self.padding, self.kernel_size, 2,
-                                              self.dilation)
+        output_padding = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
         return self._finish(
             F.conv_transpose2d(
-                self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias, self.stride,
-                self.padding, output_padding, self.groups, self.dilation))
+                self.input_quantizer(input, self.valid_rows),
+                self.quantized_weight(),
+                self.bias,
+                self.stride,
+                self.padding,
+                output_padding,
+                self.groups,
+                self.dilation,
+            )
+        )
 
 
 class QuantLinear(QuantLinearMixin, nn.Linear):
@@ -226,20 +241,23 @@ class QuantMatMul(nn.Module):
         observer: Name of the observer of both.
         lhs_kind: ``'affine'``, or ``'log2'`` or ``'log_sqrt2'`` for a nonnegative left operand.
         output_bits: Bits of the product, None to leave it in floating point.
-        symmetric: Of the left and the right operand, whether codes are signed and the zero point is 0. Affine operands only.
+        symmetric: Of the left and the right operand, whether codes are signed and the zero point is 0. Affine operands
+            only.
 
     Example:
         >>> matmul = QuantMatMul(8, 8)
         >>> out = matmul(attention_weights, values)  # (B, h, N, M) @ (B, h, M, d), after calibration
     """
 
-    def __init__(self,
-                 lhs_bits: Optional[int] = 8,
-                 rhs_bits: Optional[int] = 8,
-                 observer: str = 'minmax',
-                 lhs_kind: str = 'affine',
-                 output_bits: Optional[int] = None,
-                 symmetric: Tuple[bool, bool] = (False, False)):
+    def __init__(
+        self,
+        lhs_bits: Optional[int] = 8,
+        rhs_bits: Optional[int] = 8,
+        observer: str = 'minmax',
+        lhs_kind: str = 'affine',
+        output_bits: Optional[int] = None,
+        symmetric: Tuple[bool, bool] = (False, False),
+    ):
         super().__init__()
         if lhs_bits is None:
             self.lhs_quantizer = None
@@ -251,11 +269,13 @@ class QuantMatMul(nn.Module):
         self.output_quantizer = None if output_bits is None else AffineQuantizer(output_bits, observer=observer)
 
     @classmethod
-    def from_spec(cls,
-                  spec: Optional[LayerSpec],
-                  quantize_lhs: bool = True,
-                  lhs_kind: str = 'affine',
-                  symmetric: Tuple[bool, bool] = (False, False)) -> 'QuantMatMul':
+    def from_spec(
+        cls,
+        spec: Optional[LayerSpec],
+        quantize_lhs: bool = True,
+        lhs_kind: str = 'affine',
+        symmetric: Tuple[bool, bool] = (False, False),
+    ) -> 'QuantMatMul':
         """Product with the activation bits of a layer spec; all in floating point where the spec is None.
 
         Args:
@@ -297,7 +317,9 @@ def attention_products(spec: QuantSpec, name: str) -> Tuple[QuantMatMul, QuantMa
     qk, av = spec.resolve(f'{name}.matmul_qk'), spec.resolve(f'{name}.matmul_av')
     kind, quantize_softmax = spec.softmax_quantizer, spec.quantize_softmax
     if spec.points == 'all':
-        scores = QuantMatMul(None, None, output_bits=qk.a_bits, observer=qk.a_observer) if qk else QuantMatMul(None, None)
+        scores = (
+            QuantMatMul(None, None, output_bits=qk.a_bits, observer=qk.a_observer) if qk else QuantMatMul(None, None)
+        )
         bits = av.a_bits if av and quantize_softmax else None
         return scores, QuantMatMul(bits, None, av.a_observer if av else 'minmax', kind)
     queries, values = (spec.symmetric_attention, False), (False, spec.symmetric_attention)
@@ -347,7 +369,9 @@ def quantize_output_(module: nn.Module, name: str, spec: QuantSpec) -> nn.Module
 
 
 def feeds_activation(layer: nn.Module) -> nn.Module:
-    """Tell that only an activation function or a normalization reads the layer's output, so that it is no edge of its own."""
+    """Tell that only an activation function or a normalization reads the layer's output, so that it is no edge of its
+    own.
+    """
     layer.output_feeds_activation = True
     return layer
 
@@ -375,7 +399,8 @@ def _adopted_class(quant_class: type, base: type) -> type:
             __module__=quant_class.__module__,
             __doc__=quant_class.__doc__,
             __reduce_ex__=_reduce_adopted,
-            _adopted_from=key)
+            _adopted_from=key,
+        )
         _ADOPTED[key] = type(quant_class.__name__, (quant_class, base), namespace)
     return _ADOPTED[key]
 
@@ -404,7 +429,9 @@ def is_quantized_layer(module: nn.Module) -> bool:
 
 
 def full_precision_weights(model: nn.Module) -> ContextManager[None]:
-    """Inside the ``with`` block the weights of a model's quantized layers are not quantized; its activations are as before."""
+    """Inside the ``with`` block the weights of a model's quantized layers are not quantized; its activations are as
+    before.
+    """
     return in_mode([m.weight_quantizer for m in model.modules() if is_quantized_layer(m)], 'off')
 
 

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DataError, NotCalibratedError, SpecError
-from .histograms import Histogram
-from .observers import PERCENTILES, valid_rows_of, widest_first
-from .primitives import MIN_SCALE, memory_order, qrange
+from psaq_mm.errors import DataError, NotCalibratedError, SpecError
+from psaq_mm.quantization.histograms import Histogram
+from psaq_mm.quantization.observers import PERCENTILES, valid_rows_of, widest_first
+from psaq_mm.quantization.primitives import MIN_SCALE, memory_order, qrange
 
-# The least normal float32. Whether a smaller number is itself or 0 depends on the machine and the runtime: here it is 0.
+# The least normal float32. Whether a smaller number is itself or 0 depends on the machine and the runtime: here it is
+# 0.
 LEAST = 2.0**-126
 # Codes to an octave.
 BASES = {'log2': 1, 'log_sqrt2': 2}
@@ -130,7 +131,7 @@ class _FakeLogQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        inside, = ctx.saved_tensors
+        (inside,) = ctx.saved_tensors
         return grad * inside, None, None, None
 
 
@@ -159,8 +160,9 @@ def fake_log_quantize(x: Tensor, delta: Tensor, bits: int, base: str) -> Tensor:
     zero_code, per_octave = _zero_code(bits), _per_octave(base)
     if x.requires_grad and torch.is_grad_enabled():
         return _FakeLogQuantize.apply(x, delta, zero_code, per_octave)
-    return _to_real(_unclamped_codes(x, delta, per_octave).clamp_(0, zero_code), delta, zero_code,
-                    per_octave).to(x.dtype)
+    return _to_real(_unclamped_codes(x, delta, per_octave).clamp_(0, zero_code), delta, zero_code, per_octave).to(
+        x.dtype
+    )
 
 
 class LogObserver:

@@ -12,12 +12,12 @@ from typing import Iterator, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..errors import DataError, NotCalibratedError, SpecError
-from .histograms import Histogram, refuse_non_finite
-from .primitives import choose_qparams, fake_quantize, memory_order, qrange
-from .reduction import maximum_, minimum_
+from psaq_mm.errors import DataError, NotCalibratedError, SpecError
+from psaq_mm.quantization.histograms import Histogram, refuse_non_finite
+from psaq_mm.quantization.primitives import choose_qparams, fake_quantize, memory_order, qrange
+from psaq_mm.ranks import maximum_, minimum_
 
-PERCENTILES = (.999, .9999, .99999, 1.0)
+PERCENTILES = (0.999, 0.9999, 0.99999, 1.0)
 FACTORS = tuple(1 - 0.02 * i for i in range(41))
 
 
@@ -54,8 +54,10 @@ def valid_rows_of(x: Tensor, valid: Optional[Tensor]) -> Tensor:
     try:
         mask = valid.expand(rows).reshape(-1)
     except RuntimeError as error:
-        raise DataError(f'A row mask of shape {tuple(valid.shape)} does not fit the rows {tuple(rows)} of the '
-                        'tensor: it must broadcast to them.') from error
+        raise DataError(
+            f'A row mask of shape {tuple(valid.shape)} does not fit the rows {tuple(rows)} of the '
+            'tensor: it must broadcast to them.'
+        ) from error
     return x.reshape(-1, x.shape[-1])[mask]
 
 
@@ -147,7 +149,7 @@ class MinMaxObserver(Observer):
 
     def reduce(self, channels: int) -> None:
         if not self.saw_data:
-            self.min = torch.full((channels, ) if channels else (), torch.inf)
+            self.min = torch.full((channels,) if channels else (), torch.inf)
             self.max = -self.min
         minimum_(self.min)
         maximum_(self.max)
@@ -205,8 +207,10 @@ class _ExactData:
         return len(self.values) if self.saw_data else -1
 
     def reduce(self, channels: int) -> None:
-        raise SpecError('All values of each channel are kept for weights alone, which every rank has: for activations use the '
-                        'observers of channel_observers.py.')
+        raise SpecError(
+            'All values of each channel are kept for weights alone, which every rank has: for activations use the '
+            'observers of channel_observers.py.'
+        )
 
     def add(self, data: Tensor) -> None:
         refuse_non_finite(*torch.aminmax(data))
@@ -253,7 +257,8 @@ class _SearchObserver(Observer):
     def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
         qmin, qmax = qrange(bits, symmetric)
         best, candidates = None, self._candidates()
-        # Of all candidates at once, and nothing in the loop asks for a value: the host would wait for the device each time.
+        # Of all candidates at once, and nothing in the loop asks for a value: the host would wait for the device each
+        # time.
         errors = self.data.squared_errors(*choose_qparams(*candidates, bits, symmetric), qmin, qmax)
         for error, low, high in zip(errors, *candidates):
             if best is None:

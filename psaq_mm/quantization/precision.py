@@ -1,13 +1,14 @@
 """Products in float32 where a GPU would shorten their factors on its own.
 
-NVIDIA's cards since Ampere multiply float32 as TF32, with 10 binary digits after the point in place of 23; PyTorch allows it to
-convolutions unless it is told otherwise (``torch.backends.cudnn.allow_tf32``), and to products of matrices on request. A quantized
-weight is a code of up to 8 bits times a float32 scale, and so is an activation. Such a number has more than 10 digits, so TF32
-would round it once more, and the model would no longer compute what its integer form does.
+NVIDIA's cards since Ampere multiply float32 as TF32, with 10 binary digits after the point in place of 23; PyTorch
+allows it to convolutions unless it is told otherwise (``torch.backends.cudnn.allow_tf32``), and to products of matrices
+on request. A quantized weight is a code of up to 8 bits times a float32 scale, and so is an activation. Such a number
+has more than 10 digits, so TF32 would round it once more, and the model would no longer compute what its integer form
+does.
 
-So TF32 is switched off where a model is quantized, once, for the whole process. A switch around each layer's forward would not reach
-its backward, and would not be safe: PyTorch's switch is one for all threads, and a thread that left a layer would allow TF32
-to another that is still in one.
+So TF32 is switched off where a model is quantized, once, for the whole process. A switch around each layer's forward
+would not reach its backward, and would not be safe: PyTorch's switch is one for all threads, and a thread that left a
+layer would allow TF32 to another that is still in one.
 """
 
 import contextlib
@@ -19,8 +20,9 @@ import torch
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """PyTorch 2.9 and later advise fp32_precision in place of allow_tf32. Who reads allow_tf32 after that was set gets an error, and there
-    are libraries that do; allow_tf32 sets both."""
+    """PyTorch 2.9 and later advise fp32_precision in place of allow_tf32. Who reads allow_tf32 after that was set gets
+    an error, and there are libraries that do; allow_tf32 sets both.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
@@ -55,7 +57,9 @@ def use_full_float32() -> bool:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """As :func:`use_full_float32` inside the ``with`` block; as before afterwards. Like all of PyTorch's switches it is one for all threads."""
+    """As :func:`use_full_float32` inside the ``with`` block; as before afterwards. Like all of PyTorch's switches it is
+    one for all threads.
+    """
     before = _allowed()
     try:
         use_full_float32()

@@ -14,7 +14,7 @@ from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-from ..errors import DataError, SpecError
+from psaq_mm.errors import DataError, SpecError
 
 MIN_BITS = 2
 MAX_BITS = 8
@@ -43,15 +43,13 @@ def qrange(bits: int, symmetric: bool) -> Tuple[int, int]:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise SpecError(f'bits={bits!r} is not supported: choose an integer from {MIN_BITS} to {MAX_BITS}.')
     if symmetric:
-        return -2**(bits - 1), 2**(bits - 1) - 1
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     return 0, 2**bits - 1
 
 
-def choose_qparams(min_val: Tensor,
-                   max_val: Tensor,
-                   bits: int,
-                   symmetric: bool,
-                   full_range: bool = False) -> Tuple[Tensor, Tensor]:
+def choose_qparams(
+    min_val: Tensor, max_val: Tensor, bits: int, symmetric: bool, full_range: bool = False
+) -> Tuple[Tensor, Tensor]:
     """Scale and zero point that cover a range.
 
     Symmetric: ``scale = max(|min|, |max|) / (2**(bits-1) - 1)``, zero point 0, or over ``(2**bits - 1) / 2`` with
@@ -64,8 +62,8 @@ def choose_qparams(min_val: Tensor,
         max_val: Upper ends, same shape.
         bits: Width of a code, 2 to 8.
         symmetric: See :func:`qrange`.
-        full_range: Symmetric only: spread the range over all ``2**bits`` codes; the greatest positive values are clipped
-            by up to half a step.
+        full_range: Symmetric only: spread the range over all ``2**bits`` codes; the greatest positive values are
+            clipped by up to half a step.
 
     Returns:
         ``(scale, zero_point)``, float32 and int32, of the shape of ``min_val``.
@@ -109,9 +107,10 @@ def along(param: Tensor, x: Tensor, axis: Optional[int]) -> Tensor:
         if param.dim() != 0:
             raise DataError(f'A scale of shape {tuple(param.shape)} is per channel: name its axis.')
         return param
-    if not -x.dim() <= axis < x.dim() or param.shape != (x.shape[axis], ):
-        raise DataError(f'A scale of shape {tuple(param.shape)} does not fit axis {axis} of a tensor of shape '
-                        f'{tuple(x.shape)}.')
+    if not -x.dim() <= axis < x.dim() or param.shape != (x.shape[axis],):
+        raise DataError(
+            f'A scale of shape {tuple(param.shape)} does not fit axis {axis} of a tensor of shape {tuple(x.shape)}.'
+        )
     shape = [1] * x.dim()
     shape[axis] = -1
     return param.reshape(shape)
@@ -120,8 +119,8 @@ def along(param: Tensor, x: Tensor, axis: Optional[int]) -> Tensor:
 def memory_order(x: Tensor) -> Tuple[int, ...]:
     """Dimensions of what is made of ``x``, the outermost in memory first.
 
-    A view that is no matrix of its own, such as the keys of packed projections, is laid out as batched products read it: the
-    step that rounds it then also saves the copy that they would make.
+    A view that is no matrix of its own, such as the keys of packed projections, is laid out as batched products read
+    it: the step that rounds it then also saves the copy that they would make.
     """
     dims = tuple(range(x.dim()))
     if x.is_contiguous():
@@ -147,12 +146,7 @@ def _unclamped_codes(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return torch.div(x.float(), scale, out=out).round_().add_(offset)
 
 
-def quantize(x: Tensor,
-             scale: Tensor,
-             zero_point: Tensor,
-             qmin: int,
-             qmax: int,
-             axis: Optional[int] = None) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: Optional[int] = None) -> Tensor:
     """Integer codes, ``clamp(round(x / scale) + zero_point, qmin, qmax)`` as ONNX's ``QuantizeLinear``.
 
     Args:
@@ -199,8 +193,8 @@ def _to_real(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return codes.sub_(offset).mul_(scale)
 
 
-# Values worked on at a time on the CPU. They stay in a processor's cache from one operation to the next, and are enough to
-# outweigh what it takes to wake the threads for each.
+# Values worked on at a time on the CPU. They stay in a processor's cache from one operation to the next, and are enough
+# to outweigh what it takes to wake the threads for each.
 _CHUNK = 1 << 21
 
 
@@ -213,8 +207,8 @@ def _row_length(count: int) -> int:
 class _Clipped:
     """Where codes lay outside of theirs, found while they are made.
 
-    A range that was set by minimum and maximum clips a few values in a few places: looking for the places costs less than a
-    bool for every value, and so does leaving all other gradients as they are.
+    A range that was set by minimum and maximum clips a few values in a few places: looking for the places costs less
+    than a bool for every value, and so does leaving all other gradients as they are.
 
     Args:
         order: Dimensions of the codes in memory, in which they are cut into rows.
@@ -269,9 +263,9 @@ def _in_chunks(x: Tensor, scale: Tensor, low: float, high: float, clipped: Optio
         source = None
     zero, unit, count = torch.zeros(()), float(scale), max(_CHUNK // length, 1)
     for first in range(0, len(target), count):
-        codes = target[first:first + count]
+        codes = target[first : first + count]
         if source is not None:
-            torch.div(source[first:first + count], scale, out=codes)
+            torch.div(source[first : first + count], scale, out=codes)
         codes.round_()
         if clipped is None or clipped.look(codes, first):
             codes.clamp_(low, high)
@@ -287,17 +281,20 @@ class Rounded(NamedTuple):
         values: Outside the graph.
         clipped: Where the gradient stops: a bool mask of the values that it passes, or places, or None for nowhere.
     """
+
     values: Tensor
     clipped: Union[None, Tensor, _Clipped]
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Rounding with a straight-through gradient; keeps for backward where values were clipped, at most one bool an element."""
+    """Rounding with a straight-through gradient; keeps for backward where values were clipped, at most one bool an
+    element.
+    """
 
     @staticmethod
     def forward(ctx, x, rounded):
-        # Places are not saved for backward: activation checkpointing compares what was saved with what a recomputation saves,
-        # and one value at the end of a range that comes out another way would end the run.
+        # Places are not saved for backward: activation checkpointing compares what was saved with what a recomputation
+        # saves, and one value at the end of a range that comes out another way would end the run.
         ctx.places = rounded.clipped if isinstance(rounded.clipped, _Clipped) else None
         ctx.save_for_backward(*[rounded.clipped] if isinstance(rounded.clipped, Tensor) else [])
         return rounded.values.detach()
@@ -312,7 +309,9 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """As :class:`_FakeQuantize`, with a gradient towards the logarithm of the scale; keeps the input and one bool an element."""
+    """As :class:`_FakeQuantize`, with a gradient towards the logarithm of the scale; keeps the input and one bool an
+    element.
+    """
 
     @staticmethod
     def forward(ctx, x, log_ratio, scale, offset, qmin, qmax):
@@ -328,13 +327,16 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         passed = grad * inside
         slope = None
         if ctx.needs_input_grad[1]:
-            # d values / d ln(scale) = values - x inside the range, and values where they are clipped. One sum of differences in
-            # float32: two sums of opposite sign would lose what they differ by, and overflow in float16 under a loss scale.
-            slope = (values.float() - torch.where(inside, x.float(), 0.)).mul_(grad).sum()
+            # d values / d ln(scale) = values - x inside the range, and values where they are clipped. One sum of
+            # differences in float32: two sums of opposite sign would lose what they differ by, and overflow in float16
+            # under a loss scale.
+            slope = (values.float() - torch.where(inside, x.float(), 0.0)).mul_(grad).sum()
         return passed, slope, None, None, None, None
 
 
-def learned_fake_quantize(x: Tensor, scale: Tensor, log_ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def learned_fake_quantize(
+    x: Tensor, scale: Tensor, log_ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> Tensor:
     """As :func:`fake_quantize` with one scale, which is learned too.
 
     Source: LSQ (arXiv 1902.08153, equation 3), times the scale, as its logarithm is what moves.
@@ -354,7 +356,9 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, log_ratio: Tensor, zero_poin
 
 
 @torch.no_grad()
-def round_once(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: Optional[int] = None) -> Rounded:
+def round_once(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: Optional[int] = None
+) -> Rounded:
     """The outcome of :func:`fake_quantize`, to be given a gradient as often as needed by :func:`straight_through`."""
     x, scale = x.detach(), along(scale, x, axis)
     offset = along(zero_point, x, axis).to(torch.float32)
@@ -380,12 +384,9 @@ def _has_chunks(x: Tensor, scale: Tensor) -> bool:
     return x.device.type == 'cpu' and scale.dim() == 0 and x.numel() > 0 and not torch.jit.is_tracing()
 
 
-def fake_quantize(x: Tensor,
-                  scale: Tensor,
-                  zero_point: Tensor,
-                  qmin: int,
-                  qmax: int,
-                  axis: Optional[int] = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: Optional[int] = None
+) -> Tensor:
     """Quantize and dequantize with a straight-through gradient (Bengio et al., arXiv 1308.3432).
 
     Equals ``dequantize(quantize(x))`` bit for bit for every finite float32 ``x``. Computed in float32 whatever the

@@ -6,14 +6,22 @@ from typing import Iterable, Iterator, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NotCalibratedError, SpecError
-from .logarithmic import LogObserver, fake_log_quantize
-from .observers import build_observer
-from .primitives import Rounded, choose_qparams, fake_quantize, learned_fake_quantize, qrange, round_once
+from psaq_mm.errors import DataError, NotCalibratedError, SpecError
+from psaq_mm.quantization.logarithmic import LogObserver, fake_log_quantize
+from psaq_mm.quantization.observers import build_observer
+from psaq_mm.quantization.primitives import (
+    Rounded,
+    choose_qparams,
+    fake_quantize,
+    learned_fake_quantize,
+    qrange,
+    round_once,
+)
 
 MODES = ('on', 'observe', 'off')
 
-# What the buffer ``calibrated`` holds beside 0: of which kind of quantizer the range is. Older checkpoints have 1 (True) for each.
+# What the buffer ``calibrated`` holds beside 0: of which kind of quantizer the range is. Older checkpoints have 1
+# (True) for each.
 KINDS = {'affine': 2, 'log2': 3, 'log_sqrt2': 4}
 
 # Buffers of a quantizer, the last component of its state-dict keys. The last two belong to a reparameterized input.
@@ -23,10 +31,11 @@ STATE_NAMES = ('scale', 'zero_point', 'calibrated', 'code_range', 'fill', 'folde
 class Quantizer(nn.Module):
     """What every quantizer is: buffers, a mode, and an observer while it observes.
 
-    The buffers ``scale`` (float32), ``zero_point`` (int32), both ``()`` or ``(C,)``, ``calibrated`` (uint8, 0 or a number of
-    :data:`KINDS`) and ``code_range`` (int32, least and greatest code) are in the state dict. The last two are compared on loading:
-    a checkpoint of other bits, or of another kind of quantizer, is refused and leaves the quantizer uncalibrated, instead of
-    giving wrong values silently. Older checkpoints have ``calibrated`` as a bool, which fits every kind.
+    The buffers ``scale`` (float32), ``zero_point`` (int32), both ``()`` or ``(C,)``, ``calibrated`` (uint8, 0 or a
+    number of :data:`KINDS`) and ``code_range`` (int32, least and greatest code) are in the state dict. The last two are
+    compared on loading: a checkpoint of other bits, or of another kind of quantizer, is refused and leaves the
+    quantizer uncalibrated, instead of giving wrong values silently. Older checkpoints have ``calibrated`` as a bool,
+    which fits every kind.
 
     Args:
         bits: Width of a code, 2 to 8.
@@ -48,8 +57,8 @@ class Quantizer(nn.Module):
         self.observer = None
         self.register_buffer('scale', torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=torch.int32))
-        # The kind is kept here and not under a key of its own: strict loading of checkpoints from before, and by code from before,
-        # goes on.
+        # The kind is kept here and not under a key of its own: strict loading of checkpoints from before, and by code
+        # from before, goes on.
         self.register_buffer('calibrated', torch.tensor(0, dtype=torch.uint8))
         self.register_buffer('code_range', torch.tensor([self.qmin, self.qmax], dtype=torch.int32))
         # Reading the buffer in every forward would make the host wait for the device.
@@ -80,8 +89,10 @@ class Quantizer(nn.Module):
         if self.mode == 'observe':
             self._observe(x, valid)
         elif self.mode != 'off':
-            raise SpecError(f'mode={self.mode!r} of quantizer {self.name!r} is not known: choose one of '
-                            f'{", ".join(map(repr, MODES))}.')
+            raise SpecError(
+                f'mode={self.mode!r} of quantizer {self.name!r} is not known: choose one of '
+                f'{", ".join(map(repr, MODES))}.'
+            )
         return x
 
     def require_calibrated(self) -> None:
@@ -90,7 +101,8 @@ class Quantizer(nn.Module):
         if not self._ready and not self._refresh():
             raise NotCalibratedError(
                 f'Quantizer {self.name!r} was never calibrated: calibrate the model, load a quantized checkpoint, or '
-                f"switch it off with set_mode(model, 'off', {self.name!r}).")
+                f"switch it off with set_mode(model, 'off', {self.name!r})."
+            )
 
     def _refresh(self) -> bool:
         self._ready = not self.calibrated.is_meta and bool(self.calibrated)
@@ -135,8 +147,10 @@ class Quantizer(nn.Module):
             NotCalibratedError: Nothing was observed.
         """
         if not self.saw_data:
-            raise NotCalibratedError(f'Quantizer {self.name!r} saw no data in calibration: run at least one image '
-                                     f"through it, or switch it off with set_mode(model, 'off', {self.name!r}).")
+            raise NotCalibratedError(
+                f'Quantizer {self.name!r} saw no data in calibration: run at least one image '
+                f"through it, or switch it off with set_mode(model, 'off', {self.name!r})."
+            )
         self.set_qparams(*self.observed_qparams())
         self.observer = None
         self.mode = 'on'
@@ -160,8 +174,9 @@ class Quantizer(nn.Module):
         try:
             self._observe(x)
             if not self.saw_data:
-                raise DataError(f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a '
-                                'range from.')
+                raise DataError(
+                    f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a range from.'
+                )
             return self.checked(*self.observed_qparams())
         finally:
             self.observer = kept
@@ -187,8 +202,10 @@ class Quantizer(nn.Module):
     def checked(self, scale: Tensor, zero_point: Tensor) -> Tuple[Tensor, Tensor]:
         """The two, as :meth:`set_qparams` takes them; DataError where it does not."""
         if scale.shape != self.scale.shape or zero_point.shape != self.scale.shape:
-            raise DataError(f'Quantizer {self.name!r} needs a scale of shape {tuple(self.scale.shape)}, not '
-                            f'{tuple(scale.shape)} (zero point {tuple(zero_point.shape)}).')
+            raise DataError(
+                f'Quantizer {self.name!r} needs a scale of shape {tuple(self.scale.shape)}, not '
+                f'{tuple(scale.shape)} (zero point {tuple(zero_point.shape)}).'
+            )
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise DataError(f'Quantizer {self.name!r} needs a positive, finite scale, not {scale.min().item()}.')
         if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
@@ -204,16 +221,18 @@ class Quantizer(nn.Module):
                 self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                              error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         # Not load_state_dict: mmengine's loader calls this method of every module itself.
         problem = self._problem_of(state_dict.get(prefix + 'code_range'), state_dict.get(prefix + 'calibrated'))
         if problem:
             error_msgs.append(f'{prefix[:-1]} was saved {problem}')
             self.calibrated.fill_(0)
         else:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
-                                          error_msgs)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
             if self._refresh():
                 # Also from a checkpoint that does not say the kind: what is saved from here on does.
                 self.calibrated = self.calibrated.to(torch.uint8).fill_(KINDS[self.kind])
@@ -222,12 +241,18 @@ class Quantizer(nn.Module):
     def _problem_of(self, codes: Optional[Tensor], calibrated: Optional[Tensor]) -> str:
         """Why a state is not this quantizer's; empty where it is, or does not say."""
         if codes is not None and codes.tolist() != [self.qmin, self.qmax]:
-            return f'with codes {codes.tolist()} but has {[self.qmin, self.qmax]} here: build the model with the bits of the checkpoint.'
+            return (
+                f'with codes {codes.tolist()} but has {[self.qmin, self.qmax]} here: build the model with the bits '
+                f'of the checkpoint.'
+            )
         kind = 0 if calibrated is None or calibrated.is_meta else int(calibrated)
         if kind in (0, 1, KINDS[self.kind]):
             return ''
         name = next((name for name, number in KINDS.items() if number == kind), f'unknown (number {kind})')
-        return f'by a quantizer of kind {name!r} but is {self.kind!r} here: build the model with the softmax_quantizer of the checkpoint.'
+        return (
+            f'by a quantizer of kind {name!r} but is {self.kind!r} here: build the model with the softmax_quantizer '
+            f'of the checkpoint.'
+        )
 
 
 def check_mode(mode: str) -> None:
@@ -287,17 +312,20 @@ class AffineQuantizer(Quantizer):
     log_ratio: Optional[Tensor] = None
     reduced_range = False
 
-    def __init__(self,
-                 bits: int,
-                 symmetric: bool = False,
-                 channel_axis: Optional[int] = None,
-                 num_channels: Optional[int] = None,
-                 observer: str = 'minmax',
-                 full_range: bool = False):
+    def __init__(
+        self,
+        bits: int,
+        symmetric: bool = False,
+        channel_axis: Optional[int] = None,
+        num_channels: Optional[int] = None,
+        observer: str = 'minmax',
+        full_range: bool = False,
+    ):
         if (channel_axis is None) != (num_channels is None):
-            raise SpecError(f'channel_axis={channel_axis} and num_channels={num_channels} belong together: give both '
-                            'or neither.')
-        super().__init__(bits, qrange(bits, symmetric), () if num_channels is None else (num_channels, ))
+            raise SpecError(
+                f'channel_axis={channel_axis} and num_channels={num_channels} belong together: give both or neither.'
+            )
+        super().__init__(bits, qrange(bits, symmetric), () if num_channels is None else (num_channels,))
         self.symmetric, self.full_range = symmetric, full_range
         self.channel_axis = channel_axis
         self.observer_name = observer
@@ -305,8 +333,9 @@ class AffineQuantizer(Quantizer):
 
     def extra_repr(self) -> str:
         channels = '' if self.channel_axis is None else f', channels={self.scale.numel()} on axis {self.channel_axis}'
-        return (f'bits={self.bits}, symmetric={self.symmetric}{channels}, observer={self.observer_name}, '
-                f'mode={self.mode}')
+        return (
+            f'bits={self.bits}, symmetric={self.symmetric}{channels}, observer={self.observer_name}, mode={self.mode}'
+        )
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         if self.log_ratio is not None and self.log_ratio.requires_grad and torch.is_grad_enabled():

@@ -5,10 +5,10 @@ from typing import Iterator, List
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
-from .convert import quantizers
-from .primitives import MIN_SCALE
-from .quantizers import AffineQuantizer
+from psaq_mm.errors import DataError
+from psaq_mm.quantization.convert import quantizers
+from psaq_mm.quantization.primitives import MIN_SCALE
+from psaq_mm.quantization.quantizers import AffineQuantizer
 
 __all__ = ['learn_ranges_', 'learned_ranges', 'update_ranges_']
 
@@ -19,15 +19,17 @@ MAX_SCALE = torch.finfo(torch.float32).max / 2**9
 def learn_ranges_(model: nn.Module) -> List[Tensor]:
     """Give each activation quantizer of a model something to learn its scale by.
 
-    Source: learned step sizes (LSQ, Esser et al., arXiv 1902.08153, section 2.1), here of the scale's logarithm, so that one learning rate
-    serves scales of any magnitude, and the scale stays positive. The zero point stays. Logarithmic quantizers, and weights, keep their scales.
+    Source: learned step sizes (LSQ, Esser et al., arXiv 1902.08153, section 2.1), here of the scale's logarithm, so
+    that one learning rate serves scales of any magnitude, and the scale stays positive. The zero point stays.
+    Logarithmic quantizers, and weights, keep their scales.
 
     Args:
         model: Quantized model, on its device.
 
     Returns:
-        One scalar a quantizer, a leaf that is 0: after an optimizer's step it is how far the scale's logarithm moves, which
-        :func:`update_ranges_` does. None of them is in the state dict, as 0 is all that they ever are between two steps.
+        One scalar a quantizer, a leaf that is 0: after an optimizer's step it is how far the scale's logarithm moves,
+        which :func:`update_ranges_` does. None of them is in the state dict, as 0 is all that they ever are between two
+        steps.
 
     Example:
         >>> optimizer = torch.optim.Adam(learn_ranges_(student), lr=1e-3)
@@ -58,8 +60,11 @@ def update_ranges_(model: nn.Module) -> None:
     learning = list(_learning(model))
     if learning and bool(torch.stack([quantizer.log_ratio for quantizer in learning]).isnan().any()):
         name = next(quantizer.name for quantizer in learning if bool(quantizer.log_ratio.isnan()))
-        raise DataError(f'The learned scale of quantizer {name!r} became NaN: lower its learning rate, or leave out steps whose gradients '
-                        'are not finite.')
+        raise DataError(
+            f'The learned scale of quantizer {name!r} became NaN: lower its learning rate, or leave out steps whose '
+            f'gradients '
+            'are not finite.'
+        )
     for quantizer in learning:
         quantizer.scale.mul_(quantizer.log_ratio.exp()).clamp_(MIN_SCALE, MAX_SCALE)
         quantizer.log_ratio.zero_()

@@ -1,14 +1,15 @@
 """Scale reparameterization: ranges per channel after a LayerNorm, folded away so that one scale serves.
 
-Source: RepQ-ViT (arXiv 2212.08254), section 3.2. A LayerNorm output y, observed with a scale s and zero point z for each
-channel, is rewritten with one scale s~ and zero point z~ for all::
+Source: RepQ-ViT (arXiv 2212.08254), section 3.2. A LayerNorm output y, observed with a scale s and zero point z for
+each channel, is rewritten with one scale s~ and zero point z~ for all::
 
     ratio = s / s~          shift = s * (z - z~)          y' = (y + shift) / ratio
 
-which LayerNorm gives when its gain is divided by ``ratio`` and its offset becomes ``(offset + shift) / ratio``. The Linear
-that reads y' takes the change back: ``W' = W * ratio`` and ``b' = b - W @ shift``, so that ``W' @ y' + b' = W @ y + b``. The code
-of y' under (s~, z~) is that of y under (s, z). s~ is the mean of the scales as in the released code; z~ is the *rounded* mean
-of the zero points, moved into the code range, where the released code keeps a fraction that no integer kernel has.
+which LayerNorm gives when its gain is divided by ``ratio`` and its offset becomes ``(offset + shift) / ratio``. The
+Linear that reads y' takes the change back: ``W' = W * ratio`` and ``b' = b - W @ shift``, so that ``W' @ y' + b' = W @
+y + b``. The code of y' under (s~, z~) is that of y under (s, z). s~ is the mean of the scales as in the released code;
+z~ is the *rounded* mean of the zero points, moved into the code range, where the released code keeps a fraction that no
+integer kernel has.
 
 A channel that is constant on the samples has no scale. Its value goes into the bias as a whole: y' is 0 there.
 """
@@ -18,9 +19,9 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, NotCalibratedError, SpecError
-from .channel_observers import build_channel_observer
-from .quantizers import AffineQuantizer
+from psaq_mm.errors import DataError, NotCalibratedError, SpecError
+from psaq_mm.quantization.channel_observers import build_channel_observer
+from psaq_mm.quantization.quantizers import AffineQuantizer
 
 # A channel that hardly varies on the samples would get a gain out of float32's comfort, and clip all that varies more.
 MIN_RATIO = 1e-4
@@ -40,20 +41,20 @@ def norm_feeds(norm: nn.Module, linear: nn.Module) -> None:
     if norm_before(linear) not in (None, norm):
         raise SpecError('A Linear can only be reparameterized with one LayerNorm before it.')
     # In a tuple: as an attribute of its own it would be a second name of the LayerNorm, with state-dict keys.
-    linear.norm_before = (norm, )
+    linear.norm_before = (norm,)
 
 
 def norm_before(linear: nn.Module) -> Optional[nn.Module]:
     """The LayerNorm that :func:`norm_feeds` named for a Linear, or None."""
-    return getattr(linear, 'norm_before', (None, ))[0]
+    return getattr(linear, 'norm_before', (None,))[0]
 
 
 class ReparameterizedQuantizer(AffineQuantizer):
     """Input quantizer of a Linear after a LayerNorm: observes per channel, quantizes per tensor.
 
-    Two more buffers hold what folding leaves behind: ``fill`` ``(in_features,)``, the image of 0 under it, which whoever pads
-    the LayerNorm output has to pad with, and ``folded_bias`` ``(out_features,)``, to be added after the product (a buffer and
-    not the layer's bias, because some layers have none). Both are 0 before any folding.
+    Two more buffers hold what folding leaves behind: ``fill`` ``(in_features,)``, the image of 0 under it, which
+    whoever pads the LayerNorm output has to pad with, and ``folded_bias`` ``(out_features,)``, to be added after the
+    product (a buffer and not the layer's bias, because some layers have none). Both are 0 before any folding.
 
     Args:
         bits: Width of a code, 2 to 8.
@@ -89,6 +90,7 @@ class Folding(NamedTuple):
         scale, zero_point: Of all channels from then on, ``()``, float32 and int32.
         ratio, shift: Of each channel, (in_features,), float64; see the top of this file.
     """
+
     scale: Tensor
     zero_point: Tensor
     ratio: Tensor
@@ -106,9 +108,11 @@ def folding_of(layer: nn.Module) -> Folding:
     if not quantizer.saw_data:
         raise NotCalibratedError(f'Quantizer {quantizer.name!r} saw no data: put samples through its layer first.')
     scale, zero_point = (t.double() for t in quantizer.observer.qparams(quantizer.bits))
-    if not norm.weight.shape == scale.shape == (layer.weight.shape[1], ):
-        raise DataError(f'The LayerNorm before {quantizer.name!r} has {norm.weight.numel()} channels and the layer '
-                        f'{layer.weight.shape[1]}: name the LayerNorm that feeds it.')
+    if not norm.weight.shape == scale.shape == (layer.weight.shape[1],):
+        raise DataError(
+            f'The LayerNorm before {quantizer.name!r} has {norm.weight.numel()} channels and the layer '
+            f'{layer.weight.shape[1]}: name the LayerNorm that feeds it.'
+        )
     live, value = ~quantizer.observer.constant, quantizer.observer.low.double()
     if bool(live.any()):
         one_scale = scale[live].mean()
@@ -137,8 +141,8 @@ def folded_weight(layer: nn.Module, folding: Folding) -> Tensor:
 def reparameterize_(layer: nn.Module) -> None:
     """Fold the ranges that a layer's :class:`ReparameterizedQuantizer` observed into LayerNorm and layer, in place.
 
-    In full precision the two together give what they gave before, up to rounding. Folding a layer that was folded before adds
-    up. The layer's weight quantizer has to be calibrated anew afterwards.
+    In full precision the two together give what they gave before, up to rounding. Folding a layer that was folded
+    before adds up. The layer's weight quantizer has to be calibrated anew afterwards.
 
     Args:
         layer: Quantized Linear; its LayerNorm as :func:`norm_feeds` named it.

@@ -1,21 +1,24 @@
-"""Rotations of a transformer's inner coordinates: the same function in full precision, with weights that few bits hold better.
+"""Rotations of a transformer's inner coordinates: the same function in full precision, with weights that few bits hold
+better.
 
-What a transformer computes does not hang on the axes of its residual stream, nor on those of a head's queries, keys and values: an
-orthogonal matrix may stand between any layer that writes there and every layer that reads, folded into the weights of both. A
-weight or token that sticks out on one axis is then spread over all of them, so that ranges narrow and steps shrink (QuaRot, Ashkboos
-et al., arXiv 2404.00456, section 3; SliceGPT, arXiv 2401.15024, section 3, for why the norms allow it). LayerNorm takes the mean out,
-which is the direction (1, ..., 1): rotations of a stream leave that direction where it is, and LayerNorm between rotated tokens is the
-rotated LayerNorm, no mean to be moved elsewhere first.
+What a transformer computes does not hang on the axes of its residual stream, nor on those of a head's queries, keys and
+values: an orthogonal matrix may stand between any layer that writes there and every layer that reads, folded into the
+weights of both. A weight or token that sticks out on one axis is then spread over all of them, so that ranges narrow
+and steps shrink (QuaRot, Ashkboos et al., arXiv 2404.00456, section 3; SliceGPT, arXiv 2401.15024, section 3, for why
+the norms allow it). LayerNorm takes the mean out, which is the direction (1, ..., 1): rotations of a stream leave that
+direction where it is, and LayerNorm between rotated tokens is the rotated LayerNorm, no mean to be moved elsewhere
+first.
 
 A token is a row x here, and x R the rotated one.
 """
+
 import math
 from typing import NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError
+from psaq_mm.errors import DataError
 
 __all__ = ['StreamReader', 'random_rotation', 'rotate_heads_', 'rotate_stream_']
 
@@ -28,11 +31,15 @@ class StreamReader(NamedTuple):
 
     Attributes:
         norm: With gain and offset.
-        layers: Linear layers and convolutions; every reader of ``norm``. One that reads more channels has those of ``norm`` first.
+        layers: Linear layers and convolutions; every reader of ``norm``. One that reads more channels has those of
+            ``norm`` first.
         tokens: How many tokens of the stream the norm spans: 4 in Swin's patch merging.
-        interleaved: Whether those lie beside each other channel by channel, as ``nn.Unfold`` gives them, and not one after the other.
-        padded: Whether zeros join its output as tokens or positions of their own, by window or convolution: they have to stay zeros.
+        interleaved: Whether those lie beside each other channel by channel, as ``nn.Unfold`` gives them, and not one
+            after the other.
+        padded: Whether zeros join its output as tokens or positions of their own, by window or convolution: they have
+            to stay zeros.
     """
+
     norm: nn.LayerNorm
     layers: Tuple[nn.Module, ...]
     tokens: int = 1
@@ -70,18 +77,27 @@ def _haar(size: int, generator: Optional[torch.Generator]) -> Tensor:
 
 
 @torch.no_grad()
-def rotate_heads_(qkv: nn.Linear, proj: nn.Linear, heads: int, generator: Optional[torch.Generator] = None, *, scores: bool = True,
-                  values: bool = True) -> None:
+def rotate_heads_(
+    qkv: nn.Linear,
+    proj: nn.Linear,
+    heads: int,
+    generator: Optional[torch.Generator] = None,
+    *,
+    scores: bool = True,
+    values: bool = True,
+) -> None:
     """Rotate the queries with the keys, and the values with what reads them, in place.
 
-    All heads alike: the mean of their outputs is then rotated too, and what PSAQ-ViT reads off it, the similarity of its patches, stays.
+    All heads alike: the mean of their outputs is then rotated too, and what PSAQ-ViT reads off it, the similarity of
+    its patches, stays.
 
     Args:
         qkv: Outputs (3, heads, width): queries, keys, values.
         proj: Reads the heads' outputs, (heads, width).
         heads: Their number.
         generator: Source of randomness, on the CPU.
-        scores: Whether queries and keys are rotated; not where something stands between them and their product, as a norm.
+        scores: Whether queries and keys are rotated; not where something stands between them and their product, as a
+            norm.
         values: The same of values and ``proj``.
 
     Raises:
@@ -89,7 +105,10 @@ def rotate_heads_(qkv: nn.Linear, proj: nn.Linear, heads: int, generator: Option
     """
     inner = proj.weight.shape[1]
     if qkv.weight.shape[0] != 3 * inner or inner % heads:
-        raise DataError(f'qkv of {qkv.weight.shape[0]} outputs and proj of {inner} inputs are not those of {heads} heads of one width')
+        raise DataError(
+            f'qkv of {qkv.weight.shape[0]} outputs and proj of {inner} inputs are not those of {heads} heads of one '
+            f'width'
+        )
     width = inner // heads
     layers = [qkv.weight] if qkv.bias is None else [qkv.weight, qkv.bias]
     # (3, heads, width, inputs), a bias as a single input
@@ -108,29 +127,37 @@ def rotate_heads_(qkv: nn.Linear, proj: nn.Linear, heads: int, generator: Option
 
 
 @torch.no_grad()
-def rotate_stream_(rotation: Tensor, writers: Sequence[nn.Module], tokens: Sequence[Tensor], readers: Sequence[StreamReader]) -> None:
+def rotate_stream_(
+    rotation: Tensor, writers: Sequence[nn.Module], tokens: Sequence[Tensor], readers: Sequence[StreamReader]
+) -> None:
     """Rotate a residual stream, in place: everything that writes to it, and everything that reads it.
 
-    LayerNorms that read end with gains of 1. Their offsets move into the layers behind them, or stay, rotated, where that has no bias
-    or zeros are padded between the two.
+    LayerNorms that read end with gains of 1. Their offsets move into the layers behind them, or stay, rotated, where
+    that has no bias or zeros are padded between the two.
 
     Args:
-        rotation: (channels, channels), orthogonal, with (1, ..., 1) as a fixed point: :func:`random_rotation` with ``keep_mean``.
+        rotation: (channels, channels), orthogonal, with (1, ..., 1) as a fixed point: :func:`random_rotation` with
+            ``keep_mean``.
         writers: Linear layers and convolutions whose outputs are added to the stream.
         tokens: Parameters that are added to it, (..., channels).
         readers: Every LayerNorm that reads it. Nothing else may.
 
     Raises:
-        DataError: Shapes do not fit, the rotation is not orthogonal or moves (1, ..., 1), something is named twice, or an offset has to
-            stay beside a gain of 0. Nothing is changed then.
+        DataError: Shapes do not fit, the rotation is not orthogonal or moves (1, ..., 1), something is named twice, or
+            an offset has to stay beside a gain of 0. Nothing is changed then.
     """
     size = len(rotation)
     rotation = rotation.double().cpu()
     ones = torch.ones(size, dtype=torch.float64)
     if rotation.shape != (size, size) or not torch.allclose(ones @ rotation, ones, atol=1e-9):
-        raise DataError('The rotation of a residual stream has to be square and keep (1, ..., 1) where it is: the mean that LayerNorm takes out')
+        raise DataError(
+            'The rotation of a residual stream has to be square and keep (1, ..., 1) where it is: the mean that '
+            'LayerNorm takes out'
+        )
     if not torch.allclose(rotation @ rotation.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-5):
-        raise DataError('The rotation of a residual stream is not orthogonal: its readers would not get back what its writers wrote')
+        raise DataError(
+            'The rotation of a residual stream is not orthogonal: its readers would not get back what its writers wrote'
+        )
     _check_named_once(writers, tokens, readers)
     for layer in writers:
         if layer.weight.shape[0] != size:
@@ -149,12 +176,21 @@ def rotate_stream_(rotation: Tensor, writers: Sequence[nn.Module], tokens: Seque
 
 def _check_named_once(writers: Sequence[nn.Module], tokens: Sequence[Tensor], readers: Sequence[StreamReader]) -> None:
     """By parameter, as two modules may share one: what is rotated twice is rotated too far."""
-    norms, layers = [getattr(reader.norm, 'weight', None) for reader in readers], [layer for reader in readers for layer in reader.layers]
-    for what, parts in (('writer', [layer.weight for layer in writers]), ('token', tokens), ('LayerNorm', norms),
-                        ('layer behind a LayerNorm', [layer.weight for layer in layers])):
+    norms, layers = (
+        [getattr(reader.norm, 'weight', None) for reader in readers],
+        [layer for reader in readers for layer in reader.layers],
+    )
+    for what, parts in (
+        ('writer', [layer.weight for layer in writers]),
+        ('token', tokens),
+        ('LayerNorm', norms),
+        ('layer behind a LayerNorm', [layer.weight for layer in layers]),
+    ):
         parts = [part for part in parts if part is not None]
         if len({id(part) for part in parts}) < len(parts):
-            raise DataError(f'A {what} of the residual stream is named twice, or shares its weight with another: name each once')
+            raise DataError(
+                f'A {what} of the residual stream is named twice, or shares its weight with another: name each once'
+            )
 
 
 def _offset_stays(reader: StreamReader) -> bool:
@@ -164,8 +200,11 @@ def _offset_stays(reader: StreamReader) -> bool:
 
 def _check_reader(reader: StreamReader, size: int) -> None:
     norm, wide = reader.norm, size * reader.tokens
-    if getattr(norm, 'weight', None) is None or getattr(norm, 'bias', None) is None or norm.weight.shape != (wide, ):
-        raise DataError(f'A reader of {reader.tokens} tokens of {size} channels has to be a LayerNorm of {wide}, with gain and offset')
+    if getattr(norm, 'weight', None) is None or getattr(norm, 'bias', None) is None or norm.weight.shape != (wide,):
+        raise DataError(
+            f'A reader of {reader.tokens} tokens of {size} channels has to be a LayerNorm of {wide}, with gain and '
+            f'offset'
+        )
     if any(layer.weight.shape[1] < wide for layer in reader.layers):
         raise DataError(f'A layer behind a LayerNorm of {wide} channels reads fewer')
     gain = norm.weight.abs()

@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
 
-from ..errors import SpecError
-from .observers import OBSERVERS
-from .primitives import MAX_BITS, MIN_BITS
+from psaq_mm.errors import SpecError
+from psaq_mm.quantization.observers import OBSERVERS
+from psaq_mm.quantization.primitives import MAX_BITS, MIN_BITS
 
 SCOPES = ('backbone', 'full')
 POINTS = ('gemm', 'linear', 'all')
@@ -20,17 +20,25 @@ SOFTMAX_QUANTIZERS = ('affine', 'log2', 'log_sqrt2')
 
 # What a method quantizes, and how; bits are chosen beside it ('repq_w4a4').
 RECIPES: Dict[str, Dict[str, Any]] = {
-    # PSAQ-ViT, arXiv 2203.02250, released code: every edge but the attention weights, weights over the whole code range.
+    # PSAQ-ViT, arXiv 2203.02250, released code: every edge but the attention weights, weights over the whole code
+    # range.
     'psaq_v1': dict(points='all', quantize_softmax=False, w_full_range=True),
-    # PSAQ-ViT V2 published no quantizer; as V1 it leaves the attention weights float, and weights are clipped by squared error.
+    # PSAQ-ViT V2 published no quantizer; as V1 it leaves the attention weights float, and weights are clipped by
+    # squared error.
     'psaq_v2': dict(quantize_softmax=False, w_observer='mse'),
     # RepQ-ViT, arXiv 2212.08254, released code: its weights are asymmetric.
-    'repq': dict(w_symmetric=False, w_observer='percentile', a_observer='percentile', softmax_quantizer='log_sqrt2',
-                 reparameterize=True),
+    'repq': dict(
+        w_symmetric=False,
+        w_observer='percentile',
+        a_observer='percentile',
+        softmax_quantizer='log_sqrt2',
+        reparameterize=True,
+    ),
 }
 
-# What a recipe has else where weights have fewer than 8 bits. V2's naive quantizer was published for 8 alone: below that a zero point
-# is worth a sixth of the divergence from full precision (docs/method.md), and costs nothing: codes less their zero point fit a signed byte.
+# What a recipe has else where weights have fewer than 8 bits. V2's naive quantizer was published for 8 alone: below
+# that a zero point is worth a sixth of the divergence from full precision (docs/method.md), and costs nothing: codes
+# less their zero point fit a signed byte.
 FEW_BITS: Dict[str, Dict[str, Any]] = {'psaq_v2': dict(w_symmetric=False)}
 
 _PRESET = re.compile(r'(?:(\w+?)_)?w(\d+)a(\d+)', re.IGNORECASE)
@@ -85,8 +93,9 @@ def _check_keys(what: str, given: Mapping, known: Iterable[str]) -> None:
 
 
 def _without_idle_softmax(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
-    """``chosen`` less its ``softmax_quantizer`` where ``settings`` quantize no attention weights. A preset's choice then means nothing,
-    nor does one in a file from before the two were refused beside each other."""
+    """``chosen`` less its ``softmax_quantizer`` where ``settings`` quantize no attention weights. A preset's choice
+    then means nothing, nor does one in a file from before the two were refused beside each other.
+    """
     idle = settings.get('quantize_softmax') is False or settings.get('points') == 'linear'
     return {key: value for key, value in chosen.items() if not (idle and key == 'softmax_quantizer')}
 
@@ -107,6 +116,7 @@ class Override:
     Example:
         >>> QuantSpec(w_bits=4, overrides=(Override('*.downsample.reduction', w_bits=8), ))
     """
+
     pattern: str
     w_bits: Optional[int] = None
     a_bits: Optional[int] = None
@@ -148,8 +158,10 @@ class Override:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer gets: bits, weight scheme and observers (see :class:`QuantSpec`). With ``w_reduce_range`` the bits of the weights are
-    those of their codes, 7 instead of 8."""
+    """What one layer gets: bits, weight scheme and observers (see :class:`QuantSpec`). With ``w_reduce_range`` the bits
+    of the weights are those of their codes, 7 instead of 8.
+    """
+
     w_bits: int = 8
     a_bits: int = 8
     w_symmetric: bool = True
@@ -171,23 +183,23 @@ class QuantSpec:
         a_bits: Activation bits, 2 to 8.
         scope: ``'backbone'`` or ``'full'`` (neck and heads too).
         points: ``'gemm'`` quantizes both operands of every Linear, convolution and attention product; ``'linear'``
-            leaves the attention products in floating point; ``'all'`` quantizes every edge as PSAQ-ViT does: the input of
-            every Linear and convolution (image, LayerNorm and GELU outputs, attention output, pooled feature), the output
-            of every one that no activation function follows (patch embedding, q/k/v, projection, logits), the sum with
-            the position embedding, scores before softmax, and both residual sums.
+            leaves the attention products in floating point; ``'all'`` quantizes every edge as PSAQ-ViT does: the input
+            of every Linear and convolution (image, LayerNorm and GELU outputs, attention output, pooled feature), the
+            output of every one that no activation function follows (patch embedding, q/k/v, projection, logits), the
+            sum with the position embedding, scores before softmax, and both residual sums.
         quantize_softmax: Quantize the attention weights (post-softmax), the left operand of the second product.
-        softmax_quantizer: How: ``'affine'``, or logarithmic with base 2 or sqrt(2) (RepQ-ViT, arXiv 2212.08254, section 3.3). Not beside
-            ``quantize_softmax=False`` or ``points='linear'``, where it would have no effect.
-        symmetric_attention: Signed codes with zero point 0 for queries and values. Of keys the zero point costs nothing: it adds the
-            same to all scores of a query.
+        softmax_quantizer: How: ``'affine'``, or logarithmic with base 2 or sqrt(2) (RepQ-ViT, arXiv 2212.08254, section
+            3.3). Not beside ``quantize_softmax=False`` or ``points='linear'``, where it would have no effect.
+        symmetric_attention: Signed codes with zero point 0 for queries and values. Of keys the zero point costs
+            nothing: it adds the same to all scores of a query.
         reparameterize: Observe LayerNorm outputs that feed a Linear per channel, and fold the channels' scales and zero
             points into LayerNorm and Linear (RepQ-ViT, section 3.2), so that one scale serves.
         input_bits: Activation bits of the first layer (patch embedding), which reads the image.
         w_symmetric: Signed weight codes with zero point 0, else asymmetric ones.
         w_full_range: Symmetric weights only: the scale is ``max|w| / ((2**w_bits - 1) / 2)`` as in PSAQ-ViT's released
             code, half a step of the largest positive weight being clipped, instead of ``max|w| / (2**(w_bits-1) - 1)``.
-        w_reduce_range: Hold weights of 8 bits within 7, ``-64 .. 63``: integer kernels that add two products in 16 bits, those of x86
-            processors without VNNI, are exact then. (PyTorch and ONNX Runtime call it reduce range.)
+        w_reduce_range: Hold weights of 8 bits within 7, ``-64 .. 63``: integer kernels that add two products in 16
+            bits, those of x86 processors without VNNI, are exact then. (PyTorch and ONNX Runtime call it reduce range.)
         w_observer: ``'minmax'``, ``'percentile'`` or ``'mse'``.
         a_observer: Same choice, for activations.
         overrides: Exceptions by layer name, applied in order; a later one wins. Dicts are accepted.
@@ -202,6 +214,7 @@ class QuantSpec:
         >>> QuantSpec.parse('repq_w6a6').reparameterize
         True
     """
+
     w_bits: int = 8
     a_bits: int = 8
     scope: str = 'backbone'
@@ -221,20 +234,35 @@ class QuantSpec:
     def __post_init__(self):
         for key in ('w_bits', 'a_bits', 'input_bits'):
             _check_bits(key, getattr(self, key))
-        for key in ('quantize_softmax', 'symmetric_attention', 'reparameterize', 'w_symmetric', 'w_full_range', 'w_reduce_range'):
+        for key in (
+            'quantize_softmax',
+            'symmetric_attention',
+            'reparameterize',
+            'w_symmetric',
+            'w_full_range',
+            'w_reduce_range',
+        ):
             _check_bool(key, getattr(self, key))
         _check_choice('scope', self.scope, SCOPES)
         _check_choice('points', self.points, POINTS)
         _check_choice('softmax_quantizer', self.softmax_quantizer, SOFTMAX_QUANTIZERS)
         if self.w_full_range and not self.w_symmetric:
-            raise SpecError('w_full_range=True contradicts w_symmetric=False: asymmetric weights use every code anyway.')
+            raise SpecError(
+                'w_full_range=True contradicts w_symmetric=False: asymmetric weights use every code anyway.'
+            )
         if self.symmetric_attention and self.points != 'gemm':
-            raise SpecError(f'symmetric_attention=True contradicts points={self.points!r}, where queries and values have no quantizers of '
-                            'their own: choose points=\'gemm\'.')
+            raise SpecError(
+                f'symmetric_attention=True contradicts points={self.points!r}, where queries and values have no '
+                f'quantizers of '
+                "their own: choose points='gemm'."
+            )
         if self.softmax_quantizer != 'affine' and (not self.quantize_softmax or self.points == 'linear'):
-            off = 'quantize_softmax=False' if not self.quantize_softmax else 'points=\'linear\''
-            raise SpecError(f'softmax_quantizer={self.softmax_quantizer!r} contradicts {off}, which leaves the attention weights in floating '
-                            'point: leave one of the two out.')
+            off = 'quantize_softmax=False' if not self.quantize_softmax else "points='linear'"
+            raise SpecError(
+                f'softmax_quantizer={self.softmax_quantizer!r} contradicts {off}, which leaves the attention weights '
+                f'in floating '
+                'point: leave one of the two out.'
+            )
         _check_choice('w_observer', self.w_observer, OBSERVERS)
         _check_choice('a_observer', self.a_observer, OBSERVERS)
         if isinstance(self.overrides, (str, Mapping)) or not isinstance(self.overrides, Iterable):
@@ -242,8 +270,11 @@ class QuantSpec:
         overrides = tuple(o if isinstance(o, Override) else Override.from_dict(o) for o in self.overrides)
         object.__setattr__(self, 'overrides', overrides)
         if self.w_reduce_range and MAX_BITS not in (self.w_bits, *(override.w_bits for override in overrides)):
-            raise SpecError(f'w_reduce_range=True has nothing to do with w_bits={self.w_bits}: it holds weights of 8 bits within 7, and fewer '
-                            'bits are within 7 as they are; leave it out, or set w_bits=8.')
+            raise SpecError(
+                f'w_reduce_range=True has nothing to do with w_bits={self.w_bits}: it holds weights of 8 bits within '
+                f'7, and fewer '
+                'bits are within 7 as they are; leave it out, or set w_bits=8.'
+            )
 
     @property
     def label(self) -> str:
@@ -273,8 +304,16 @@ class QuantSpec:
         if float_:
             return None
         reduced = self.w_reduce_range and w_bits == MAX_BITS
-        return LayerSpec(w_bits - reduced, a_bits, self.w_symmetric, self.w_observer, self.a_observer, self.w_full_range,
-                         self.reparameterize, reduced)
+        return LayerSpec(
+            w_bits - reduced,
+            a_bits,
+            self.w_symmetric,
+            self.w_observer,
+            self.a_observer,
+            self.w_full_range,
+            self.reparameterize,
+            reduced,
+        )
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain dict of every setting, fit for JSON."""
@@ -330,8 +369,10 @@ class QuantSpec:
     def _preset(name: Any) -> Dict[str, Any]:
         match = _PRESET.fullmatch(name) if isinstance(name, str) else None
         if match is None:
-            raise SpecError(f'{name!r} is no preset: write w<bits>a<bits>, such as "w8a8", "w4a8", "w6a6" or "w4a4", or a '
-                            f'method before it, {" or ".join(f"{r}_w8a8" for r in RECIPES)}.')
+            raise SpecError(
+                f'{name!r} is no preset: write w<bits>a<bits>, such as "w8a8", "w4a8", "w6a6" or "w4a4", or a '
+                f'method before it, {" or ".join(f"{r}_w8a8" for r in RECIPES)}.'
+            )
         recipe = (match[1] or '').lower()
         if recipe and recipe not in RECIPES:
             near = nearest(recipe, RECIPES)

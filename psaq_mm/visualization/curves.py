@@ -1,5 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Line charts side by side as one picture, drawn with Pillow alone: what a run reaches, against steps and against seconds."""
+"""Line charts side by side as one picture, drawn with Pillow alone: what a run reaches, against steps and against
+seconds.
+"""
+
 import math
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
@@ -11,7 +14,16 @@ from psaq_mm.errors import DataError
 __all__ = ['Line', 'Panel', 'line_chart', 'ticks_of']
 
 INK, SOFT, RULE = (29, 31, 33), (91, 97, 102), (223, 226, 228)
-COLOURS = ((11, 98, 196), (180, 72, 10), (74, 122, 42), (138, 63, 160), (0, 128, 122), (176, 40, 106), (138, 106, 0), (95, 106, 117))
+COLOURS = (
+    (11, 98, 196),
+    (180, 72, 10),
+    (74, 122, 42),
+    (138, 63, 160),
+    (0, 128, 122),
+    (176, 40, 106),
+    (138, 106, 0),
+    (95, 106, 117),
+)
 """Those of the page's style sheet, in the same order."""
 DASHES = ((), (10, 6), (3, 5), (14, 6, 3, 6))
 """Lengths of strokes and gaps in pixels: colours come with another one the second time round."""
@@ -29,6 +41,7 @@ class Line(NamedTuple):
         y: Values at them.
         low, high: Least and greatest of what ``y`` is the mean of, drawn as a band; None: no band.
     """
+
     label: str
     x: Sequence[float]
     y: Sequence[float]
@@ -38,16 +51,19 @@ class Line(NamedTuple):
 
 class Panel(NamedTuple):
     """One chart: the names of its axes, and its lines."""
+
     x_label: str
     y_label: str
     lines: Sequence[Line]
 
 
 def ticks_of(low: float, high: float, count: int = 5) -> List[float]:
-    """Round numbers within ``low`` .. ``high``, about ``count`` of them, evenly spaced by 1, 2 or 5 times a power of ten."""
+    """Round numbers within ``low`` .. ``high``, about ``count`` of them, evenly spaced by 1, 2 or 5 times a power of
+    ten.
+    """
     if not high > low:
         return [low]
-    power = 10**math.floor(math.log10((high - low) / count))
+    power = 10 ** math.floor(math.log10((high - low) / count))
     step = next(power * f for f in (1, 2, 5, 10) if (high - low) / (power * f) <= count)
     first = math.ceil(low / step - 1e-9)
     return [round(step * k, 10) for k in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -74,9 +90,16 @@ def line_chart(title: str, panels: Sequence[Panel], size: Tuple[int, int] = (560
         raise DataError(f'the chart {title!r} has no lines: give at least one')
     for line in lines:
         parts = [part for part in (line.y, line.low, line.high) if part is not None]
-        if not len(line.x) or any(len(part) != len(line.x) for part in parts) or not np.isfinite([*line.x, *sum(map(list, parts), [])]).all():
-            raise DataError(f'the line {line.label!r} of the chart {title!r} has {len(line.x)} positions and {len(line.y)} values: give as '
-                            'many of each, one or more, all finite')
+        if (
+            not len(line.x)
+            or any(len(part) != len(line.x) for part in parts)
+            or not np.isfinite([*line.x, *sum(map(list, parts), [])]).all()
+        ):
+            raise DataError(
+                f'the line {line.label!r} of the chart {title!r} has {len(line.x)} positions and {len(line.y)} values: '
+                f'give as '
+                'many of each, one or more, all finite'
+            )
     names = list(dict.fromkeys(line.label for line in lines))
     (width, height), count = size, len(panels)
     columns = max(1, min(len(names), count * width // 190))
@@ -98,18 +121,25 @@ def _style(place: int) -> Tuple[Tuple[int, int, int], Sequence[int]]:
 
 def _range(values: Sequence[float], pad: float) -> Tuple[float, float]:
     low, high = min(values), max(values)
-    room = (high - low) * pad or max(abs(high), 1.) * 0.05
+    room = (high - low) * pad or max(abs(high), 1.0) * 0.05
     return low - (room if pad else 0), high + room * (1 if pad else 0) if high > low else high + room
 
 
-def _draw_panel(canvas: '_Canvas', panel: Panel, names: Sequence[str], corner: Tuple[int, int], size: Tuple[int, int]) -> None:
+def _draw_panel(
+    canvas: '_Canvas', panel: Panel, names: Sequence[str], corner: Tuple[int, int], size: Tuple[int, int]
+) -> None:
     left, top = corner[0] + _MARGIN['left'], corner[1] + _MARGIN['top']
     right, bottom = corner[0] + size[0] - _MARGIN['right'], corner[1] + size[1] - _MARGIN['bottom']
     x_low, x_high = _range([x for line in panel.lines for x in line.x], 0)
-    y_low, y_high = _range([y for line in panel.lines for part in (line.y, line.low, line.high) if part is not None for y in part], .06)
+    y_low, y_high = _range(
+        [y for line in panel.lines for part in (line.y, line.low, line.high) if part is not None for y in part], 0.06
+    )
 
     def at(x: float, y: float) -> Tuple[float, float]:
-        return (left + (x - x_low) / (x_high - x_low) * (right - left), bottom - (y - y_low) / (y_high - y_low) * (bottom - top))
+        return (
+            left + (x - x_low) / (x_high - x_low) * (right - left),
+            bottom - (y - y_low) / (y_high - y_low) * (bottom - top),
+        )
 
     for y in ticks_of(y_low, y_high):
         canvas.stroke([(left, at(x_low, y)[1]), (right, at(x_low, y)[1])], RULE, thick=1)
@@ -160,8 +190,13 @@ class _Canvas:
         x, y = point
         self.draw.ellipse([(x - 2.5) * _FINE, (y - 2.5) * _FINE, (x + 2.5) * _FINE, (y + 2.5) * _FINE], fill=colour)
 
-    def stroke(self, points: Sequence[Tuple[float, float]], colour: Tuple[int, int, int], dashes: Sequence[int] = (),
-               thick: float = 2) -> None:
+    def stroke(
+        self,
+        points: Sequence[Tuple[float, float]],
+        colour: Tuple[int, int, int],
+        dashes: Sequence[int] = (),
+        thick: float = 2,
+    ) -> None:
         for piece in _dashed(points, dashes) if dashes else [points]:
             if len(piece) > 1:
                 self.draw.line(self._fine(piece), fill=colour, width=round(thick * _FINE), joint='curve')
@@ -175,7 +210,7 @@ def _dashed(points: Sequence[Tuple[float, float]], dashes: Sequence[int]) -> Lis
     pieces, piece = [], [points[0]]
     number, left = 0, float(dashes[0])
     for begin, end in zip(points, points[1:]):
-        position, length = 0., math.dist(begin, end)
+        position, length = 0.0, math.dist(begin, end)
         while length - position > left:
             position += left
             at = tuple(a + (b - a) * position / length for a, b in zip(begin, end))

@@ -4,13 +4,14 @@
 On pictures the patches of an image answer to different things and the density of their cosine similarity is wide; on
 Gaussian noise all patches look the same to the model and the density is narrow (PSAQ-ViT, arXiv 2203.02250, figure 2).
 """
+
 from typing import Callable, Dict, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import DataError
-from psaq_mm.synthesis import AttentionTaps
+from psaq_mm.psaq_vit import AttentionTaps
 
 __all__ = ['BlockDensity', 'similarity_densities', 'pair_histogram']
 
@@ -27,6 +28,7 @@ class BlockDensity(NamedTuple):
             sums to one.
         entropy: Differential entropy of the density, in nats; at most log 2 = 0.69, the uniform one's.
     """
+
     name: str
     centers: Tensor
     density: Tensor
@@ -41,7 +43,7 @@ class BlockDensity(NamedTuple):
     def spread(self) -> float:
         """Standard deviation of the similarity, up to half a bin."""
         second = float((self.centers.square() * self.density).sum() / self.density.sum())
-        return max(second - self.mean**2, 0.)**0.5
+        return max(second - self.mean**2, 0.0) ** 0.5
 
 
 def pair_histogram(tokens: Tensor, valid: Optional[Tensor], bins: int) -> Tensor:
@@ -71,10 +73,10 @@ def pair_histogram(tokens: Tensor, valid: Optional[Tensor], bins: int) -> Tensor
     counts = torch.zeros(bins, dtype=torch.float64)
     step = max(1, _PAIRS // length**2)
     for begin in range(0, groups, step):
-        some = unit[begin:begin + step]
+        some = unit[begin : begin + step]
         taken = pairs.expand(len(some), -1, -1)
         if valid is not None:
-            rows = valid[begin:begin + step]
+            rows = valid[begin : begin + step]
             taken = taken & rows.unsqueeze(1) & rows.unsqueeze(2)
         similarity = (some @ some.transpose(1, 2))[taken].clamp_(-1, 1)
         index = ((similarity + 1) * (bins / 2)).long().clamp_(max=bins - 1)
@@ -83,16 +85,18 @@ def pair_histogram(tokens: Tensor, valid: Optional[Tensor], bins: int) -> Tensor
 
 
 @torch.no_grad()
-def similarity_densities(model: nn.Module,
-                         samples: Tensor,
-                         forward: Optional[Callable[[Tensor], object]] = None,
-                         bins: int = 100,
-                         batch_size: int = 8,
-                         drop_tokens: int = 0) -> List[BlockDensity]:
+def similarity_densities(
+    model: nn.Module,
+    samples: Tensor,
+    forward: Optional[Callable[[Tensor], object]] = None,
+    bins: int = 100,
+    batch_size: int = 8,
+    drop_tokens: int = 0,
+) -> List[BlockDensity]:
     """Density of patch similarity in every attention block of ``model``, for a set of images.
 
     Args:
-        model: A model with attention that :class:`psaq_mm.synthesis.AttentionTaps` finds. Rows of padded queries take
+        model: A model with attention that :class:`psaq_mm.psaq_vit.AttentionTaps` finds. Rows of padded queries take
             no part where its attention tells them (``valid_rows``), as quantized models' does, quantizers on or off.
         samples: Normalized images, shape (n, C, H, W), on any device.
         forward: Runs the blocks. Defaults to None: ``model.backbone``, or ``model`` where it is a backbone.
@@ -113,7 +117,8 @@ def similarity_densities(model: nn.Module,
     """
     if samples.dim() != 4 or not len(samples) or bins < 1:
         raise DataError(
-            f'samples of shape {tuple(samples.shape)} in {bins} bins give no density: give (n, C, H, W) and a bin')
+            f'samples of shape {tuple(samples.shape)} in {bins} bins give no density: give (n, C, H, W) and a bin'
+        )
     taps = AttentionTaps(model, drop_tokens)
     run = forward or getattr(model, 'backbone', model)
     counts: Dict[str, Tensor] = {}

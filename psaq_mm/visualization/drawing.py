@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What a detector or segmentor says of a picture, drawn onto it."""
+
 from typing import Optional, Sequence, Tuple
 
 import numpy as np
@@ -43,14 +44,16 @@ def _outline_of(mask: np.ndarray) -> np.ndarray:
     return mask & ~inner
 
 
-def draw_detections(picture: np.ndarray,
-                    boxes: np.ndarray,
-                    labels: Sequence[int],
-                    classes: Sequence[str],
-                    palette: Sequence[Colour],
-                    scores: Optional[Sequence[float]] = None,
-                    masks: Optional[np.ndarray] = None,
-                    zoom: int = 2) -> np.ndarray:
+def draw_detections(
+    picture: np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[int],
+    classes: Sequence[str],
+    palette: Sequence[Colour],
+    scores: Optional[Sequence[float]] = None,
+    masks: Optional[np.ndarray] = None,
+    zoom: int = 2,
+) -> np.ndarray:
     """Boxes, masks and class names on a picture.
 
     Args:
@@ -92,8 +95,9 @@ def draw_detections(picture: np.ndarray,
     return np.asarray(image)
 
 
-def _write_name(draw: ImageDraw.ImageDraw, text: str, left: float, top: float, colour: Colour, font,
-                size: Tuple[int, int]) -> None:
+def _write_name(
+    draw: ImageDraw.ImageDraw, text: str, left: float, top: float, colour: Colour, font, size: Tuple[int, int]
+) -> None:
     """A name on a strip of its colour above a box's corner, or inside the picture where there is no room above."""
     x0, y0, x1, y1 = draw.textbbox((0, 0), text, font=font)
     width, height = x1 + 4, y1 + 3
@@ -103,12 +107,14 @@ def _write_name(draw: ImageDraw.ImageDraw, text: str, left: float, top: float, c
     draw.text((left + 2, top + 1), text, fill=_readable_on(colour), font=font)
 
 
-def draw_label_map(picture: np.ndarray,
-                   labels: np.ndarray,
-                   palette: Sequence[Colour],
-                   clear: Sequence[int] = (),
-                   opacity: float = MAP_OPACITY,
-                   zoom: int = 2) -> np.ndarray:
+def draw_label_map(
+    picture: np.ndarray,
+    labels: np.ndarray,
+    palette: Sequence[Colour],
+    clear: Sequence[int] = (),
+    opacity: float = MAP_OPACITY,
+    zoom: int = 2,
+) -> np.ndarray:
     """A segmentation over its picture.
 
     Args:
@@ -128,7 +134,8 @@ def draw_label_map(picture: np.ndarray,
     labels = np.asarray(labels)
     if labels.shape != picture.shape[:2]:
         raise DataError(
-            f'a map of {labels.shape} does not cover a picture of {picture.shape[:2]}: give one label a pixel')
+            f'a map of {labels.shape} does not cover a picture of {picture.shape[:2]}: give one label a pixel'
+        )
     colours = np.array(list(palette) + [IGNORED], np.float32)
     known = np.where((labels >= 0) & (labels < len(palette)), labels, len(palette)).astype(int)
     painted = colours[known].repeat(zoom, 0).repeat(zoom, 1)

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Parts of a web page that needs nothing but itself: style, pictures, tables; wide and narrow, light and dark."""
+
 import base64
 import html
 import io
@@ -16,7 +17,7 @@ __all__ = ['STYLES', 'Picture', 'legend', 'page', 'picture_grid', 'table', 'text
 STYLES = 8
 """Number of styles of curves in the style sheet: ``c0`` .. ``c7``."""
 
-STYLE = '''
+STYLE = """
 :root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --ink: #1d1f21; --soft: #5b6166; --rule: #d9dcde;
   --c0: #0b62c4; --c1: #b4480a; --c2: #4a7a2a; --c3: #8a3fa0; --c4: #00807a; --c5: #b0286a; --c6: #8a6a00; --c7: #5f6a75;
   --mark: #eef4fc }
@@ -82,7 +83,7 @@ svg .axis { stroke: var(--rule) }
 .legend svg { display: inline-block; width: 34px; height: 10px; border: 0; background: none; vertical-align: middle;
   margin-right: 6px }
 .key i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 5px; vertical-align: -1px }
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Picture:
         alt: What it shows, for those who do not see it.
         lossless: PNG; else JPEG, about a fifth of the size for pictures with grain.
     """
+
     array: np.ndarray
     caption: str
     alt: str
@@ -117,12 +119,16 @@ def _data(picture: Picture) -> str:
 def _figure(picture: Picture) -> str:
     height, width = picture.array.shape[:2]
     caption = f'<figcaption>{text(picture.caption)}</figcaption>' if picture.caption else ''
-    return (f'<figure><img src="{_data(picture)}" width="{width}" height="{height}" loading="lazy" '
-            f'alt="{text(picture.alt)}">{caption}</figure>')
+    return (
+        f'<figure><img src="{_data(picture)}" width="{width}" height="{height}" loading="lazy" '
+        f'alt="{text(picture.alt)}">{caption}</figure>'
+    )
 
 
 def picture_grid(pictures: Sequence[Picture], columns: str) -> str:
-    """Pictures side by side; ``columns`` is ``'two'`` (one below the other on a phone), ``'three'``, or ``'four'`` (two there)."""
+    """Pictures side by side; ``columns`` is ``'two'`` (one below the other on a phone), ``'three'``, or ``'four'`` (two
+    there).
+    """
     return f'<div class="grid {columns}">{"".join(map(_figure, pictures))}</div>'
 
 
@@ -153,7 +159,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], label: str, marked
     kind, above = ('', f'<thead><tr>{names}</tr></thead>') if head else (' class="list"', '')
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(label)}"><table{kind}>{above}'
-        f'<tbody>{"".join(lines)}</tbody></table></div>')
+        f'<tbody>{"".join(lines)}</tbody></table></div>'
+    )
 
 
 def page(title: str, body: str) -> str:

@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """One page that shows what quantization without data did to models: numbers, pictures, samples, seconds."""
+
 import math
 import os
 from dataclasses import dataclass, field
@@ -27,9 +28,10 @@ class ShownMetric:
         label: Its name on the page.
         factor: What its value is multiplied by: 100 where the evaluator gives a share of one.
     """
+
     key: str
     label: str
-    factor: float = 1.
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Run:
         seconds: Seconds of each step, by the step's name.
         data_free: Whether the row stands out as a result of the method, and not as a control.
     """
+
     label: str
     metrics: Mapping[str, Number]
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -51,6 +54,7 @@ class Run:
 @dataclass(frozen=True)
 class Scene:
     """One picture under several models: ``pictures`` stand side by side."""
+
     pictures: Sequence[Picture]
 
 
@@ -70,6 +74,7 @@ class ModelReport:
         samples: Sheets of samples.
         densities: Name of an image set to the densities of every block; the first is drawn on top.
     """
+
     name: str
     heading: str
     description: str
@@ -88,7 +93,7 @@ def _known(value: Number) -> bool:
 
 def _signed(value: float) -> str:
     """One decimal with its sign."""
-    rounded = round(value, 1) + 0.
+    rounded = round(value, 1) + 0.0
     return f'{rounded:+.1f}'.replace('-', MINUS)
 
 
@@ -123,17 +128,22 @@ def _all_metrics(model: ModelReport) -> str:
 def _seconds(model: ModelReport) -> str:
     steps: List[str] = []
     for run in sorted(
-            model.runs, key=lambda run: -len(run.seconds)):  # the longest has them in the order they are taken
+        model.runs, key=lambda run: -len(run.seconds)
+    ):  # the longest has them in the order they are taken
         steps.extend(s for s in run.seconds if s not in steps)
     if not steps:
         return ''
     rows = []
     for run in model.runs:
         spent = [run.seconds.get(step) for step in steps]
-        rows.append([text(run.label)] + [f'{s:.1f}' if _known(s) else '\u2013'
-                                         for s in spent] + [f'{sum(s for s in spent if _known(s)):.1f}'])
-    return '<h3>Seconds</h3>' + table(['Model'] + [text(s)
-                                                   for s in steps] + ['together'], rows, f'Seconds of {model.heading}')
+        rows.append(
+            [text(run.label)]
+            + [f'{s:.1f}' if _known(s) else '\u2013' for s in spent]
+            + [f'{sum(s for s in spent if _known(s)):.1f}']
+        )
+    return '<h3>Seconds</h3>' + table(
+        ['Model'] + [text(s) for s in steps] + ['together'], rows, f'Seconds of {model.heading}'
+    )
 
 
 def _densities(model: ModelReport) -> str:
@@ -156,20 +166,23 @@ def _densities(model: ModelReport) -> str:
         means.append(f'{label} {mean}')
     return (
         '<h3>Patch similarity in every attention block</h3>'
-        '<p class="soft">Horizontal: cosine similarity of two patches of one window, or of one image where attention is '
+        '<p class="soft">Horizontal: cosine similarity of two patches of one window, or of one image where attention '
+        'is '
         'global. Vertical: the density of '
         f'the pairs that have it, on a logarithmic scale from {FLOOR:g} up. A wide curve means that the model tells '
         'the patches apart, a peak at 1 that they look the same to it; synthesis widens the curve. Entropy of the '
         'densities, mean over the blocks, in nats (at most +0.69): '
-        f'{text(", ".join(means))}.</p>' + legend([(label, style) for style, (label, _) in enumerate(sets)]) +
-        f'<div class="grid charts">{"".join(charts)}</div>')
+        f'{text(", ".join(means))}.</p>'
+        + legend([(label, style) for style, (label, _) in enumerate(sets)])
+        + f'<div class="grid charts">{"".join(charts)}</div>'
+    )
 
 
 def _least(block: BlockDensity) -> float:
     """The similarity, in whole fifths of 1, below which less than half a per cent of the pairs lie."""
     share = (block.density.cumsum(0) / block.density.sum()).tolist()
     first = next(x for x, below in zip(block.centers.tolist(), share) if below >= 0.005)
-    return max(-1., math.floor(first * 5) / 5)
+    return max(-1.0, math.floor(first * 5) / 5)
 
 
 def _short(name: str, number: int) -> str:
@@ -183,12 +196,15 @@ def _short(name: str, number: int) -> str:
 def _scenes(model: ModelReport) -> str:
     if not model.scenes:
         return ''
-    key = ''.join(f'<span><i style="background:rgb({r},{g},{b})"></i>{text(name)}</span>'
-                  for name, (r, g, b) in model.legend)
-    return ('<h3>Held-out scenes</h3>' +
-            (f'<p class="soft">{text(model.scenes_note)}</p>' if model.scenes_note else '') +
-            (f'<p class="legend key">{key}</p>' if key else '') +
-            ''.join(picture_grid(scene.pictures, 'four') for scene in model.scenes))
+    key = ''.join(
+        f'<span><i style="background:rgb({r},{g},{b})"></i>{text(name)}</span>' for name, (r, g, b) in model.legend
+    )
+    return (
+        '<h3>Held-out scenes</h3>'
+        + (f'<p class="soft">{text(model.scenes_note)}</p>' if model.scenes_note else '')
+        + (f'<p class="legend key">{key}</p>' if key else '')
+        + ''.join(picture_grid(scene.pictures, 'four') for scene in model.scenes)
+    )
 
 
 def _section(model: ModelReport) -> str:
@@ -197,11 +213,18 @@ def _section(model: ModelReport) -> str:
         f'<section id="{text(model.name)}"><h2>{text(model.heading)}</h2>'
         f'<p>{text(model.description)}</p>{_results(model)}'
         '<p class="soft">In brackets: the difference to full precision.</p>'
-        f'{_all_metrics(model)}{_scenes(model)}{samples}{_densities(model)}{_seconds(model)}</section>')
+        f'{_all_metrics(model)}{_scenes(model)}{samples}{_densities(model)}{_seconds(model)}</section>'
+    )
 
 
-def write_report(path: Union[str, os.PathLike], title: str, lead: Sequence[str], models: Sequence[ModelReport],
-                 facts: Mapping[str, object], versions: Mapping[str, str]) -> None:
+def write_report(
+    path: Union[str, os.PathLike],
+    title: str,
+    lead: Sequence[str],
+    models: Sequence[ModelReport],
+    facts: Mapping[str, object],
+    versions: Mapping[str, str],
+) -> None:
     """Write one HTML file that needs no other file and no network; it is whole or not there.
 
     Args:
@@ -219,8 +242,11 @@ def write_report(path: Union[str, os.PathLike], title: str, lead: Sequence[str],
     if not models or any(not model.runs for model in models):
         raise DataError('there is nothing to report: give at least one model with at least one run')
     links = ' &middot; '.join(f'<a href="#{text(m.name)}">{text(m.heading)}</a>' for m in models)
-    body = [f'<h1>{text(title)}</h1>'] + [f'<p>{text(p)}</p>'
-                                          for p in lead] + [f'<p>{links}</p>' if len(models) > 1 else '']
+    body = (
+        [f'<h1>{text(title)}</h1>']
+        + [f'<p>{text(p)}</p>' for p in lead]
+        + [f'<p>{links}</p>' if len(models) > 1 else '']
+    )
     body.extend(_section(model) for model in models)
     for heading, rows in (('About this run', facts), ('Versions', versions)):
         cells = [[text(name), text(value)] for name, value in rows.items()]

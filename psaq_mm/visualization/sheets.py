@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Samples as a picture that people can look at, and a PNG file that is whole or not there."""
+
 import io
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from psaq_mm.errors import DataError
-from psaq_mm.synthesis import ImageSpec
+from psaq_mm.pictures import ImageSpec
 
 __all__ = ['to_pixels', 'sample_sheet', 'write_png', 'encode_png', 'write_whole']
 
@@ -38,11 +39,13 @@ def to_pixels(images: Tensor, image_spec: ImageSpec) -> np.ndarray:
     """
     if images.dim() != 4 or 0 in images.shape:
         raise DataError(
-            f'samples of shape {tuple(images.shape)} are no batch of pictures: give (N, C, H, W), none of them 0')
+            f'samples of shape {tuple(images.shape)} are no batch of pictures: give (N, C, H, W), none of them 0'
+        )
     images = images.detach().float().cpu()
     if not images.isfinite().all():
         raise DataError(
-            'a sample holds NaN or infinite values and cannot be drawn: lower the learning rate of the synthesis')
+            'a sample holds NaN or infinite values and cannot be drawn: lower the learning rate of the synthesis'
+        )
     pixels = image_spec.to_bytes(images).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     channels = pixels.shape[-1]
     if channels == 1:
@@ -91,7 +94,7 @@ def sample_sheet(samples: Tensor, image_spec: ImageSpec, columns: int = 8, cell:
     sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
     for number, picture in enumerate(pictures):
         top, left = number // columns * (height + GAP), number % columns * (width + GAP)
-        sheet[top:top + height, left:left + width] = picture
+        sheet[top : top + height, left : left + width] = picture
     return sheet
 
 
@@ -124,10 +127,15 @@ def write_png(array: np.ndarray, path: Union[str, os.PathLike]) -> None:
 def encode_png(array: np.ndarray) -> bytes:
     """A picture (H, W, 3) or (H, W), uint8, as the bytes of a PNG file."""
     array = np.asarray(array)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3
-                                                               and array.shape[2] != 3) or not array.size:
+    if (
+        array.dtype != np.uint8
+        or array.ndim not in (2, 3)
+        or (array.ndim == 3 and array.shape[2] != 3)
+        or not array.size
+    ):
         raise DataError(
-            f'an array of {array.dtype} and shape {array.shape} is no picture: give uint8, (H, W, 3) or (H, W)')
+            f'an array of {array.dtype} and shape {array.shape} is no picture: give uint8, (H, W, 3) or (H, W)'
+        )
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format='PNG')
     return buffer.getvalue()

@@ -1,4 +1,5 @@
 """Agreement with full precision: on cases worked out by hand, and on detectors and segmentors that are run."""
+
 import json
 
 import numpy as np
@@ -23,8 +24,10 @@ def sample(name, **fields):
 
 
 def classified(predictions, truth):
-    return [sample(f'{i}.png', pred_label=torch.tensor([p]), gt_label=torch.tensor([t]))
-            for i, (p, t) in enumerate(zip(predictions, truth))]
+    return [
+        sample(f'{i}.png', pred_label=torch.tensor([p]), gt_label=torch.tensor([t]))
+        for i, (p, t) in enumerate(zip(predictions, truth))
+    ]
 
 
 def segmented(maps):
@@ -49,7 +52,7 @@ def agreement(truth, found):
     return hook.result()
 
 
-BOXES = [[[0, 0, 10, 10, .9, 1], [20, 0, 30, 10, .8, 1], [50, 50, 60, 60, .2, 0]], [], [[0, 0, 8, 8, .5, 2]]]
+BOXES = [[[0, 0, 10, 10, 0.9, 1], [20, 0, 30, 10, 0.8, 1], [50, 50, 60, 60, 0.2, 0]], [], [[0, 0, 8, 8, 0.5, 2]]]
 MAPS = [np.arange(12).reshape(3, 4) % 5, np.full((2, 6), 300)]
 
 
@@ -61,7 +64,11 @@ def test_a_model_agrees_with_itself_also_through_a_file(samples, tmp_path):
     record.predictions.metrics = dict(mIoU=1.5)
     record.predictions.save(tmp_path / 'full.npz')
     loaded = Predictions.load(tmp_path / 'full.npz')
-    assert len(loaded) == len(samples) and loaded.metrics == dict(mIoU=1.5) and loaded.correct == record.predictions.correct
+    assert (
+        len(loaded) == len(samples)
+        and loaded.metrics == dict(mIoU=1.5)
+        and loaded.correct == record.predictions.correct
+    )
     for index in range(len(samples)):
         np.testing.assert_array_equal(loaded[index], record.predictions[index])
     hook = AgreementHook(loaded)
@@ -82,22 +89,29 @@ def test_classes_and_paired_difference():
 
 def test_without_labels_there_is_no_difference():
     unlabelled = [sample('0.png', pred_label=torch.tensor([1]))]
-    assert agreement(unlabelled, unlabelled) == dict(agreement=1.0, difference=None, difference_se=None, divergence=None)
+    assert agreement(unlabelled, unlabelled) == dict(
+        agreement=1.0, difference=None, difference_se=None, divergence=None
+    )
 
 
 def with_chances(logits):
-    return [sample(f'{i}.png', pred_label=torch.tensor([int(row.argmax())]), pred_score=row.softmax(0)) for i, row in enumerate(logits)]
+    return [
+        sample(f'{i}.png', pred_label=torch.tensor([int(row.argmax())]), pred_score=row.softmax(0))
+        for i, row in enumerate(logits)
+    ]
 
 
 def test_class_probabilities_diverge_where_the_classes_agree(tmp_path):
     truth = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     found = truth * 1.3
-    wanted = float(torch.nn.functional.kl_div(found.log_softmax(1), truth.log_softmax(1), reduction='batchmean', log_target=True))
+    wanted = float(
+        torch.nn.functional.kl_div(found.log_softmax(1), truth.log_softmax(1), reduction='batchmean', log_target=True)
+    )
     result = agreement(with_chances(truth), with_chances(found))
-    assert result['agreement'] == 1. and wanted > 1e-3
+    assert result['agreement'] == 1.0 and wanted > 1e-3
     assert result['divergence'] == pytest.approx(wanted, rel=1e-4)
-    assert agreement(with_chances(truth), with_chances(truth))['divergence'] == pytest.approx(0., abs=1e-9)
-    certain = torch.tensor([[0., 500.], [500., 0.]])  # the other class has no probability left in float32
+    assert agreement(with_chances(truth), with_chances(truth))['divergence'] == pytest.approx(0.0, abs=1e-9)
+    certain = torch.tensor([[0.0, 500.0], [500.0, 0.0]])  # the other class has no probability left in float32
     assert np.isfinite(agreement(with_chances(certain), with_chances(-certain))['divergence'])
     record = RecordHook()
     record.after_test_iter(None, 0, outputs=with_chances(truth))
@@ -119,15 +133,18 @@ def test_label_maps_of_another_size_are_refused():
         agreement(segmented(MAPS[:1]), segmented([MAPS[0].T.copy()]))
 
 
-@pytest.mark.parametrize('found, matches', [
-    ([[0, 0, 10, 10, .9, 1]], 1),
-    ([[0, 0, 10, 10, .9, 0]], 0),  # another class
-    ([[0, 0, 10, 5, .9, 1]], 1),  # an overlap of exactly a half
-    ([[0, 0, 10, 4.9, .9, 1]], 0),
-    ([[0, 0, 10, 10, .9, 1], [0, 0, 10, 9, .8, 1]], 1),  # a box is found once
-    ([[0, 0, 10, 9, .8, 1], [0, 0, 10, 10, .4, 1], [21, 0, 31, 10, .35, 1]], 2),
-    ([], 0),
-])
+@pytest.mark.parametrize(
+    'found, matches',
+    [
+        ([[0, 0, 10, 10, 0.9, 1]], 1),
+        ([[0, 0, 10, 10, 0.9, 0]], 0),  # another class
+        ([[0, 0, 10, 5, 0.9, 1]], 1),  # an overlap of exactly a half
+        ([[0, 0, 10, 4.9, 0.9, 1]], 0),
+        ([[0, 0, 10, 10, 0.9, 1], [0, 0, 10, 9, 0.8, 1]], 1),  # a box is found once
+        ([[0, 0, 10, 9, 0.8, 1], [0, 0, 10, 10, 0.4, 1], [21, 0, 31, 10, 0.35, 1]], 2),
+        ([], 0),
+    ],
+)
 def test_matching(found, matches):
     truth = np.array(BOXES[0][:2], np.float32)
     assert matched_boxes(np.array(found, np.float32).reshape(-1, 6), truth) == matches
@@ -135,12 +152,12 @@ def test_matching(found, matches):
 
 def test_f1_counts_only_sure_boxes_of_both_sides():
     # One of full precision's three boxes is missed, one is found that it has not; boxes under the score do not count.
-    found = [[[0, 0, 10, 10, .31, 1], [80, 80, 90, 90, .29, 1]], [[0, 0, 5, 5, .6, 0]], [[0, 0, 8, 8, .3, 2]]]
+    found = [[[0, 0, 10, 10, 0.31, 1], [80, 80, 90, 90, 0.29, 1]], [[0, 0, 5, 5, 0.6, 0]], [[0, 0, 8, 8, 0.3, 2]]]
     assert agreement(detected(BOXES), detected(found))['agreement'] == pytest.approx(2 * 2 / (3 + 3))
 
 
 def test_no_boxes_on_either_side_is_nothing_to_compare():
-    assert agreement(detected([[]]), detected([[[0, 0, 9, 9, .1, 0]]]))['agreement'] is None
+    assert agreement(detected([[]]), detected([[[0, 0, 9, 9, 0.1, 0]]]))['agreement'] is None
 
 
 def test_another_order_is_refused():
@@ -163,6 +180,7 @@ def test_a_damaged_file_is_named(tmp_path):
 # ---------------------------------------------------------------------- models that run
 def _pictures(folder, count):
     from PIL import Image
+
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for number in range(count):
@@ -173,53 +191,72 @@ def _pictures(folder, count):
 def detector(folder):
     """Detects: the bias of one class is high enough for boxes above the score."""
     from mmdet.datasets import CocoDataset
+
     project = Project(folder, DETECTOR)
     content = torch.load(project.checkpoint)
-    content['state_dict']['roi_head.bbox_head.fc_cls.bias'][:2] += 6.
+    content['state_dict']['roi_head.bbox_head.fc_cls.bias'][:2] += 6.0
     torch.save(content, project.checkpoint)
     _pictures(folder / 'images', 3)
-    box = dict(iscrowd=0, area=400., bbox=[10., 10., 20., 20.], segmentation=[[10., 10., 30., 10., 30., 30., 10., 30.]])
-    (folder / 'boxes.json').write_text(json.dumps(dict(
-        images=[dict(id=i, file_name=f'{i}.png', height=64, width=96) for i in range(3)],
-        annotations=[dict(box, id=i, image_id=i, category_id=1) for i in range(3)],
-        categories=[dict(id=i, name=name) for i, name in enumerate(CocoDataset.METAINFO['classes'], 1)])))
-    return project, f"""
+    box = dict(
+        iscrowd=0,
+        area=400.0,
+        bbox=[10.0, 10.0, 20.0, 20.0],
+        segmentation=[[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]],
+    )
+    (folder / 'boxes.json').write_text(
+        json.dumps(
+            dict(
+                images=[dict(id=i, file_name=f'{i}.png', height=64, width=96) for i in range(3)],
+                annotations=[dict(box, id=i, image_id=i, category_id=1) for i in range(3)],
+                categories=[dict(id=i, name=name) for i, name in enumerate(CocoDataset.METAINFO['classes'], 1)],
+            )
+        )
+    )
+    return (
+        project,
+        f"""
 test_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dict(
     data_root={str(folder)!r}, ann_file='boxes.json', data_prefix=dict(img='images'), pipeline=[
         dict(type='LoadImageFromFile'), dict(type='Resize', scale=(96, 64)),
         dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))]))
 test_evaluator = dict(ann_file={str(folder / 'boxes.json')!r})
-"""
+""",
+    )
 
 
 def segmentor(folder):
     from PIL import Image
+
     project = Project(folder, SEGMENTOR)
     _pictures(folder / 'images', 3)
     (folder / 'maps').mkdir()
     for number in range(3):
         labels = np.random.default_rng(number).integers(1, 6, (64, 96)).astype(np.uint8)
         Image.fromarray(labels).save(folder / 'maps' / f'{number}.png')
-    return project, f"""
+    return (
+        project,
+        f"""
 test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
     type='BaseSegDataset', img_suffix='.png', reduce_zero_label=True,
     metainfo=dict(classes=tuple('abcde'), palette=[[i, i, i] for i in range(5)]),
     data_root={str(folder)!r}, data_prefix=dict(img_path='images', seg_map_path='maps'), pipeline=[
         dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True), dict(type='PackSegInputs')]))
-"""
+""",
+    )
 
 
 @pytest.mark.parametrize('build, library, metric', [(detector, 'mmdet', 'coco/bbox_mAP'), (segmentor, 'mmseg', 'mIoU')])
 def test_agreement_of_models_that_run(build, library, metric, tmp_path):
     pytest.importorskip(library)
     from mmengine.config import Config
+
     project, test_set = build(tmp_path)
     path = project.config()
     path.write_text(path.read_text() + test_set)
     work_dir = tmp_path / 'work'
     arguments = ['--calibration', 'gaussian', '--seeds', '0', '--quant', 'w2a2']
     assert compare([str(path), *arguments, '--work-dir', str(work_dir)]) == 0
-    row, = json.loads((work_dir / 'compare.json').read_text())['rows']
+    (row,) = json.loads((work_dir / 'compare.json').read_text())['rows']
     assert metric in row['metrics'] and row['full_precision'].keys() == row['metrics'].keys()
     assert 0 < row['agreement'] < 1 and row['difference'] is None
 
@@ -227,6 +264,8 @@ def test_agreement_of_models_that_run(build, library, metric, tmp_path):
     assert len(truth) == 3
     hook, config = AgreementHook(truth), Config.fromfile(path)
     config.work_dir = str(tmp_path / 'again')
-    metrics = evaluate(config, read_checkpoint(project.checkpoint), str(project.checkpoint), full_precision=True, hooks=[hook])
+    metrics = evaluate(
+        config, read_checkpoint(project.checkpoint), str(project.checkpoint), full_precision=True, hooks=[hook]
+    )
     assert hook.result() == dict(agreement=1.0, difference=None, difference_se=None, divergence=None)
     assert metrics[metric] == truth.metrics[metric]

@@ -1,4 +1,5 @@
 """What the commands ask of the C library, in processes of their own."""
+
 import os
 import platform
 import subprocess
@@ -24,7 +25,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def run(**environment):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_') and k not in ('GLIBC_TUNABLES', 'LD_PRELOAD')}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith('MALLOC_') and k not in ('GLIBC_TUNABLES', 'LD_PRELOAD')
+    }
     done = subprocess.run([sys.executable, '-c', FAULTS], capture_output=True, text=True, env={**kept, **environment})
     assert done.returncode == 0, done.stderr
     found, faults = done.stdout.split()
@@ -36,7 +39,9 @@ def test_freed_memory_is_used_again_without_a_page_fault():
     assert found and faults < 1000, '20 tensors of 4096 pages'
 
 
-@pytest.mark.parametrize('name, value', [('MALLOC_MMAP_THRESHOLD_', '131072'), ('GLIBC_TUNABLES', 'glibc.malloc.mmap_threshold=131072')])
+@pytest.mark.parametrize(
+    'name, value', [('MALLOC_MMAP_THRESHOLD_', '131072'), ('GLIBC_TUNABLES', 'glibc.malloc.mmap_threshold=131072')]
+)
 def test_settings_of_the_environment_stay(name, value):
     found, faults = run(**{name: value})
     assert not found and faults > 10000

@@ -1,4 +1,5 @@
 """What every command says when it cannot go on: one sentence, with advice that this command has an option for."""
+
 import errno
 import importlib
 import importlib.util
@@ -8,15 +9,20 @@ import torch
 from quick_builds import WeightsWithoutMemory, metafiles_read_once
 
 from psaq_mm.commands.dfq_train import main as dfq_train
+from psaq_mm.commands.inspect import main as inspect_command
 from psaq_mm.commands.missing import missing_from
-from psaq_mm.inspect import main as inspect_command
 
 COMMANDS = {  # module, what it calls first, arguments, options that it may advise
     'psaq-dfq-train': ('psaq_mm.commands.dfq_train', 'runnable_config', ['C.py'], {'--work-dir', '--resume'}),
     'psaq-test': ('psaq_mm.commands.test', 'runnable_config', ['C.py', 'student.pth'], {'--work-dir'}),
     'psaq-export': ('psaq_mm.commands.export', 'load_config', ['C.py', 'student.pth', '--out', 'D'], {'--out'}),
-    'psaq-inspect': ('psaq_mm.inspect', 'load_config', ['C.py'], set()),
-    'psaq-convert-checkpoint': ('psaq_mm.commands.convert_checkpoint', 'load_config', ['C.py', 'S.pth', '--out', 'O.pth'], {'--out'}),
+    'psaq-inspect': ('psaq_mm.commands.inspect', 'load_config', ['C.py'], set()),
+    'psaq-convert-checkpoint': (
+        'psaq_mm.commands.convert_checkpoint',
+        'load_config',
+        ['C.py', 'S.pth', '--out', 'O.pth'],
+        {'--out'},
+    ),
     'psaq-sensitivity': ('psaq_mm.commands.sensitivity', 'load_config', ['C.py', 'F.pth'], {'--work-dir'}),
     'psaq-compare': ('psaq_mm.commands.compare', 'load_config', ['C.py'], {'--work-dir'}),
 }
@@ -68,25 +74,58 @@ def caused(error, cause):
     return error
 
 
-@pytest.mark.parametrize('error, words', [  # as mmdet, mmseg, mmpretrain, mmengine and Python say it
-    (ModuleNotFoundError("No module named 'transformers'"), ['module transformers', 'pip install transformers']),
-    (ModuleNotFoundError("Failed to import skimage.io in c.py, line 2 for No module named 'skimage'"), ['pip install scikit-image']),
-    (ImportError('Please run "pip install cityscapesscripts" to install cityscapesscripts first.'), ['pip install cityscapesscripts']),
-    (ImportError('Please run "pip install -U sahi" to install sahi first.'), ['pip install -U sahi']),
-    (RuntimeError('panopticapi is not installed, please install it by: pip install git+https://github.com/cocodataset/panopticapi.git.'),
-     ['package panopticapi', 'pip install git+https://github.com/cocodataset/panopticapi.git']),
-    (RuntimeError('Package lvis is not installed. Please run "pip install git+https://github.com/lvis-dataset/lvis-api.git".'),
-     ['package lvis', 'pip install git+https://github.com/lvis-dataset/lvis-api.git']),
-    (RuntimeError('timm is not installed'), ['package timm', 'pip install timm']),
-    (AssertionError('To use VPD model, please install required packages via `pip install -r requirements/optional.txt`.'),
-     ['pip install -r requirements/optional.txt']),
-    (RuntimeError('nltk is not installed,                 please install it by: pip install nltk'), ['pip install nltk']),
-    (caused(ImportError('Failed to import custom modules from a list, the current sys.path is: a b c'),
-            caused(ImportError('Failed to import welds'), ModuleNotFoundError("No module named 'welds'"))),
-     ['module welds', 'PYTHONPATH']),
-    (KeyError("'WeldDataset is not in the mmdet::dataset registry. Please check whether the value of `WeldDataset` is correct.'"),
-     ["type='WeldDataset'", 'mmdet::dataset', 'custom_imports']),
-])
+@pytest.mark.parametrize(
+    'error, words',
+    [  # as mmdet, mmseg, mmpretrain, mmengine and Python say it
+        (ModuleNotFoundError("No module named 'transformers'"), ['module transformers', 'pip install transformers']),
+        (
+            ModuleNotFoundError("Failed to import skimage.io in c.py, line 2 for No module named 'skimage'"),
+            ['pip install scikit-image'],
+        ),
+        (
+            ImportError('Please run "pip install cityscapesscripts" to install cityscapesscripts first.'),
+            ['pip install cityscapesscripts'],
+        ),
+        (ImportError('Please run "pip install -U sahi" to install sahi first.'), ['pip install -U sahi']),
+        (
+            RuntimeError(
+                'panopticapi is not installed, please install it by: pip install git+https://github.com/cocodataset/panopticapi.git.'
+            ),
+            ['package panopticapi', 'pip install git+https://github.com/cocodataset/panopticapi.git'],
+        ),
+        (
+            RuntimeError(
+                'Package lvis is not installed. Please run "pip install git+https://github.com/lvis-dataset/lvis-api.git".'
+            ),
+            ['package lvis', 'pip install git+https://github.com/lvis-dataset/lvis-api.git'],
+        ),
+        (RuntimeError('timm is not installed'), ['package timm', 'pip install timm']),
+        (
+            AssertionError(
+                'To use VPD model, please install required packages via `pip install -r requirements/optional.txt`.'
+            ),
+            ['pip install -r requirements/optional.txt'],
+        ),
+        (
+            RuntimeError('nltk is not installed,                 please install it by: pip install nltk'),
+            ['pip install nltk'],
+        ),
+        (
+            caused(
+                ImportError('Failed to import custom modules from a list, the current sys.path is: a b c'),
+                caused(ImportError('Failed to import welds'), ModuleNotFoundError("No module named 'welds'")),
+            ),
+            ['module welds', 'PYTHONPATH'],
+        ),
+        (
+            KeyError(
+                "'WeldDataset is not in the mmdet::dataset registry. Please check whether the value of `WeldDataset` "
+                "is correct.'"
+            ),
+            ["type='WeldDataset'", 'mmdet::dataset', 'custom_imports'],
+        ),
+    ],
+)
 def test_each_way_of_saying_it(error, words):
     sentence = missing_from(error)
     assert all(word in sentence for word in words), sentence
@@ -94,26 +133,50 @@ def test_each_way_of_saying_it(error, words):
 
 def test_a_library_that_is_not_installed():
     from mmengine.registry import DefaultScope
+
     with DefaultScope.overwrite_default_scope('mmabsent'):
         sentence = missing_from(KeyError("'TopdownPoseEstimator is not in the mmengine::model registry. Please check'"))
     assert 'the module mmabsent is not there: pip install mmabsent' in sentence
 
 
-@pytest.mark.parametrize('error', [
-    RuntimeError('CUDA out of memory'), KeyError('data_root'), AssertionError(), ImportError("cannot import name 'x' from 'torch'"),
-    ModuleNotFoundError("No module named 'psaq_mm.commands.absent'"), ValueError('numpy is not installed'),
-])
+@pytest.mark.parametrize(
+    'error',
+    [
+        RuntimeError('CUDA out of memory'),
+        KeyError('data_root'),
+        AssertionError(),
+        ImportError("cannot import name 'x' from 'torch'"),
+        ModuleNotFoundError("No module named 'psaq_mm.commands.absent'"),
+        ValueError('numpy is not installed'),
+    ],
+)
 def test_other_errors_keep_their_traceback(error):
     assert missing_from(error) is None
 
 
-@pytest.mark.parametrize('lines, words', [
-    (["_base_ = ['mmdet::glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py']"], ['package transformers', 'pip install transformers']),
-    (["_base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']", "custom_imports = dict(imports=['nowhere.module'])"],
-     ['C.py', 'module nowhere', 'pip install nowhere', 'PYTHONPATH']),
-    (["_base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']", "model = dict(neck=dict(type='MyNeck'))"],
-     ["type='MyNeck'", 'custom_imports']),
-])
+@pytest.mark.parametrize(
+    'lines, words',
+    [
+        (
+            ["_base_ = ['mmdet::glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py']"],
+            ['package transformers', 'pip install transformers'],
+        ),
+        (
+            [
+                "_base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']",
+                "custom_imports = dict(imports=['nowhere.module'])",
+            ],
+            ['C.py', 'module nowhere', 'pip install nowhere', 'PYTHONPATH'],
+        ),
+        (
+            [
+                "_base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']",
+                "model = dict(neck=dict(type='MyNeck'))",
+            ],
+            ["type='MyNeck'", 'custom_imports'],
+        ),
+    ],
+)
 def test_a_config_that_needs_more_than_is_there(tmp_path, monkeypatch, capsys, lines, words):
     pytest.importorskip('mmdet')
     if 'pip install transformers' in words and importlib.util.find_spec('transformers'):
@@ -122,7 +185,10 @@ def test_a_config_that_needs_more_than_is_there(tmp_path, monkeypatch, capsys, l
     (tmp_path / 'C.py').write_text('\n'.join(lines))
     torch.save(dict(state_dict=dict(weight=torch.ones(1))), 'full_precision.pth')
     with metafiles_read_once(), WeightsWithoutMemory():
-        for command, rest in ((inspect_command, []), (dfq_train, ['--checkpoint', 'full_precision.pth', '--work-dir', 'work'])):
+        for command, rest in (
+            (inspect_command, []),
+            (dfq_train, ['--checkpoint', 'full_precision.pth', '--work-dir', 'work']),
+        ):
             assert command(['C.py', '--quant', 'w8a8', *rest]) == 1
             error = capsys.readouterr().err.splitlines()[-1]
             assert error.startswith('psaq-') and all(word in error for word in words), error

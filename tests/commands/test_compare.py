@@ -1,4 +1,5 @@
 """Controls through the same quantizer: rows that are kept, a table of them, and what is refused at once."""
+
 import json
 import logging
 import os
@@ -51,11 +52,13 @@ def refused(capsys, arguments, *words):
 def test_a_row_for_each_preset_source_and_seed(compared, project):
     rows = compared[2]['rows']
     assert [(r['method'], r['quant'], r['source'], r['seed']) for r in rows] == [
-        ('calibration', q, 'gaussian', seed) for q in ('w8a8', 'w2a2') for seed in (0, 1)]
+        ('calibration', q, 'gaussian', seed) for q in ('w8a8', 'w2a2') for seed in (0, 1)
+    ]
     for row in rows:
         assert row['config'] == str(project.path) and row['iters'] == 0 and row['samples'] == 2 and row['seconds'] > 0
         full, quantized = row['full_precision']['accuracy/top1'], row['metrics']['accuracy/top1']
-        assert row['difference'] == pytest.approx(quantized - full, abs=1e-3)  # in points of top-1, as the evaluator has it
+        # in points of top-1, as the evaluator has it
+        assert row['difference'] == pytest.approx(quantized - full, abs=1e-3)
     assert len({r['key'] for r in rows}) == 4
     assert len({json.dumps(r['full_precision']) for r in rows}) == 1
 
@@ -68,18 +71,35 @@ def test_agreement_falls_with_the_bits(compared):
 def test_the_table_sums_up_the_rows(compared):
     _, work_dir, found = compared
     assert [(e['quant'], e['source'], e['seeds']) for e in found['table']] == [
-        ('w8a8', 'gaussian', [0, 1]), ('w2a2', 'gaussian', [0, 1])]
+        ('w8a8', 'gaussian', [0, 1]),
+        ('w2a2', 'gaussian', [0, 1]),
+    ]
     for entry in found['table']:
         own = [r for r in found['rows'] if (r['quant'], r['source']) == (entry['quant'], entry['source'])]
         for key, values in dict(agreement=[r['agreement'] for r in own], seconds=[r['seconds'] for r in own]).items():
             assert entry[key] == dict(mean=pytest.approx(statistics.mean(values)), min=min(values), max=max(values))
         tops = [r['metrics']['accuracy/top1'] for r in own]
-        assert entry['metrics']['accuracy/top1'] == dict(mean=pytest.approx(statistics.mean(tops)), min=min(tops), max=max(tops))
+        assert entry['metrics']['accuracy/top1'] == dict(
+            mean=pytest.approx(statistics.mean(tops)), min=min(tops), max=max(tops)
+        )
     lines = (work_dir / 'compare.md').read_text().splitlines()
     cells = [[c.strip() for c in line.strip('|').split('|')] for line in lines if line.startswith('|')]
-    assert cells[0] == ['method', 'quant', 'source', 'seeds', 'accuracy/top1', 'agreement', 'difference', 'divergence', 'samples', 'steps',
-                        'seconds']
-    assert cells[2][0] == 'full precision' and cells[2][4] == f'{found["rows"][0]["full_precision"]["accuracy/top1"]:.2f}'
+    assert cells[0] == [
+        'method',
+        'quant',
+        'source',
+        'seeds',
+        'accuracy/top1',
+        'agreement',
+        'difference',
+        'divergence',
+        'samples',
+        'steps',
+        'seconds',
+    ]
+    assert (
+        cells[2][0] == 'full precision' and cells[2][4] == f'{found["rows"][0]["full_precision"]["accuracy/top1"]:.2f}'
+    )
     assert [c[:4] for c in cells[3:]] == [['calibration', e['quant'], e['source'], '2'] for e in found['table']]
     assert all(cells[3 + i][5].startswith(f'{e["agreement"]["mean"]:.3f}') for i, e in enumerate(found['table']))
 
@@ -135,8 +155,15 @@ def test_what_a_row_rests_on_is_in_its_key(project, tmp_path):
 
     base = key()
     assert key() == base and key(work_dir='/elsewhere', **{'dfq.log_interval': 7}) == base
-    others = [key(source='pink'), key(seed=1), key(quant='w4a8'), key(train=True), key(**{'dfq.calibration_samples': 3}),
-              key(**{'test_dataloader.dataset.data_prefix': 'train'}), key(**{'model.head.topk': (1, 2)})]
+    others = [
+        key(source='pink'),
+        key(seed=1),
+        key(quant='w4a8'),
+        key(train=True),
+        key(**{'dfq.calibration_samples': 3}),
+        key(**{'test_dataloader.dataset.data_prefix': 'train'}),
+        key(**{'model.head.topk': (1, 2)}),
+    ]
     copy = project.folder / 'moved.pth'
     copy.write_bytes(project.checkpoint.read_bytes())
     assert key(load_from=str(copy)) == base  # the same weights under another name
@@ -149,14 +176,38 @@ def test_what_a_row_rests_on_is_in_its_key(project, tmp_path):
 
 def test_saved_samples_are_used_in_place_of_generated_ones(project, tmp_path):
     from psaq_mm.commands.dfq_train import main as dfq_train
-    assert dfq_train([str(project.path), '--work-dir', str(tmp_path / 'made'), '--cfg-options', 'dfq.save_samples=True',
-                      'dfq.iters=0']) == 0
+
+    assert (
+        dfq_train(
+            [
+                str(project.path),
+                '--work-dir',
+                str(tmp_path / 'made'),
+                '--cfg-options',
+                'dfq.save_samples=True',
+                'dfq.iters=0',
+            ]
+        )
+        == 0
+    )
     samples = tmp_path / 'made' / 'samples.pt'
-    arguments = [str(project.path), '--calibration', 'generated', 'gaussian', '--seeds', '0', '--work-dir', str(tmp_path / 'w')]
+    arguments = [
+        str(project.path),
+        '--calibration',
+        'generated',
+        'gaussian',
+        '--seeds',
+        '0',
+        '--work-dir',
+        str(tmp_path / 'w'),
+    ]
     assert main([*arguments, '--keep-students', '--samples', str(samples)]) == 0
     generated, gaussian = content(tmp_path / 'w')['rows']
     assert generated['samples'] == gaussian['samples'] == 2
-    used = {p.parent.name.split('_')[3]: torch.load(p, weights_only=False) for p in (tmp_path / 'w').glob('runs/*/student.pth')}
+    used = {
+        p.parent.name.split('_')[3]: torch.load(p, weights_only=False)
+        for p in (tmp_path / 'w').glob('runs/*/student.pth')
+    }
     assert used['generated']['meta']['psaq_mm']['dfq']['samples'] == str(samples)
     assert used['gaussian']['meta']['psaq_mm']['dfq']['samples'] is None
     made = torch.load(tmp_path / 'made' / 'student.pth', weights_only=False)['state_dict']
@@ -175,9 +226,25 @@ def test_saved_samples_are_used_in_place_of_generated_ones(project, tmp_path):
 
 # ---------------------------------------------------------------------- training, errors
 def test_training_runs_the_configs_own_steps(project, tmp_path):
-    assert main([str(project.path), '--calibration', 'pink', '--seeds', '0', '--train', '--keep-students',
-                 '--work-dir', str(tmp_path), '--cfg-options', 'dfq.iters=2']) == 0
-    row, = content(tmp_path)['rows']
+    assert (
+        main(
+            [
+                str(project.path),
+                '--calibration',
+                'pink',
+                '--seeds',
+                '0',
+                '--train',
+                '--keep-students',
+                '--work-dir',
+                str(tmp_path),
+                '--cfg-options',
+                'dfq.iters=2',
+            ]
+        )
+        == 0
+    )
+    (row,) = content(tmp_path)['rows']
     assert row['iters'] == 2
     student = torch.load(next(tmp_path.glob('runs/*/student.pth')), weights_only=False)
     assert student['meta']['psaq_mm']['dfq']['source'] == 'pink' and student['meta']['psaq_mm']['dfq']['max_iters'] == 2
@@ -201,23 +268,46 @@ def test_a_row_that_fails_is_kept_with_its_reason_and_the_rest_goes_on(project, 
 
 
 def test_diverged_training_is_named(project, tmp_path):
-    assert main([str(project.path), '--calibration', 'gaussian', '--seeds', '0', '--train', '--work-dir', str(tmp_path),
-                 '--cfg-options', 'dfq.lr=1e30', 'dfq.iters=4', 'dfq.clip_grad=None']) == 1
-    row, = content(tmp_path)['rows']
+    assert (
+        main(
+            [
+                str(project.path),
+                '--calibration',
+                'gaussian',
+                '--seeds',
+                '0',
+                '--train',
+                '--work-dir',
+                str(tmp_path),
+                '--cfg-options',
+                'dfq.lr=1e30',
+                'dfq.iters=4',
+                'dfq.clip_grad=None',
+            ]
+        )
+        == 1
+    )
+    (row,) = content(tmp_path)['rows']
     assert row['error']
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--calibration', 'gausian'], ['gausian', 'did you mean gaussian?']),
-    (['--calibration', 'imagenet'], ['imagenet', 'generated', 'real']),
-    (['--quant', 'w9a8'], ['w_bits=9']),
-    (['--calibration', 'gaussian', '--samples', 'saved.pt'], ['saved.pt', 'generated']),
-    (['--samples', 'saved.pt'], ['saved.pt', 'does not exist']),
-    (['--cfg-options', 'load_from=none.pth'], ['none.pth', 'does not exist']),
-    (['--cfg-options', 'test_dataloader.dataset.data_prefix=gone'], ['gone', 'does not exist']),
-    (['--calibration', 'real', '--cfg-options', 'train_dataloader=None'], ['real', 'train_dataloader']),
-    (['--calibration', 'real', '--cfg-options', 'train_dataloader.dataset.data_prefix=test'], ['test_dataloader', 'data/test']),
-])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['--calibration', 'gausian'], ['gausian', 'did you mean gaussian?']),
+        (['--calibration', 'imagenet'], ['imagenet', 'generated', 'real']),
+        (['--quant', 'w9a8'], ['w_bits=9']),
+        (['--calibration', 'gaussian', '--samples', 'saved.pt'], ['saved.pt', 'generated']),
+        (['--samples', 'saved.pt'], ['saved.pt', 'does not exist']),
+        (['--cfg-options', 'load_from=none.pth'], ['none.pth', 'does not exist']),
+        (['--cfg-options', 'test_dataloader.dataset.data_prefix=gone'], ['gone', 'does not exist']),
+        (['--calibration', 'real', '--cfg-options', 'train_dataloader=None'], ['real', 'train_dataloader']),
+        (
+            ['--calibration', 'real', '--cfg-options', 'train_dataloader.dataset.data_prefix=test'],
+            ['test_dataloader', 'data/test'],
+        ),
+    ],
+)
 def test_mistakes_are_named_before_anything_runs(project, tmp_path, capsys, arguments, words):
     refused(capsys, [project.path, *arguments, '--work-dir', tmp_path / 'w'], *words)
     assert not (tmp_path / 'w').exists()
@@ -231,6 +321,7 @@ def test_a_file_of_other_rows_is_not_overwritten(project, tmp_path, capsys):
 
 def test_two_processes_do_not_share_a_work_dir(compared, capsys):
     from psaq_mm.commands.compare_rows import alone_in
+
     arguments, work_dir, before = compared
     with alone_in(work_dir):
         refused(capsys, [*arguments, '--seeds', '7'], 'another comparison is at work', str(work_dir))
@@ -240,8 +331,17 @@ def test_two_processes_do_not_share_a_work_dir(compared, capsys):
 
 # ---------------------------------------------------------------------- methods
 def test_methods_bring_their_quantizer_and_train_or_not(project):
-    runs = plan({str(project.path): module.load_config(str(project.path))}, ['gaussian'], [0], ['w4a4'], methods=['repq', 'repq_v2'])
-    assert [(run.method, run.quant, run.iters > 0) for run in runs] == [('repq', 'repq_w4a4', False), ('repq_v2', 'repq_w4a4', True)]
+    runs = plan(
+        {str(project.path): module.load_config(str(project.path))},
+        ['gaussian'],
+        [0],
+        ['w4a4'],
+        methods=['repq', 'repq_v2'],
+    )
+    assert [(run.method, run.quant, run.iters > 0) for run in runs] == [
+        ('repq', 'repq_w4a4', False),
+        ('repq_v2', 'repq_w4a4', True),
+    ]
     assert len({run.key for run in runs}) == 2 and len({run.full_precision_key for run in runs}) == 1
 
 
@@ -253,26 +353,40 @@ def loaders(train, test, **kwargs):
 COCO = dict(type='CocoDataset', data_root='data/coco', ann_file='train.json', data_prefix=dict(img='train/'))
 
 
-@pytest.mark.parametrize('train, test', [
-    (COCO, dict(COCO, ann_file='val.json', data_prefix=dict(img='val/'))),
-    (COCO, dict(COCO, ann_file='minival.json')),  # two lists over one folder
-    (dict(data_root='d', data_prefix='train'), dict(data_root='d', data_prefix=dict(img_path='test'))),
-    (dict(data_root='d', data_prefix='train'), dict(data_root='d', data_prefix='train_2')),
-    (dict(data_root='d', split='train'), dict(data_root='d', split='val')),
-    (dict(type='A'), dict(type='B')),
-])
+@pytest.mark.parametrize(
+    'train, test',
+    [
+        (COCO, dict(COCO, ann_file='val.json', data_prefix=dict(img='val/'))),
+        (COCO, dict(COCO, ann_file='minival.json')),  # two lists over one folder
+        (dict(data_root='d', data_prefix='train'), dict(data_root='d', data_prefix=dict(img_path='test'))),
+        (dict(data_root='d', data_prefix='train'), dict(data_root='d', data_prefix='train_2')),
+        (dict(data_root='d', split='train'), dict(data_root='d', split='val')),
+        (dict(type='A'), dict(type='B')),
+    ],
+)
 def test_sets_that_differ_are_let_through(train, test):
     check_no_overlap(loaders(train, test))
 
 
-@pytest.mark.parametrize('train, test', [
-    (COCO, dict(COCO, test_mode=True)),
-    (dict(type='RepeatDataset', dataset=dict(type='ConcatDataset', datasets=[dict(COCO, ann_file='a.json'), COCO])), COCO),
-    (COCO, dict(COCO, data_root='', ann_file='data/coco/train.json', data_prefix=dict(img='./data/coco/x/../train'))),
-    (dict(data_root='d', data_prefix='all'), dict(data_root='d', data_prefix=dict(img_path='all/test'))),
-    (dict(data_root='d', data_prefix='all', ann_file='train.txt'), dict(data_root='d', data_prefix='all')),
-    (dict(data_root='d', split='val'), dict(data_root='d', split='val')),
-])
+@pytest.mark.parametrize(
+    'train, test',
+    [
+        (COCO, dict(COCO, test_mode=True)),
+        (
+            dict(
+                type='RepeatDataset', dataset=dict(type='ConcatDataset', datasets=[dict(COCO, ann_file='a.json'), COCO])
+            ),
+            COCO,
+        ),
+        (
+            COCO,
+            dict(COCO, data_root='', ann_file='data/coco/train.json', data_prefix=dict(img='./data/coco/x/../train')),
+        ),
+        (dict(data_root='d', data_prefix='all'), dict(data_root='d', data_prefix=dict(img_path='all/test'))),
+        (dict(data_root='d', data_prefix='all', ann_file='train.txt'), dict(data_root='d', data_prefix='all')),
+        (dict(data_root='d', split='val'), dict(data_root='d', split='val')),
+    ],
+)
 def test_sets_that_are_the_same_files_are_refused(train, test):
     for key in ('test_dataloader', 'val_dataloader'):
         with pytest.raises(ConfigError, match=f'train_dataloader and {key} both read'):
@@ -299,6 +413,7 @@ def test_a_silent_run_says_how_far_it_is_and_leaves_no_open_log(project, tmp_pat
     from psaq_mm.commands.dfq_train import data_free_runner
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
     from psaq_mm.engine.config import to_data_free
+
     said = []
     config = Config.fromfile(project.path)
     config.dfq.update(iters=1)
@@ -308,6 +423,6 @@ def test_a_silent_run_says_how_far_it_is_and_leaves_no_open_log(project, tmp_pat
         runner.train()
     assert capsys.readouterr().out == ''
     assert any('Samples [' in line and 'eta' in line for line in said) and any('Iter(train)' in line for line in said)
-    log, = tmp_path.glob('*/*.log')
+    (log,) = tmp_path.glob('*/*.log')
     assert 'Samples [' in log.read_text()
     assert not [h for h in runner.logger.handlers if isinstance(h, logging.FileHandler)]

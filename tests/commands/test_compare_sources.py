@@ -1,4 +1,5 @@
 """Every source for calibration and for training, at equal steps and equal seconds; curves, and the list of rows."""
+
 import json
 
 import numpy as np
@@ -14,7 +15,6 @@ from psaq_mm.commands.compare import main, plan  # noqa: E402
 from psaq_mm.commands.curves import draw_curves, fixed_subset  # noqa: E402
 from psaq_mm.commands.sample_rows import FIELDS, bits_of, merge_rows, read_rows, rows_of  # noqa: E402
 from psaq_mm.engine.checkpoint import read_checkpoint  # noqa: E402
-from psaq_mm.engine.presets import resolve_dfq  # noqa: E402
 from psaq_mm.errors import ConfigError, DataError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -31,9 +31,31 @@ def project(tmp_path_factory):
 def trained(project):
     """Every source, trained, with curves and rows."""
     work_dir, rows = project.folder / 'work', project.folder / 'results' / 'samples.json'
-    arguments = [str(project.path), '--calibration', 'gaussian', 'pink', 'dead_leaves', 'mixture', 'generated', 'real',
-                 str(project.folder / 'data' / 'train' / 'a'), '--quant', 'w3a8', '--train', '--seeds', '0', '--curve', '2',
-                 '--curve-images', '9', '--rows', str(rows), '--work-dir', str(work_dir), '--keep-students']
+    arguments = [
+        str(project.path),
+        '--calibration',
+        'gaussian',
+        'pink',
+        'dead_leaves',
+        'mixture',
+        'generated',
+        'real',
+        str(project.folder / 'data' / 'train' / 'a'),
+        '--quant',
+        'w3a8',
+        '--train',
+        '--seeds',
+        '0',
+        '--curve',
+        '2',
+        '--curve-images',
+        '9',
+        '--rows',
+        str(rows),
+        '--work-dir',
+        str(work_dir),
+        '--keep-students',
+    ]
     assert main(arguments) == 0
     return arguments, work_dir, rows
 
@@ -51,7 +73,10 @@ def test_every_source_trains(trained, project):
     assert [row['source'] for row in rows][:6] == ['gaussian', 'pink', 'dead_leaves', 'mixture', 'generated', 'real']
     assert all(row['iters'] == 4 and 0 <= row['agreement'] <= 1 for row in rows)
     students = [read_checkpoint(path)['state_dict'] for path in sorted(trained[1].glob('runs/*/student.pth'))]
-    weights = {torch.cat([v.flatten() for k, v in state.items() if k.endswith('.weight')]).numpy().tobytes() for state in students}
+    weights = {
+        torch.cat([v.flatten() for k, v in state.items() if k.endswith('.weight')]).numpy().tobytes()
+        for state in students
+    }
     assert len(rows) == len(students) == len(weights) == 7, 'each has learned from samples of its own'
 
 
@@ -59,11 +84,19 @@ def test_the_list_of_rows_has_its_keys_and_nothing_else(trained):
     found = json.loads(trained[2].read_text())
     assert all(tuple(row) == FIELDS for row in found)
     divergences = [row['value'] for row in found if row['metric'] == 'divergence']
-    assert divergences == [round(long['divergence'], 5) for long in content(trained[1])['rows']] and min(divergences) > 0
+    assert (
+        divergences == [round(long['divergence'], 5) for long in content(trained[1])['rows']] and min(divergences) > 0
+    )
     rows = [row for row in found if row['metric'] != 'divergence']
     assert [row['source'] for row in rows] == ['gaussian', 'pink', 'dead_leaves', 'mixture', 'generated', 'real', 'a']
     for row, long in zip(rows, content(trained[1])['rows']):
-        assert (row['model'], row['bits'], row['seed'], row['steps'], row['metric']) == ('quantized', 'W3A8', 0, 4, 'accuracy/top1')
+        assert (row['model'], row['bits'], row['seed'], row['steps'], row['metric']) == (
+            'quantized',
+            'W3A8',
+            0,
+            4,
+            'accuracy/top1',
+        )
         assert row['value'] == long['metrics']['accuracy/top1'] and row['agreement'] == long['agreement']
         assert row['seconds'] == long['seconds'] > 0
 
@@ -73,7 +106,9 @@ def test_curves_begin_with_calibration_and_end_with_the_student(trained):
         assert [point['step'] for point in row['curve']] == [0, 2, 4]
         seconds = [point['seconds'] for point in row['curve']]
         assert seconds == sorted(seconds) and 0 < seconds[0] and seconds[-1] <= row['seconds'] + 0.01
-        assert all(round(point['agreement'] * 9, 9) % 1 == 0 for point in row['curve']), 'nine pictures, each right or wrong'
+        assert all(round(point['agreement'] * 9, 9) % 1 == 0 for point in row['curve']), (
+            'nine pictures, each right or wrong'
+        )
     picture = np.asarray(Image.open(next(trained[1].glob('curves_*.png'))))
     assert picture.ndim == 3 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 8
 
@@ -89,21 +124,40 @@ def test_rows_that_are_there_join_another_list_without_a_run(trained, project, c
 def test_a_row_without_a_curve_is_run_again_for_one(project, tmp_path, capsys):
     arguments = [str(project.path), '--calibration', 'pink', '--train', '--seeds', '0', '--work-dir', str(tmp_path)]
     assert main(arguments) == 0
-    plain, = content(tmp_path)['rows']
+    (plain,) = content(tmp_path)['rows']
     assert main([*arguments, '--curve', '1']) == 0
-    row, = content(tmp_path)['rows']
+    (row,) = content(tmp_path)['rows']
     assert '[1/1]' in capsys.readouterr().out and len(row['curve']) == 2 and 'curve' not in plain
     assert row['metrics'] == plain['metrics'] and row['agreement'] == plain['agreement'], 'looking on changes nothing'
     assert row['curve'][-1]['agreement'] == row['agreement'], 'all 24 pictures'
 
 
 def test_equal_seconds(project, tmp_path):
-    arguments = [str(project.path), '--calibration', 'mixture', '--train', '--seeds', '0', '--work-dir', str(tmp_path),
-                 '--seconds', '2', '--rows', str(tmp_path / 'rows.json'), '--cfg-options', 'dfq.fresh=1.0', 'dfq.evolve_every=0']
+    arguments = [
+        str(project.path),
+        '--calibration',
+        'mixture',
+        '--train',
+        '--seeds',
+        '0',
+        '--work-dir',
+        str(tmp_path),
+        '--seconds',
+        '2',
+        '--rows',
+        str(tmp_path / 'rows.json'),
+        '--cfg-options',
+        'dfq.fresh=1.0',
+        'dfq.evolve_every=0',
+    ]
     assert main(arguments) == 0
     row, divergence = json.loads((tmp_path / 'rows.json').read_text())
     assert divergence['metric'] == 'divergence' and divergence['steps'] == row['steps']
-    assert row['source'] == 'mixture, 100% fresh, 2 s' and 0 < row['steps'] < 10**6 and row['steps'] == content(tmp_path)['rows'][0]['iters']
+    assert (
+        row['source'] == 'mixture, 100% fresh, 2 s'
+        and 0 < row['steps'] < 10**6
+        and row['steps'] == content(tmp_path)['rows'][0]['iters']
+    )
     student = content(tmp_path)['rows'][0]
     assert student['samples'] == 2 + 2 * row['steps']
 
@@ -111,8 +165,10 @@ def test_equal_seconds(project, tmp_path):
 # ---------------------------------------------------------------------- plan
 def test_what_a_run_with_a_folder_rests_on(project, tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
-    first, = plans(project, str(tmp_path))
-    assert first.config.dfq['samples'] == dict(type='psaq_mm.Folder', path=str(tmp_path)) and first.label == tmp_path.name
+    (first,) = plans(project, str(tmp_path))
+    assert (
+        first.config.dfq['samples'] == dict(type='psaq_mm.Folder', path=str(tmp_path)) and first.label == tmp_path.name
+    )
     Image.fromarray(np.ones((8, 8, 3), np.uint8)).save(tmp_path / 'a.png')
     assert plans(project, str(tmp_path))[0].key != first.key
 
@@ -120,14 +176,15 @@ def test_what_a_run_with_a_folder_rests_on(project, tmp_path):
 def test_settings_that_came_later_leave_the_keys_of_other_rows_alone(project):
     from psaq_mm.commands import compare as module
     from psaq_mm.engine.presets import DFQ_DEFAULTS
+
     later = {'fresh', 'max_seconds'}
     assert not later & module._FIRST
     for name in later:
         assert module._new_and_unused(name, DFQ_DEFAULTS[name]) and not module._new_and_unused(name, 0.5)
     assert not module._new_and_unused('evolve_every', DFQ_DEFAULTS['evolve_every'])
-    base, = plans(project, 'pink', train=True)
+    (base,) = plans(project, 'pink', train=True)
     assert plans(project, 'pink', train=True, options={'dfq.fresh': 0.5})[0].key != base.key
-    assert plans(project, 'pink', train=True, seconds=3.)[0].key != base.key
+    assert plans(project, 'pink', train=True, seconds=3.0)[0].key != base.key
     assert plans(project, 'pink', train=True, label='other')[0].key == base.key
 
 
@@ -138,20 +195,26 @@ def test_labels_say_what_steps_and_seconds_do_not(project):
     assert label('generated') == 'generated' and label('generated', methods=['best']) == 'best'
     assert label('generated', train=True, label='best less entropy') == 'best less entropy'
     assert label('pink', train=True, options={'dfq.fresh': 0.5}) == 'pink, 50% fresh'
-    assert label('pink', train=True, seconds=30.) == 'pink, 30 s'
+    assert label('pink', train=True, seconds=30.0) == 'pink, 30 s'
     assert label('generated', methods=['fast']) == 'fast'
-    assert label('pink', methods=['psaq_v2']) == 'pink' and label('pink', methods=['psaq_v2'], options={'dfq.fresh': 1.}) == 'pink, 100% fresh'
+    assert (
+        label('pink', methods=['psaq_v2']) == 'pink'
+        and label('pink', methods=['psaq_v2'], options={'dfq.fresh': 1.0}) == 'pink, 100% fresh'
+    )
 
 
 def test_a_control_has_nothing_of_other_sources(project):
     fresh = dict(share=0.5, samples=dict(type='psaq_mm.DeadLeaves'))
-    control, best = (plans(project, source, methods=['best'], options={'dfq.fresh': fresh})[0].config.dfq for source in ('pink', 'generated'))
+    control, best = (
+        plans(project, source, methods=['best'], options={'dfq.fresh': fresh})[0].config.dfq
+        for source in ('pink', 'generated')
+    )
     assert control['fresh'] == 0.5 and 'samples' not in control
     assert best['fresh'] == fresh
 
 
 def test_a_time_bounds_what_trains_and_leaves_the_rest(project):
-    runs = plans(project, 'real', methods=['repq', 'psaq_v2'], quants=['w4a8'], seconds=9.)
+    runs = plans(project, 'real', methods=['repq', 'psaq_v2'], quants=['w4a8'], seconds=9.0)
     assert [(run.by_time, run.iters) for run in runs] == [(False, 0), (True, 10**6)]
     assert runs[1].config.dfq['max_seconds'] == 9
 
@@ -159,19 +222,27 @@ def test_a_time_bounds_what_trains_and_leaves_the_rest(project):
 def test_fast_runs_on_its_own_pictures_and_on_controls(project):
     own, pink = plans(project, 'generated', 'pink', methods=['fast'], quants=['w8a8'])
     from psaq_mm.engine.config import to_data_free
+
     assert to_data_free(own.config).train_cfg.samples['type'] == 'psaq_mm.DeadLeaves'
     free = to_data_free(pink.config).train_cfg
-    assert free.samples is None and free.source == 'pink' and free.max_iters == to_data_free(own.config).train_cfg.max_iters
+    assert (
+        free.samples is None
+        and free.source == 'pink'
+        and free.max_iters == to_data_free(own.config).train_cfg.max_iters
+    )
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--calibration', 'dead_leafs'], ['dead_leafs', 'did you mean dead_leaves?', 'folder']),
-    (['--calibration', 'pink', '--seconds', '5'], ['--seconds 5', '--train']),
-    (['--calibration', 'pink', '--train', '--seconds', '0'], ['--seconds 0']),
-    (['--calibration', 'pink', '--curve', '-1'], ['--curve -1']),
-    (['--calibration', '{data}/test'], ['data/test', 'test_dataloader']),
-    (['--calibration', 'pink', '--rows', '{data}/bad.json'], ['bad.json', 'move it away']),
-])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [
+        (['--calibration', 'dead_leafs'], ['dead_leafs', 'did you mean dead_leaves?', 'folder']),
+        (['--calibration', 'pink', '--seconds', '5'], ['--seconds 5', '--train']),
+        (['--calibration', 'pink', '--train', '--seconds', '0'], ['--seconds 0']),
+        (['--calibration', 'pink', '--curve', '-1'], ['--curve -1']),
+        (['--calibration', '{data}/test'], ['data/test', 'test_dataloader']),
+        (['--calibration', 'pink', '--rows', '{data}/bad.json'], ['bad.json', 'move it away']),
+    ],
+)
 def test_mistakes_are_named(project, tmp_path, capsys, arguments, words):
     data = project.folder / 'data'
     (data / 'bad.json').write_text('[{"model": 1}]')
@@ -184,7 +255,13 @@ def test_mistakes_are_named(project, tmp_path, capsys, arguments, words):
 
 
 # ---------------------------------------------------------------------- rows and curves by hand
-ROW = dict(seed=1, iters=300, seconds=9., agreement=0.5, metrics={'coco/bbox_mAP': 0.4, 'coco/bbox_mAP_50': 0.6, 'coco/segm_mAP': 0.3})
+ROW = dict(
+    seed=1,
+    iters=300,
+    seconds=9.0,
+    agreement=0.5,
+    metrics={'coco/bbox_mAP': 0.4, 'coco/bbox_mAP_50': 0.6, 'coco/segm_mAP': 0.3},
+)
 
 
 def test_a_row_a_metric_and_none_of_a_failure():
@@ -198,8 +275,13 @@ def test_a_row_a_metric_and_none_of_a_failure():
 def test_a_row_takes_the_place_of_the_same_one(tmp_path):
     path = tmp_path / 'deep' / 'rows.json'
     merge_rows(path, rows_of('m', 'W4A8', 'pink', ROW) + rows_of('m', 'W4A8', 'real', ROW))
-    merge_rows(path, rows_of('m', 'W4A8', 'pink', dict(ROW, agreement=0.7)) + rows_of('m', 'W4A8', 'pink', dict(ROW, iters=100)))
-    found = [(row['source'], row['steps'], row['agreement']) for row in read_rows(path) if row['metric'] == 'coco/bbox_mAP']
+    merge_rows(
+        path,
+        rows_of('m', 'W4A8', 'pink', dict(ROW, agreement=0.7)) + rows_of('m', 'W4A8', 'pink', dict(ROW, iters=100)),
+    )
+    found = [
+        (row['source'], row['steps'], row['agreement']) for row in read_rows(path) if row['metric'] == 'coco/bbox_mAP'
+    ]
     assert found == [('real', 300, 0.5), ('pink', 300, 0.7), ('pink', 100, 0.5)]
     merge_rows(path, rows_of('m', 'W4A8', 'pink, 9 s', dict(ROW, iters=41)), by_time=True)
     merge_rows(path, rows_of('m', 'W4A8', 'pink, 9 s', dict(ROW, iters=44)), by_time=True)
@@ -216,19 +298,28 @@ def test_places_of_the_pictures_are_spread_and_fixed():
 
 
 def test_rows_without_agreement_draw_nothing(tmp_path):
-    none = dict(curve=[dict(step=0, seconds=1., agreement=None)])
+    none = dict(curve=[dict(step=0, seconds=1.0, agreement=None)])
     assert draw_curves([('m W4A8', 'pink', none), ('m W4A8', 'real', {})], tmp_path) == []
-    some = dict(curve=[dict(step=0, seconds=1., agreement=.5), dict(step=9, seconds=2., agreement=None), dict(step=9, seconds=2., agreement=.6)])
+    some = dict(
+        curve=[
+            dict(step=0, seconds=1.0, agreement=0.5),
+            dict(step=9, seconds=2.0, agreement=None),
+            dict(step=9, seconds=2.0, agreement=0.6),
+        ]
+    )
     assert [path.name for path in draw_curves([('m W4A8', 'pink', some), ('n (x)', 'real', some)], tmp_path)] == [
-        'curves_m_W4A8.png', 'curves_n_x.png']
+        'curves_m_W4A8.png',
+        'curves_n_x.png',
+    ]
 
 
 def test_charts_of_nothing_and_of_nonsense_are_named():
     from psaq_mm.visualization import Line, Panel, line_chart
-    for lines in ([], [Line('a', [1., 2.], [1.])], [Line('a', [1.], [float('nan')])], [Line('a', [], [])]):
+
+    for lines in ([], [Line('a', [1.0, 2.0], [1.0])], [Line('a', [1.0], [float('nan')])], [Line('a', [], [])]):
         with pytest.raises(DataError):
             line_chart('t', [Panel('x', 'y', lines)])
-    assert line_chart('t', [Panel('x', 'y', [Line('a', [1.], [2.])])] * 2, (200, 150)).shape[1] == 400
+    assert line_chart('t', [Panel('x', 'y', [Line('a', [1.0], [2.0])])] * 2, (200, 150)).shape[1] == 400
 
 
 def test_a_source_that_is_no_folder_of_ours(project):
@@ -238,14 +329,24 @@ def test_a_source_that_is_no_folder_of_ours(project):
 
 def test_the_logits_finding_changes_the_logits_alone(project):
     from benchmarks.logits_finding import KINDS, table, with_logits
-
     from psaq_mm.quantization import QuantSpec
-    quantized, plain = (QuantSpec.parse(with_logits(load_config(str(project.path)), 'w8a8', kind).model.quant) for kind in KINDS)
+
+    quantized, plain = (
+        QuantSpec.parse(with_logits(load_config(str(project.path)), 'w8a8', kind).model.quant) for kind in KINDS
+    )
     assert quantized.points == plain.points == 'all' and quantized.scope == 'full'
     assert plain.resolve('head.fc') == quantized.resolve('head.fc') and plain.resolve('model.head') is not None
     assert quantized.resolve('model.head.output') is not None and plain.resolve('model.head.output') is None
-    entry = dict(config='m, logits float', source='real', seeds=[0], full_precision={'accuracy/top1': 80.}, agreement=dict(mean=0.97),
-                 metrics={'accuracy/top1': dict(mean=79.)}, difference=dict(mean=-1.), difference_se=dict(mean=0.5))
+    entry = dict(
+        config='m, logits float',
+        source='real',
+        seeds=[0],
+        full_precision={'accuracy/top1': 80.0},
+        agreement=dict(mean=0.97),
+        metrics={'accuracy/top1': dict(mean=79.0)},
+        difference=dict(mean=-1.0),
+        difference_se=dict(mean=0.5),
+    )
     lines = table([entry, dict(config='m, logits float', source='pink')]).splitlines()
     assert lines[2] == '| full precision | - | - | 80.00 | - | 1 |' and lines[4].startswith('| float | pink | failed')
     assert lines[3] == '| float | real | 1 | 79.00 | -1.00 ± 0.50 | 0.970 |'

@@ -1,4 +1,5 @@
 """From a checkpoint of Swin's detectors to one that this project quantizes, on the command line."""
+
 import pytest
 import torch
 from original_swin import OriginalSwin
@@ -26,6 +27,7 @@ class Release:
     def __init__(self, folder, base):
         from mmengine.config import Config
         from tiny import build_full_precision
+
         self.project = Project(folder, base)
         self.config = Config.fromfile(self.project.base)
         self.model = build_full_precision(self.config, seed=1)
@@ -69,7 +71,11 @@ def agrees(release, out):
         for ours, theirs in zip(model.backbone(images_of()), stages):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         expected = model.neck(tuple(stages)) if model.with_neck else [model.decode_head(stages)]
-        found = model.neck(tuple(model.backbone(images_of()))) if model.with_neck else [model.decode_head(model.backbone(images_of()))]
+        found = (
+            model.neck(tuple(model.backbone(images_of())))
+            if model.with_neck
+            else [model.decode_head(model.backbone(images_of()))]
+        )
         for ours, theirs in zip(found, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for name, value in release.weights.items():
@@ -117,6 +123,7 @@ def test_safetensors(release):
 
 def test_the_converted_checkpoint_is_quantized(release):
     from psaq_mm.commands.dfq_train import main as dfq_train
+
     status, out = release.run(release.source)
     work_dir = release.project.folder / 'work'
     config = release.project.config(name='dfq.py', preset='gaussian', iters=0, evolve_every=0)
@@ -131,7 +138,10 @@ def test_every_key_without_a_place_is_named_and_nothing_is_written(release, caps
     status, out = release.run(source, name='kept.pth')
     captured = capsys.readouterr()
     assert status == 1 and out.read_bytes() == b'what stood here'
-    assert 'found no place: ema.decay (1,)' in captured.out and 'found no place: mask_iou_head.fc.weight (2, 3)' in captured.out
+    assert (
+        'found no place: ema.decay (1,)' in captured.out
+        and 'found no place: mask_iou_head.fc.weight (2, 3)' in captured.out
+    )
     assert '2 weights found no place' in captured.err and '--drop' in captured.err
     assert not list(release.project.folder.glob('.*.partial'))
     status, out = release.run(source, '--drop', 'ema.*', 'mask_iou_head.*', name='kept.pth')
@@ -145,10 +155,16 @@ def test_backbone_alone(release, capsys):
     assert all(key.startswith('backbone.') for key in read_checkpoint(out)['state_dict'])
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda w: {'backbone.layers.0.blocks.0.attn.qkv.weight': torch.zeros(3, 3)}, ['(3, 3)', '(48, 16)', 'qkv.weight']),
-    (lambda w: {'neck.lateral_convs.0.conv.weight': torch.zeros(1)}, ['(1,)', '(16, 16, 1, 1)', 'lateral_convs']),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (
+            lambda w: {'backbone.layers.0.blocks.0.attn.qkv.weight': torch.zeros(3, 3)},
+            ['(3, 3)', '(48, 16)', 'qkv.weight'],
+        ),
+        (lambda w: {'neck.lateral_convs.0.conv.weight': torch.zeros(1)}, ['(1,)', '(16, 16, 1, 1)', 'lateral_convs']),
+    ],
+)
 def test_shapes_that_do_not_fit(release, capsys, change, words):
     status, out = release.run(release.save('shapes.pth', **change(release.weights)), name='shapes_out.pth')
     error = capsys.readouterr().err
@@ -161,12 +177,15 @@ def test_mistakes_on_the_command_line(release, capsys, tmp_path):
     def fails(*arguments):
         assert convert_command([str(a) for a in arguments]) == 1
         return capsys.readouterr().err
+
     base = release.project.base
     assert '.pth' in fails(base, release.source, '--out', tmp_path / 'x.onnx')
     assert 'there is no checkpoint' in fails(base, tmp_path / 'none.pth', '--out', tmp_path / 'x.pth')
     torch.save(dict(state_dict={'conv1.weight': torch.zeros(1)}), tmp_path / 'resnet.pth')
     assert 'no Swin Transformer' in fails(base, tmp_path / 'resnet.pth', '--out', tmp_path / 'x.pth')
-    (tmp_path / 'resnet.py').write_text("_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py']\ndefault_scope = 'mmdet'\n")
+    (tmp_path / 'resnet.py').write_text(
+        "_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py']\ndefault_scope = 'mmdet'\n"
+    )
     assert 'has no SwinTransformer' in fails(tmp_path / 'resnet.py', release.source, '--out', tmp_path / 'x.pth')
     (tmp_path / 'nothing.py').write_text('a = 1\n')
     assert 'has no model' in fails(tmp_path / 'nothing.py', release.source, '--out', tmp_path / 'x.pth')

@@ -1,4 +1,5 @@
 """Which layers suffer most from quantization, and what more bits for them bring."""
+
 import json
 
 import pytest
@@ -25,8 +26,8 @@ HURT = BLOCK + 'ffn.layers.0.0'
 def project(tmp_path_factory):
     """A classifier of which one layer cannot stand 4 bits.
 
-    A column of its weight is a hundred times as large as the others, and what it would multiply is always 0: in full precision the
-    column counts for nothing, and the scale of every row of the weight is made by it alone.
+    A column of its weight is a hundred times as large as the others, and what it would multiply is always 0: in full
+    precision the column counts for nothing, and the scale of every row of the weight is made by it alone.
     """
     project = ClassifierProject(tmp_path_factory.mktemp('classifier'))
     content = torch.load(project.checkpoint)
@@ -42,8 +43,25 @@ def project(tmp_path_factory):
 def run(project, *arguments, path=None, name='work'):
     """Run the command on few samples; its work dir and what it wrote."""
     work_dir = project.folder / name
-    assert sensitivity_command([str(a) for a in (path or project.path, project.checkpoint, '--number', 4, '--batch-size', 4, '--work-dir',
-                                                 work_dir, *arguments)]) == 0
+    assert (
+        sensitivity_command(
+            [
+                str(a)
+                for a in (
+                    path or project.path,
+                    project.checkpoint,
+                    '--number',
+                    4,
+                    '--batch-size',
+                    4,
+                    '--work-dir',
+                    work_dir,
+                    *arguments,
+                )
+            ]
+        )
+        == 0
+    )
     return work_dir, json.loads((work_dir / 'sensitivity.json').read_text())
 
 
@@ -69,7 +87,9 @@ def test_the_layer_that_was_made_sensitive_comes_first(ranked):
     assert layers[0]['name'] == HURT and layers[0]['error'] > 1.5 * layers[1]['error']
     assert [layer['rank'] for layer in layers] == list(range(1, len(layers) + 1))
     assert [layer['error'] for layer in layers] == sorted((layer['error'] for layer in layers), reverse=True)
-    assert layers[0]['bits'] == dict(weights=4, activations=8) and layers[0]['elements'] == dict(weights=16 * 64, activations=64 * 16)
+    assert layers[0]['bits'] == dict(weights=4, activations=8) and layers[0]['elements'] == dict(
+        weights=16 * 64, activations=64 * 16
+    )
     assert layers[0]['parts']['weights'] == pytest.approx(layers[0]['error'], rel=0.1), 'its input has 8 bits'
 
 
@@ -93,12 +113,15 @@ def test_the_overrides_load_and_lower_the_error_within_the_budget(ranked, projec
     raised = {override['pattern'] for override in mixed['overrides']}
     assert HURT in raised and bits[HURT] == 8
     assert {name for name, own in bits.items() if own == 8} == raised and set(bits.values()) == {4, 8}
-    weights = {layer['name']: layer['elements']['weights'] for layer in report['layers'] if 'weights' in layer['elements']}
+    weights = {
+        layer['name']: layer['elements']['weights'] for layer in report['layers'] if 'weights' in layer['elements']
+    }
     assert sum(bits[name] * count for name, count in weights.items()) / sum(weights.values()) == pytest.approx(after)
 
 
 def test_the_mixed_precision_config_is_quantized_like_any_other(ranked, project):
     from psaq_mm.commands.dfq_train import main as dfq_train
+
     work_dir, _ = ranked
     options = ['--cfg-options', 'dfq.preset=gaussian', 'dfq.iters=0', 'dfq.evolve_every=0']
     assert dfq_train([str(work_dir / 'mixed_precision.py'), '--work-dir', str(project.folder / 'mixed'), *options]) == 0
@@ -130,6 +153,7 @@ def test_metrics_of_the_most_sensitive_layers(project, capsys):
     assert [key in layer['metrics'] for layer in report['layers'][:3]] == [True, True, False]
     from psaq_mm.commands.test import evaluate
     from psaq_mm.engine.checkpoint import read_checkpoint
+
     config = Config.fromfile(project.path)
     config.work_dir = str(project.folder / 'evaluated')
     expected = evaluate(config, read_checkpoint(project.checkpoint), 'full precision', full_precision=True)
@@ -138,27 +162,47 @@ def test_metrics_of_the_most_sensitive_layers(project, capsys):
 
 
 def test_a_full_precision_config_and_a_preset(project):
-    work_dir, report = run(project, '--quant', 'psaq_v2_w4a8', '--budget', 6, '--cfg-options', 'dfq.size=(32,32)', path=project.base, name='plain')
+    work_dir, report = run(
+        project,
+        '--quant',
+        'psaq_v2_w4a8',
+        '--budget',
+        6,
+        '--cfg-options',
+        'dfq.size=(32,32)',
+        path=project.base,
+        name='plain',
+    )
     model = built(work_dir / 'mixed_precision.py')
-    assert model.quant_spec.label == 'W4A8' and not model.quant_spec.quantize_softmax and model.quant_spec.w_observer == 'mse'
+    assert (
+        model.quant_spec.label == 'W4A8'
+        and not model.quant_spec.quantize_softmax
+        and model.quant_spec.w_observer == 'mse'
+    )
     assert len(model.quant_spec.overrides) == len(report['mixed_precision']['overrides'])
 
 
 def test_a_config_that_overrides_only_the_backbones_type(project):
     """There the names are the backbone's own."""
     path = project.folder / 'backbone_type.py'
-    path.write_text(f"_base_ = ['{project.base.name}']\nmodel = dict(backbone=dict(type='psaq_mm.QuantSwinTransformer', quant='w4a8'))\n"
-                    'dfq = dict(size=(32, 32))\n')
+    path.write_text(
+        f"_base_ = ['{project.base.name}']\nmodel = dict(backbone=dict(type='psaq_mm.QuantSwinTransformer', "
+        f"quant='w4a8'))\n"
+        'dfq = dict(size=(32, 32))\n'
+    )
     work_dir, report = run(project, '--budget', 5, path=path, name='backbone_type')
-    assert report['layers'][0]['name'] == HURT[len('backbone.'):]
+    assert report['layers'][0]['name'] == HURT[len('backbone.') :]
     bits = {row.name: row.w_bits for row in built(work_dir / 'mixed_precision.py').backbone.quant_report.layers}
-    assert bits[HURT[len('backbone.'):]] == 8
+    assert bits[HURT[len('backbone.') :]] == 8
 
 
 def test_a_spec_that_a_method_brings(project):
-    """RepQ-ViT folds scales into LayerNorms, PSAQ-ViT V1 has edges beside its layers: each edge is a row under the name that overrides use."""
+    """RepQ-ViT folds scales into LayerNorms, PSAQ-ViT V1 has edges beside its layers: each edge is a row under the name
+    that overrides use."""
     _, repq = run(project, '--method', 'repq', '--quant', 'w4a4', name='repq')
-    work_dir, first = run(project, '--method', 'psaq_v1', '--quant', 'w4a4', '--budget', 5, '--activation-budget', 5, name='psaq_v1')
+    work_dir, first = run(
+        project, '--method', 'psaq_v1', '--quant', 'w4a4', '--budget', 5, '--activation-budget', 5, name='psaq_v1'
+    )
     assert repq['quant']['reparameterize'] and repq['error'] > 0
     edges = [layer for layer in first['layers'] if layer['kind'] == 'activation']
     assert any(layer['name'].endswith('residual1') for layer in edges)
@@ -175,6 +219,7 @@ def detector():
     from tiny import DETECTOR, build_full_precision
 
     from psaq_mm.models import TaskModel, quantize_model_
+
     model = build_full_precision(Config.fromstring(DETECTOR, '.py'))
     quantize_model_(model, dict(preset='w4a8', scope='full'))
     images = torch.randn(1, 3, 64, 96)
@@ -188,8 +233,13 @@ def test_roi_heads_are_seen_and_modes_are_as_before(detector):
     rows, whole = measure_layers(model, [images])
     assert {name: quantizer.mode for name, quantizer in quantizers(model)} == modes
     errors = {row.name: row.error for row in rows}
-    for name in ('backbone.patch_embed.projection', 'neck.lateral_convs.0.conv', 'rpn_head.rpn_cls', 'roi_head.bbox_head.fc_cls',
-                 'roi_head.mask_head.conv_logits'):
+    for name in (
+        'backbone.patch_embed.projection',
+        'neck.lateral_convs.0.conv',
+        'rpn_head.rpn_cls',
+        'roi_head.bbox_head.fc_cls',
+        'roi_head.mask_head.conv_logits',
+    ):
         assert 0 < errors[name] < whole, name
     assert set(errors) == set(layer_quantizers(model))
 
@@ -202,8 +252,12 @@ def row(name, error, weights, bits=4):
 def test_the_choice_is_by_error_a_bit():
     rows = [row('large', 1.0, 100), row('small', 0.5, 10), row('tiny', 0.1, 5), row('done', 9.0, 5, bits=8)]
     choice = choose_bits(rows, dict(weights=5.2))
-    # 120 weights, (115 * 4 + 5 * 8) / 120 = 4.17 bits; room for 124 bits: 'small' takes 40, 'large' would take 400, 'tiny' takes 20.
-    assert [override.to_dict() for override in choice.overrides] == [dict(pattern='small', w_bits=8), dict(pattern='tiny', w_bits=8)]
+    # 120 weights, (115 * 4 + 5 * 8) / 120 = 4.17 bits; room for 124 bits: 'small' takes 40, 'large' would take 400,
+    # 'tiny' takes 20.
+    assert [override.to_dict() for override in choice.overrides] == [
+        dict(pattern='small', w_bits=8),
+        dict(pattern='tiny', w_bits=8),
+    ]
     assert choice.average['weights'] == pytest.approx((500 / 120, 560 / 120))
     assert [o.pattern for o in choose_bits(rows, dict(weights=8)).overrides] == ['large', 'small', 'tiny']
     assert choose_bits(rows, dict(weights=500 / 120)).overrides == ()
@@ -211,7 +265,8 @@ def test_the_choice_is_by_error_a_bit():
 
 def test_names_with_wildcards_match_themselves_alone():
     from fnmatch import fnmatchcase
-    pattern = choose_bits([row('odd[1]*', 1.0, 1), row('odd1x', 0., 1)], dict(weights=8)).overrides[0].pattern
+
+    pattern = choose_bits([row('odd[1]*', 1.0, 1), row('odd1x', 0.0, 1)], dict(weights=8)).overrides[0].pattern
     assert fnmatchcase('odd[1]*', pattern) and not fnmatchcase('odd1x', pattern)
 
 
@@ -225,11 +280,14 @@ def test_mistakes_on_the_command_line(project, capsys):
     def fails(*arguments):
         assert sensitivity_command([str(a) for a in (*arguments, '--work-dir', project.folder / 'refused')]) == 1
         return capsys.readouterr().err
+
     assert 'no source of samples' in fails(project.path, project.checkpoint, '--source', 'brown')
     assert 'must be at least 1' in fails(project.path, project.checkpoint, '--number', 0)
     assert 'is full-precision' in fails(project.base, project.checkpoint)
     assert 'there is no checkpoint' in fails(project.path, project.folder / 'none.pth')
-    assert 'smaller than one attention window' in fails(project.path, project.checkpoint, '--cfg-options', 'dfq.size=(8,8)')
+    assert 'smaller than one attention window' in fails(
+        project.path, project.checkpoint, '--cfg-options', 'dfq.size=(8,8)'
+    )
     content = torch.load(project.checkpoint)
     content['state_dict']['backbone.x.input_quantizer.scale'] = torch.ones(1)
     torch.save(content, project.folder / 'student.pth')

@@ -7,12 +7,10 @@ import torch
 pytest.importorskip('mmseg')
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
+from mmengine.structures import PixelData  # noqa: E402
 from mmseg.registry import DATASETS, METRICS, MODELS  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
-from mmengine.structures import PixelData  # noqa: E402
-
-import psaq_mm.engine  # noqa: E402, F401: finds configs of forks
 
 CONFIG = Path(__file__).parents[2] / 'configs' / 'upernet_swin_camvid.py'
 VOID = 11
@@ -28,7 +26,8 @@ def mmseg_scope():
 def sample(labels):
     return SegDataSample(
         metainfo=dict(img_shape=tuple(labels.shape), ori_shape=tuple(labels.shape)),
-        gt_sem_seg=PixelData(data=labels[None]))
+        gt_sem_seg=PixelData(data=labels[None]),
+    )
 
 
 def test_root_of_the_data_comes_from_the_environment(monkeypatch):
@@ -81,6 +80,10 @@ def test_data_sets_hold_the_classes_and_void_only(data_root, monkeypatch, split,
     for index in range(0, count, 40):
         item = dataset[index]
         labels = item['data_samples'].gt_sem_seg.data
-        assert tuple(item['inputs'].shape[-2:]) == tuple(labels.shape[-2:]) == ((240, 240) if split == 'train' else (360, 480))
+        assert (
+            tuple(item['inputs'].shape[-2:])
+            == tuple(labels.shape[-2:])
+            == ((240, 240) if split == 'train' else (360, 480))
+        )
         seen |= set(np.unique(labels).tolist())
     assert seen <= set(range(VOID + 1)) and len(seen) > 8

@@ -10,8 +10,6 @@ import torch
 pytest.importorskip('mmengine')
 from mmengine.config import Config  # noqa: E402
 
-import psaq_mm.engine  # noqa: E402, F401: finds configs of forks
-
 ROOT = Path(__file__).parents[2]
 CHECKPOINTS = ROOT / 'demo' / 'checkpoints'
 DEMOS = {
@@ -48,7 +46,7 @@ def test_checkpoint_is_small_and_holds_weights_and_class_names_only(name):
 def test_checkpoint_and_log_name_no_machine(name):
     text = json.dumps(load(name)['meta'], default=str) + (CHECKPOINTS / f'{name}.log.json').read_text()
     # An absolute path anywhere: a quote, a blank or the start, then two folders.
-    assert not re.findall(r'''(?:^|["' =])(/\w[\w.-]*/\w[\w./-]*)''', text)
+    assert not re.findall(r"""(?:^|["' =])(/\w[\w.-]*/\w[\w./-]*)""", text)
     assert 'site-packages' not in text
 
 
@@ -56,6 +54,7 @@ def test_checkpoint_fits_the_model_of_its_config_key_by_key(name):
     library, _ = DEMOS[name]
     pytest.importorskip(library)
     from mmengine.registry import MODELS, DefaultScope
+
     register_all_modules = importlib.import_module(f'{library}.utils').register_all_modules
     register_all_modules(init_default_scope=False)
     cfg = Config.fromfile(ROOT / 'configs' / 'demo' / f'{name}.py')
@@ -75,12 +74,19 @@ def test_log_ends_above_the_bar_that_the_demo_needs(name):
 def test_strip_drops_the_optimizer_and_unknown_meta():
     weights = dict(kernel=torch.ones(2, 2), variance=torch.tensor([1e6], dtype=torch.float64), n=torch.tensor(3))
     stripped = train_full_precision.strip(
-        dict(state_dict=weights, optimizer=dict(state={}), message_hub=object(), param_schedulers=[],
-             meta=dict(iter=7, dataset_meta=dict(classes=('a', )), env_info='somewhere', hook_msgs=dict())))
-    assert stripped['meta'] == dict(iter=7, dataset_meta=dict(classes=('a', )))
+        dict(
+            state_dict=weights,
+            optimizer=dict(state={}),
+            message_hub=object(),
+            param_schedulers=[],
+            meta=dict(iter=7, dataset_meta=dict(classes=('a',)), env_info='somewhere', hook_msgs=dict()),
+        )
+    )
+    assert stripped['meta'] == dict(iter=7, dataset_meta=dict(classes=('a',)))
     kept = stripped['state_dict']
     assert {key: value.dtype for key, value in kept.items()} == dict(
-        kernel=torch.float16, variance=torch.float32, n=torch.int64)
+        kernel=torch.float16, variance=torch.float32, n=torch.int64
+    )
     assert all(torch.equal(kept[key].double(), weights[key].double()) for key in weights)
 
 

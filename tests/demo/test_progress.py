@@ -1,4 +1,5 @@
 """The time left follows the pace of the machine."""
+
 import importlib.util
 import io
 import logging
@@ -6,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location('demo_progress',
-                                               Path(__file__).resolve().parents[2] / 'demo' / 'progress.py')
+_spec = importlib.util.spec_from_file_location(
+    'demo_progress', Path(__file__).resolve().parents[2] / 'demo' / 'progress.py'
+)
 progress = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(progress)
 
@@ -15,14 +17,14 @@ _spec.loader.exec_module(progress)
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that is set by hand."""
-    now = [100.]
+    now = [100.0]
     monkeypatch.setattr(progress.time, 'perf_counter', lambda: now[0])
     return now
 
 
 def test_what_is_left_is_scaled_by_what_was_measured(clock):
     out = io.StringIO()
-    run = progress.Progress([('a', 10.), ('b', 30.), ('c', 20.)], out)
+    run = progress.Progress([('a', 10.0), ('b', 30.0), ('c', 20.0)], out)
     assert run.remaining == 60
     with run.step():
         clock[0] += 40  # a quarter as fast as planned, or a slow start
@@ -36,13 +38,17 @@ def test_what_is_left_is_scaled_by_what_was_measured(clock):
     with run.step():
         clock[0] += 1
     assert run.remaining == 0
-    assert out.getvalue().splitlines() == ['[ 0:00, about 1:00 left]  a', '[ 0:40, about 1:40 left]  b', '[ 2:40, about 0:40 left]  c']
+    assert out.getvalue().splitlines() == [
+        '[ 0:00, about 1:00 left]  a',
+        '[ 0:40, about 1:40 left]  b',
+        '[ 2:40, about 0:40 left]  c',
+    ]
 
 
 @pytest.mark.parametrize('slow', range(6))
 def test_one_step_that_was_held_up_says_nothing_of_the_others(clock, slow):
     """Imports from a cold disk in the first, another program's turn in a later one."""
-    run = progress.Progress([(str(number), 10. + number) for number in range(10)], io.StringIO())
+    run = progress.Progress([(str(number), 10.0 + number) for number in range(10)], io.StringIO())
     for number in range(9):
         left = sum(seconds for _, seconds in run.plan[number:])
         if number != 1 or slow:
@@ -53,23 +59,23 @@ def test_one_step_that_was_held_up_says_nothing_of_the_others(clock, slow):
 
 
 def test_a_machine_that_is_slower_throughout_is_known_by_the_third_step(clock):
-    run = progress.Progress([('x', 10.)] * 6, io.StringIO())
+    run = progress.Progress([('x', 10.0)] * 6, io.StringIO())
     for number in range(5):
         with run.step():
             clock[0] += 35
         if number > 1:
-            assert run.remaining == pytest.approx(35. * (5 - number))
+            assert run.remaining == pytest.approx(35.0 * (5 - number))
 
 
 def test_a_first_step_that_outlasts_its_plan_says_so_before_it_ends(clock):
-    run = progress.Progress([('x', 10.)] * 3, io.StringIO())
+    run = progress.Progress([('x', 10.0)] * 3, io.StringIO())
     with run.step():
         clock[0] += 90
-        assert run.remaining == pytest.approx(20. * 3)
+        assert run.remaining == pytest.approx(20.0 * 3)
 
 
 def test_a_step_that_fails_is_not_counted(clock):
-    run = progress.Progress([('a', 10.)], io.StringIO())
+    run = progress.Progress([('a', 10.0)], io.StringIO())
     with pytest.raises(ValueError):
         with run.step():
             raise ValueError
@@ -78,7 +84,7 @@ def test_a_step_that_fails_is_not_counted(clock):
 
 def test_beats_are_apart_and_speak_of_what_is_counted(clock):
     out = io.StringIO()
-    run = progress.Progress([('a', 100.)], out)
+    run = progress.Progress([('a', 100.0)], out)
     logger = logging.Logger('demo')
     logger.addHandler(progress.LogBeat(run))
     with run.step():
@@ -89,5 +95,7 @@ def test_beats_are_apart_and_speak_of_what_is_counted(clock):
         clock[0] += 20
         logger.info('Iter(train) [ 50/200]  lr: 1e-4')
     assert [line.split(']')[1].strip() for line in out.getvalue().splitlines()[1:]] == [
-        'making samples, step 15 of 40', 'making samples, step 30 of 40', 'training the student, step 50 of 200'
+        'making samples, step 15 of 40',
+        'making samples, step 30 of 40',
+        'training the student, step 50 of 200',
     ]

@@ -1,4 +1,5 @@
 """The demo leaves a page and a summary that agree, says how far it is, and fails in one sentence."""
+
 import json
 import os
 import re
@@ -14,16 +15,19 @@ RUNS = ['full_precision', 'gaussian_w8a8', 'data_free_w8a8', 'gaussian_w4a8', 'd
 
 pytestmark = pytest.mark.skipif(
     not all((ROOT / 'demo' / 'checkpoints' / f'{name}.pth').is_file() for name in MODELS),
-    reason='demo/checkpoints holds no checkpoints; a clone of the repository has them')
+    reason='demo/checkpoints holds no checkpoints; a clone of the repository has them',
+)
 
 
 def _demo(*arguments):
     # From another folder: the demo finds its configs, scenes and checkpoints from wherever it is called.
-    return subprocess.run([sys.executable, str(ROOT / 'demo' / 'run_demo.py'), *map(str, arguments)],
-                          cwd=os.path.dirname(ROOT),
-                          capture_output=True,
-                          text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS='1'))
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'demo' / 'run_demo.py'), *map(str, arguments)],
+        cwd=os.path.dirname(ROOT),
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -86,8 +90,11 @@ def test_without_a_checkpoint_it_says_so_and_leaves_earlier_results(tmp_path):
     (tmp_path / 'index.html').write_text('earlier')
     done = _demo('--quick', '--only', 'segmentor', '--out', tmp_path, '--checkpoints', tmp_path / 'none')
     assert done.returncode == 1
-    assert len(done.stderr.splitlines()
-               ) == 1 and 'there is no checkpoint' in done.stderr and 'upernet_swin_demo.pth' in done.stderr
+    assert (
+        len(done.stderr.splitlines()) == 1
+        and 'there is no checkpoint' in done.stderr
+        and 'upernet_swin_demo.pth' in done.stderr
+    )
     assert (tmp_path / 'summary.json').read_text() == '{}' and (tmp_path / 'index.html').read_text() == 'earlier'
     assert not list(tmp_path.glob('.*'))
 

@@ -30,8 +30,11 @@ def test_layout_is_coco_and_ade(small_set):
     for split, ade, count in (('train', 'training', 12), ('val', 'validation', 5)):
         wanted.add(f'detection/annotations/instances_{split}.json')
         for number in range(count):
-            wanted |= {f'detection/{split}/{number:06d}.png', f'segmentation/images/{ade}/{number:06d}.png',
-                       f'segmentation/annotations/{ade}/{number:06d}.png'}
+            wanted |= {
+                f'detection/{split}/{number:06d}.png',
+                f'segmentation/images/{ade}/{number:06d}.png',
+                f'segmentation/annotations/{ade}/{number:06d}.png',
+            }
     assert names == wanted
 
 
@@ -96,7 +99,9 @@ def test_hues_tell_the_class_only_where_they_are_asked_for():
             item = scenes.draw_scene(np.random.default_rng(seed), 96, hues)
             square = item.labels == 1 + scenes.CLASSES.index('square')
             if square.any():
-                found.append(cv2.cvtColor(item.image[square].mean(0)[None, None].astype(np.uint8), cv2.COLOR_BGR2HSV)[0, 0, 0])
+                found.append(
+                    cv2.cvtColor(item.image[square].mean(0)[None, None].astype(np.uint8), cv2.COLOR_BGR2HSV)[0, 0, 0]
+                )
         assert len(found) > 15
         return np.abs((np.array(found, dtype=float) * 2 - 60 + 180) % 360 - 180)  # degrees from the squares' hue
 
@@ -199,12 +204,15 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert files_of(tmp_path) == {'precious.txt': b'mine'}
 
 
-@pytest.mark.parametrize('counts, size, message', [
-    (dict(test=3), 96, 'test'),
-    (dict(), 96, 'train, val'),
-    (dict(train=0), 96, '0 scenes for train'),
-    (dict(train=1), 32, 'size=32'),
-])
+@pytest.mark.parametrize(
+    'counts, size, message',
+    [
+        (dict(test=3), 96, 'test'),
+        (dict(), 96, 'train, val'),
+        (dict(train=0), 96, '0 scenes for train'),
+        (dict(train=1), 32, 'size=32'),
+    ],
+)
 def test_bad_requests_are_refused_and_write_nothing(tmp_path, counts, size, message):
     with pytest.raises(ValueError, match=message):
         scenes.make_scenes(tmp_path / 'scenes', counts, size=size)

@@ -1,19 +1,20 @@
-"""Exported models against the fake-quantized ones they were made of: codes layer by layer, outputs, size, and what is refused."""
+"""Exported models against the fake-quantized ones they were made of: codes layer by layer, outputs, size, and what is
+refused."""
+
 import numpy as np
 import pytest
 import torch
+from swin_models import build_backbone
+from vit_models import build as build_other
 
 from psaq_mm.commands.test import _check_spec
 from psaq_mm.deploy import export_model, load
-from psaq_mm.deploy.bundle import read_manifest, read_weights
 from psaq_mm.deploy.report import execution, sizes_of, summary
 from psaq_mm.deploy.verify import LayerAgreement, Verification, verify, wrong_weights
 from psaq_mm.errors import CheckpointError, ConfigError, DataError, NotCalibratedError, PsaqError, UnsupportedModelError
 from psaq_mm.models import quantize_model_, spec_of
 from psaq_mm.quantization import calibrate
-
-from swin_models import build_backbone
-from vit_models import build as build_other
+from psaq_mm.runtime.bundle import read_manifest, read_weights
 
 RUNTIMES = ('onnxruntime', 'openvino')
 SIZE = (57, 75)  # pads the image, the windows of each stage and the patches to be merged
@@ -48,7 +49,7 @@ def test_codes_of_every_layer_are_those_of_the_fake_quantized_model(swin, runtim
     found = check_codes(model, exported, images, runtime)
     names = {n for n, m in model.named_modules() if n.endswith(('input_quantizer', 'lhs_quantizer', 'rhs_quantizer'))}
     assert {layer.name for layer in found.layers} == names
-    assert all(output.error < .05 for output in found.outputs)
+    assert all(output.error < 0.05 for output in found.outputs)
 
 
 def test_a_student_from_before_a_setting_has_its_default(swin):
@@ -83,21 +84,28 @@ def test_verification_tells_a_wrong_scale_and_a_wrong_weight(swin):
 
 def test_a_layer_passes_with_ties_and_with_nothing_further_off():
     name, elements = 'stages.0.qkv', 1000
-    good = LayerAgreement(name, elements, .9991, 1, .3)
-    ties = LayerAgreement(name, elements, .99, 1, 4e-4)
+    good = LayerAgreement(name, elements, 0.9991, 1, 0.3)
+    ties = LayerAgreement(name, elements, 0.99, 1, 4e-4)
     assert good.good and not good.ties and ties.good and ties.ties
-    for share, step, edge in ((.99, 1, .01), (.9999, 2, .5), (.99, 2, 4e-4)):
+    for share, step, edge in ((0.99, 1, 0.01), (0.9999, 2, 0.5), (0.99, 2, 4e-4)):
         bad = LayerAgreement(name, elements, share, step, edge)
         assert not bad.good and 'too far' in Verification('openvino', [bad], [], []).to_table()
-    many = LayerAgreement('stages.1.qkv', 100 * elements, 1., 0, 0.)
-    assert Verification('openvino', [ties, many], [], []).good and 'ties' in Verification('openvino', [ties, many], [], []).to_table()
+    many = LayerAgreement('stages.1.qkv', 100 * elements, 1.0, 0, 0.0)
+    assert (
+        Verification('openvino', [ties, many], [], []).good
+        and 'ties' in Verification('openvino', [ties, many], [], []).to_table()
+    )
     assert not Verification('openvino', [ties], [], []).good, 'all in all 99.9 % all the same'
 
 
 CASES = {
     'repq': ('mmdet', 'repq_w4a4', SWIN),  # logarithmic softmax, folded LayerNorm, fill of padded windows
     'every edge': ('mmseg', 'psaq_v1_w8a8', SWIN),
-    'mmpretrain': ('mmpretrain', 'w4a8', dict(arch=dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2]), out_indices=(0, 1))),
+    'mmpretrain': (
+        'mmpretrain',
+        'w4a8',
+        dict(arch=dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2]), out_indices=(0, 1)),
+    ),
 }
 
 
@@ -111,7 +119,7 @@ def test_other_quantizers_and_libraries(case, tmp_path):
         pytest.importorskip(runtime)
         found = verify(model, exported, images[:1], runtime, 1)
         # So few elements a layer that one at a tie may be more than a thousandth of them.
-        assert found.equal >= .999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
+        assert found.equal >= 0.999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
 
 
 OTHERS = ('timm-vit', 'timm-swin', 'mmpretrain-vit', 'mmseg-vit')
@@ -142,7 +150,7 @@ def test_symmetric_queries_and_values_leave_nothing_to_correct(name, quant, tmp_
     for runtime in RUNTIMES:
         pytest.importorskip(runtime)
         found = verify(model, exported, images[:1], runtime, 1)
-        assert found.equal >= .999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
+        assert found.equal >= 0.999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
 
 
 # ---------------------------------------------------------------------- one graph for every size
@@ -167,7 +175,7 @@ def test_one_graph_runs_every_size(dynamic, runtime):
             height, width = (-(-s // (4 * 2**i)) for s in size)
             assert found[f'level_{i}'].shape[2:] == (height, width)
             level = level[..., :height, :width].numpy()
-            assert np.linalg.norm(found[f'level_{i}'] - level) < .03 * np.linalg.norm(level)
+            assert np.linalg.norm(found[f'level_{i}'] - level) < 0.03 * np.linalg.norm(level)
 
 
 def test_a_dynamic_size_is_refused_where_it_is_not_right(swin, tmp_path):
@@ -184,10 +192,12 @@ def test_a_dynamic_size_is_refused_where_it_is_not_right(swin, tmp_path):
 def test_products_are_integer(swin, runtime):
     pytest.importorskip(runtime)
     model, _, exported = swin
-    deployed = load(exported.directory, runtime, 1, kernels='integer')  # on processors where it would not be chosen, too
+    # on processors where it would not be chosen, too
+    deployed = load(exported.directory, runtime, 1, kernels='integer')
     told = execution(deployed, SIZE)
     linears = sum(1 for row in exported.manifest['tensors'] if row['kind'] == 'weight')
-    assert int(told.split(': ')[1].split(' of ')[0]) >= linears - 1, told  # the patch embedding is the runtime's own choice
+    # the patch embedding is the runtime's own choice
+    assert int(told.split(': ')[1].split(' of ')[0]) >= linears - 1, told
     assert 'qkv' not in told and 'ffn' not in told
 
 
@@ -207,7 +217,10 @@ def test_asymmetric_weights_of_few_bits_are_signed_bytes_without_zero_points(w_b
     assert model.get_submodule('stages.0.blocks.0.attn.w_msa.qkv').weight_quantizer.zero_point.any()
     exported = export_model(model, tmp_path / 'out', [SIZE])
     assert wrong_weights(model, exported) == []
-    manifest, codes = read_manifest(exported.directory), read_weights(exported.directory, read_manifest(exported.directory))
+    manifest, codes = (
+        read_manifest(exported.directory),
+        read_weights(exported.directory, read_manifest(exported.directory)),
+    )
     kept = {name: weight for name, weight in exported.made.weights.items() if weight.layer}
     assert kept and not any(weight.apart or weight.zero_point.any() for weight in kept.values())
     assert any(f'{name}.weight.codes' in codes for name in kept), 'small ones stay in the graph'
@@ -219,7 +232,7 @@ def test_asymmetric_weights_of_few_bits_are_signed_bytes_without_zero_points(w_b
     for runtime in RUNTIMES:
         pytest.importorskip(runtime)
         found = verify(model, exported, images[:1], runtime, 1)
-        assert found.equal >= .999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
+        assert found.equal >= 0.999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
 
 
 @pytest.mark.parametrize('runtime', RUNTIMES)
@@ -229,7 +242,9 @@ def test_products_with_asymmetric_weights_are_integer(runtime, tmp_path):
     exported = export_model(model, tmp_path / 'out', [SIZE])
     assert any(weight.apart for weight in exported.made.weights.values()) and not wrong_weights(model, exported)
     told = execution(load(exported.directory, runtime, 1, kernels='integer'), SIZE)
-    linears = sum(1 for row in exported.manifest['tensors'] if row['kind'] == 'weight' and not row['name'].startswith('ones.'))
+    linears = sum(
+        1 for row in exported.manifest['tensors'] if row['kind'] == 'weight' and not row['name'].startswith('ones.')
+    )
     assert int(told.split(': ')[1].split(' of ')[0]) >= linears - 1, told
     assert 'qkv' not in told and 'ffn' not in told
 
@@ -245,13 +260,15 @@ def test_a_smaller_image_is_padded_as_the_libraries_pad_a_batch(swin):
     for i, (height, width) in enumerate([(13, 18), (7, 9)]):
         assert found[f'level_{i}'].shape[2:] == (height, width)
         error = np.abs(found[f'level_{i}'] - wanted[i][..., :height, :width].numpy())
-        assert error.mean() < .01 * wanted[i].abs().mean()
+        assert error.mean() < 0.01 * wanted[i].abs().mean()
 
 
 def test_an_image_that_is_too_large_is_refused_in_one_sentence(swin):
     pytest.importorskip('onnxruntime')
     deployed = load(swin[2].directory, 'onnxruntime', 1)
-    with pytest.raises(DataError, match='an image of 58 x 70 is larger than what the model was exported for .28 x 28, 57 x 75.'):
+    with pytest.raises(
+        DataError, match='an image of 58 x 70 is larger than what the model was exported for .28 x 28, 57 x 75.'
+    ):
         deployed.run(np.zeros((1, 3, 58, 70), np.float32))
 
 
@@ -273,8 +290,11 @@ def test_the_report_tells_every_tensor(swin):
 
 
 def test_what_stays_float_has_a_reason(tmp_path):
-    model, _ = calibrated(build_backbone('mmdet', **SWIN), dict(
-        preset='w8a8', quantize_softmax=False, overrides=[dict(pattern='*.reduction', float=True)]), (28, 28))
+    model, _ = calibrated(
+        build_backbone('mmdet', **SWIN),
+        dict(preset='w8a8', quantize_softmax=False, overrides=[dict(pattern='*.reduction', float=True)]),
+        (28, 28),
+    )
     exported = export_model(model, tmp_path / 'out', [(28, 28)])
     reasons = {row['name']: row['reason'] for row in exported.manifest['tensors'] if 'reason' in row}
     assert reasons['stages.0.downsample.reduction'] == 'override'
@@ -288,10 +308,10 @@ def test_the_graph_has_no_control_flow_and_each_normalization_once(swin):
 
 
 # ---------------------------------------------------------------------- size
-@pytest.mark.parametrize('quant, most', [('w8a8', .27), ('w4a8', .15)])
+@pytest.mark.parametrize('quant, most', [('w8a8', 0.27), ('w4a8', 0.15)])
 def test_size_beside_float32(quant, most, tmp_path):
     # Wide enough for the weights to outweigh scales and graph, as in a real model: the last stages of Swin-T.
-    wide = dict(embed_dims=96, depths=[1, 1, 1, 1], num_heads=[3, 6, 12, 24], strides=(4, 2, 2, 2), out_indices=(3, ))
+    wide = dict(embed_dims=96, depths=[1, 1, 1, 1], num_heads=[3, 6, 12, 24], strides=(4, 2, 2, 2), out_indices=(3,))
     model, _ = calibrated(build_backbone('mmdet', **wide), quant, (56, 56), batch=1)
     on_disk, float32 = sizes_of(model, export_model(model, tmp_path / 'out', [(56, 56)]))
     assert on_disk / float32 <= most
@@ -315,7 +335,7 @@ def test_a_model_without_ranges_or_quantizers_is_refused(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('size', [(0, 32), (32, )])
+@pytest.mark.parametrize('size', [(0, 32), (32,)])
 def test_a_size_that_is_none_is_refused(swin, size, tmp_path):
     with pytest.raises(ConfigError, match='is no image size'):
         export_model(swin[0], tmp_path / 'out', [size])
@@ -344,6 +364,7 @@ def test_the_exported_model_is_not_changed(swin):
 def scaled(graph, factor):
     """A graph with the scales of its activations times ``factor``."""
     from onnx import numpy_helper
+
     for tensor in graph.model.graph.initializer:
         if tensor.name.endswith('qkv.input_quantizer.scale'):
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
@@ -352,6 +373,7 @@ def scaled(graph, factor):
 def test_every_exported_size_is_verified(capsys, tmp_path):
     pytest.importorskip('onnxruntime')
     from psaq_mm.commands.export import _verify, verified_sizes
+
     model, _ = calibrated(build_backbone('mmdet', **SWIN), 'w8a8', SIZE)
     sizes = [(56, 56), (112, 84), (28, 28)]
     exported = export_model(model, tmp_path / 'out', sizes)
@@ -362,14 +384,19 @@ def test_every_exported_size_is_verified(capsys, tmp_path):
     tables = capsys.readouterr().out.split('codes in onnxruntime, ')[1:]
     assert [table.split('  ')[0] for table in tables] == ['56 x 56', '112 x 84', '28 x 28']
     assert ['too far' in table for table in tables] == [False, True, False]
-    assert ['patch_embed' in table for table in tables] == [True, False, False], 'good layers of the later sizes are left out'
+    assert ['patch_embed' in table for table in tables] == [True, False, False], (
+        'good layers of the later sizes are left out'
+    )
 
 
 def test_a_graph_for_every_size_is_verified_at_one_that_it_was_not_traced_with(dynamic):
     pytest.importorskip('onnxruntime')
     from psaq_mm.commands.export import verified_sizes
+
     model, _, exported = dynamic
     assert verified_sizes(exported) == [(64, 96), (96, 160)]
-    found = verify(model, exported, torch.randn(1, 3, 96, 160, generator=torch.Generator().manual_seed(0)), 'onnxruntime', 1)
-    assert not found.layers and found.good and all(output.error < .05 for output in found.outputs)
+    found = verify(
+        model, exported, torch.randn(1, 3, 96, 160, generator=torch.Generator().manual_seed(0)), 'onnxruntime', 1
+    )
+    assert not found.layers and found.good and all(output.error < 0.05 for output in found.outputs)
     assert 'codes in onnxruntime, 96 x 160' in found.to_table()

@@ -1,4 +1,6 @@
-"""What of a model becomes the graph, by its head: in the library's own model, the exported one gives the library's own results."""
+"""What of a model becomes the graph, by its head: in the library's own model, the exported one gives the library's own
+results."""
+
 import copy
 
 import numpy as np
@@ -10,9 +12,10 @@ from swin_models import build_backbone
 from psaq_mm.deploy import export_model, load
 from psaq_mm.deploy.parts import graph_parts
 from psaq_mm.deploy.report import summary
+from psaq_mm.deploy.serving import deploy_model_
 from psaq_mm.deploy.verify import verify
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.models import deploy_model_, quantize_model_
+from psaq_mm.models import quantize_model_
 
 RUNTIMES = ('onnxruntime', 'openvino')
 SMALL = dict(depths=[1, 1], num_heads=[1, 2], strides=(4, 2), out_indices=(0, 1))
@@ -49,7 +52,7 @@ class Exported:
         pytest.importorskip(runtime)
         found = verify(self.model, self.exported, self.image, runtime, 1)
         assert found.layers and not found.weights
-        assert found.equal >= .999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
+        assert found.equal >= 0.999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
 
 
 def config_library(name):
@@ -67,8 +70,14 @@ def test_a_convolution_that_levels_share_has_the_normalization_of_each(tmp_path)
     pytest.importorskip('mmdet')
     made = exported('rtmdet', tmp_path, quant=dict(preset='w8a8', scope='full'))
     head = made.model.bbox_head
-    assert head.cls_convs[0][0].conv is head.cls_convs[1][0].conv and head.cls_convs[0][0].norm is not head.cls_convs[1][0].norm
-    assert made.exported.made.model.bbox_head.cls_convs[0][0].conv is not made.exported.made.model.bbox_head.cls_convs[1][0].conv
+    assert (
+        head.cls_convs[0][0].conv is head.cls_convs[1][0].conv
+        and head.cls_convs[0][0].norm is not head.cls_convs[1][0].norm
+    )
+    assert (
+        made.exported.made.model.bbox_head.cls_convs[0][0].conv
+        is not made.exported.made.model.bbox_head.cls_convs[1][0].conv
+    )
     assert made.manifest['dense_head'] == 'bbox_head' and not made.exported.made.notes, 'all are folded'
     images = torch.cat([made.image, -made.image])
     with torch.no_grad():
@@ -76,8 +85,11 @@ def test_a_convolution_that_levels_share_has_the_normalization_of_each(tmp_path)
     for runtime in RUNTIMES:
         made.check_codes(runtime)
         found = load(made.exported.directory, runtime, 1).run(images.numpy())
-        errors = [np.linalg.norm(found[name] - w.numpy()) / w.norm().item() for name, w in zip(made.manifest['outputs']['names'], wanted)]
-        assert np.median(errors) < .1, errors
+        errors = [
+            np.linalg.norm(found[name] - w.numpy()) / w.norm().item()
+            for name, w in zip(made.manifest['outputs']['names'], wanted)
+        ]
+        assert np.median(errors) < 0.1, errors
 
 
 def normalized(model, picture):
@@ -92,7 +104,7 @@ def both_classes(made):
     with torch.no_grad():
         head.conv_seg.weight.mul_(5)
         logits = head(made.model.extract_feat(made.image))
-        head.conv_seg.bias.sub_(logits.median() - np.log(.3 / .7))
+        head.conv_seg.bias.sub_(logits.median() - np.log(0.3 / 0.7))
 
 
 def spread_classes(made):
@@ -105,18 +117,18 @@ def spread_classes(made):
 @pytest.mark.parametrize('classes', [1, 2])
 def test_the_threshold_of_a_binary_segmentor_makes_its_labels(classes, tmp_path):
     config = config_of('fcn')
-    config.model.decode_head.update(num_classes=classes, out_channels=1, threshold=.3)
+    config.model.decode_head.update(num_classes=classes, out_channels=1, threshold=0.3)
     config.model.decode_head.loss_decode.use_sigmoid = True
     picture = np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
     image = normalized(build(config.model, 'mmseg'), picture)
     made = Exported(tmp_path, config.model, 'mmseg', image=image, change=both_classes)
-    assert made.manifest['labels'] == dict(rule='threshold', threshold=.3)
+    assert made.manifest['labels'] == dict(rule='threshold', threshold=0.3)
     wanted = made.wanted.pred_sem_seg.data[0].numpy()
-    assert .1 < wanted.mean() < .95, 'argmax gives 0 alone'
+    assert 0.1 < wanted.mean() < 0.95, 'argmax gives 0 alone'
     for runtime in RUNTIMES:
         labels = load(made.exported.directory, runtime, 1)(picture)['labels'][0]
-        assert labels.dtype == np.int64 and (labels == wanted).mean() > .97
-        assert (made.deployed(runtime).pred_sem_seg.data[0].numpy() == wanted).mean() > .97
+        assert labels.dtype == np.int64 and (labels == wanted).mean() > 0.97
+        assert (made.deployed(runtime).pred_sem_seg.data[0].numpy() == wanted).mean() > 0.97
 
 
 def test_labels_of_an_export_of_an_earlier_version_are_the_greatest_logit(tmp_path):
@@ -135,10 +147,11 @@ APART = dict(
     condinst=(('backbone', 'neck', 'bbox_head'), None),  # its mask head reads the levels
     yolact=(('backbone', 'neck', 'bbox_head'), None),
     panoptic_fpn=(('backbone', 'neck', 'rpn_head'), None),
-    dyhead=(('backbone', ), 'MMCVModulatedDeformConv2d'),
+    dyhead=(('backbone',), 'MMCVModulatedDeformConv2d'),
     detr=(('backbone', 'neck'), 'reads queries'),
-    mask2former=(('backbone', ), 'Mask2FormerHead needs more than the levels'),
-    ocrnet=(('backbone', ), None))
+    mask2former=(('backbone',), 'Mask2FormerHead needs more than the levels'),
+    ocrnet=(('backbone',), None),
+)
 """By model, what the graph holds, and why a head is not in it."""
 
 
@@ -147,12 +160,17 @@ def close(found, wanted):
     for key in ('pred_sem_seg', 'pred_panoptic_seg'):
         if key in wanted:
             values = [getattr(one, key).get('data', getattr(one, key).get('sem_seg')) for one in (found, wanted)]
-            return (values[0] == values[1]).float().mean() > .95
+            return (values[0] == values[1]).float().mean() > 0.95
     found, wanted = found.pred_instances, wanted.pred_instances
-    masks = [one.masks.float().mean() if 'masks' in one else torch.tensor(0.) for one in (found, wanted)]
+    masks = [one.masks.float().mean() if 'masks' in one else torch.tensor(0.0) for one in (found, wanted)]
     count = min(len(found), len(wanted))
     gaps = (found.scores.sort(descending=True)[0][:count] - wanted.scores.sort(descending=True)[0][:count]).abs()
-    return abs(len(found) - len(wanted)) <= .2 * len(wanted) and count and gaps.mean() < .03 and abs(masks[0] - masks[1]) < .05
+    return (
+        abs(len(found) - len(wanted)) <= 0.2 * len(wanted)
+        and count
+        and gaps.mean() < 0.03
+        and abs(masks[0] - masks[1]) < 0.05
+    )
 
 
 @pytest.mark.parametrize('name', list(APART))
@@ -171,28 +189,48 @@ def test_what_a_graph_cannot_hold_stays_in_pytorch(name, tmp_path):
 
 # ---------------------------------------------------------------------- classifiers and others with a head
 CLASSIFIER = dict(
-    type='ImageClassifier', backbone=dict(
-        type='SwinTransformer', arch=dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2]), out_indices=(1, ), pad_small_map=True),
-    neck=dict(type='GlobalAveragePooling'), head=dict(type='LinearClsHead', num_classes=3, in_channels=32))
-TASKS = dict(type='MultiTaskHead', in_channels=32, task_heads=dict(
-    colour=dict(type='LinearClsHead', num_classes=3), shapes=dict(type='MultiLabelLinearClsHead', num_classes=4)))
+    type='ImageClassifier',
+    backbone=dict(
+        type='SwinTransformer',
+        arch=dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2]),
+        out_indices=(1,),
+        pad_small_map=True,
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=3, in_channels=32),
+)
+TASKS = dict(
+    type='MultiTaskHead',
+    in_channels=32,
+    task_heads=dict(
+        colour=dict(type='LinearClsHead', num_classes=3), shapes=dict(type='MultiLabelLinearClsHead', num_classes=4)
+    ),
+)
 
 
 def test_the_heads_of_several_tasks_predict_from_the_graph(tmp_path):
     made = Exported(tmp_path, dict(CLASSIFIER, head=TASKS), 'mmpretrain')
-    assert made.manifest['task'] == 'classification' and made.manifest['replaced'] == ['backbone', 'neck'] and made.manifest['exact_size']
+    assert (
+        made.manifest['task'] == 'classification'
+        and made.manifest['replaced'] == ['backbone', 'neck']
+        and made.manifest['exact_size']
+    )
     assert 'MultiTaskHead does not predict from the outputs of its forward' in summary(made.manifest['tensors'])
     for runtime in RUNTIMES:
         found = made.deployed(runtime)
         for task in ('colour', 'shapes'):
-            assert torch.allclose(found.get(task).pred_score, made.wanted.get(task).pred_score, atol=.1), runtime
+            assert torch.allclose(found.get(task).pred_score, made.wanted.get(task).pred_score, atol=0.1), runtime
 
 
 def test_a_head_of_several_labels_is_in_the_graph(tmp_path):
-    made = Exported(tmp_path, dict(CLASSIFIER, head=dict(type='MultiLabelLinearClsHead', num_classes=4, in_channels=32)), 'mmpretrain')
+    made = Exported(
+        tmp_path,
+        dict(CLASSIFIER, head=dict(type='MultiLabelLinearClsHead', num_classes=4, in_channels=32)),
+        'mmpretrain',
+    )
     assert made.manifest['outputs']['dense'] == 'logits' and made.manifest['labels'] is None
     for runtime in RUNTIMES:
-        assert torch.allclose(made.deployed(runtime).pred_score, made.wanted.pred_score, atol=.1)
+        assert torch.allclose(made.deployed(runtime).pred_score, made.wanted.pred_score, atol=0.1)
 
 
 class PoseHead(torch.nn.Module):
@@ -227,13 +265,17 @@ def check_maps(model, image, wanted, exported):
     for runtime in RUNTIMES:
         with torch.no_grad():
             found = deploy_model_(copy.deepcopy(model), exported.directory, runtime, 1)(image)
-        assert (found - wanted).norm() < .1 * wanted.norm()
+        assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_a_pose_estimator_is_no_classifier(tmp_path):
     model, image, wanted = quantized(PoseEstimator(PoseHead()))
     exported = export_model(model, tmp_path / 'out', [SIZE])
-    assert exported.manifest['task'] == 'other' and exported.manifest['outputs']['dense'] == 'dense' and exported.manifest['exact_size']
+    assert (
+        exported.manifest['task'] == 'other'
+        and exported.manifest['outputs']['dense'] == 'dense'
+        and exported.manifest['exact_size']
+    )
     check_maps(model, image, wanted, exported)
 
 
@@ -246,7 +288,6 @@ class Unlike(PoseHead):
 
 
 class OwnFeatures(PoseEstimator):
-
     def extract_feat(self, images):
         levels = self.backbone(images)
         return [level * 2 for level in (levels if getattr(self, 'neck', None) is None else self.neck(levels))]
@@ -267,19 +308,24 @@ def test_a_head_that_a_graph_would_get_wrong_stays_in_pytorch(kind, tmp_path):
 
 
 def test_outputs_with_names_are_kept_and_those_that_are_no_tensors_stay_in_pytorch(tmp_path):
-    model, image, wanted = quantized(PoseEstimator(PoseHead(lambda maps: dict(maps=maps, none=None, pair=[maps + 1, maps]))))
+    model, image, wanted = quantized(
+        PoseEstimator(PoseHead(lambda maps: dict(maps=maps, none=None, pair=[maps + 1, maps])))
+    )
     exported = export_model(model, tmp_path / 'named', [SIZE])
-    assert exported.manifest['outputs']['dense'] == dict(maps='dense_maps', none=None, pair=['dense_pair_0', 'dense_pair_1'])
+    assert exported.manifest['outputs']['dense'] == dict(
+        maps='dense_maps', none=None, pair=['dense_pair_0', 'dense_pair_1']
+    )
     found = deploy_model_(model, exported.directory, 'onnxruntime', 1)(image)
     assert found['none'] is None and (found['pair'][0] - found['maps'] - 1).abs().max() < 1e-5
-    assert (found['maps'] - wanted['maps']).norm() < .1 * wanted['maps'].norm()
+    assert (found['maps'] - wanted['maps']).norm() < 0.1 * wanted['maps'].norm()
     model, image, wanted = quantized(PoseEstimator(PoseHead(lambda maps: (maps, {1, 2}))))
     exported = export_model(model, tmp_path / 'odd', [SIZE])
-    assert exported.manifest['replaced'] == ['backbone'] and 'a set, which is no tensor' in summary(exported.manifest['tensors'])
+    assert exported.manifest['replaced'] == ['backbone'] and 'a set, which is no tensor' in summary(
+        exported.manifest['tensors']
+    )
 
 
 class _Foreign(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x):
         return x.clone()
@@ -290,7 +336,6 @@ class _Foreign(torch.autograd.Function):
 
 
 class Foreign(torch.nn.Module):
-
     def forward(self, x):
         return _Foreign.apply(x)
 
@@ -299,14 +344,21 @@ def test_a_backbone_with_an_operator_that_onnx_has_not_is_refused_by_name(tmp_pa
     model = build_backbone('mmdet', **SMALL)
     model.drop_after_pos = Foreign()
     student(model)
-    with pytest.raises(UnsupportedModelError, match='SwinTransformer does not export .it needs lab::Secret, which ONNX does not have.'):
+    with pytest.raises(
+        UnsupportedModelError, match='SwinTransformer does not export .it needs lab::Secret, which ONNX does not have.'
+    ):
         export_model(model, tmp_path / 'out', [SIZE])
     assert not (tmp_path / 'out').exists()
 
 
 HEADS = dict(
-    linear=('LinearClsHead', {}), stacked=('StackedLinearClsHead', dict(mid_channels=[8])), csra=('CSRAClsHead', dict(num_heads=1, lam=.1)),
-    margin=('ArcFaceClsHead', {}), tokens=('VisionTransformerClsHead', {}), several_labels=('MultiLabelClsHead', {}))
+    linear=('LinearClsHead', {}),
+    stacked=('StackedLinearClsHead', dict(mid_channels=[8])),
+    csra=('CSRAClsHead', dict(num_heads=1, lam=0.1)),
+    margin=('ArcFaceClsHead', {}),
+    tokens=('VisionTransformerClsHead', {}),
+    several_labels=('MultiLabelClsHead', {}),
+)
 
 
 def test_heads_of_the_libraries_are_seen_to_predict_from_their_forward():

@@ -1,4 +1,5 @@
 """Each piece of the graph against what it stands for: quantizers, masks, pooling, folded normalization."""
+
 import numpy as np
 import onnx
 import pytest
@@ -10,9 +11,9 @@ from torch import nn
 from psaq_mm.deploy.exportable import Codes, ExportableModel
 from psaq_mm.deploy.lowering import WeightStore, lower, mask_regions, with_weights
 from psaq_mm.deploy.pooling import LinearPooling
-from psaq_mm.deploy.runtime import start
 from psaq_mm.deploy.symbols import DOMAIN
 from psaq_mm.quantization import fake_log_quantize, log_quantize, quantize
+from psaq_mm.runtime.deployed import start
 
 RUNTIMES = ('onnxruntime', 'openvino')
 
@@ -22,11 +23,14 @@ def run_quantizer(codes, x, runtime):
     node = helper.make_node('Quantizer', ['x'], ['y'], domain=DOMAIN, name='q')
     node.attribute.append(helper.make_attribute('name', 'q'))
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(x.shape)) for name in 'xy']
-    model = helper.make_model(helper.make_graph([node], 'g', ends[:1], ends[1:]),
-                              opset_imports=[helper.make_opsetid('', 17), helper.make_opsetid(DOMAIN, 1)], ir_version=8)
+    model = helper.make_model(
+        helper.make_graph([node], 'g', ends[:1], ends[1:]),
+        opset_imports=[helper.make_opsetid('', 17), helper.make_opsetid(DOMAIN, 1)],
+        ir_version=8,
+    )
     lowered = lower(model, ExportableModel(None, quantizers=dict(q=codes)), WeightStore())
     onnx.checker.check_model(lowered.model)
-    code, = lowered.codes['q']
+    (code,) = lowered.codes['q']
     kind = TensorProto.FLOAT if codes.log_base else TensorProto.UINT8
     lowered.model.graph.output.append(helper.make_tensor_value_info(code, kind, list(x.shape)))
     found = start(with_weights(lowered, {}).SerializeToString(), runtime, 1).run({'x': x.numpy()})
@@ -38,12 +42,14 @@ def run_quantizer(codes, x, runtime):
 def test_affine_codes_are_those_of_the_primitives(runtime, bits):
     pytest.importorskip(runtime)
     high = 2**bits - 1
-    x = torch.cat([torch.randn(2000, generator=torch.Generator().manual_seed(bits)) * 3, torch.tensor([0., 1e6, -1e6])])[None]
+    x = torch.cat(
+        [torch.randn(2000, generator=torch.Generator().manual_seed(bits)) * 3, torch.tensor([0.0, 1e6, -1e6])]
+    )[None]
     codes = Codes(float(torch.tensor(7 / high)), high // 3, 0, high)
     wanted = quantize(x, torch.tensor(codes.scale), torch.tensor(codes.zero_point, dtype=torch.int32), 0, high)
     found, values = run_quantizer(codes, x, runtime)
     gap = np.abs(found - wanted.numpy())
-    assert gap.max() <= 1 and (gap == 0).mean() >= .999
+    assert gap.max() <= 1 and (gap == 0).mean() >= 0.999
     assert {0, high} <= set(found.ravel())
     assert np.allclose(values, (found - codes.zero_point) * np.float32(codes.scale), rtol=1e-5, atol=1e-5)
 
@@ -55,12 +61,12 @@ def test_logarithmic_codes_are_those_of_the_primitives(runtime, base, bits):
     pytest.importorskip(runtime)
     scores = torch.randn(40, 49, generator=torch.Generator().manual_seed(1)) * 6
     # Below 2**-126, the smallest normal float32, the graph sees a 0.
-    x = torch.cat([scores.softmax(-1).reshape(-1), torch.tensor([0., 1., 1e-30, 1e-37])])[None]
-    delta = torch.tensor(.93)
+    x = torch.cat([scores.softmax(-1).reshape(-1), torch.tensor([0.0, 1.0, 1e-30, 1e-37])])[None]
+    delta = torch.tensor(0.93)
     found, values = run_quantizer(Codes(float(delta), 0, 0, 2**bits - 1, base), x, runtime)
     wanted = log_quantize(x, delta, bits, base).numpy()
     gap = np.abs(found - wanted)
-    assert (gap == 0).mean() >= .999
+    assert (gap == 0).mean() >= 0.999
     # A difference at the threshold of zero is one step too.
     assert gap.max() <= 1
     same = gap == 0
@@ -71,6 +77,7 @@ def test_logarithmic_codes_are_those_of_the_primitives(runtime, base, bits):
 def library_mask(height, width, window, shift):
     """The mask as the libraries work it out (mmdet's ShiftWindowMSA)."""
     from mmdet.models.backbones.swin import ShiftWindowMSA
+
     image = torch.zeros(1, height, width, 1)
     slices = slice(0, -window), slice(-window, -shift), slice(-shift, None)
     for i, (rows, columns) in enumerate((r, c) for r in slices for c in slices):
@@ -102,13 +109,14 @@ def test_folded_normalization_changes_no_code(gains, quant):
 
     from psaq_mm.deploy.exportable import make_exportable
     from psaq_mm.quantization import calibrate, quantize_
+
     torch.manual_seed(0)
     model = nn.Sequential(ConvModule(4, 6, 3, padding=1, norm_cfg=dict(type='BN'))).eval()
     norm = model[0].norm
     with torch.no_grad():
         for tensor in (norm.weight, norm.bias, norm.running_mean):
-            tensor.uniform_(.5, 2)
-        norm.running_var.uniform_(.5, 2)
+            tensor.uniform_(0.5, 2)
+        norm.running_var.uniform_(0.5, 2)
         if gains != 'positive':
             norm.weight[::2] *= -1 if gains == 'mixed' else 0
     x = torch.randn(2, 4, 9, 9)
@@ -117,10 +125,19 @@ def test_folded_normalization_changes_no_code(gains, quant):
     made = make_exportable(model)
     weight = made.weights['0.conv']
     conv = model[0].conv
-    wanted = quantize(conv.weight, conv.weight_quantizer.scale, conv.weight_quantizer.zero_point, conv.weight_quantizer.qmin,
-                      conv.weight_quantizer.qmax, 0)
+    wanted = quantize(
+        conv.weight,
+        conv.weight_quantizer.scale,
+        conv.weight_quantizer.zero_point,
+        conv.weight_quantizer.qmin,
+        conv.weight_quantizer.qmax,
+        0,
+    )
     shape = -1, 1, 1, 1
-    gap, other = weight.codes.int() - weight.zero_point.int().view(shape), wanted - conv.weight_quantizer.zero_point.view(shape)
+    gap, other = (
+        weight.codes.int() - weight.zero_point.int().view(shape),
+        wanted - conv.weight_quantizer.zero_point.view(shape),
+    )
     assert torch.equal(gap.abs(), other.abs())
     folded = isinstance(made.model[0].norm, nn.Identity)
     assert folded == (gains == 'positive') or gains == 'mixed'
@@ -129,4 +146,3 @@ def test_folded_normalization_changes_no_code(gains, quant):
     with torch.no_grad():
         y = F.conv2d(conv.input_quantizer(x), gap * weight.scale.view(shape), weight.bias, padding=1)
         assert torch.allclose(made.model[0].norm(y).relu(), model(x), atol=1e-4)
-

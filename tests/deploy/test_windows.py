@@ -1,4 +1,6 @@
-"""Windows, masks and heads as look-ups, with sizes known at the export and found out by the graph, against plain rolling and cutting."""
+"""Windows, masks and heads as look-ups, with sizes known at the export and found out by the graph, against plain
+rolling and cutting."""
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def of(size, shift, pad_first, traced):
 @pytest.mark.parametrize('kind', ['padded first', 'shifted first', 'traced'])
 def test_windows_are_cut_as_the_libraries_do_and_joined_again(size, shift, kind):
     made = of(size, shift, kind != 'shifted first', kind == 'traced')
-    x, fill = torch.arange(size[0] * size[1] * 4.).reshape(*size, 4), -torch.arange(1., 5)
+    x, fill = torch.arange(size[0] * size[1] * 4.0).reshape(*size, 4), -torch.arange(1.0, 5)
     cut = made.cut(x.reshape(-1, 4), fill)
     assert torch.equal(cut, reference(x, shift, kind != 'shifted first', fill))
     heads = cut.reshape(*cut.shape[:2], 2, 2).transpose(1, 2)  # (windows, heads, tokens, channels)

@@ -1,4 +1,5 @@
 """model-index.yml and a metafile for each method: what they name is there, and what they claim has been measured."""
+
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def test_every_published_method_has_one():
 
 @pytest.mark.parametrize('path', FILES)
 def test_configs_and_collections_are_there(path):
-    collection, = CONTENT[path]['Collections']
+    (collection,) = CONTENT[path]['Collections']
     method = Path(path).parent.name
     assert (ROOT / collection['README']).is_file() and (ROOT / collection['Code']['URL']).is_file()
     for model in CONTENT[path]['Models']:
@@ -34,17 +35,32 @@ def test_configs_and_collections_are_there(path):
 def test_names_are_unique_and_every_model_is_listed_for_every_method():
     names = [model['Name'] for content in CONTENT.values() for model in content['Models']]
     assert len(names) == len(set(names))
-    listed = {path: {model['Config'] for model in content['Models'] if '/demo/' not in model['Config']} for path, content in CONTENT.items()}
-    shipped = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob('configs/*_w8a8.py'), *ROOT.glob('configs/classification/*.py')]}
+    listed = {
+        path: {model['Config'] for model in content['Models'] if '/demo/' not in model['Config']}
+        for path, content in CONTENT.items()
+    }
+    shipped = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*ROOT.glob('configs/*_w8a8.py'), *ROOT.glob('configs/classification/*.py')]
+    }
     for path, configs in listed.items():
         assert configs == {config for config in shipped if 'camvid' not in config}, path
 
 
 def test_results_are_those_of_the_results_page():
     """The row of the method in docs/results.md; what nobody has run has no number here."""
-    row = next(line for line in (ROOT / 'docs' / 'results.md').read_text().splitlines() if line.startswith('| **data-free (PSAQ-ViT V2)**'))
+    row = next(
+        line
+        for line in (ROOT / 'docs' / 'results.md').read_text().splitlines()
+        if line.startswith('| **data-free (PSAQ-ViT V2)**')
+    )
     measured = set(re.findall(r'\| (\d+\.\d+) \(', row))
-    claimed = [(model['Name'], value) for content in CONTENT.values() for model in content['Models'] for result in model.get('Results', [])
-               for value in result['Metrics'].values()]
+    claimed = [
+        (model['Name'], value)
+        for content in CONTENT.values()
+        for model in content['Models']
+        for result in model.get('Results', [])
+        for value in result['Metrics'].values()
+    ]
     assert len(claimed) == 6 and all('demo' in name for name, _ in claimed)
     assert {f'{value:.2f}' for _, value in claimed} == measured

@@ -1,4 +1,5 @@
 """docs/tutorial.md, block by block: what it says is what happens."""
+
 import json
 import os
 import re
@@ -25,12 +26,16 @@ def folder(tmp_path_factory):
     environment.update(PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ['PATH']]), OMP_NUM_THREADS='1')
     printed = []
     for number, (language, code) in enumerate(BLOCKS):
-        assert language in ('bash', 'python'), f'block {number} is of a language that this test cannot run: {language!r}'
+        assert language in ('bash', 'python'), (
+            f'block {number} is of a language that this test cannot run: {language!r}'
+        )
         script = folder / f'block_{number}.{language}'
         script.write_text(code)
         command = ['bash', '-euo', 'pipefail', script.name] if language == 'bash' else [sys.executable, script.name]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        logs = '\n'.join(log.read_text()[-1500:] for log in sorted(folder.glob('my_project/*.log'), key=os.path.getmtime)[-1:])
+        logs = '\n'.join(
+            log.read_text()[-1500:] for log in sorted(folder.glob('my_project/*.log'), key=os.path.getmtime)[-1:]
+        )
         assert done.returncode == 0, f'block {number}:\n{code}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}\n{logs}'
         printed.append(done.stdout)
     return folder, printed
@@ -47,7 +52,9 @@ def test_every_block_runs_and_leaves_what_the_text_says(folder):
     table = next(text for text in printed if text.startswith('metric'))
     assert 'full precision' in table and 'W4A8' in table and 'coco/bbox_mAP' in table
     report = json.loads((project / 'sensitivity' / 'sensitivity.json').read_text())
-    assert report['mixed_precision']['error'] < report['error'] and report['mixed_precision']['average']['weights'][1] <= 5
+    assert (
+        report['mixed_precision']['error'] < report['error'] and report['mixed_precision']['average']['weights'][1] <= 5
+    )
     assert (project / 'sensitivity' / 'sensitivity.html').is_file()
     mixed = read_checkpoint(project / 'mixed' / 'student.pth')['meta']['psaq_mm']['quant']
     assert mixed['overrides'] == report['mixed_precision']['overrides'] and mixed['w_bits'] == 4

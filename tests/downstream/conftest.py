@@ -1,4 +1,5 @@
 """A project as its own folder, with pictures and a full-precision checkpoint."""
+
 import shutil
 from pathlib import Path
 
@@ -28,12 +29,17 @@ def welds(tmp_path_factory):
         (folder / 'data' / part).mkdir(parents=True)
         for name in ('0.png', '1.png'):
             Image.fromarray(random.integers(0, 255, (50, 80, 3), dtype=np.uint8)).save(folder / 'data' / part / name)
-        (folder / 'data' / f'{part}.txt').write_text('0.png pore 4 6 30 40\n0.png slag 40 8 70 30\n1.png crack 10 10 60 20\n')
+        (folder / 'data' / f'{part}.txt').write_text(
+            '0.png pore 4 6 30 40\n0.png slag 40 8 70 30\n1.png crack 10 10 60 20\n'
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         from mmengine.config import Config
         from welds import WeldDataset
+
         model = build_full_precision(Config.fromfile('configs/weld_detector.py'))
-        torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=WeldDataset.METAINFO)), 'weld_detector.pth')
+        torch.save(
+            dict(state_dict=model.state_dict(), meta=dict(dataset_meta=WeldDataset.METAINFO)), 'weld_detector.pth'
+        )
         yield folder

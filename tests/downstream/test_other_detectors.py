@@ -1,13 +1,14 @@
 """One-stage detectors and the DETR family with a Swin backbone, and what is refused by name when the model is built."""
+
 import pytest
 import torch
 from quick_builds import WeightsWithoutMemory, metafiles_read_once
 from tiny import Project
 
 from psaq_mm.commands.dfq_train import main as dfq_train
+from psaq_mm.commands.inspect import main as inspect_command
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.inspect import main as inspect_command
 from psaq_mm.models import TaskModel, quantize_model_
 from psaq_mm.quantization import is_quantizer_key
 
@@ -32,12 +33,13 @@ model = dict(
 """,
     detr=f"""
 _base_ = ['mmdet::detr/detr_r50_8xb2-150e_coco.py']
-model = dict(backbone={SWIN.format(out=(3, ))}, neck=dict(in_channels=[128]), {TRANSFORMER})
+model = dict(backbone={SWIN.format(out=(3,))}, neck=dict(in_channels=[128]), {TRANSFORMER})
 """,
     dino=f"""
 _base_ = ['mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py']
 model = dict(backbone={SWIN.format(out=(0, 1, 2, 3))}, neck=dict(in_channels=[16, 32, 64, 128]), {TRANSFORMER})
-""")
+""",
+)
 QUERY_BASED = dict(detr='DETR', dino='DINO')
 
 
@@ -61,6 +63,7 @@ def detector(request, tmp_path_factory):
 def test_scope_backbone(detector):
     """Quantized by inheritance, saved, and served by the library."""
     from mmdet.apis import inference_detector, init_detector
+
     path = detector.config(quant='w4a8', iters=1, evolve_every=0)
     assert dfq_train([str(path), '--work-dir', str(detector.folder / 'work')]) == 0
     student = detector.folder / 'work' / 'student.pth'
@@ -77,6 +80,7 @@ def _plain_pipeline(model):
     """The config's own pipeline would enlarge the picture to 800 x 1333."""
     from mmcv.transforms import Compose
     from mmdet.utils import get_test_pipeline_cfg
+
     steps = get_test_pipeline_cfg(model.cfg)
     for step in steps:
         if step.type.endswith('Resize'):
@@ -87,7 +91,9 @@ def _plain_pipeline(model):
 
 def test_scope_full_works_or_is_refused_by_name(detector, capsys):
     """Head and neck are calibrated, and the head's dense maps distilled; queries are none."""
-    path = detector.config(quant=dict(preset='w8a8', scope='full'), name='full.py', iters=1, evolve_every=0, distil=('backbone', 'head'))
+    path = detector.config(
+        quant=dict(preset='w8a8', scope='full'), name='full.py', iters=1, evolve_every=0, distil=('backbone', 'head')
+    )
     name = QUERY_BASED.get(detector.name)
     if name:
         assert inspect_command([str(path)]) == 1
@@ -99,7 +105,9 @@ def test_scope_full_works_or_is_refused_by_name(detector, capsys):
     assert {key.split('.')[0] for key in state if is_quantizer_key(key)} == {'backbone', 'neck', 'bbox_head'}
     assert all(bool(value) for key, value in state.items() if key.endswith('_quantizer.calibrated'))
     plain = read_checkpoint(detector.checkpoint)['state_dict']
-    assert any(key.startswith('bbox_head.') and not torch.equal(plain[key], state[key]) for key in plain), 'the head learns'
+    assert any(key.startswith('bbox_head.') and not torch.equal(plain[key], state[key]) for key in plain), (
+        'the head learns'
+    )
 
 
 @pytest.mark.parametrize('name', list(QUERY_BASED))
@@ -112,6 +120,7 @@ def built(text, **changes):
     """The full-precision model of a config's text, without memory for its weights."""
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
+
     config = Config.fromstring(text, '.py')
     init_default_scope(config.default_scope)
     config.model.pop('pretrained', None)  # of mmseg's segmentors alone
@@ -128,10 +137,23 @@ REFUSED = dict(
     panoptic_fpn=('mmdet', 'panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco', 'cannot run semantic_head of PanopticFPN'),
     solo=('mmdet', 'solo/solo_r50_fpn_1x_coco', 'cannot run mask_head of SOLO'),
     htc=('mmdet', 'htc/htc_r50_fpn_1x_coco', 'cannot run roi_head.semantic_head of HybridTaskCascade'),
-    mask_scoring=('mmdet', 'ms_rcnn/ms-rcnn_r50-caffe_fpn_1x_coco', 'cannot run roi_head.mask_iou_head of MaskScoringRCNN'),
+    mask_scoring=(
+        'mmdet',
+        'ms_rcnn/ms-rcnn_r50-caffe_fpn_1x_coco',
+        'cannot run roi_head.mask_iou_head of MaskScoringRCNN',
+    ),
     queryinst=('mmdet', 'queryinst/queryinst_r50_fpn_1x_coco', 'is torch.nn.MultiheadAttention'),
-    mask2former=('mmseg', 'mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024', r'decode_head\.\S+ of EncoderDecoder is torch.nn.Multi'),
-    pointrend=('mmseg', 'point_rend/pointrend_r101_4xb4-160k_ade20k-512x512', 'cannot run decode_head of CascadeEncoderDecoder'))
+    mask2former=(
+        'mmseg',
+        'mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024',
+        r'decode_head\.\S+ of EncoderDecoder is torch.nn.Multi',
+    ),
+    pointrend=(
+        'mmseg',
+        'point_rend/pointrend_r101_4xb4-160k_ade20k-512x512',
+        'cannot run decode_head of CascadeEncoderDecoder',
+    ),
+)
 
 
 @pytest.mark.parametrize('name', list(REFUSED))
@@ -151,15 +173,13 @@ def test_a_head_that_needs_more_than_levels_is_named():
     from swin_models import build_backbone
 
     class Head(BaseModule):
-
         def forward(self, levels, text):
             return levels
 
     class Detector(BaseModule):
-
         def __init__(self):
             super().__init__()
             self.backbone, self.bbox_head = build_backbone('mmdet'), Head()
 
     with pytest.raises(UnsupportedModelError, match=r'bbox_head of Detector \(Head\) needs more than the levels'):
-        TaskModel(Detector(), ('head', )).outputs(torch.randn(1, 3, 56, 56))
+        TaskModel(Detector(), ('head',)).outputs(torch.randn(1, 3, 56, 56))

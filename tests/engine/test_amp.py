@@ -1,4 +1,5 @@
 """Student steps under autocast, and steps made of several batches."""
+
 import pytest
 import torch
 from classifier_models import SIZES, build_classifier
@@ -7,7 +8,16 @@ from tiny_classifier import ClassifierProject
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.hooks.data_free_quant_hook import checkpoints_in
-from psaq_mm.quantization import AffineQuantizer, LogQuantizer, calibrate, dequantize, log_dequantize, log_quantize, quantize, quantizers
+from psaq_mm.quantization import (
+    AffineQuantizer,
+    LogQuantizer,
+    calibrate,
+    dequantize,
+    log_dequantize,
+    log_quantize,
+    quantize,
+    quantizers,
+)
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -85,7 +95,11 @@ def test_scales_and_codes_are_computed_in_float32_under_autocast(dtype):
         again.calibrate_from(x)
         found, found_log = affine(x.requires_grad_()), log(positive.requires_grad_())
         codes = quantize(x, affine.scale, affine.zero_point, affine.qmin, affine.qmax)
-    assert again.scale.dtype == torch.float32 and torch.equal(again.scale, affine.scale) and torch.equal(again.zero_point, affine.zero_point)
+    assert (
+        again.scale.dtype == torch.float32
+        and torch.equal(again.scale, affine.scale)
+        and torch.equal(again.zero_point, affine.zero_point)
+    )
     expected = quantize(x.float(), affine.scale, affine.zero_point, affine.qmin, affine.qmax)
     assert torch.equal(codes, expected)
     assert torch.equal(found, dequantize(expected, affine.scale, affine.zero_point).to(dtype))
@@ -95,7 +109,7 @@ def test_scales_and_codes_are_computed_in_float32_under_autocast(dtype):
 
 def test_weights_are_quantized_from_float32_in_a_model_under_autocast():
     model = build_classifier('timm-vit', quant=dict(preset='w4a8', scope='full')).eval()
-    images = torch.randn(2, 3, *(SIZES['timm-vit'], ) * 2, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, *(SIZES['timm-vit'],) * 2, generator=torch.Generator().manual_seed(0))
     calibrate(model, lambda: model(images))
     seen = {}
 
@@ -116,8 +130,12 @@ def test_weights_are_quantized_from_float32_in_a_model_under_autocast():
             continue
         if name.endswith('weight_quantizer'):
             assert given.dtype == out.dtype == torch.float32, name
-        codes = quantize(given.float(), quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, quantizer.channel_axis)
-        assert torch.equal(out, dequantize(codes, quantizer.scale, quantizer.zero_point, quantizer.channel_axis).to(given.dtype)), name
+        codes = quantize(
+            given.float(), quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, quantizer.channel_axis
+        )
+        assert torch.equal(
+            out, dequantize(codes, quantizer.scale, quantizer.zero_point, quantizer.channel_axis).to(given.dtype)
+        ), name
         checked += given.dtype == torch.bfloat16
     assert checked > 4, 'no activation came in bfloat16: autocast did nothing'
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None) and states
@@ -128,7 +146,11 @@ def test_a_step_of_two_batches_is_that_of_one_twice_as_large(project, float32):
     (large, large_losses), (small, small_losses) = run(project, 'large', batch_size=4), float32
     found, losses = run(project, 'accumulated', batch_size=2, accumulative_counts=2)
     assert found['meta']['psaq_mm']['dfq']['accumulative_counts'] == 2
-    assert losses == pytest.approx(large_losses, rel=1e-4) and len(losses) == 4 and losses != pytest.approx(small_losses, rel=1e-3)
+    assert (
+        losses == pytest.approx(large_losses, rel=1e-4)
+        and len(losses) == 4
+        and losses != pytest.approx(small_losses, rel=1e-3)
+    )
     for key, value in large['state_dict'].items():
         assert relative(found['state_dict'][key], value) <= 1e-4, key
 
@@ -139,6 +161,7 @@ def test_the_wrappers_own_key_counts_too(project):
 
     from psaq_mm.commands.dfq_train import data_free_runner
     from psaq_mm.engine.config import to_data_free
+
     config = to_data_free(Config.fromfile(project.config('w8a8', 'wrapper.py', **DFQ, batch_size=2)))
     config.work_dir, config.optim_wrapper.accumulative_counts = str(project.folder / 'wrapper'), 2
     config.launcher = 'none'
@@ -163,6 +186,7 @@ def test_float16_is_decided_where_the_run_is(project, monkeypatch):
 
     import psaq_mm.engine.optim as optim
     from psaq_mm.engine.config import to_data_free
+
     config = to_data_free(Config.fromfile(project.config('w8a8', 'float16.py', **DFQ, amp='float16')))
     written = Config.fromstring(config.pretty_text, '.py').optim_wrapper
     made = {}

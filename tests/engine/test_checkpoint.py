@@ -1,4 +1,5 @@
 """Checkpoints by URL, and those of timm in today's and in older layouts."""
+
 import concurrent.futures
 import functools
 import hashlib
@@ -54,19 +55,25 @@ def site(tmp_path, monkeypatch):
     folder = tmp_path / 'site'
     folder.mkdir()
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, args=(0.01, ), daemon=True).start()
-    yield Site((folder, f'http://127.0.0.1:{server.server_address[1]}'), Quiet.asked, tmp_path / 'cache' / 'hub' / 'checkpoints')
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield Site(
+        (folder, f'http://127.0.0.1:{server.server_address[1]}'),
+        Quiet.asked,
+        tmp_path / 'cache' / 'hub' / 'checkpoints',
+    )
     server.shutdown()
     server.server_close()
 
 
 def test_two_models_of_one_file_name_do_not_collide(site):
     folder, url = site
-    for name, value in (('one', 1.), ('two', 2.)):
+    for name, value in (('one', 1.0), ('two', 2.0)):
         (folder / name).mkdir()
-        save_file(dict(weight=torch.full((2, ), value)), folder / name / 'model.safetensors')
-    for name, value in (('one', 1.), ('two', 2.), ('one', 1.)):
-        assert float(read_checkpoint(f'{url}/{name}/model.safetensors?download=true')['state_dict']['weight'][0]) == value
+        save_file(dict(weight=torch.full((2,), value)), folder / name / 'model.safetensors')
+    for name, value in (('one', 1.0), ('two', 2.0), ('one', 1.0)):
+        assert (
+            float(read_checkpoint(f'{url}/{name}/model.safetensors?download=true')['state_dict']['weight'][0]) == value
+        )
     (folder / 'one' / 'model.safetensors').unlink()
     assert read_checkpoint(f'{url}/one/model.safetensors?download=true')['state_dict']  # from the cache
 
@@ -93,8 +100,11 @@ def test_a_name_that_tells_its_content_keeps_it_in_the_cache(site, capsys):
 def test_content_that_is_not_what_the_name_says_is_refused(site):
     folder, url = site
     (folder / publish(folder, 'net')).rename(folder / 'net_20210902-9d6b7cfa.pth')
-    with pytest.raises(CheckpointError, match='net_20210902-9d6b7cfa.pth is not what its name says, whose SHA-256 begins with 9d6b7cfa '
-                       '.*try again, or give the local path'):
+    with pytest.raises(
+        CheckpointError,
+        match='net_20210902-9d6b7cfa.pth is not what its name says, whose SHA-256 begins with 9d6b7cfa '
+        '.*try again, or give the local path',
+    ):
         read_checkpoint(f'{url}/net_20210902-9d6b7cfa.pth')
     assert not list(site.cache.iterdir())
 
@@ -154,14 +164,20 @@ def test_timms_own_checkpoint_fits_a_quantized_timm_classifier(name, tmp_path):
         torch.testing.assert_close(other(images), model(images), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('change, match', [
-    (lambda w: w.pop('blocks.1.attn.qkv.weight'), 'lacks 1 weights of the model .*blocks.1.attn.qkv.weight'),
-    (lambda w: w.update({'head.weight': torch.zeros(7, 32)}), r'head.weight is \(7, 32\).*\(5, 32\)'),
-    (lambda w: w.update(pos_embed=torch.zeros(1, 50, 32)), r'pos_embed is \(1, 50, 32\)'),
-    (lambda w: w.update(pos_embed=torch.zeros(1, 50, 32), spare=torch.zeros(1)), r'pos_embed is \(1, 50, 32\)'),
-    (lambda w: w.update({'blocks.9.norm1.weight': torch.zeros(32)}), '1 weights have no place .*blocks.9.norm1.weight'),
-    (lambda w: w['norm.weight'].fill_(torch.nan), 'norm.weight holds NaN'),
-])
+@pytest.mark.parametrize(
+    'change, match',
+    [
+        (lambda w: w.pop('blocks.1.attn.qkv.weight'), 'lacks 1 weights of the model .*blocks.1.attn.qkv.weight'),
+        (lambda w: w.update({'head.weight': torch.zeros(7, 32)}), r'head.weight is \(7, 32\).*\(5, 32\)'),
+        (lambda w: w.update(pos_embed=torch.zeros(1, 50, 32)), r'pos_embed is \(1, 50, 32\)'),
+        (lambda w: w.update(pos_embed=torch.zeros(1, 50, 32), spare=torch.zeros(1)), r'pos_embed is \(1, 50, 32\)'),
+        (
+            lambda w: w.update({'blocks.9.norm1.weight': torch.zeros(32)}),
+            '1 weights have no place .*blocks.9.norm1.weight',
+        ),
+        (lambda w: w['norm.weight'].fill_(torch.nan), 'norm.weight holds NaN'),
+    ],
+)
 @pytest.mark.parametrize('quant', [None, 'w8a8'])
 def test_what_does_not_fit_a_timm_classifier_is_named_and_changes_nothing(change, match, quant):
     weights = timm_weights('timm-vit')
@@ -186,7 +202,9 @@ def test_the_guard_of_a_quantized_timm_classifier_works_for_whoever_loads():
 
 def test_swin_of_old_timm_and_of_its_own_release(tmp_path):
     new = timm_weights('timm-swin')
-    old = {k.replace('layers.1.downsample', 'layers.0.downsample').replace('head.fc.', 'head.'): v for k, v in new.items()}
+    old = {
+        k.replace('layers.1.downsample', 'layers.0.downsample').replace('head.fc.', 'head.'): v for k, v in new.items()
+    }
     assert 'layers.0.downsample.norm.weight' in old and 'head.weight' in old
     old['layers.0.blocks.0.attn.relative_position_index'] = torch.zeros(49, 49, dtype=torch.long)
     old['layers.0.blocks.1.attn_mask'] = torch.zeros(4, 49, 49)
@@ -198,14 +216,23 @@ def test_swin_of_old_timm_and_of_its_own_release(tmp_path):
 
 
 def test_real_deit_tiny(data_root, tmp_path):
-    """timm's released weights in mmpretrain's TimmClassifier: top-1 of the float model on a few photographs, quantized agrees."""
+    """timm's released weights in mmpretrain's TimmClassifier: top-1 of the float model on a few photographs, quantized
+    agrees."""
     path = data_root / 'deit_tiny_patch16_224.safetensors'
     photographs = sorted((data_root / 'imagenet_1000').glob('*.jpg'))[::50]
     pytest.importorskip('timm')
     from mmengine.registry import MODELS, DefaultScope
+
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(dict(type='psaq_mm.Quantized', base_type='TimmClassifier', model_name='deit_tiny_patch16_224',
-                                  quant=dict(preset='w8a8', scope='full'), data_preprocessor=dict(IMAGENET, to_rgb=True)))
+        model = MODELS.build(
+            dict(
+                type='psaq_mm.Quantized',
+                base_type='TimmClassifier',
+                model_name='deit_tiny_patch16_224',
+                quant=dict(preset='w8a8', scope='full'),
+                data_preprocessor=dict(IMAGENET, to_rgb=True),
+            )
+        )
     model.eval()
     load_weights(model, read_checkpoint(path), path)
     task = TaskModel(model)

@@ -1,4 +1,5 @@
 """A data-free run of a classifier of mmpretrain and of timm, from its config to student.pth."""
+
 import numpy as np
 import pytest
 import torch
@@ -7,17 +8,19 @@ from PIL import Image
 from tiny import Project
 
 from psaq_mm.commands.dfq_train import main as dfq_train
-from psaq_mm.distillation import CoEvolution, CoEvolutionSettings
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
-from psaq_mm.synthesis import SampleGenerator
+from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, SampleGenerator
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-TIMM = CLASSIFIER.replace('model = dict(', """model = dict(
+TIMM = CLASSIFIER.replace(
+    'model = dict(',
+    """model = dict(
     _delete_=True, type='TimmClassifier', model_name='vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, pretrained=True)
-unused = dict(""")
+unused = dict(""",
+)
 
 PHOTOGRAPHS = """
 train_dataloader = dict(dataset=dict(_delete_=True, type='CustomDataset', data_root={train!r}, pipeline=[
@@ -61,8 +64,16 @@ def test_v2_distils_the_blocks_and_leaves_the_head_as_it_was(project):
 
 def test_v1_makes_samples_for_random_classes_of_a_timm_network(timm_project):
     from mmengine.config import Config
-    student, dfq, log = run(timm_project, 'v1', preset='psaq_v1', iters=0, evolve_every=0, calibration_samples=4,
-                            generator=dict(batch_size=4, steps=3))
+
+    student, dfq, log = run(
+        timm_project,
+        'v1',
+        preset='psaq_v1',
+        iters=0,
+        evolve_every=0,
+        calibration_samples=4,
+        generator=dict(batch_size=4, steps=3),
+    )
     lines = [line for line in log.splitlines() if 'Samples [' in line]
     assert len(lines) == 6 and 'class:' in lines[-1] and 'discrepancy' not in lines[-1]
     assert dfq['generator']['lr'] == 0.2 and dfq['generator']['jitter'] == [15, 30]
@@ -98,10 +109,13 @@ def test_photographs_that_are_the_test_set_are_refused(project, photographs, cap
     assert str(photographs / 'test') in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('settings, match', [
-    (dict(size=(40, 40)), r'\(40, 40\) does not fit the position embedding of the model: set dfq.size=\(32, 32\)'),
-    (dict(size=(32, 32), classes='cats'), "classes='cats'"),
-])
+@pytest.mark.parametrize(
+    'settings, match',
+    [
+        (dict(size=(40, 40)), r'\(40, 40\) does not fit the position embedding of the model: set dfq.size=\(32, 32\)'),
+        (dict(size=(32, 32), classes='cats'), "classes='cats'"),
+    ],
+)
 def test_settings_that_do_not_fit_a_classifier(settings, match):
     task = TaskModel(build_classifier('timm-vit'))
     with pytest.raises(ConfigError, match=match):
@@ -110,7 +124,7 @@ def test_settings_that_do_not_fit_a_classifier(settings, match):
 
 def test_samples_of_a_class_are_seen_as_it():
     task = TaskModel(build_classifier('timm-vit'))
-    maker = SampleGenerator(steps=60, entropy_weight=0., prior_weight=0., jitter=0, flip=0., lr=0.1)
+    maker = SampleGenerator(steps=60, entropy_weight=0.0, prior_weight=0.0, jitter=0, flip=0.0, lr=0.1)
     evolution = CoEvolution(task, task, maker, CoEvolutionSettings(size=(32, 32), classes='random'))
     made = evolution.make_samples(12, compete=False)  # two batches: labels and samples stay together
     with torch.no_grad():

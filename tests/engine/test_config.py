@@ -1,4 +1,5 @@
 """Configs in each form that MMEngine reads, and what becomes of them."""
+
 import itertools
 
 import pytest
@@ -17,7 +18,7 @@ from psaq_mm.engine.config import apply_method, drop_pretrained, is_quantized_co
 from psaq_mm.engine.presets import DFQ_PRESETS, METHODS
 from psaq_mm.engine.samples import build_source
 from psaq_mm.models.quantized import Quantized
-from psaq_mm.synthesis import DeadLeaves, source_of
+from psaq_mm.pictures import DeadLeaves, source_of
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -26,17 +27,30 @@ class Resize:
     """Stands for any class that a pure-Python config imports."""
 
 
-@pytest.mark.parametrize('given, name', [
-    (None, ''), ('', ''), ({}, ''), ([dict(type='Resize')], ''), ('Resize', 'Resize'), ('mmdet.Resize', 'Resize'),
-    (Resize, 'Resize'), (dict(type=Resize), 'Resize'), (ConfigDict(type='mmcv.transforms.Resize'), 'Resize'), (Quantized, 'Quantized'),
-    (LazyObject('mmcv.transforms', 'Resize'), 'Resize'), (LazyAttr('Resize', LazyObject('mmcv.transforms')), 'Resize'),
-])
+@pytest.mark.parametrize(
+    'given, name',
+    [
+        (None, ''),
+        ('', ''),
+        ({}, ''),
+        ([dict(type='Resize')], ''),
+        ('Resize', 'Resize'),
+        ('mmdet.Resize', 'Resize'),
+        (Resize, 'Resize'),
+        (dict(type=Resize), 'Resize'),
+        (ConfigDict(type='mmcv.transforms.Resize'), 'Resize'),
+        (Quantized, 'Quantized'),
+        (LazyObject('mmcv.transforms', 'Resize'), 'Resize'),
+        (LazyAttr('Resize', LazyObject('mmcv.transforms')), 'Resize'),
+    ],
+)
 def test_the_name_of_a_type_in_each_form(given, name):
     assert type_name(given) == name
 
 
 def test_types_that_are_classes_are_known_for_what_they_are():
     from mmengine.model import PretrainedInit
+
     assert is_quantized_config(dict(type=Quantized)) and not is_quantized_config(dict(type=Resize))
     model = dict(type=Resize, backbone=dict(init_cfg=dict(type=PretrainedInit, checkpoint='weights.pth')))
     drop_pretrained(model)
@@ -53,8 +67,11 @@ def project(tmp_path_factory):
 
 
 def config_of(project, dfq):
-    text = (f"_base_ = ['{project.base}']\nmodel = dict(type='psaq_mm.Quantized', base_type={{{{_base_.model.type}}}}, quant='w4a8')\n"
-            f'load_from = {str(project.checkpoint)!r}\ndfq = {dfq!r}\ncustom_hooks = [dict(type="EMAHook")]\n')
+    text = (
+        f"_base_ = ['{project.base}']\nmodel = dict(type='psaq_mm.Quantized', base_type={{{{_base_.model.type}}}}, "
+        f"quant='w4a8')\n"
+        f'load_from = {str(project.checkpoint)!r}\ndfq = {dfq!r}\ncustom_hooks = [dict(type="EMAHook")]\n'
+    )
     (project.folder / 'with_dfq.py').write_text(text)
     return load_config(str(project.folder / 'with_dfq.py'))
 
@@ -69,9 +86,18 @@ def dumped(config, folder):
 def test_a_dumped_config_is_the_run_it_came_from(project, tmp_path, preset):
     own = dict(preset=preset, size=(32, 32), checkpoint_interval=0, sheet_interval=7, generator=dict(batch_size=4))
     given = config_of(project, own)
-    changes = [{}, {'dfq.iters': 9, 'dfq.lr': 3e-4, 'dfq.vector_lr': 1e-3, 'dfq.range_lr': 1e-2, 'dfq.clip_grad': None,
-                    'dfq.keep_checkpoints': 5},
-               {'dfq.source': 'gaussian', 'dfq.iters': 3}]
+    changes = [
+        {},
+        {
+            'dfq.iters': 9,
+            'dfq.lr': 3e-4,
+            'dfq.vector_lr': 1e-3,
+            'dfq.range_lr': 1e-2,
+            'dfq.clip_grad': None,
+            'dfq.keep_checkpoints': 5,
+        },
+        {'dfq.source': 'gaussian', 'dfq.iters': 3},
+    ]
     pairs = []
     for options in changes:
         config = given.__deepcopy__({})
@@ -80,7 +106,8 @@ def test_a_dumped_config_is_the_run_it_came_from(project, tmp_path, preset):
         again = dumped(first, tmp_path)
         assert to_data_free(again).to_dict() == first.to_dict()
         pairs.append((again, config))
-    # And what a user makes of it: another method, precision or setting is what it is over the config that was written by hand.
+    # And what a user makes of it: another method, precision or setting is what it is over the config that was written
+    # by hand.
     for pair, method in itertools.product((pairs[0], pairs[-1]), METHODS):
         one, other = (apply_method(source, 'w6a6', method) for source in pair)
         for changed in (one, other):
@@ -101,8 +128,19 @@ def test_a_method_and_a_precision_stay_in_a_dumped_config(project, tmp_path, met
 
 @pytest.mark.parametrize('preset, iters', [('fast', 0), ('psaq_v2', 3)])
 def test_the_config_in_the_work_dir_runs_the_same_steps(project, tmp_path, preset, iters):
-    dfq = dict(preset=preset, size=(32, 32), batch_size=2, calibration_samples=2, pool_size=4, evolve_every=2, evolve_samples=2,
-               log_interval=1, lr=1e-3, generator=dict(batch_size=2, steps=2), **(dict(iters=iters) if iters else {}))
+    dfq = dict(
+        preset=preset,
+        size=(32, 32),
+        batch_size=2,
+        calibration_samples=2,
+        pool_size=4,
+        evolve_every=2,
+        evolve_samples=2,
+        log_interval=1,
+        lr=1e-3,
+        generator=dict(batch_size=2, steps=2),
+        **(dict(iters=iters) if iters else {}),
+    )
     given = config_of(project, dfq)
     path = project.folder / 'with_dfq.py'
     assert dfq_train([str(path), '--work-dir', str(tmp_path / 'first')]) == 0
@@ -118,5 +156,7 @@ def test_the_config_in_the_work_dir_runs_the_same_steps(project, tmp_path, prese
         assert other['meta']['psaq_mm']['quant'] == first['meta']['psaq_mm']['quant']
         assert all(torch.equal(value, other['state_dict'][key]) for key, value in first['state_dict'].items())
     # A comparison sees one run in both.
-    keys = [plan({str(path): source}, ['generated'], [0], train=True)[0].key for source in (given, load_config(str(left)))]
+    keys = [
+        plan({str(path): source}, ['generated'], [0], train=True)[0].key for source in (given, load_config(str(left)))
+    ]
     assert keys[0] == keys[1]

@@ -1,4 +1,5 @@
 """A data-free run from config to student.pth, under the runner, for a detector and a segmentor."""
+
 import copy
 import shutil
 
@@ -33,6 +34,7 @@ def detector(tmp_path_factory):
 
 def test_no_dataset_is_opened(detector):
     from mmengine.config import Config
+
     config = Config.fromfile(detector.base)
     assert not (detector.folder / config.train_dataloader.dataset.data_root).exists()
     assert not (detector.folder / config.val_dataloader.dataset.data_root).exists()
@@ -50,7 +52,9 @@ def test_student_has_what_the_next_user_needs(detector):
     assert is_quantized(student)
     assert meta['dataset_meta']['classes'] == ('bolt', 'nut')
     assert meta['psaq_mm']['quant']['w_bits'] == 8 and meta['psaq_mm']['label'] == 'W8A8'
-    assert meta['psaq_mm']['teacher'] == dict(checkpoint=str(detector.checkpoint), sha256=file_sha256(detector.checkpoint))
+    assert meta['psaq_mm']['teacher'] == dict(
+        checkpoint=str(detector.checkpoint), sha256=file_sha256(detector.checkpoint)
+    )
     assert meta['psaq_mm']['version']
     plain = read_checkpoint(detector.checkpoint)['state_dict']
     assert {k for k in student['state_dict'] if not is_quantizer_key(k)} == set(plain)
@@ -88,7 +92,7 @@ def test_resuming_passes_over_a_checkpoint_cut_short(detector):
     work_dir.mkdir()
     shutil.copy(detector.work_dir / 'iter_2.pth', work_dir)
     whole = (detector.work_dir / 'iter_4.pth').read_bytes()
-    (work_dir / 'iter_4.pth').write_bytes(whole[:len(whole) // 2])
+    (work_dir / 'iter_4.pth').write_bytes(whole[: len(whole) // 2])
     assert dfq_train([str(detector.config()), '--work-dir', str(work_dir), '--resume']) == 0
     assert losses(work_dir) == losses(detector.work_dir)
 
@@ -96,11 +100,14 @@ def test_resuming_passes_over_a_checkpoint_cut_short(detector):
 def test_tensorboard_backend(detector):
     pytest.importorskip('tensorboard')
     path = detector.config(name='tensorboard.py', iters=1, evolve_every=0)
-    path.write_text(path.read_text() + "vis_backends = [dict(type='TensorboardVisBackend')]\n"
-                    "visualizer = dict(vis_backends=vis_backends, name='tensorboard')\n")
+    path.write_text(
+        path.read_text() + "vis_backends = [dict(type='TensorboardVisBackend')]\n"
+        "visualizer = dict(vis_backends=vis_backends, name='tensorboard')\n"
+    )
     work_dir = detector.folder / 'tensorboard'
     assert dfq_train([str(path), '--work-dir', str(work_dir)]) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     event = next(work_dir.glob('*/vis_data/events*'))
     accumulated = EventAccumulator(str(event))
     accumulated.Reload()
@@ -122,7 +129,7 @@ def test_controls_calibrate_and_train_nothing(detector, preset):
 @pytest.mark.parametrize('term', ['discrepancy_weight', 'entropy_weight', 'prior_weight'])
 def test_a_term_of_weight_zero_takes_no_part(detector, term):
     work_dir = detector.folder / term
-    generator = dict(batch_size=2, steps=1, **{term: 0.})
+    generator = dict(batch_size=2, steps=1, **{term: 0.0})
     path = detector.config(name=f'{term}.py', iters=2, evolve_every=1, generator=generator)
     assert dfq_train([str(path), '--work-dir', str(work_dir)]) == 0
     log = next(work_dir.glob('*/*.log')).read_text()
@@ -136,8 +143,13 @@ def test_full_scope_calibrates_the_roi_heads_though_nothing_is_detected(detector
     path = detector.config(quant=dict(preset='w4a8', scope='full'), name='full.py', iters=1, evolve_every=0)
     assert dfq_train([str(path), '--work-dir', str(work_dir)]) == 0
     student = read_checkpoint(work_dir / 'student.pth')['state_dict']
-    for key in ('roi_head.mask_head.upsample', 'roi_head.mask_head.conv_logits', 'roi_head.bbox_head.fc_cls', 'rpn_head.rpn_cls',
-                'neck.lateral_convs.0.conv'):
+    for key in (
+        'roi_head.mask_head.upsample',
+        'roi_head.mask_head.conv_logits',
+        'roi_head.bbox_head.fc_cls',
+        'rpn_head.rpn_cls',
+        'neck.lateral_convs.0.conv',
+    ):
         assert bool(student[f'{key}.input_quantizer.calibrated']), key
         assert bool(student[f'{key}.weight_quantizer.calibrated']), key
 
@@ -153,12 +165,15 @@ def test_segmentor_in_full_scope_leaves_the_auxiliary_head_float(tmp_path):
 
 
 def test_a_config_that_overrides_only_the_backbones_type(detector, capsys):
-    from psaq_mm.inspect import main as inspect_command
+    from psaq_mm.commands.inspect import main as inspect_command
+
     path = detector.folder / 'backbone_type.py'
-    path.write_text("_base_ = ['full_precision.py']\n"
-                    "model = dict(backbone=dict(type='psaq_mm.QuantSwinTransformer', quant='w4a8'))\n"
-                    f"load_from = {str(detector.checkpoint)!r}\n"
-                    f"dfq = dict(preset='gaussian', size=(64, 96), calibration_samples=2)\n")
+    path.write_text(
+        "_base_ = ['full_precision.py']\n"
+        "model = dict(backbone=dict(type='psaq_mm.QuantSwinTransformer', quant='w4a8'))\n"
+        f'load_from = {str(detector.checkpoint)!r}\n'
+        f"dfq = dict(preset='gaussian', size=(64, 96), calibration_samples=2)\n"
+    )
     work_dir = detector.folder / 'backbone_type'
     assert inspect_command([str(path)]) == 0
     assert 'stages.0.blocks.0.attn.w_msa.qkv' in capsys.readouterr().out
@@ -182,6 +197,7 @@ def test_pretrained_initialization_is_not_fetched(detector):
     from mmengine.config import Config
 
     from psaq_mm.engine.config import to_data_free
+
     config = to_data_free(Config.fromfile(detector.config()))
     assert 'https' in Config.fromfile(detector.base).model.backbone.init_cfg.checkpoint
     assert config.model.backbone.init_cfg is None
@@ -191,6 +207,7 @@ def test_the_users_config_is_not_changed(detector):
     from mmengine.config import Config
 
     from psaq_mm.engine.config import to_data_free
+
     config = Config.fromfile(detector.config())
     before = copy.deepcopy(config.to_dict())
     to_data_free(config)

@@ -1,4 +1,5 @@
 """Runs that are killed, disks that are full, files that are damaged or would run code."""
+
 import collections
 import os
 import pickle
@@ -59,14 +60,17 @@ def assert_goes_on_to_the_same_end(project, work_dir):
 
 
 # ---------------------------------------------------------------------- killed
-@pytest.mark.parametrize('moment, left', [
-    ('samples 1', []),  # the first synthesis: there is nothing yet
-    ('samples 3', ['iter_0.pth', 'iter_2.pth']),  # the second round
-    ('writing iter_0.pth', []),
-    ('writing iter_4.pth', ['iter_0.pth', 'iter_2.pth']),
-    ('validation', ['iter_2.pth', 'iter_4.pth']),
-    ('writing student.pth', ['iter_2.pth', 'iter_4.pth']),
-])
+@pytest.mark.parametrize(
+    'moment, left',
+    [
+        ('samples 1', []),  # the first synthesis: there is nothing yet
+        ('samples 3', ['iter_0.pth', 'iter_2.pth']),  # the second round
+        ('writing iter_0.pth', []),
+        ('writing iter_4.pth', ['iter_0.pth', 'iter_2.pth']),
+        ('validation', ['iter_2.pth', 'iter_4.pth']),
+        ('writing student.pth', ['iter_2.pth', 'iter_4.pth']),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_weights(project, moment, left):
     work_dir = project.folder / moment.replace(' ', '_')
     killed = tool('dfq_train', [project.quantized, '--work-dir', work_dir, '--val'], project.folder, SPY_KILL=moment)
@@ -94,7 +98,7 @@ def zeros(path):
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda part: part.file_size)
     begin = largest.header_offset + 500
-    content[begin:begin + 512] = bytes(512)
+    content[begin : begin + 512] = bytes(512)
     path.write_bytes(bytes(content))
 
 
@@ -122,7 +126,9 @@ def test_only_damaged_checkpoints(project, tmp_path, capsys):
 # ---------------------------------------------------------------------- full disks
 def assert_one_sentence(output, name):
     lines = output.strip().splitlines()
-    assert 'psaq-dfq-train: ' in lines[-1] and f'{name} cannot be written' in lines[-1] and 'free some space' in lines[-1]
+    assert (
+        'psaq-dfq-train: ' in lines[-1] and f'{name} cannot be written' in lines[-1] and 'free some space' in lines[-1]
+    )
     assert 'Traceback' not in output
 
 
@@ -131,8 +137,12 @@ def test_a_limit_on_the_size_of_files(project):
     work_dir, sizes = project.folder / 'limited', {p.name: p.stat().st_size for p in project.whole.glob('iter_*.pth')}
     limit = sizes['iter_4.pth'] * 9 // 10 // 1024
     shell = f'ulimit -f {limit} && exec "$0" "$@"'
-    script = ['-c', 'import os, sys; os.execvp("bash", ["bash", "-c", sys.argv[1], sys.executable, *sys.argv[2:]])', shell,
-              str(Path(__file__).parent.parent.parent / 'tools' / 'dfq_train.py')]
+    script = [
+        '-c',
+        'import os, sys; os.execvp("bash", ["bash", "-c", sys.argv[1], sys.executable, *sys.argv[2:]])',
+        shell,
+        str(Path(__file__).parent.parent.parent / 'tools' / 'dfq_train.py'),
+    ]
     failed = tool(script, [project.quantized, '--work-dir', work_dir, '--val'], project.folder)
     assert failed.wait(300) == 1
     left = [path.name for path in checkpoints_in(work_dir)]
@@ -143,24 +153,51 @@ def test_a_limit_on_the_size_of_files(project):
 
 def can_mount():
     try:
-        return sys.platform == 'linux' and subprocess.run(
-            ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=64k none /mnt'], capture_output=True, timeout=20).returncode == 0
+        return (
+            sys.platform == 'linux'
+            and subprocess.run(
+                ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=64k none /mnt'], capture_output=True, timeout=20
+            ).returncode
+            == 0
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
-@pytest.mark.skipif(not can_mount(), reason='a small file system of its own can be mounted by an administrator of Linux alone')
+@pytest.mark.skipif(
+    not can_mount(), reason='a small file system of its own can be mounted by an administrator of Linux alone'
+)
 def test_a_full_disk(project):
     disk, saved = project.folder / 'disk', project.folder / 'saved'
     disk.mkdir()
     sizes = {p.name: p.stat().st_size for p in project.whole.glob('iter_*.pth')}
-    size = sizes['iter_2.pth'] * 28 // 10 + 200_000  # iter_0.pth has no state of the optimizer, and iter_4.pth is the third
-    shell = f'mount -t tmpfs -o size={size} none {disk} || exit 99; "$0" "$@"; found=$?; cp -r {disk}/. {saved}; exit $found'
-    script = ['-c', 'import os, sys; os.execvp("unshare", ["unshare", "-m", "sh", "-c", sys.argv[1], sys.executable, *sys.argv[2:]])',
-              shell, str(Path(__file__).parent.parent.parent / 'tools' / 'dfq_train.py')]
+    # iter_0.pth has no state of the optimizer, and iter_4.pth is the third
+    size = sizes['iter_2.pth'] * 28 // 10 + 200_000
+    shell = (
+        f'mount -t tmpfs -o size={size} none {disk} || exit 99; "$0" "$@"; found=$?; cp -r {disk}/. {saved}; exit '
+        f'$found'
+    )
+    script = [
+        '-c',
+        'import os, sys; os.execvp("unshare", ["unshare", "-m", "sh", "-c", sys.argv[1], sys.executable, '
+        '*sys.argv[2:]])',
+        shell,
+        str(Path(__file__).parent.parent.parent / 'tools' / 'dfq_train.py'),
+    ]
     # More checkpoints are kept than the disk can hold.
-    failed = tool(script, [project.quantized, '--work-dir', disk, '--val', '--cfg-options', 'dfq.keep_checkpoints=9',
-                           'dfq.checkpoint_interval=1'], project.folder)
+    failed = tool(
+        script,
+        [
+            project.quantized,
+            '--work-dir',
+            disk,
+            '--val',
+            '--cfg-options',
+            'dfq.keep_checkpoints=9',
+            'dfq.checkpoint_interval=1',
+        ],
+        project.folder,
+    )
     output = project.folder / 'output.txt'
     assert failed.wait(300) == 1, output.read_text()[-2000:]
     left = checkpoints_in(saved)
@@ -174,7 +211,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     save_atomic(dict(value=torch.ones(1)), path)
 
     class Unwritable:
-
         def __reduce__(self):
             raise OSError(28, 'No space left on device')
 
@@ -195,15 +231,20 @@ class Calls:
 
 
 @pytest.mark.parametrize('legacy', [False, True])
-@pytest.mark.parametrize('make, named', [
-    (lambda mark: Calls(os.system, f'touch {mark}'), r'(posix|nt)\.system'),
-    (lambda mark: Calls(eval, f'open({str(mark)!r}, "w")'), r'builtins\.eval'),
-    (lambda mark: Calls(getattr, HistoryBuffer, 'register_statistics'), r'HistoryBuffer\.register_statistics'),
-    (lambda mark: Calls(subprocess.check_call, ['touch', str(mark)]), r'subprocess\.check_call'),
-])
+@pytest.mark.parametrize(
+    'make, named',
+    [
+        (lambda mark: Calls(os.system, f'touch {mark}'), r'(posix|nt)\.system'),
+        (lambda mark: Calls(eval, f'open({str(mark)!r}, "w")'), r'builtins\.eval'),
+        (lambda mark: Calls(getattr, HistoryBuffer, 'register_statistics'), r'HistoryBuffer\.register_statistics'),
+        (lambda mark: Calls(subprocess.check_call, ['touch', str(mark)]), r'subprocess\.check_call'),
+    ],
+)
 def test_a_file_that_would_run_code_is_refused_by_name(tmp_path, make, named, legacy):
     mark, path = tmp_path / 'ran', tmp_path / 'evil.pth'
-    torch.save(dict(state_dict=dict(weight=torch.ones(2)), meta=make(mark)), path, _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        dict(state_dict=dict(weight=torch.ones(2)), meta=make(mark)), path, _use_new_zipfile_serialization=not legacy
+    )
     with pytest.raises(CheckpointError, match=f'evil.pth is not read: it (holds|asks for) {named}'):
         read_checkpoint(path)
     assert not mark.exists()
@@ -219,10 +260,19 @@ def test_a_bare_pickle_that_would_run_code(tmp_path):
 
 def test_what_checkpoints_of_openmmlab_hold_is_read(tmp_path):
     history = HistoryBuffer()
-    history.update(3., 2)
-    content = dict(state_dict=collections.OrderedDict(weight=torch.ones(2)), meta=dict(
-        score=np.float64(2.5), array=np.arange(3), config=ConfigDict(a=1), path=Path('x'), classes=('a', 'b'), tags={1, 2}),
-                   message_hub=dict(log_scalars=dict(loss=history)))
+    history.update(3.0, 2)
+    content = dict(
+        state_dict=collections.OrderedDict(weight=torch.ones(2)),
+        meta=dict(
+            score=np.float64(2.5),
+            array=np.arange(3),
+            config=ConfigDict(a=1),
+            path=Path('x'),
+            classes=('a', 'b'),
+            tags={1, 2},
+        ),
+        message_hub=dict(log_scalars=dict(loss=history)),
+    )
     torch.save(content, tmp_path / 'mm.pth')
     found = read_checkpoint(tmp_path / 'mm.pth')
     assert found['meta']['score'] == 2.5 and found['meta']['array'].tolist() == [0, 1, 2]

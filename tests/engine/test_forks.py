@@ -1,4 +1,5 @@
 """Configs of libraries whose distribution has another name than MMEngine expects."""
+
 import pytest
 from mmengine.config.utils import MODULE2PACKAGE
 
@@ -25,12 +26,19 @@ def test_what_is_installed_or_not_there_at_all_stays(table):
     assert table['_pytest'] == 'pytest' and table['no_such_module'] == 'no-such-distribution'
 
 
-@pytest.mark.parametrize('library, path', [('mmdet', '_base_/models/mask-rcnn_r50_fpn.py'), ('mmseg', '_base_/models/upernet_swin.py'),
-                                           ('mmpretrain', '_base_/models/swin_transformer/tiny_224.py')])
+@pytest.mark.parametrize(
+    'library, path',
+    [
+        ('mmdet', '_base_/models/mask-rcnn_r50_fpn.py'),
+        ('mmseg', '_base_/models/upernet_swin.py'),
+        ('mmpretrain', '_base_/models/swin_transformer/tiny_224.py'),
+    ],
+)
 def test_bases_of_every_library_are_found(library, path, tmp_path):
     """Whichever family is installed."""
     pytest.importorskip(library)
     from psaq_mm.commands.common import load_config
+
     config = tmp_path / 'config.py'
     config.write_text(f"_base_ = ['{library}::{path}']\n")
     assert load_config(str(config)).model.backbone.type == ('ResNet' if library == 'mmdet' else 'SwinTransformer')

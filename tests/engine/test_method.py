@@ -1,4 +1,5 @@
 """A published method by name: its data-free preset, and the quantizer that belongs to it."""
+
 import pytest
 from mmengine.config import Config
 
@@ -8,12 +9,22 @@ from psaq_mm.engine.presets import DFQ_PRESETS, METHODS, recipe_of, resolve_dfq,
 from psaq_mm.errors import ConfigError, SpecError
 from psaq_mm.quantization import RECIPES, QuantSpec
 
-OWN = dict(preset='psaq_v2', size=(64, 96), batch_size=2, iters=77, lr=3e-5, calibration_samples=5, save_samples=True,
-           generator=dict(batch_size=4, steps=9))
+OWN = dict(
+    preset='psaq_v2',
+    size=(64, 96),
+    batch_size=2,
+    iters=77,
+    lr=3e-5,
+    calibration_samples=5,
+    save_samples=True,
+    generator=dict(batch_size=4, steps=9),
+)
 
 
 def quantized(**quant):
-    return Config(dict(model=dict(type='psaq_mm.Quantized', base_type='X', quant=dict(preset='w4a8', scope='full', **quant))))
+    return Config(
+        dict(model=dict(type='psaq_mm.Quantized', base_type='X', quant=dict(preset='w4a8', scope='full', **quant)))
+    )
 
 
 def test_every_method_has_a_preset_and_a_recipe():
@@ -55,7 +66,9 @@ def test_few_bits_of_activations_take_repqs_quantizer(method):
     assert [recipe_of(method, bits) for bits in (8, 6, 4)] == ['psaq_v2', 'repq', 'repq']
     assert quantized_model_config(quantized(), 'w4a4', method).quant.preset == 'repq_w4a4'
     assert quantized_model_config(quantized(), None, method).quant.preset == 'psaq_v2_w4a8'
-    assert quantized_model_config(quantized(), 'psaq_v2_w4a4', method).quant.preset == 'psaq_v2_w4a4', 'a recipe that is named stays'
+    assert quantized_model_config(quantized(), 'psaq_v2_w4a4', method).quant.preset == 'psaq_v2_w4a4', (
+        'a recipe that is named stays'
+    )
     assert recipe_of('psaq_v2', 4) == 'psaq_v2'
 
 
@@ -82,7 +95,9 @@ def test_a_preset_takes_the_place_of_all_but_the_scope():
     own = quantized(w_observer='mse')
     assert apply_method(own, 'w8a8').model.quant == dict(preset='w8a8', scope='full')
     assert apply_method(own).model.quant == own.model.quant and own.model.quant.preset == 'w4a8'
-    reduced = Config(dict(model=dict(type='psaq_mm.Quantized', base_type='X', quant=dict(preset='w8a8', w_reduce_range=True))))
+    reduced = Config(
+        dict(model=dict(type='psaq_mm.Quantized', base_type='X', quant=dict(preset='w8a8', w_reduce_range=True)))
+    )
     assert apply_method(reduced, method='psaq_v2').model.quant.w_reduce_range is True, 'it is about the processor'
     assert apply_method(reduced, 'w4a8').model.quant == dict(preset='w4a8', scope='backbone'), 'fewer bits need none'
     with pytest.raises(ConfigError, match='full-precision'):
@@ -102,9 +117,18 @@ def test_options_win_over_the_method(tmp_path):
 def test_a_training_set_that_is_evaluated_is_refused_before_anything_is_built(tmp_path, twin):
     checkpoint = tmp_path / 'fp.pth'
     checkpoint.touch()
-    sets = {f'{part}_dataloader': dict(dataset=dict(type='A', data_root=part, ann_file='list.txt')) for part in ('train', 'val', 'test')}
-    config = Config(dict(model=dict(type='psaq_mm.Quantized', base_type='X'), load_from=str(checkpoint), **sets,
-                         dfq=dict(preset='repq', size=(32, 32))))
+    sets = {
+        f'{part}_dataloader': dict(dataset=dict(type='A', data_root=part, ann_file='list.txt'))
+        for part in ('train', 'val', 'test')
+    }
+    config = Config(
+        dict(
+            model=dict(type='psaq_mm.Quantized', base_type='X'),
+            load_from=str(checkpoint),
+            **sets,
+            dfq=dict(preset='repq', size=(32, 32)),
+        )
+    )
     assert to_data_free(config).train_cfg.source == 'real'
     config.train_dataloader.dataset.data_root = twin
     with pytest.raises(ConfigError, match='the set that is evaluated'):

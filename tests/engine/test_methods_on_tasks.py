@@ -1,4 +1,6 @@
-"""RepQ-ViT and PSAQ-ViT V1 on Mask R-CNN, Cascade Mask R-CNN and UperNet, and RepQ-ViT on a ViT: from config to metrics."""
+"""RepQ-ViT and PSAQ-ViT V1 on Mask R-CNN, Cascade Mask R-CNN and UperNet, and RepQ-ViT on a ViT: from config to
+metrics."""
+
 import functools
 import json
 import math
@@ -59,11 +61,19 @@ val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
 test_dataloader = val_dataloader
 """
 
-TASKS = dict(mask_rcnn=('mmdet', DETECTOR + COCO_DATA), cascade=('mmdet', CASCADE + COCO_DATA),
-             upernet=('mmseg', SEGMENTOR + SEGMENTATION_DATA))
+TASKS = dict(
+    mask_rcnn=('mmdet', DETECTOR + COCO_DATA),
+    cascade=('mmdet', CASCADE + COCO_DATA),
+    upernet=('mmseg', SEGMENTOR + SEGMENTATION_DATA),
+)
 
-# Boxes of random weights have low scores; without a threshold there is something to evaluate, and few of them are enough.
-FEW_BOXES = ['model.test_cfg.rcnn.score_thr=0.0', 'model.test_cfg.rcnn.max_per_img=5', 'model.test_cfg.rpn.max_per_img=20']
+# Boxes of random weights have low scores; without a threshold there is something to evaluate, and few of them are
+# enough.
+FEW_BOXES = [
+    'model.test_cfg.rcnn.score_thr=0.0',
+    'model.test_cfg.rcnn.max_per_img=5',
+    'model.test_cfg.rpn.max_per_img=20',
+]
 PADDED = (60, 92)
 """Height and width in pixels: 15 x 23 tokens, of which windows of 7 are padded on both sides in every stage."""
 REPQ = ['--method', 'repq', '--quant', 'w4a4']
@@ -71,13 +81,16 @@ REPQ = ['--method', 'repq', '--quant', 'w4a4']
 
 def blocks_and_noise(random, height, width):
     """A picture, (height, width, 3) uint8."""
-    coarse = random.integers(0, 256, (-(-height // 12), -(-width // 12), 3)).repeat(12, 0).repeat(12, 1)[:height, :width]
+    coarse = (
+        random.integers(0, 256, (-(-height // 12), -(-width // 12), 3)).repeat(12, 0).repeat(12, 1)[:height, :width]
+    )
     return np.clip(coarse + random.normal(0, 15, coarse.shape), 0, 255).astype(np.uint8)
 
 
 def write_coco(folder, part, seed):
     """Two pictures, one wide and one tall, with two boxes each."""
     from mmdet.datasets import CocoDataset
+
     random, images, annotations = np.random.default_rng(seed), [], []
     (folder / part).mkdir(parents=True)
     for number, (height, width) in enumerate([(64, 96), (96, 72)]):
@@ -85,11 +98,21 @@ def write_coco(folder, part, seed):
         images.append(dict(id=number, file_name=f'{number}.png', height=height, width=width))
         for x, y, w, h in ((4, 6, 40, 36), (20, 10, 50, 48)):
             number_so_far = len(annotations)
-            annotations.append(dict(
-                id=number_so_far + 1, image_id=number, category_id=number_so_far % 3 + 1, bbox=[x, y, w, h], area=w * h, iscrowd=0,
-                segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]))
+            annotations.append(
+                dict(
+                    id=number_so_far + 1,
+                    image_id=number,
+                    category_id=number_so_far % 3 + 1,
+                    bbox=[x, y, w, h],
+                    area=w * h,
+                    iscrowd=0,
+                    segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+                )
+            )
     categories = [dict(id=i, name=name) for i, name in enumerate(CocoDataset.METAINFO['classes'], 1)]
-    (folder / f'{part}.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+    (folder / f'{part}.json').write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
 
 
 def write_maps(folder, part, seed):
@@ -104,7 +127,8 @@ def write_maps(folder, part, seed):
 
 
 class TaskProject(Project):
-    """A project whose config has pictures to train and to test on; those to test on are only written by :meth:`write_test`."""
+    """A project whose config has pictures to train and to test on; those to test on are only written by
+    :meth:`write_test`."""
 
     def __init__(self, folder, task):
         self.task, (library, base) = task, TASKS[task]
@@ -136,6 +160,7 @@ class TaskProject(Project):
 
     def full_precision(self, path):
         from mmengine.registry import MODELS, init_default_scope
+
         config = load_config(str(path))
         init_default_scope(config.default_scope)
         model = MODELS.build(full_precision_model_config(config.model))
@@ -146,6 +171,7 @@ class TaskProject(Project):
     def student(self, path, work_dir, quant='w4a4', method='repq'):
         """A model built anew from the config, with the weights of ``student.pth``."""
         from mmengine.registry import MODELS, init_default_scope
+
         config = load_config(str(path), None, quant, method)
         init_default_scope(config.default_scope)
         model = MODELS.build(config.model)
@@ -156,16 +182,21 @@ class TaskProject(Project):
 
 @torch.no_grad()
 def probe(model):
-    """What every part of a model gives for noise of :data:`PADDED`, the RoI heads for two fixed boxes: a list of tensors."""
+    """What every part of a model gives for noise of :data:`PADDED`, the RoI heads for two fixed boxes: a list of
+    tensors."""
     task = TaskModel(model, ('backbone', 'neck', 'head'))
     images = torch.randn(2, 3, *PADDED, generator=torch.Generator().manual_seed(7))
     found, head = task.outputs(images), getattr(model, 'roi_head', None)
     if head is not None:
         levels = tuple(task.features(images)[1])
-        rois = torch.tensor([[0., 4., 4., 50., 40.], [1., 10., 8., 80., 56.]])
-        for stage in [(i, ) for i in range(head.num_stages)] if hasattr(head, 'num_stages') else [()]:
+        rois = torch.tensor([[0.0, 4.0, 4.0, 50.0, 40.0], [1.0, 10.0, 8.0, 80.0, 56.0]])
+        for stage in [(i,) for i in range(head.num_stages)] if hasattr(head, 'num_stages') else [()]:
             boxes = head._bbox_forward(*stage, levels, rois)
-            found = found + [boxes['cls_score'], boxes['bbox_pred'], head._mask_forward(*stage, levels, rois)['mask_preds']]
+            found = found + [
+                boxes['cls_score'],
+                boxes['bbox_pred'],
+                head._mask_forward(*stage, levels, rois)['mask_preds'],
+            ]
     return found
 
 
@@ -182,8 +213,18 @@ class ProbeHook(Hook):
 
 def evaluated(path, work_dir, arguments, options):
     """Metrics that ``tools/test.py`` writes for ``student.pth``."""
-    status = evaluate_command([str(path), str(work_dir / 'student.pth'), '--work-dir', str(work_dir), *arguments, '--cfg-options',
-                               'test_dataloader.num_workers=0', *options])
+    status = evaluate_command(
+        [
+            str(path),
+            str(work_dir / 'student.pth'),
+            '--work-dir',
+            str(work_dir),
+            *arguments,
+            '--cfg-options',
+            'test_dataloader.num_workers=0',
+            *options,
+        ]
+    )
     assert status == 0
     return json.loads((work_dir / 'test_results.json').read_text())
 
@@ -204,7 +245,9 @@ def projects(tmp_path_factory):
     return functools.lru_cache(None)(lambda task: TaskProject(tmp_path_factory.mktemp(task), task))
 
 
-@pytest.fixture(scope='module', params=[(task, scope) for task in TASKS for scope in ('backbone', 'full')], ids='-'.join)
+@pytest.fixture(
+    scope='module', params=[(task, scope) for task in TASKS for scope in ('backbone', 'full')], ids='-'.join
+)
 def repq(request, projects):
     """RepQ-ViT on two training pictures, while there is no test picture: (project, config, work dir, scope)."""
     task, scope = request.param
@@ -231,13 +274,17 @@ def test_repq_folds_without_changing_the_float_model(repq):
     project, path, work_dir, _ = repq
     model = project.student(path, work_dir)
     reference = probe(project.full_precision(path))
-    assert any((a - b).abs().max() > 1e-2 * b.abs().max() for a, b in zip(probe(model), reference)), 'nothing is quantized'
+    assert any((a - b).abs().max() > 1e-2 * b.abs().max() for a, b in zip(probe(model), reference)), (
+        'nothing is quantized'
+    )
     set_mode(model, 'off')
     closest(probe(model), reference, 1e-3)
     for _, quantizer in quantizers(model):
         if isinstance(quantizer, ReparameterizedQuantizer):
             quantizer.fill.zero_()
-    assert any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(probe(model), reference)), 'the size pads no window'
+    assert any((a - b).abs().max() > 1e-3 * b.abs().max() for a, b in zip(probe(model), reference)), (
+        'the size pads no window'
+    )
 
 
 def test_repq_student_carries_its_folding_and_loads_again(repq):
@@ -257,7 +304,10 @@ def test_repq_student_carries_its_folding_and_loads_again(repq):
 
 def validation_as_training(task):
     if task == 'upernet':
-        return ['train_dataloader.dataset.data_prefix.img_path=val', 'train_dataloader.dataset.data_prefix.seg_map_path=val_maps']
+        return [
+            'train_dataloader.dataset.data_prefix.img_path=val',
+            'train_dataloader.dataset.data_prefix.seg_map_path=val_maps',
+        ]
     return ['train_dataloader.dataset.ann_file=val.json', 'train_dataloader.dataset.data_prefix.img=val/']
 
 
@@ -274,8 +324,10 @@ def test_validation_pictures_are_refused(projects, task, capsys):
 
 
 def missing_data(project):
-    return [f'{loader}.dataset.data_root={project.folder / "missing"}' for loader in ('train_dataloader', 'val_dataloader',
-                                                                                     'test_dataloader')]
+    return [
+        f'{loader}.dataset.data_root={project.folder / "missing"}'
+        for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader')
+    ]
 
 
 CHEAP = ['dfq.generator.steps=1', 'dfq.generator.batch_size=1', 'dfq.calibration_samples=1']
@@ -311,15 +363,33 @@ def test_psaq_v1_runs_class_free_and_calibrates_every_edge(projects, task, scope
     log = log_of(work_dir)
     assert 'is no classifier: samples are made class-free' in log and 'class:' not in log
     state = read_checkpoint(work_dir / 'student.pth')['state_dict']
-    edges = {k[:-len('_quantizer.calibrated')]: bool(v) for k, v in state.items() if k.endswith('_quantizer.calibrated')}
+    edges = {
+        k[: -len('_quantizer.calibrated')]: bool(v) for k, v in state.items() if k.endswith('_quantizer.calibrated')
+    }
     assert all(edges.values())
     attention = 'backbone.stages.1.blocks.1.attn.w_msa'
-    wanted = {'backbone.drop_after_pos.output', 'backbone.stages.1.blocks.1.residual1', 'backbone.stages.1.blocks.1.residual2',
-              f'{attention}.scores', f'{attention}.qkv.output', f'{attention}.matmul_qk.output', f'{attention}.proj.output'}
+    wanted = {
+        'backbone.drop_after_pos.output',
+        'backbone.stages.1.blocks.1.residual1',
+        'backbone.stages.1.blocks.1.residual2',
+        f'{attention}.scores',
+        f'{attention}.qkv.output',
+        f'{attention}.matmul_qk.output',
+        f'{attention}.proj.output',
+    }
     if scope == 'full':
-        wanted |= {'decode_head.conv_seg.output'} if task == 'upernet' else {'rpn_head.rpn_cls.output', *(
-            f'roi_head.{head}.{i}.{layer}.output' for i in range(3) for head, layer in (('bbox_head', 'fc_reg'),
-                                                                                       ('mask_head', 'conv_logits')))}
+        wanted |= (
+            {'decode_head.conv_seg.output'}
+            if task == 'upernet'
+            else {
+                'rpn_head.rpn_cls.output',
+                *(
+                    f'roi_head.{head}.{i}.{layer}.output'
+                    for i in range(3)
+                    for head, layer in (('bbox_head', 'fc_reg'), ('mask_head', 'conv_logits'))
+                ),
+            }
+        )
     assert wanted <= set(edges)
     for ours, theirs in zip(probe(project.student(path, work_dir, 'w8a8', 'psaq_v1')), PROBED[str(work_dir)]):
         assert torch.isfinite(ours).all() and torch.equal(ours, theirs)
@@ -328,8 +398,17 @@ def test_psaq_v1_runs_class_free_and_calibrates_every_edge(projects, task, scope
 # ---------------------------------------------------------------------- training from RepQ-ViT's quantizer
 def test_repq_v2_trains_and_resumes(projects):
     project = projects('upernet')
-    path = project.quantized('full', 'v2', iters=2, evolve_every=1, checkpoint_interval=1, calibration_samples=1, evolve_samples=1,
-                             batch_size=1, generator=dict(batch_size=1, steps=1))
+    path = project.quantized(
+        'full',
+        'v2',
+        iters=2,
+        evolve_every=1,
+        checkpoint_interval=1,
+        calibration_samples=1,
+        evolve_samples=1,
+        batch_size=1,
+        generator=dict(batch_size=1, steps=1),
+    )
     arguments, options = ['--method', 'repq_v2', '--quant', 'w4a4'], missing_data(project)
     status, work_dir = project.train(path, 'v2', arguments, options)
     assert status == 0 and [p.name for p in checkpoints_in(work_dir)] == ['iter_1.pth', 'iter_2.pth']
@@ -351,7 +430,11 @@ def test_repq_v2_trains_and_resumes(projects):
 def still(config):
     """The training pipeline without what is random in it."""
     pipeline = config.train_dataloader.dataset.pipeline
-    kept = [step for step in pipeline if step.type not in ('RandomFlip', 'PhotoMetricDistortion', 'RandomResize', 'RandomCrop')]
+    kept = [
+        step
+        for step in pipeline
+        if step.type not in ('RandomFlip', 'PhotoMetricDistortion', 'RandomResize', 'RandomCrop')
+    ]
     config.train_dataloader.dataset.pipeline = kept
     return config
 
@@ -359,6 +442,7 @@ def still(config):
 @pytest.mark.parametrize('task', ['mask_rcnn', 'upernet'])
 def test_training_pictures_are_normalized_and_padded_as_the_model_takes_them(projects, task):
     from mmengine.registry import init_default_scope
+
     project = projects(task)
     path = project.quantized('backbone', 'pictures')
     config = still(load_config(str(path)))
@@ -366,13 +450,18 @@ def test_training_pictures_are_normalized_and_padded_as_the_model_takes_them(pro
     model = project.full_precision(path)
     made = training_images(config, model, (64, 96), seed=0)(4)
     assert made.shape == (4, 3, 64, 96) and torch.equal(made[:2], made[2:]), 'it goes on from the start'
-    mean, std = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1), torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+    mean, std = (
+        torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1),
+        torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1),
+    )
     wide = torch.from_numpy(np.array(Image.open(project.data / 'train' / '0.png'))).permute(2, 0, 1)
     expected = (wide - mean) / std  # 64 x 96 already: no pipeline scales it
     assert min(float((image - expected).abs().max()) for image in made[:2]) < 1e-5
     if project.task != 'upernet':
         tall = next(image for image in made[:2] if (image - expected).abs().max() > 1)
-        assert not tall[:, :, 64:].any() and bool(tall[:, :, :64].any(1).any(0).all()), 'scaled to 85 x 64, cropped, padded'
+        assert not tall[:, :, 64:].any() and bool(tall[:, :, :64].any(1).any(0).all()), (
+            'scaled to 85 x 64, cropped, padded'
+        )
 
 
 # ---------------------------------------------------------------------- a classifier

@@ -1,4 +1,5 @@
 """A learning rate for each kind of what the student learns, through the run of the command line."""
+
 import pytest
 import torch
 from tiny_classifier import ClassifierProject
@@ -14,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 def model():
     from torch import nn
+
     found = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     quantize_(found, QuantSpec.parse('w4a8'))
     return found
@@ -34,13 +36,21 @@ def test_one_rate_serves_weights_and_vectors_by_default():
 
 def test_a_rate_of_zero_freezes():
     found = model()
-    groups = parameter_groups(found, 0., 1e-3)
-    assert len(groups) == 1 and [p.requires_grad for p in found.parameters()] == [p.dim() == 1 for p in found.parameters()]
+    groups = parameter_groups(found, 0.0, 1e-3)
+    assert len(groups) == 1 and [p.requires_grad for p in found.parameters()] == [
+        p.dim() == 1 for p in found.parameters()
+    ]
     assert learned_ranges(found) == []
 
 
-@pytest.mark.parametrize('rates, message', [(dict(lr=-1.), 'dfq.lr=-1.0'), (dict(lr=0., vector_lr=float('nan')), 'dfq.vector_lr=nan'),
-                                            (dict(lr=0., range_lr=float('inf')), 'dfq.range_lr=inf')])
+@pytest.mark.parametrize(
+    'rates, message',
+    [
+        (dict(lr=-1.0), 'dfq.lr=-1.0'),
+        (dict(lr=0.0, vector_lr=float('nan')), 'dfq.vector_lr=nan'),
+        (dict(lr=0.0, range_lr=float('inf')), 'dfq.range_lr=inf'),
+    ],
+)
 def test_a_rate_out_of_range_is_named(rates, message):
     with pytest.raises(ConfigError, match=message):
         parameter_groups(model(), **rates)
@@ -48,15 +58,31 @@ def test_a_rate_out_of_range_is_named(rates, message):
 
 def test_nothing_left_to_learn_is_named():
     with pytest.raises(ConfigError, match='nothing is left to learn'):
-        StudentOptimWrapperConstructor(dict(optimizer=dict(type='Adam', lr=0.)))(model())
+        StudentOptimWrapperConstructor(dict(optimizer=dict(type='Adam', lr=0.0)))(model())
     with pytest.raises(ConfigError, match='paramwise_cfg.norm_lr'):
-        StudentOptimWrapperConstructor(dict(optimizer=dict(type='Adam', lr=0.)), dict(norm_lr=1.))
+        StudentOptimWrapperConstructor(dict(optimizer=dict(type='Adam', lr=0.0)), dict(norm_lr=1.0))
 
 
 def run(project, folder, name, *extra, **settings):
-    settings = dict(dict(size=(32, 32), batch_size=4, calibration_samples=6, pool_size=6, evolve_every=0, iters=4, samples=dict(
-        type='psaq_mm.DeadLeaves'), rounding='compensated', reobserve=False, checkpoint_interval=2), **settings)
-    assert dfq_train([str(project.config('w4a8', f'{name}.py', **settings)), '--work-dir', str(folder / name), *extra]) == 0
+    settings = dict(
+        dict(
+            size=(32, 32),
+            batch_size=4,
+            calibration_samples=6,
+            pool_size=6,
+            evolve_every=0,
+            iters=4,
+            samples=dict(type='psaq_mm.DeadLeaves'),
+            rounding='compensated',
+            reobserve=False,
+            checkpoint_interval=2,
+        ),
+        **settings,
+    )
+    assert (
+        dfq_train([str(project.config('w4a8', f'{name}.py', **settings)), '--work-dir', str(folder / name), *extra])
+        == 0
+    )
     return folder / name
 
 
@@ -65,16 +91,38 @@ def runs(tmp_path_factory):
     pytest.importorskip('mmpretrain')
     folder = tmp_path_factory.mktemp('optim')
     project = ClassifierProject(folder)
-    return dict(project=project, folder=folder, first=run(project, folder, 'first', iters=0),
-                vectors=run(project, folder, 'vectors', lr=0., vector_lr=1e-2), ranges=run(project, folder, 'ranges', lr=0., vector_lr=0.,
-                                                                                        range_lr=1e-2))
+    return dict(
+        project=project,
+        folder=folder,
+        first=run(project, folder, 'first', iters=0),
+        vectors=run(project, folder, 'vectors', lr=0.0, vector_lr=1e-2),
+        ranges=run(project, folder, 'ranges', lr=0.0, vector_lr=0.0, range_lr=1e-2),
+    )
 
 
 def test_rates_take_no_part_where_nothing_is_trained(runs, tmp_path):
-    calibrated = run(runs['project'], tmp_path, 'calibrated', iters=0, lr=0.)
+    calibrated = run(runs['project'], tmp_path, 'calibrated', iters=0, lr=0.0)
     assert not changed(state(runs['first']), state(calibrated))
-    assert dfq_train([str(runs['project'].config('w4a8', 'idle.py', size=(32, 32), iters=2, lr=0.)), '--work-dir', str(tmp_path / 'idle')]) != 0
-    assert dfq_train([str(runs['project'].config('w4a8', 'below.py', size=(32, 32), iters=0, lr=-1.)), '--work-dir', str(tmp_path / 'below')]) != 0
+    assert (
+        dfq_train(
+            [
+                str(runs['project'].config('w4a8', 'idle.py', size=(32, 32), iters=2, lr=0.0)),
+                '--work-dir',
+                str(tmp_path / 'idle'),
+            ]
+        )
+        != 0
+    )
+    assert (
+        dfq_train(
+            [
+                str(runs['project'].config('w4a8', 'below.py', size=(32, 32), iters=0, lr=-1.0)),
+                '--work-dir',
+                str(tmp_path / 'below'),
+            ]
+        )
+        != 0
+    )
 
 
 def state(folder, name='student.pth'):
@@ -97,7 +145,7 @@ def test_ranges_alone_learn(runs):
     found = changed(before, after)
     assert len(found) > 5 and all(key.endswith('.scale') and before[key].dim() == 0 for key in found)
     # Two or three steps of at most 1 % each way.
-    assert all(.95 < float(after[key] / before[key]) < 1.05 for key in found)
+    assert all(0.95 < float(after[key] / before[key]) < 1.05 for key in found)
 
 
 def test_a_run_that_learns_all_three_is_resumed_to_the_same_student(runs, tmp_path):

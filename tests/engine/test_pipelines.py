@@ -1,4 +1,5 @@
 """Sizes of test pictures, for samples and for export, out of pipelines in any wrapper."""
+
 import pytest
 from mmengine.config import Config
 
@@ -22,10 +23,15 @@ def config(data, **more):
 
 
 WRAPPED = dict(
-    plain=dataset(KEEPS), concatenated=dict(type='ConcatDataset', datasets=[dataset(KEEPS), dataset(KEEPS)]), several=[dataset(KEEPS)],
+    plain=dataset(KEEPS),
+    concatenated=dict(type='ConcatDataset', datasets=[dataset(KEEPS), dataset(KEEPS)]),
+    several=[dataset(KEEPS)],
     repeated=dict(type='RepeatDataset', times=2, dataset=dataset(KEEPS)),
-    balanced=dict(type='ClassBalancedDataset', oversample_thr=.1, dataset=dict(type='ConcatDataset', datasets=[dataset(KEEPS)])),
-    outer_pipeline=dict(type='MultiImageMixDataset', dataset=dataset(), pipeline=[KEEPS]))
+    balanced=dict(
+        type='ClassBalancedDataset', oversample_thr=0.1, dataset=dict(type='ConcatDataset', datasets=[dataset(KEEPS)])
+    ),
+    outer_pipeline=dict(type='MultiImageMixDataset', dataset=dataset(), pipeline=[KEEPS]),
+)
 
 
 @pytest.mark.parametrize('wrapper', list(WRAPPED))
@@ -39,23 +45,28 @@ def test_every_data_set_has_its_sizes():
     assert default_sizes(both) == [(1024, 2048), *SIX] and sample_size(both) == (800, 1216)
 
 
-@pytest.mark.parametrize('steps, size', [
-    ([WIDE], (1024, 2048)),
-    ([dict(type='Resize', scale=(2048, 1024))], (1024, 2048)),  # the ratio is not kept by default
-    ([dict(type='mmdet.FixShapeResize', width=500, height=300)], (300, 500)),
-    ([dict(type='Resize', scale=384)], (384, 384)),
-    ([KEEPS, dict(type='CenterCrop', crop_size=(640, 480))], (480, 640)),
-    ([KEEPS, dict(type='Pad', size=(1333, 800))], (800, 1333)),
-    ([KEEPS, dict(type='Pad', pad_to_square=True)], (1333, 1333)),
-    ([dict(type='Compose', transforms=[WIDE])], (1024, 2048)),
-])
+@pytest.mark.parametrize(
+    'steps, size',
+    [
+        ([WIDE], (1024, 2048)),
+        ([dict(type='Resize', scale=(2048, 1024))], (1024, 2048)),  # the ratio is not kept by default
+        ([dict(type='mmdet.FixShapeResize', width=500, height=300)], (300, 500)),
+        ([dict(type='Resize', scale=384)], (384, 384)),
+        ([KEEPS, dict(type='CenterCrop', crop_size=(640, 480))], (480, 640)),
+        ([KEEPS, dict(type='Pad', size=(1333, 800))], (800, 1333)),
+        ([KEEPS, dict(type='Pad', pad_to_square=True)], (1333, 1333)),
+        ([dict(type='Compose', transforms=[WIDE])], (1024, 2048)),
+    ],
+)
 def test_a_size_that_all_pictures_have_is_exported_as_it_is(steps, size):
     assert default_sizes(config(dataset(*steps))) == [size] == [sample_size(config(dataset(*steps)))]
 
 
 def test_what_the_preprocessor_pads_to_is_exported():
     assert default_sizes(config(dataset(dict(type='Resize', scale=(500, 300))), pad_size_divisor=32)) == [(320, 512)]
-    assert default_sizes(config(dataset(dict(type='Resize', scale=(500, 300))), test_cfg=dict(size_divisor=8))) == [(304, 504)]
+    assert default_sizes(config(dataset(dict(type='Resize', scale=(500, 300))), test_cfg=dict(size_divisor=8))) == [
+        (304, 504)
+    ]
     # An upright picture of 800 x 1200 comes as 896 x 1280.
     assert default_sizes(config(dataset(KEEPS), pad_size_divisor=128))[:2] == [(896, 1280), (1280, 896)]
 
@@ -63,12 +74,14 @@ def test_what_the_preprocessor_pads_to_is_exported():
 def test_alternatives_and_random_sizes():
     scales = [(1333, 400), (1333, 800)]
     several = [dict(type='Resize', scale=s, keep_ratio=True) for s in scales]
-    for steps in ([dict(type='TestTimeAug', transforms=[several, [dict(type='RandomFlip', prob=1.)], [PACK]])],
-                  [dict(type='RandomChoice', transforms=[[one] for one in several])],
-                  [dict(type='RandomChoiceResize', scales=scales, keep_ratio=True)]):
+    for steps in (
+        [dict(type='TestTimeAug', transforms=[several, [dict(type='RandomFlip', prob=1.0)], [PACK]])],
+        [dict(type='RandomChoice', transforms=[[one] for one in several])],
+        [dict(type='RandomChoiceResize', scales=scales, keep_ratio=True)],
+    ):
         assert image_sizes(config(dataset(*steps))) == [(400, 1333, True), (800, 1333, True)]
         assert set(SIX) < set(default_sizes(config(dataset(*steps))))
-    drawn = dict(type='RandomResize', scale=(1000, 500), ratio_range=(.5, 2.), keep_ratio=True)
+    drawn = dict(type='RandomResize', scale=(1000, 500), ratio_range=(0.5, 2.0), keep_ratio=True)
     assert image_sizes(config(dataset(drawn))) == [(1000, 2000, True)]
     short = dict(type='ResizeShortestEdge', scale=512, max_size=2048)
     assert image_sizes(config(dataset(short))) == [(512, 2048, True)]
@@ -79,7 +92,9 @@ def test_types_may_be_classes_and_other_steps_are_passed_over():
     class Resize:
         pass
 
-    assert image_sizes(config(dataset(dict(KEEPS, type=Resize), dict(type='Resize', scale_factor=2.)))) == [(800, 1333, True)]
+    assert image_sizes(config(dataset(dict(KEEPS, type=Resize), dict(type='Resize', scale_factor=2.0)))) == [
+        (800, 1333, True)
+    ]
 
 
 def test_a_segmentor_that_slides_sees_its_crop():

@@ -1,18 +1,35 @@
 """The presets say what the papers' code does, number by number."""
+
 import pytest
 from mmengine.config import Config
 from swin_models import build_backbone
-from synthesis.toys import ToyTransformer
+from toys import ToyTransformer
 
 from psaq_mm.engine.config import sample_size
 from psaq_mm.engine.presets import DFQ_DEFAULTS, DFQ_PRESETS, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError
-from psaq_mm.synthesis import SampleGenerator, source_of
-from psaq_mm.synthesis.priors import REFERENCE_SHAPE, variation_target
+from psaq_mm.pictures import source_of
+from psaq_mm.psaq_vit import SampleGenerator
+from psaq_mm.psaq_vit.priors import REFERENCE_SHAPE, variation_target
 
-V1_GENERATOR = dict(batch_size=32, steps=500, rounds=2, betas=(0.5, 0.9), warmup=0.2, entropy_weight=1.0, prior_weight=0.05,
-                    class_weight=1.0, variation=(2500.0, 3000.0), jitter=(15, 30), flip=0.5, init='gaussian', drop_tokens=1,
-                    points=10, bandwidth=0.01, value_range=None)
+V1_GENERATOR = dict(
+    batch_size=32,
+    steps=500,
+    rounds=2,
+    betas=(0.5, 0.9),
+    warmup=0.2,
+    entropy_weight=1.0,
+    prior_weight=0.05,
+    class_weight=1.0,
+    variation=(2500.0, 3000.0),
+    jitter=(15, 30),
+    flip=0.5,
+    init='gaussian',
+    drop_tokens=1,
+    points=10,
+    bandwidth=0.01,
+    value_range=None,
+)
 
 
 def generator_of(preset):
@@ -33,13 +50,13 @@ def test_psaq_v1_is_the_released_method():
 
 def test_psaq_v1_warms_up_for_100_of_500_steps_and_falls_as_a_cosine():
     schedule = generator_of('psaq_v1')._schedule
-    assert schedule(0) == pytest.approx(1 / 100) and schedule(99) == 1. and schedule(100) == 1.
+    assert schedule(0) == pytest.approx(1 / 100) and schedule(99) == 1.0 and schedule(100) == 1.0
     assert schedule(300) == pytest.approx(0.5) and 0 < schedule(499) < 1e-4
 
 
 def test_psaq_v1_target_of_the_variation_is_the_papers_at_its_batch_and_size():
     assert REFERENCE_SHAPE == (32, 3, 224, 224)
-    assert variation_target(2750., REFERENCE_SHAPE) == 2750.
+    assert variation_target(2750.0, REFERENCE_SHAPE) == 2750.0
 
 
 def test_repq_presets():
@@ -59,16 +76,18 @@ def test_fast_makes_nothing_out_of_the_model():
 def test_best_draws_scenes_and_twice_as_many_leaves():
     best = resolve_dfq('best')
     assert best['rounding'] == 'auto' and not best['iters'] and not best['evolve_every']
-    assert (best['lr'], best['vector_lr']) == (0., 1e-3), 'codes stay where steps are asked for'
+    assert (best['lr'], best['vector_lr']) == (0.0, 1e-3), 'codes stay where steps are asked for'
     source = source_of(best['samples'])
     assert source.procedural and [type(member).__name__ for member in source.sources] == ['Scenes', 'DeadLeaves']
-    assert source.weights == pytest.approx([1 / 3, 2 / 3]) and repr(source.sources[1]) == repr(source_of(resolve_dfq('fast')['samples']))
+    assert source.weights == pytest.approx([1 / 3, 2 / 3]) and repr(source.sources[1]) == repr(
+        source_of(resolve_dfq('fast')['samples'])
+    )
     assert best['calibration_samples'] > resolve_dfq('fast')['calibration_samples']
 
 
 def test_presets_do_not_share_what_they_give():
-    resolve_dfq('fast')['samples']['exponent'] = 9.
-    assert resolve_dfq('fast')['samples']['exponent'] != 9. and resolve_dfq('best')['samples'][1]['exponent'] != 9.
+    resolve_dfq('fast')['samples']['exponent'] = 9.0
+    assert resolve_dfq('fast')['samples']['exponent'] != 9.0 and resolve_dfq('best')['samples'][1]['exponent'] != 9.0
 
 
 def test_where_samples_come_from_is_one_setting_under_two_names():
@@ -82,13 +101,18 @@ def test_where_samples_come_from_is_one_setting_under_two_names():
 
 
 def test_fast_and_best_as_methods_keep_their_steps_and_samples():
-    own = dict(size=(64, 96), iters=300, evolve_every=60, lr=5e-5, samples='saved.pt', generator=dict(steps=9, batch_size=4))
+    own = dict(
+        size=(64, 96), iters=300, evolve_every=60, lr=5e-5, samples='saved.pt', generator=dict(steps=9, batch_size=4)
+    )
     fast, best = (resolve_dfq(with_method(own, method)) for method in ('fast', 'best'))
     assert fast['iters'] == best['iters'] == 0 and fast['samples'] == resolve_dfq('fast')['samples']
     assert fast['size'] == best['size'] == (64, 96) and best['generator']['batch_size'] == 4
     assert best['samples'] == 'saved.pt', 'a path holds what it would make'
     for method in ('psaq_v1', 'repq'):
-        kept = [resolve_dfq(with_method(dict(own, samples=given), method))['samples'] for given in ('saved.pt', [dict(type='psaq_mm.PinkNoise')])]
+        kept = [
+            resolve_dfq(with_method(dict(own, samples=given), method))['samples']
+            for given in ('saved.pt', [dict(type='psaq_mm.PinkNoise')])
+        ]
         assert kept == ['saved.pt', None], 'a source of the config is none of a method that makes its own'
     other = resolve_dfq(with_method(dict(own, samples=dict(type='psaq_mm.PinkNoise')), 'best'))
     assert other['samples'] == resolve_dfq('best')['samples']
@@ -105,14 +129,17 @@ def test_settings_beside_a_preset_win_and_the_rest_of_its_generator_stays():
     assert dfq['generator']['steps'] == 3 and dfq['generator']['jitter'] == (15, 30)
 
 
-@pytest.mark.parametrize('pipeline, size', [
-    ([dict(type='ResizeEdge', scale=256, edge='short'), dict(type='CenterCrop', crop_size=224)], (224, 224)),
-    ([dict(type='ResizeEdge', scale=560, edge='short'), dict(type='CenterCrop', crop_size=518)], (518, 518)),
-    ([dict(type='Resize', scale=384)], (384, 384)),
-    ([dict(type='mmpretrain.CenterCrop', crop_size=(96, 64))], (64, 96)),  # width first
-    ([dict(type='Resize', scale=(2048, 1024))], (1024, 2048)),
-    ([dict(type='Resize', scale=(1333, 800), keep_ratio=True)], (800, 1216)),
-])
+@pytest.mark.parametrize(
+    'pipeline, size',
+    [
+        ([dict(type='ResizeEdge', scale=256, edge='short'), dict(type='CenterCrop', crop_size=224)], (224, 224)),
+        ([dict(type='ResizeEdge', scale=560, edge='short'), dict(type='CenterCrop', crop_size=518)], (518, 518)),
+        ([dict(type='Resize', scale=384)], (384, 384)),
+        ([dict(type='mmpretrain.CenterCrop', crop_size=(96, 64))], (64, 96)),  # width first
+        ([dict(type='Resize', scale=(2048, 1024))], (1024, 2048)),
+        ([dict(type='Resize', scale=(1333, 800), keep_ratio=True)], (800, 1216)),
+    ],
+)
 def test_size_of_the_samples_from_the_test_pipeline(pipeline, size):
     assert sample_size(Config(dict(model=dict(), test_pipeline=pipeline))) == size
     assert sample_size(Config(dict(model=dict(), test_dataloader=dict(dataset=dict(pipeline=pipeline))))) == size

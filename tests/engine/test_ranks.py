@@ -1,4 +1,5 @@
 """Two ranks with half of each batch, against one rank with the whole: through the command lines, and part by part."""
+
 import copy
 import json
 import shutil
@@ -11,17 +12,17 @@ from two_ranks import on_two_ranks, ranks_of_tool, spied, tool
 
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.commands.test import main as evaluate_command
-from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, FreshPool, SourcedEvolution
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.models import TaskModel
+from psaq_mm.pictures import ImageSpec, PinkNoise, SampleStream, source_of
+from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, FreshPool, SampleGenerator, SourcedEvolution
 from psaq_mm.quantization import set_mode
-from psaq_mm.quantization.reduction import ranks, sum_gradients_
-from psaq_mm.synthesis import ImageSpec, PinkNoise, SampleGenerator, SampleStream, source_of
+from psaq_mm.ranks import ranks, sum_gradients_
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 NAME = 'timm-vit'
-SIZE = (SIZES[NAME], ) * 2
+SIZE = (SIZES[NAME],) * 2
 TOLERANCE = 1e-4
 EXACT = 1e-7
 """In double precision: of samples, ranges and losses only a float32 rounding may differ."""
@@ -47,8 +48,8 @@ CASES = dict(
     real=dict(source='real'),
     mixture=dict(),
     accumulated=dict(),
-    joint=dict(source='pink', joint_lr=.05),
-    uneven=dict(source='pink', joint_lr=.05, calibration_samples=3, pool_size=3, evolve_samples=1),
+    joint=dict(source='pink', joint_lr=0.05),
+    uneven=dict(source='pink', joint_lr=0.05, calibration_samples=3, pool_size=3, evolve_samples=1),
 )
 
 
@@ -74,12 +75,13 @@ class Pictures:
 def in_double(model):
     """The model with weights in double precision, for images in float32.
 
-    In float32 two orders of one sum differ in the last digit, a value next to an edge gets the neighbouring code, and a few steps make
-    thousandths of a tensor out of that, on any number of ranks. In double no value is so close, and what is left is the ranks' doing.
+    In float32 two orders of one sum differ in the last digit, a value next to an edge gets the neighbouring code, and a
+    few steps make thousandths of a tensor out of that, on any number of ranks. In double no value is so close, and what
+    is left is the ranks' doing.
     """
     model.double()
-    patch_embed, = (module for name, module in model.named_modules() if name.endswith('patch_embed'))
-    patch_embed.register_forward_pre_hook(lambda module, images: (images[0].double(), ))
+    (patch_embed,) = (module for name, module in model.named_modules() if name.endswith('patch_embed'))
+    patch_embed.register_forward_pre_hook(lambda module, images: (images[0].double(),))
     return model
 
 
@@ -89,12 +91,25 @@ def evolution_of(case):
     teacher = copy.deepcopy(student)
     set_mode(teacher, 'off')
     teacher.requires_grad_(False)
-    pair = (TaskModel(m, ('blocks', ), block_stride=1) for m in (teacher, student))
+    pair = (TaskModel(m, ('blocks',), block_stride=1) for m in (teacher, student))
     batch = 4 // ranks()[1]
-    settings = CoEvolutionSettings(**{**dict(size=SIZE, scope='full', batch_size=batch // 2 if case in BATCHES else batch,
-                                             calibration_samples=6, evolve_samples=5, evolve_every=2, pool_size=8), **CASES[case]})
-    # What samples are to each other, they are within a part of a step, and the parts of three samples are others on two ranks.
-    alone = dict(prior_weight=0., value_range=(-1, 1)) if case == 'uneven' else {}
+    settings = CoEvolutionSettings(
+        **{
+            **dict(
+                size=SIZE,
+                scope='full',
+                batch_size=batch // 2 if case in BATCHES else batch,
+                calibration_samples=6,
+                evolve_samples=5,
+                evolve_every=2,
+                pool_size=8,
+            ),
+            **CASES[case],
+        }
+    )
+    # What samples are to each other, they are within a part of a step, and the parts of three samples are others on two
+    # ranks.
+    alone = dict(prior_weight=0.0, value_range=(-1, 1)) if case == 'uneven' else {}
     arguments = (*pair, SampleGenerator(size=SIZE, batch_size=batch, steps=2, jitter=4, **alone), settings)
     if case == 'mixture':
         stream = SampleStream(source_of(['pink', 'generated']), SIZE, ImageSpec(), 0)
@@ -122,9 +137,16 @@ def evolved(case):
         sum_gradients_(student.parameters())
         optimizer.step()
         optimizer.zero_grad()
-    return dict(losses=torch.stack(losses), first=first, last=student.state_dict(), pool=evolution.pool.samples,
-                weight=evolution.weight.state_dict(), random=evolution.random.get_state(), made=getattr(evolution.pool, 'made', 0),
-                history=[{k: v for k, v in step.items() if k != 'step'} for step in evolution.history])
+    return dict(
+        losses=torch.stack(losses),
+        first=first,
+        last=student.state_dict(),
+        pool=evolution.pool.samples,
+        weight=evolution.weight.state_dict(),
+        random=evolution.random.get_state(),
+        made=getattr(evolution.pool, 'made', 0),
+        history=[{k: v for k, v in step.items() if k != 'step'} for step in evolution.history],
+    )
 
 
 def all_cases():
@@ -155,7 +177,11 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(halves, case):
     for key in ('first', 'last'):
         for name, value in expected[key].items():
             assert relative(one[key][name], value) <= EXACT, (key, name)
-    moved = [n for n in expected['last'] if 'quantizer' not in n and not torch.equal(expected['last'][n], expected['first'][n])]
+    moved = [
+        n
+        for n in expected['last']
+        if 'quantizer' not in n and not torch.equal(expected['last'][n], expected['first'][n])
+    ]
     assert len(moved) > 10
     steps = [weights(part['last']) - weights(part['first']) for part in (one, expected)]
     assert relative(*steps) <= EXACT
@@ -166,26 +192,40 @@ def test_a_launched_command_ends_its_group_and_no_other_does(tmp_path):
     import argparse
 
     from psaq_mm.commands.common import add_run_arguments, run_command
+
     parser = argparse.ArgumentParser(prog='launched')
     add_run_arguments(parser)
     torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path / "store"}', rank=0, world_size=1)
     try:
         assert run_command(lambda args: None, parser, []) == 0 and torch.distributed.is_initialized()
-        assert run_command(lambda args: None, parser, ['--launcher', 'pytorch']) == 0 and not torch.distributed.is_initialized()
+        assert (
+            run_command(lambda args: None, parser, ['--launcher', 'pytorch']) == 0
+            and not torch.distributed.is_initialized()
+        )
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-DFQ = dict(size=(32, 32), batch_size=4, calibration_samples=6, pool_size=10, evolve_every=2, evolve_samples=5, iters=4, save_samples=True,
-           generator=dict(batch_size=4, steps=2))
+DFQ = dict(
+    size=(32, 32),
+    batch_size=4,
+    calibration_samples=6,
+    pool_size=10,
+    evolve_every=2,
+    evolve_samples=5,
+    iters=4,
+    save_samples=True,
+    generator=dict(batch_size=4, steps=2),
+)
 HALF = dict(DFQ, batch_size=2, generator=dict(batch_size=2, steps=2))
 
 
 @pytest.fixture(scope='module')
 def project(tmp_path_factory):
     pytest.importorskip('mmpretrain')
-    project = ClassifierProject(tmp_path_factory.mktemp('ranks'), per_class=7)  # 21 pictures: the ranks get 11 each, one of them twice
+    # 21 pictures: the ranks get 11 each, one of them twice
+    project = ClassifierProject(tmp_path_factory.mktemp('ranks'), per_class=7)
     project.whole, project.half = project.folder / 'whole', project.folder / 'half'
     assert dfq_train([str(project.config('w8a8', 'whole.py', **DFQ)), '--work-dir', str(project.whole)]) == 0
     config = project.config('w8a8', 'half.py', **HALF)
@@ -212,8 +252,8 @@ def test_torchrun_makes_the_samples_ranges_and_weights_of_one_rank(project):
 
 
 def test_one_rank_goes_on_from_there_as_two_do(project):
-    """The next round of synthesis, from one state: what competes with a quantized student magnifies the last digits of the steps before,
-    on one rank as on two."""
+    """The next round of synthesis, from one state: what competes with a quantized student magnifies the last digits of
+    the steps before, on one rank as on two."""
     alone = project.folder / 'alone'
     alone.mkdir()
     shutil.copy(project.half / 'iter_2.pth', alone)
@@ -223,7 +263,10 @@ def test_one_rank_goes_on_from_there_as_two_do(project):
     assert relative(weights(found['state_dict']), weights(expected['state_dict'])) <= TOLERANCE
     for key, value in expected['state_dict'].items():
         assert 'quantizer' not in key or relative(found['state_dict'][key], value) <= TOLERANCE, key
-    made = [read_checkpoint(work_dir / 'student.pth')['meta']['psaq_mm']['dfq']['ranks'] for work_dir in (alone, project.half)]
+    made = [
+        read_checkpoint(work_dir / 'student.pth')['meta']['psaq_mm']['dfq']['ranks']
+        for work_dir in (alone, project.half)
+    ]
     assert made == [1, 2]
 
 
@@ -240,8 +283,13 @@ def test_rank_0_alone_writes(project):
 
 def test_two_ranks_evaluate_the_quantized_model_and_get_the_metric_of_one(project):
     config, student = project.folder / 'whole.py', project.whole / 'student.pth'
-    assert evaluate_command([str(config), str(student), '--work-dir', str(project.folder / 'one'), '--full-precision']) == 0
-    found = ranks_of_tool('test', [config, student, '--work-dir', project.folder / 'two', '--full-precision'], project.folder)
+    assert (
+        evaluate_command([str(config), str(student), '--work-dir', str(project.folder / 'one'), '--full-precision'])
+        == 0
+    )
+    found = ranks_of_tool(
+        'test', [config, student, '--work-dir', project.folder / 'two', '--full-precision'], project.folder
+    )
     outputs = [project.folder / f'output{rank}.txt' for rank in (0, 1)]
     assert [process.wait(300) for process in found] == [0, 0], outputs[0].read_text()[-3000:]
     one, two = (json.loads((project.folder / name / 'test_results.json').read_text()) for name in ('one', 'two'))
@@ -252,7 +300,9 @@ def test_two_ranks_evaluate_the_quantized_model_and_get_the_metric_of_one(projec
 def test_a_rank_that_dies_ends_the_other_with_one_sentence(project):
     config = project.config('w8a8', 'dies.py', **HALF)
     spied(config)
-    found = ranks_of_tool('dfq_train', [config, '--work-dir', project.folder / 'dies'], project.folder, SPY_KILL='step 1', SPY_RANK='1')
+    found = ranks_of_tool(
+        'dfq_train', [config, '--work-dir', project.folder / 'dies'], project.folder, SPY_KILL='step 1', SPY_RANK='1'
+    )
     statuses = [process.wait(300) for process in found]
     output = (project.folder / 'output0.txt').read_text()
     assert statuses == [1, -9], output[-3000:]

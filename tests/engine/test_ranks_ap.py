@@ -1,4 +1,5 @@
 """Box and mask AP of a quantized detector on two ranks, which get a picture each in turn."""
+
 import json
 from pathlib import Path
 
@@ -25,6 +26,7 @@ test_evaluator = dict(ann_file='{scenes}/annotations/instances_val.json')
 
 def test_two_ranks_evaluate_the_quantized_detector_and_get_the_ap_of_one(tmp_path):
     from scenes import make_scenes
+
     scenes, _ = make_scenes(tmp_path / 'scenes', dict(val=5))  # the ranks get three each: one of them is there twice
     config = tmp_path / 'detector.py'
     config.write_text(CONFIG.format(root=ROOT, scenes=scenes / 'detection'))
@@ -32,11 +34,15 @@ def test_two_ranks_evaluate_the_quantized_detector_and_get_the_ap_of_one(tmp_pat
         assert dfq_train([str(config), '--work-dir', str(tmp_path / 'run')]) == 0
     student = tmp_path / 'run' / 'student.pth'
     with metafiles_read_once():
-        assert evaluate_command([str(config), str(student), '--work-dir', str(tmp_path / 'one'), '--full-precision']) == 0
+        assert (
+            evaluate_command([str(config), str(student), '--work-dir', str(tmp_path / 'one'), '--full-precision']) == 0
+        )
     found = ranks_of_tool('test', [config, student, '--work-dir', tmp_path / 'two'], tmp_path)
     outputs = [tmp_path / f'output{rank}.txt' for rank in (0, 1)]
     assert [process.wait(300) for process in found] == [0, 0], outputs[0].read_text()[-3000:]
     one, two = (json.loads((tmp_path / name / 'test_results.json').read_text()) for name in ('one', 'two'))
     assert one['quantized'] == two['quantized']
     assert one['quantized']['coco/bbox_mAP'] > 0.2 and one['quantized']['coco/segm_mAP'] > 0.2
-    assert one['quantized'] != one['full_precision'], 'four bits leave a trace: it is the quantized model that was evaluated'
+    assert one['quantized'] != one['full_precision'], (
+        'four bits leave a trace: it is the quantized model that was evaluated'
+    )

@@ -1,4 +1,5 @@
 """``dfq.rotate`` in a run: the same function before anything is quantized, on disk and resumed, and exported."""
+
 import shutil
 
 import pytest
@@ -40,7 +41,9 @@ def test_the_run_resumes_to_the_same_student(detector):
     work_dir.mkdir()
     shutil.copy(detector.work_dir / 'iter_2.pth', work_dir)
     assert dfq_train([str(detector.config(rotate=True)), '--work-dir', str(work_dir), '--resume']) == 0
-    expected, found = (read_checkpoint(folder / 'student.pth')['state_dict'] for folder in (detector.work_dir, work_dir))
+    expected, found = (
+        read_checkpoint(folder / 'student.pth')['state_dict'] for folder in (detector.work_dir, work_dir)
+    )
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0, msg=key)
 
@@ -49,6 +52,7 @@ def test_the_run_resumes_to_the_same_student(detector):
 def test_a_calibrated_student_is_the_users_model_with_its_quantizers_off(base, part, tmp_path):
     pytest.importorskip('mmseg' if part == 'head' else 'mmdet')
     from mmengine.registry import MODELS, init_default_scope
+
     project = Project(tmp_path, base)
     path = project.config(quant='psaq_v2_w4a8', rotate=True, iters=0, evolve_every=0)
     assert dfq_train([str(path), '--work-dir', str(tmp_path / 'work')]) == 0
@@ -61,7 +65,7 @@ def test_a_calibrated_student_is_the_users_model_with_its_quantizers_off(base, p
         model.eval()
         set_mode(model, 'off')
         with torch.no_grad():
-            outputs.append(TaskModel(model, (part, )).outputs(images))
+            outputs.append(TaskModel(model, (part,)).outputs(images))
     for plain, rotated in zip(*outputs):
         torch.testing.assert_close(rotated, plain, rtol=0, atol=1e-4 * float(plain.std()))
     plain, rotated = (read_checkpoint(c)['state_dict'] for c in (project.checkpoint, tmp_path / 'work' / 'student.pth'))
@@ -83,11 +87,12 @@ def test_rotated_models_export_to_the_same_codes(name, quant, tmp_path):
     pytest.importorskip('onnxruntime')
     from psaq_mm.deploy import export_model
     from psaq_mm.deploy.verify import verify
+
     size = [SIZES[name]] * 2
     model = build_classifier(name, quant=dict(preset=quant, scope='full'))
     rotate_model_(model, size)
     images = torch.randn(4, 3, *size)
-    view = TaskModel(model, ('head', ))
+    view = TaskModel(model, ('head',))
     calibrate(model, lambda: view.calibration_forward(images, 'full'))
     exported = export_model(model, tmp_path / 'deployed', [size])
     assert all(quantizer.mode == 'on' for _, quantizer in quantizers(model))

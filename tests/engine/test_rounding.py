@@ -1,4 +1,5 @@
 """Compensated rounding and the divergence of the logits, as parts of a data-free run."""
+
 import copy
 
 import pytest
@@ -6,13 +7,13 @@ import torch
 from classifier_models import CLASSIFIER, SIZES, build_classifier
 from tiny import DETECTOR, SEGMENTOR, Project
 
+from psaq_mm.calibration import normalized_l1
 from psaq_mm.commands.dfq_train import main as dfq_train
-from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, normalized_l1
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
+from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, SampleGenerator
 from psaq_mm.quantization import set_mode
-from psaq_mm.synthesis import SampleGenerator
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -24,8 +25,10 @@ def evolution_of(name, quant='w4a8', **settings):
     teacher = copy.deepcopy(student)
     set_mode(teacher, 'off')
     teacher.requires_grad_(False)
-    pair = (TaskModel(m, ('blocks', ), block_stride=1) for m in (teacher, student))
-    settings = CoEvolutionSettings(**{**dict(size=(SIZES[name], ) * 2, source='pink', scope='full', calibration_samples=16), **settings})
+    pair = (TaskModel(m, ('blocks',), block_stride=1) for m in (teacher, student))
+    settings = CoEvolutionSettings(
+        **{**dict(size=(SIZES[name],) * 2, source='pink', scope='full', calibration_samples=16), **settings}
+    )
     return CoEvolution(*pair, SampleGenerator(), settings, seed=0)
 
 
@@ -38,7 +41,9 @@ def test_students_start_nearer_to_their_teacher(name, quant):
         evolution.prepare()
         unseen = CoEvolution.make_samples(evolution_of(name, calibration_samples=32), 32, compete=False)[16:]
         with torch.no_grad():
-            errors[rounding] = float(normalized_l1(evolution.student.outputs(unseen), evolution.teacher.outputs(unseen)))
+            errors[rounding] = float(
+                normalized_l1(evolution.student.outputs(unseen), evolution.teacher.outputs(unseen))
+            )
         assert bool(evolution.rounded) == (rounding != 'nearest')
     assert errors['compensated'] < 0.95 * errors['nearest'] and errors['guided'] < 0.95 * errors['nearest'], errors
 
@@ -63,7 +68,7 @@ def test_guided_rounding_leaves_parameters_as_they_were_but_for_their_codes():
 
 
 def test_logits_are_learned_beside_the_blocks():
-    plain, with_logits = evolution_of('timm-vit'), evolution_of('timm-vit', logits_weight=2.)
+    plain, with_logits = evolution_of('timm-vit'), evolution_of('timm-vit', logits_weight=2.0)
     for evolution in (plain, with_logits):
         evolution.prepare()
     images = plain.draw()
@@ -80,12 +85,15 @@ def test_logits_are_learned_beside_the_blocks():
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in heads)
 
 
-@pytest.mark.parametrize('settings, match', [
-    (dict(rounding='up'), "dfq.rounding='up' is not known"),
-    (dict(damping=0.), 'dfq.damping=0.0 must be positive'),
-    (dict(prior_rows=0.), 'dfq.prior_rows=0.0 must be positive, or None'),
-    (dict(logits_weight=-1.), 'dfq.logits_weight=-1.0'),
-])
+@pytest.mark.parametrize(
+    'settings, match',
+    [
+        (dict(rounding='up'), "dfq.rounding='up' is not known"),
+        (dict(damping=0.0), 'dfq.damping=0.0 must be positive'),
+        (dict(prior_rows=0.0), 'dfq.prior_rows=0.0 must be positive, or None'),
+        (dict(logits_weight=-1.0), 'dfq.logits_weight=-1.0'),
+    ],
+)
 def test_settings_out_of_range_are_named(settings, match):
     with pytest.raises(ConfigError, match=match):
         CoEvolutionSettings(**settings)
@@ -96,8 +104,15 @@ def test_a_run_moves_weights_and_leaves_ranges(tmp_path_factory):
     project = Project(tmp_path_factory.mktemp('rounding'), CLASSIFIER)
     states = {}
     for name, rounding in (('nearest', 'nearest'), ('compensated', 'compensated')):
-        path = project.config(name=f'{name}.py', size=None, quant=dict(preset='w4a8', scope='full'), iters=0, evolve_every=0,
-                              source='pink', rounding=rounding)
+        path = project.config(
+            name=f'{name}.py',
+            size=None,
+            quant=dict(preset='w4a8', scope='full'),
+            iters=0,
+            evolve_every=0,
+            source='pink',
+            rounding=rounding,
+        )
         assert dfq_train([str(path), '--work-dir', str(project.folder / name)]) == 0
         states[name] = read_checkpoint(project.folder / name / 'student.pth')
     assert states['compensated']['meta']['psaq_mm']['dfq']['rounding'] == 'compensated'
@@ -111,9 +126,13 @@ def test_detectors_and_segmentors_are_rounded_where_their_maps_feel_it(base, tmp
     """``scope='full'``: layers that no gradient reaches, such as RoI heads, are rounded as well."""
     pytest.importorskip('mmdet' if base is DETECTOR else 'mmseg')
     project = Project(tmp_path, base)
-    path = project.config(quant=dict(preset='psaq_v2_w4a8', scope='full'), iters=0, evolve_every=0, source='pink', rounding='guided')
+    path = project.config(
+        quant=dict(preset='psaq_v2_w4a8', scope='full'), iters=0, evolve_every=0, source='pink', rounding='guided'
+    )
     assert dfq_train([str(path), '--work-dir', str(tmp_path / 'run')]) == 0
-    before, after = (read_checkpoint(file)['state_dict'] for file in (project.checkpoint, tmp_path / 'run' / 'student.pth'))
+    before, after = (
+        read_checkpoint(file)['state_dict'] for file in (project.checkpoint, tmp_path / 'run' / 'student.pth')
+    )
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert any(k.endswith('qkv.weight') for k in moved) and all(k.endswith('.weight') for k in moved)
     assert any(k.startswith('roi_head' if base is DETECTOR else 'decode_head') for k in moved)

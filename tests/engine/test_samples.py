@@ -1,4 +1,5 @@
 """Samples kept by one run and used by another."""
+
 import re
 import shutil
 
@@ -15,12 +16,14 @@ from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.engine.samples import Folder, build_source, folders_in, load_samples, reads_rgb, save_samples
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
-from psaq_mm.synthesis import ImageSpec, SampleStream, gaussian_noise
-from psaq_mm.synthesis.sources.base import mixed
+from psaq_mm.pictures import ImageSpec, SampleStream, gaussian_noise
+from psaq_mm.pictures.base import mixed
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 SPEC = ImageSpec(**IMAGENET)
-V1 = dict(preset='psaq_v1', size=None, iters=0, evolve_every=0, calibration_samples=4, generator=dict(batch_size=4, steps=2))
+V1 = dict(
+    preset='psaq_v1', size=None, iters=0, evolve_every=0, calibration_samples=4, generator=dict(batch_size=4, steps=2)
+)
 
 
 class Model(nn.Module):
@@ -47,7 +50,7 @@ def test_what_is_saved_is_read_to_the_last_bit(tmp_path):
 
 
 @pytest.mark.parametrize('rgb', [True, False])
-@pytest.mark.parametrize('spec', [SPEC, ImageSpec(channels=1), ImageSpec((0.5, ) * 3, (0.25, ) * 3, max_value=1.)])
+@pytest.mark.parametrize('spec', [SPEC, ImageSpec(channels=1), ImageSpec((0.5,) * 3, (0.25,) * 3, max_value=1.0)])
 def test_pictures_are_the_samples_at_8_bits_in_rgb(tmp_path, spec, rgb):
     made = samples(spec=spec)
     save_samples(tmp_path, made, Model(rgb), spec)
@@ -64,12 +67,19 @@ def test_pictures_are_the_samples_at_8_bits_in_rgb(tmp_path, spec, rgb):
 
 def test_another_normalization_and_order_of_channels_are_converted(tmp_path):
     path = save_samples(tmp_path, samples(), Model(rgb=True), SPEC)
-    other = ImageSpec((10., 20., 30.), (1., 2., 3.))
+    other = ImageSpec((10.0, 20.0, 30.0), (1.0, 2.0, 3.0))
     found = load_samples(path, (6, 8), Model(rgb=False), other)
     torch.testing.assert_close(other.to_raw(found.samples), SPEC.to_raw(samples()).flip(1), rtol=0, atol=1e-3)
     found = load_samples(path, (6, 8), Model(rgb=False), SPEC)
-    torch.testing.assert_close(found.samples, SPEC.to_raw(samples()).flip(1).sub(
-        torch.tensor(IMAGENET['mean']).view(-1, 1, 1)).div(torch.tensor(IMAGENET['std']).view(-1, 1, 1)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        found.samples,
+        SPEC.to_raw(samples())
+        .flip(1)
+        .sub(torch.tensor(IMAGENET['mean']).view(-1, 1, 1))
+        .div(torch.tensor(IMAGENET['std']).view(-1, 1, 1)),
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_pictures_of_any_size_are_cropped_at_the_centre(tmp_path):
@@ -85,20 +95,27 @@ def test_pictures_of_any_size_are_cropped_at_the_centre(tmp_path):
 
 
 class Evil:
-
     def __reduce__(self):
         import os
-        return os.system, ('touch ran', )
+
+        return os.system, ('touch ran',)
 
 
-@pytest.mark.parametrize('content, error, match', [
-    (dict(state_dict={}), DataError, 'holds no samples'),
-    (dict(samples=torch.zeros(0, 3, 6, 8)), DataError, 'damaged'),
-    (dict(samples=torch.full((1, 3, 6, 8), torch.nan)), DataError, 'not finite'),
-    (dict(samples=torch.zeros(1, 1, 6, 8), image_spec=dict(channels=1)), ConfigError, '1 channels and the model takes 3'),
-    (dict(samples=torch.zeros(1, 3, 8, 6)), ConfigError, r'\(8, 6\) and dfq.size is \(6, 8\)'),
-    (dict(settings=Evil()), CheckpointError, 'could run code'),
-])
+@pytest.mark.parametrize(
+    'content, error, match',
+    [
+        (dict(state_dict={}), DataError, 'holds no samples'),
+        (dict(samples=torch.zeros(0, 3, 6, 8)), DataError, 'damaged'),
+        (dict(samples=torch.full((1, 3, 6, 8), torch.nan)), DataError, 'not finite'),
+        (
+            dict(samples=torch.zeros(1, 1, 6, 8), image_spec=dict(channels=1)),
+            ConfigError,
+            '1 channels and the model takes 3',
+        ),
+        (dict(samples=torch.zeros(1, 3, 8, 6)), ConfigError, r'\(8, 6\) and dfq.size is \(6, 8\)'),
+        (dict(settings=Evil()), CheckpointError, 'could run code'),
+    ],
+)
 def test_files_that_do_not_fit_are_named(tmp_path, content, error, match):
     whole = dict(samples=torch.zeros(1, 3, 6, 8), image_spec=dict(**IMAGENET), size=[6, 8], rgb=True)
     torch.save(content if 'state_dict' in content else {**whole, **content}, tmp_path / 'samples.pt')
@@ -123,6 +140,7 @@ def test_order_of_the_channels_as_the_libraries_have_it():
     pytest.importorskip('mmpretrain')
     from mmengine.model import ImgDataPreprocessor
     from mmpretrain.models.utils.data_preprocessor import ClsDataPreprocessor
+
     assert reads_rgb(ImgDataPreprocessor(bgr_to_rgb=True)) and not reads_rgb(ImgDataPreprocessor())
     assert reads_rgb(ClsDataPreprocessor(to_rgb=True)) and not reads_rgb(ClsDataPreprocessor()) and reads_rgb(None)
 
@@ -148,7 +166,7 @@ def log_of(project, name):
 def test_ranges_from_saved_samples_are_those_of_the_run_that_made_them(project):
     saved = project.folder / 'first' / 'samples.pt'
     content = torch.load(saved, weights_only=True)
-    assert content['samples'].shape == (4, 3, 32, 32) and content['labels'].shape == (4, )
+    assert content['samples'].shape == (4, 3, 32, 32) and content['labels'].shape == (4,)
     assert content['settings']['generator']['jitter'] == [15, 30]
     again = run(project, 'again', samples=str(saved))
     for key, value in project.student['state_dict'].items():
@@ -166,8 +184,15 @@ def test_fewer_samples_than_asked_for(project, tmp_path):
 
 
 def test_first_samples_are_given_and_later_ones_are_made(project):
-    student = run(project, 'train', preset='psaq_v2', samples=str(project.folder / 'first' / 'samples.pt'), iters=2,
-                  evolve_every=1, calibration_samples=3)
+    student = run(
+        project,
+        'train',
+        preset='psaq_v2',
+        samples=str(project.folder / 'first' / 'samples.pt'),
+        iters=2,
+        evolve_every=1,
+        calibration_samples=3,
+    )
     log = log_of(project, 'train')
     assert 'Using 3 of the 4' in log and 'Samples [' in log and student['meta']['psaq_mm']['dfq']['rounds'] == 2
 
@@ -189,27 +214,47 @@ def test_a_detector_runs_v1_class_free_and_says_so(tmp_path):
 
 # ---------------------------------------------------------------------- sources
 MIXED = [dict(type='psaq_mm.PinkNoise', weight=3), dict(type='psaq_mm.DeadLeaves'), dict(type='psaq_mm.Generated')]
-TRAINED = dict(preset='psaq_v2', iters=3, evolve_every=2, evolve_samples=4, calibration_samples=10, pool_size=12,
-               generator=dict(batch_size=4, steps=1), save_samples=True)
+TRAINED = dict(
+    preset='psaq_v2',
+    iters=3,
+    evolve_every=2,
+    evolve_samples=4,
+    calibration_samples=10,
+    pool_size=12,
+    generator=dict(batch_size=4, steps=1),
+    save_samples=True,
+)
 
 
 def test_a_mixture_of_procedural_and_generated_samples(project):
     student = run(project, 'mixture', samples=MIXED, **TRAINED)
     summary = student['meta']['psaq_mm']['dfq']
-    assert summary['samples'] == MIXED and summary['fresh'] == 0 and summary['fresh_samples'] == 0 and summary['rounds'] == 2
+    assert (
+        summary['samples'] == MIXED
+        and summary['fresh'] == 0
+        and summary['fresh_samples'] == 0
+        and summary['rounds'] == 2
+    )
     log = log_of(project, 'mixture')
     assert '(PinkNoise, DeadLeaves, Generated)' in log and 'discrepancy: ' in log, 'the generated ones compete'
     made = torch.load(project.folder / 'mixture' / 'samples.pt', weights_only=True)
     assert len(made['samples']) == 10 and made['labels'] is None
     stream = SampleStream(build_source(MIXED), (32, 32), SPEC, seed=0)
     chosen = stream.source.members(range(10), stream.seed)
-    wanted = torch.stack([build_source(MIXED[:2]).sources[int(k)].draw([i], (32, 32), SPEC, mixed(stream.seed, 0))[0]
-                          for i, k in enumerate(chosen) if k < 2])
+    wanted = torch.stack(
+        [
+            build_source(MIXED[:2]).sources[int(k)].draw([i], (32, 32), SPEC, mixed(stream.seed, 0))[0]
+            for i, k in enumerate(chosen)
+            if k < 2
+        ]
+    )
     torch.testing.assert_close(made['samples'][chosen < 2], wanted, rtol=0, atol=1e-6)
 
 
 def test_the_name_of_a_source_and_its_dict_are_two_spellings(project):
-    for name, dfq in dict(named=dict(source='dead_leaves'), spelled=dict(samples=dict(type='psaq_mm.DeadLeaves'))).items():
+    for name, dfq in dict(
+        named=dict(source='dead_leaves'), spelled=dict(samples=dict(type='psaq_mm.DeadLeaves'))
+    ).items():
         student = run(project, name, save_samples=True, classes=None, **dfq)
         assert student['meta']['psaq_mm']['dfq']['source'] == dfq.get('source', 'generated')
         samples = torch.load(project.folder / name / 'samples.pt', weights_only=True)['samples']
@@ -217,12 +262,17 @@ def test_the_name_of_a_source_and_its_dict_are_two_spellings(project):
 
 
 def test_fresh_batches_are_not_those_of_the_pool(project, monkeypatch):
-    from psaq_mm.distillation import CoEvolution
+    from psaq_mm.psaq_vit import CoEvolution
+
     seen = []
     draw = CoEvolution.draw
-    monkeypatch.setattr(CoEvolution, 'draw', lambda self, *given: seen.append((self, draw(self, *given))) or seen[-1][1])
-    options = dict(preset='fast', samples=None, source='pink', iters=4, augment=False, calibration_samples=4, pool_size=4)
-    student = run(project, 'fresh', fresh=1., **options)
+    monkeypatch.setattr(
+        CoEvolution, 'draw', lambda self, *given: seen.append((self, draw(self, *given))) or seen[-1][1]
+    )
+    options = dict(
+        preset='fast', samples=None, source='pink', iters=4, augment=False, calibration_samples=4, pool_size=4
+    )
+    student = run(project, 'fresh', fresh=1.0, **options)
     assert student['meta']['psaq_mm']['dfq']['fresh_samples'] == 8
     pool = seen[0][0].pool.samples
     batches = torch.cat([batch for _, batch in seen])
@@ -231,7 +281,9 @@ def test_fresh_batches_are_not_those_of_the_pool(project, monkeypatch):
     seen.clear()
     run(project, 'half', fresh=dict(share=0.5, samples=[dict(type='psaq_mm.DeadLeaves')]), **options)
     for _, batch in seen:
-        assert any(torch.equal(batch[1], kept) for kept in pool) and not any(torch.equal(batch[0], kept) for kept in pool)
+        assert any(torch.equal(batch[1], kept) for kept in pool) and not any(
+            torch.equal(batch[0], kept) for kept in pool
+        )
 
 
 def test_a_resumed_run_goes_on_with_the_next_fresh_samples(project, tmp_path):
@@ -246,8 +298,14 @@ def test_a_resumed_run_goes_on_with_the_next_fresh_samples(project, tmp_path):
 
 
 def test_synthesis_that_begins_with_a_source(project):
-    student = run(project, 'begin', preset='best', iters=0, calibration_samples=4, generator=dict(batch_size=4, steps=1, init=dict(
-        type='Folder', path=str(project.folder / 'first' / 'samples'))))
+    student = run(
+        project,
+        'begin',
+        preset='best',
+        iters=0,
+        calibration_samples=4,
+        generator=dict(batch_size=4, steps=1, init=dict(type='Folder', path=str(project.folder / 'first' / 'samples'))),
+    )
     assert 'Folder' in student['meta']['psaq_mm']['dfq']['generator']['init']
 
 
@@ -255,7 +313,7 @@ class Clock:
     """A clock on which every look takes a quarter of a second: seconds that are the same on every machine."""
 
     def __init__(self):
-        self.now = 0.
+        self.now = 0.0
 
     def perf_counter(self):
         self.now += 0.25
@@ -264,9 +322,10 @@ class Clock:
 
 def test_a_budget_of_seconds_ends_the_run_and_its_learning_rate(project, monkeypatch):
     from psaq_mm.engine.runner import loop
+
     monkeypatch.setattr(loop, 'time', Clock())
     options = dict(preset='fast', iters=100000, calibration_samples=4, pool_size=4, lr=1e-3)
-    student = run(project, 'budget', max_seconds=20., log_interval=1, **options)
+    student = run(project, 'budget', max_seconds=20.0, log_interval=1, **options)
     steps = student['meta']['psaq_mm']['dfq']['steps']
     rates = [float(rate) for rate in re.findall(r'lr: (\S+)', log_of(project, 'budget'))]
     assert 8 < steps < 40 and len(rates) == steps
@@ -277,21 +336,30 @@ def test_a_budget_of_seconds_ends_the_run_and_its_learning_rate(project, monkeyp
 
 def test_a_round_of_synthesis_that_does_not_fit_is_left_out(project, monkeypatch):
     from psaq_mm.engine.runner import loop
+
     clock, evolve = Clock(), loop.CoEvolution.evolve
     monkeypatch.setattr(loop, 'time', clock)
     monkeypatch.setattr(loop.CoEvolution, 'evolve', lambda self: setattr(clock, 'now', clock.now + 30) or evolve(self))
-    options = dict(preset='psaq_v2', iters=100000, evolve_every=2, calibration_samples=4, pool_size=4, evolve_samples=2,
-                   generator=dict(batch_size=4, steps=1))
-    student = run(project, 'rounds', max_seconds=50., **options)['meta']['psaq_mm']['dfq']
+    options = dict(
+        preset='psaq_v2',
+        iters=100000,
+        evolve_every=2,
+        calibration_samples=4,
+        pool_size=4,
+        evolve_samples=2,
+        generator=dict(batch_size=4, steps=1),
+    )
+    student = run(project, 'rounds', max_seconds=50.0, **options)['meta']['psaq_mm']['dfq']
     assert student['rounds'] == 2 and student['steps'] > 8
 
 
 def test_a_pause_is_no_time_of_the_run(monkeypatch):
     from psaq_mm.engine.runner import loop
+
     run_loop = loop.DataFreeTrainLoop.__new__(loop.DataFreeTrainLoop)
     clock = Clock()
     monkeypatch.setattr(loop, 'time', clock)
-    run_loop._begun, run_loop._stopped, run_loop.seconds_paused = 0., None, 0.
+    run_loop._begun, run_loop._stopped, run_loop.seconds_paused = 0.0, None, 0.0
     before = run_loop.elapsed
     with run_loop.paused():
         clock.now += 100
@@ -299,17 +367,20 @@ def test_a_pause_is_no_time_of_the_run(monkeypatch):
     assert inside - before <= 0.5 and run_loop.elapsed - before <= 1 and 100 <= run_loop.seconds_paused <= 101
 
 
-@pytest.mark.parametrize('dfq, words', [
-    (dict(samples=dict(type='psaq_mm.Pink')), ["'psaq_mm.Pink'", 'psaq_mm.PinkNoise']),
-    (dict(samples=dict(type='psaq_mm.PinkNoise', exponents=1)), ['exponents']),
-    (dict(samples=[dict(type='psaq_mm.PinkNoise')], source='real'), ['contradict', 'real']),
-    (dict(samples=dict(type='psaq_mm.Folder', path='/nowhere/at/all')), ['/nowhere/at/all']),
-    (dict(preset='psaq_v2', iters=1, fresh=0.5), ['dfq.fresh=0.5', 'samples=dict']),
-    (dict(iters=1, fresh=1.5), ['dfq.fresh=1.5', '0 .. 1']),
-    (dict(iters=1, fresh=dict(part=1)), ["'part'"]),
-    (dict(iters=1, max_seconds=0), ['dfq.max_seconds=0']),
-    (dict(source='dead_leafs'), ['dead_leafs']),
-])
+@pytest.mark.parametrize(
+    'dfq, words',
+    [
+        (dict(samples=dict(type='psaq_mm.Pink')), ["'psaq_mm.Pink'", 'psaq_mm.PinkNoise']),
+        (dict(samples=dict(type='psaq_mm.PinkNoise', exponents=1)), ['exponents']),
+        (dict(samples=[dict(type='psaq_mm.PinkNoise')], source='real'), ['contradict', 'real']),
+        (dict(samples=dict(type='psaq_mm.Folder', path='/nowhere/at/all')), ['/nowhere/at/all']),
+        (dict(preset='psaq_v2', iters=1, fresh=0.5), ['dfq.fresh=0.5', 'samples=dict']),
+        (dict(iters=1, fresh=1.5), ['dfq.fresh=1.5', '0 .. 1']),
+        (dict(iters=1, fresh=dict(part=1)), ["'part'"]),
+        (dict(iters=1, max_seconds=0), ['dfq.max_seconds=0']),
+        (dict(source='dead_leafs'), ['dead_leafs']),
+    ],
+)
 def test_sources_that_do_not_fit_are_named(project, tmp_path, capsys, dfq, words):
     path = project.config(name='bad.py', **{**V1, **dfq})
     assert dfq_train([str(path), '--work-dir', str(tmp_path)]) == 1
@@ -342,4 +413,6 @@ def test_a_folder_that_is_evaluated_is_refused(tmp_path):
             check_folder(config, tmp_path / folder)
     check_folder(config, tmp_path / 'other')
     check_folder(config, tmp_path / 'samples.pt')
-    assert folders_in([dict(type='Folder', path='a'), dict(type='Mixture', sources=[dict(path='b')]), dict(type='P')]) == ['a', 'b']
+    assert folders_in(
+        [dict(type='Folder', path='a'), dict(type='Mixture', sources=[dict(path='b')]), dict(type='P')]
+    ) == ['a', 'b']

@@ -1,4 +1,6 @@
-"""A student knows how it was quantized: a config and a command line need not say it again, and may not say otherwise."""
+"""A student knows how it was quantized: a config and a command line need not say it again, and may not say
+otherwise."""
+
 import json
 
 import pytest
@@ -30,8 +32,23 @@ def project(tmp_path_factory):
 def fast(project):
     """A student of the full-precision config, by another method and precision than any config has."""
     work = project.folder / 'fast'
-    assert dfq_train([str(project.base), '--checkpoint', str(project.checkpoint), '--method', 'fast', '--quant', 'w4a8',
-                      '--work-dir', str(work), *SHORT]) == 0
+    assert (
+        dfq_train(
+            [
+                str(project.base),
+                '--checkpoint',
+                str(project.checkpoint),
+                '--method',
+                'fast',
+                '--quant',
+                'w4a8',
+                '--work-dir',
+                str(work),
+                *SHORT,
+            ]
+        )
+        == 0
+    )
     return work / 'student.pth'
 
 
@@ -42,8 +59,18 @@ def test_the_commands_take_a_student_as_it_was_made(project, fast, capsys):
         results.append(json.loads((project.folder / 'out' / 'test_results.json').read_text())['quantized'])
     assert results[0] == results[1] == results[2]
     pytest.importorskip('onnxruntime')
-    assert export_command([str(project.base), str(fast), '--out', str(project.folder / 'exported'), '--size', '32', '32']) == 0
-    deployed = ['--deployed', str(project.folder / 'exported'), '--runtime', 'onnxruntime', '--work-dir', str(project.folder / 'out')]
+    assert (
+        export_command([str(project.base), str(fast), '--out', str(project.folder / 'exported'), '--size', '32', '32'])
+        == 0
+    )
+    deployed = [
+        '--deployed',
+        str(project.folder / 'exported'),
+        '--runtime',
+        'onnxruntime',
+        '--work-dir',
+        str(project.folder / 'out'),
+    ]
     assert evaluate_command([str(project.base), str(fast), *deployed]) == 0
     assert json.loads((project.folder / 'out' / 'test_results.json').read_text())['quantized'] == results[0]
     capsys.readouterr()
@@ -55,7 +82,10 @@ def test_the_commands_take_a_student_as_it_was_made(project, fast, capsys):
 
 
 def test_a_contradiction_ends_with_one_sentence(project, fast, capsys, tmp_path):
-    commands = [(evaluate_command, ['--work-dir', str(tmp_path / 'out')]), (export_command, ['--out', str(tmp_path / 'exported')])]
+    commands = [
+        (evaluate_command, ['--work-dir', str(tmp_path / 'out')]),
+        (export_command, ['--out', str(tmp_path / 'exported')]),
+    ]
     for command, rest in commands:
         assert command([str(project.base), str(fast), *rest, '--quant', 'w8a8']) == 1
         error = capsys.readouterr().err
@@ -63,16 +93,28 @@ def test_a_contradiction_ends_with_one_sentence(project, fast, capsys, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('stated, word', [
-    (dict(quant='w4a8'), None), (dict(quant='W4A8'), None), (dict(method='fast'), None), (dict(quant='psaq_v2_w4a8'), None),
-    (dict(options={'model.quant.w_bits': 4}), None), (dict(options={'model.quant': 'w4a8'}), None),
-    (dict(options={'model.backbone.depths': [1]}), None), (dict(options={'model.quant.preset': 'w4a8', 'dfq.seed': 1}), None),
-    (dict(quant='w8a8'), 'w_bits=4'), (dict(quant='w4a4', method='fast'), 'a_bits=8'),
-    (dict(method='repq'), 'reparameterize=False'),
-    (dict(quant='repq_w4a8'), 'reparameterize=False'), (dict(options={'model.quant.w_bits': 8}), 'w_bits=4'),
-    (dict(options={'model.quant': 'w8a8'}), 'w_bits=4'), (dict(options={'model.quant.scope': 'full'}), "scope='backbone'"),
-    (dict(options={'model.quant.preset': 'repq_w4a8'}), 'reparameterize=False'), (dict(options={'model.backbone.quant.a_bits': 4}), 'a_bits=8'),
-])
+@pytest.mark.parametrize(
+    'stated, word',
+    [
+        (dict(quant='w4a8'), None),
+        (dict(quant='W4A8'), None),
+        (dict(method='fast'), None),
+        (dict(quant='psaq_v2_w4a8'), None),
+        (dict(options={'model.quant.w_bits': 4}), None),
+        (dict(options={'model.quant': 'w4a8'}), None),
+        (dict(options={'model.backbone.depths': [1]}), None),
+        (dict(options={'model.quant.preset': 'w4a8', 'dfq.seed': 1}), None),
+        (dict(quant='w8a8'), 'w_bits=4'),
+        (dict(quant='w4a4', method='fast'), 'a_bits=8'),
+        (dict(method='repq'), 'reparameterize=False'),
+        (dict(quant='repq_w4a8'), 'reparameterize=False'),
+        (dict(options={'model.quant.w_bits': 8}), 'w_bits=4'),
+        (dict(options={'model.quant': 'w8a8'}), 'w_bits=4'),
+        (dict(options={'model.quant.scope': 'full'}), "scope='backbone'"),
+        (dict(options={'model.quant.preset': 'repq_w4a8'}), 'reparameterize=False'),
+        (dict(options={'model.backbone.quant.a_bits': 4}), 'a_bits=8'),
+    ],
+)
 def test_what_is_said_is_compared_and_nothing_else(project, stated, word):
     made = QuantSpec.parse('psaq_v2_w4a8')
     checkpoint = dict(meta=dict(psaq_mm=dict(quant=made.to_dict())))
@@ -87,12 +129,20 @@ def test_what_is_said_is_compared_and_nothing_else(project, stated, word):
 
 def test_options_that_have_no_place_in_the_students_spec(project):
     checkpoint = dict(meta=dict(psaq_mm=dict(quant=QuantSpec.parse('w4a8').to_dict())))
-    with pytest.raises(ConfigError, match='model.quant.overrides.0.w_bits=8 does not fit how the student was quantized'):
-        config_of_student(load_config(str(project.base)), checkpoint, 'student.pth', options={'model.quant.overrides.0.w_bits': 8})
+    with pytest.raises(
+        ConfigError, match='model.quant.overrides.0.w_bits=8 does not fit how the student was quantized'
+    ):
+        config_of_student(
+            load_config(str(project.base)), checkpoint, 'student.pth', options={'model.quant.overrides.0.w_bits': 8}
+        )
 
 
 def test_scope_and_overrides_are_the_students(project, tmp_path):
-    quant = dict(preset='w4a8', scope='full', overrides=[dict(pattern='head.*', float=True), dict(pattern='*.qkv', w_bits=6, a_bits=6)])
+    quant = dict(
+        preset='w4a8',
+        scope='full',
+        overrides=[dict(pattern='head.*', float=True), dict(pattern='*.qkv', w_bits=6, a_bits=6)],
+    )
     made = project.config(quant, 'made.py', iters=0, size=(32, 32))
     assert dfq_train([str(made), '--work-dir', str(tmp_path)]) == 0
     student = tmp_path / 'student.pth'
@@ -104,6 +154,7 @@ def test_scope_and_overrides_are_the_students(project, tmp_path):
 
 def test_a_quantized_backbone_has_it_there():
     from mmengine.config import Config
+
     config = Config(dict(model=dict(type='Any', backbone=dict(type='psaq_mm.QuantSwinTransformer', quant='w8a8'))))
     made = QuantSpec.parse('repq_w4a4')
     found = config_of_student(config, dict(meta=dict(psaq_mm=dict(quant=made.to_dict()))), 'student.pth')

@@ -1,4 +1,6 @@
-"""Whole runs of a model on a second device: what a GPU would refuse, found without one; and on a GPU where there is one."""
+"""Whole runs of a model on a second device: what a GPU would refuse, found without one; and on a GPU where there is
+one."""
+
 import contextlib
 import types
 from pathlib import Path
@@ -32,10 +34,18 @@ def classifier(tmp_path_factory):
     return ClassifierProject(tmp_path_factory.mktemp('classifier'), per_class=1)
 
 
-@pytest.fixture(params=['emulated', pytest.param('cuda', marks=[
-    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')])])
+@pytest.fixture(
+    params=[
+        'emulated',
+        pytest.param(
+            'cuda',
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')],
+        ),
+    ]
+)
 def on_device(request):
-    """Makes the context in which a run finds a GPU: an emulated one, or the one that is there, for which it gives None."""
+    """Makes the context in which a run finds a GPU: an emulated one, or the one that is there, for which it gives
+    None."""
     return second_device if request.param == 'emulated' else contextlib.nullcontext
 
 
@@ -43,6 +53,7 @@ def on_device(request):
 def whole_models(monkeypatch):
     """Whether the model of a run was on the second device is asked where it ends."""
     from psaq_mm.engine.runner import DataFreeTrainLoop
+
     run, found = DataFreeTrainLoop.run, []
 
     def watched(self):
@@ -56,7 +67,10 @@ def whole_models(monkeypatch):
 
 def test_presets_of_a_classifier_from_samples_to_accuracy(classifier, whole_models, on_device):
     for preset in ('psaq_v2', 'fast', 'best'):
-        config, work_dir = str(classifier.config('w4a8', f'{preset}.py', preset=preset, **SHORT)), classifier.folder / preset
+        config, work_dir = (
+            str(classifier.config('w4a8', f'{preset}.py', preset=preset, **SHORT)),
+            classifier.folder / preset,
+        )
         with on_device() as second:
             assert dfq_train([config, '--work-dir', str(work_dir)]) == 0
             assert evaluate([config, str(work_dir / 'student.pth'), '--work-dir', str(work_dir)]) == 0
@@ -67,8 +81,20 @@ def test_presets_of_a_classifier_from_samples_to_accuracy(classifier, whole_mode
 
 def test_settings_that_no_preset_has(classifier, whole_models, on_device):
     sources = [dict(type='psaq_mm.Generated'), dict(type='psaq_mm.DeadLeaves')]
-    config = classifier.config('w4a8', 'settings.py', **{**SHORT, 'pool_size': 4}, classes='random', accumulative_counts=2, augment=True,
-                               fresh=.5, samples=sources, range_lr=1e-3, vector_lr=1e-3, logits_weight=1., evolve_samples=2)
+    config = classifier.config(
+        'w4a8',
+        'settings.py',
+        **{**SHORT, 'pool_size': 4},
+        classes='random',
+        accumulative_counts=2,
+        augment=True,
+        fresh=0.5,
+        samples=sources,
+        range_lr=1e-3,
+        vector_lr=1e-3,
+        logits_weight=1.0,
+        evolve_samples=2,
+    )
     with on_device():
         assert dfq_train([str(config), '--work-dir', str(classifier.folder / 'settings')]) == 0
     assert whole_models == [{'cuda'}]
@@ -78,9 +104,21 @@ def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monke
     pytest.importorskip('mmdet')
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / 'demo'))
     from run_demo import Demo
+
     project = Project(tmp_path, DETECTOR)
-    config = load_config(str(project.config('w8a8', preset='psaq_v2', calibration_samples=2, pool_size=2, iters=1, evolve_every=0,
-                                            generator=dict(batch_size=2, steps=1))))
+    config = load_config(
+        str(
+            project.config(
+                'w8a8',
+                preset='psaq_v2',
+                calibration_samples=2,
+                pool_size=2,
+                iters=1,
+                evolve_every=0,
+                generator=dict(batch_size=2, steps=1),
+            )
+        )
+    )
     config.work_dir, config.launcher = str(tmp_path / 'work'), 'none'
     for key in ('data_free_w8a8', 'data_free_w4a8'):
         write_png(np.zeros((4, 4, 3), np.uint8), tmp_path / 'detection' / key / 'samples' / '0.png')
@@ -88,7 +126,9 @@ def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monke
         evolution = run_data_free(config).train_loop.evolution
         assert whole_models == [{'cuda'}]
         demo = types.SimpleNamespace(out=tmp_path, seed=0)
-        samples, densities = Demo._samples(demo, types.SimpleNamespace(name='detection'), evolution, evolution.pool.samples[:1].cuda())
+        samples, densities = Demo._samples(
+            demo, types.SimpleNamespace(name='detection'), evolution, evolution.pool.samples[:1].cuda()
+        )
     assert samples and len(densities) == 3 and all(densities.values())
 
 
@@ -96,6 +136,7 @@ def test_an_export_of_a_model_that_is_not_on_the_cpu(classifier, tmp_path, monke
     pytest.importorskip('onnxruntime')
     from psaq_mm.deploy import export
     from psaq_mm.deploy.verify import verify
+
     config = load_config(str(classifier.config('w8a8', 'export.py', **SHORT)))
     init_default_scope('mmpretrain')
     model, trace = MODELS.build(quantized_model_config(config)).eval(), export._trace

@@ -1,4 +1,5 @@
 """Work dirs that are used twice, and runs that are resumed with another length or other settings."""
+
 import itertools
 import json
 import re
@@ -48,7 +49,10 @@ def names(work_dir):
 
 
 def rates(work_dir):
-    return [float(v) for v in read_checkpoint(checkpoints_in(work_dir)[-1])['message_hub']['log_scalars']['train/lr'].data[0]]
+    return [
+        float(v)
+        for v in read_checkpoint(checkpoints_in(work_dir)[-1])['message_hub']['log_scalars']['train/lr'].data[0]
+    ]
 
 
 def last(work_dir):
@@ -82,10 +86,16 @@ def test_a_run_that_fails_at_once_leaves_the_earlier_ones_checkpoints_where_they
     assert (names(run.work_dir), last(run.work_dir)) == before and not (run.work_dir / 'earlier').exists()
 
 
-@pytest.mark.parametrize('other, match', [(dict(seed=1), 'seed=0, the config says 1'), (dict(quant='w4a8'), 'w_bits=8, the config says 4'),
-                                          (dict(lr=1e-3), 'lr=0.0001, the config says 0.001'),
-                                          (dict(vector_lr=1e-3), 'vector_lr=None, the config says 0.001'),
-                                          (dict(size=(32, 64)), r'size=\[32, 32\], the config says \[32, 64\]')])
+@pytest.mark.parametrize(
+    'other, match',
+    [
+        (dict(seed=1), 'seed=0, the config says 1'),
+        (dict(quant='w4a8'), 'w_bits=8, the config says 4'),
+        (dict(lr=1e-3), 'lr=0.0001, the config says 0.001'),
+        (dict(vector_lr=1e-3), 'vector_lr=None, the config says 0.001'),
+        (dict(size=(32, 64)), r'size=\[32, 32\], the config says \[32, 64\]'),
+    ],
+)
 def test_another_runs_checkpoint_is_not_resumed(run, other, match, capsys):
     run(2)
     left = {path.name: path.read_bytes() for path in run.work_dir.glob('*.pth')}
@@ -103,7 +113,10 @@ def test_a_full_precision_checkpoint_that_moved_is_the_same_and_another_is_not(r
     content = torch.load(project.checkpoint)
     content['state_dict']['head.fc.bias'] += 1
     torch.save(content, other)
-    assert run(4, '--resume', '--checkpoint', str(other)) == 1 and 'has changed since the run began' in capsys.readouterr().err
+    assert (
+        run(4, '--resume', '--checkpoint', str(other)) == 1
+        and 'has changed since the run began' in capsys.readouterr().err
+    )
     assert run(4, '--resume', '--checkpoint', str(moved)) == 0
 
 
@@ -116,19 +129,22 @@ def test_a_work_dir_that_cannot_be_made(project, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------- from end to end
-WRAPPED = '''
+WRAPPED = """
 _base_ = ['{base}']
 custom_hooks = [dict(type='EMAHook')]
 train_dataloader = dict(dataset=dict(_delete_=True, type='RepeatDataset', times=2, dataset={{{{_base_.train_dataloader.dataset}}}}))
 test_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[
     {{{{_base_.test_dataloader.dataset}}}}, dict(type='RepeatDataset', times=2, dataset={{{{_base_.test_dataloader.dataset}}}})]))
 test_evaluator = [dict(type='Accuracy', topk=(1, )), dict(type='SingleLabelMetric', items=('precision', ))]
-'''
+"""
 
 
 def test_data_sets_inside_others_several_evaluators_and_an_old_checkpoint_under_a_prefix(project, tmp_path):
     content = torch.load(project.checkpoint)
-    old = dict(state_dict={f'model.{k}': v for k, v in content['state_dict'].items()}, meta=dict(CLASSES=('a', 'b', 'c'), PALETTE=None))
+    old = dict(
+        state_dict={f'model.{k}': v for k, v in content['state_dict'].items()},
+        meta=dict(CLASSES=('a', 'b', 'c'), PALETTE=None),
+    )
     torch.save(old, tmp_path / 'old.pth')
     project.config(name='inner.py', iters=1, evolve_every=0, load_from=str(tmp_path / 'old.pth'), **QUICK)
     config = project.folder / 'wrapped.py'
@@ -169,8 +185,11 @@ def test_fewer_steps_than_were_meant_follow_theirs(run, project):
     assert run(3, '--resume') == 0 and rates(run.work_dir)[-1] == straight[-1]
 
 
-WARM_UP = [dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=3),
-           dict(type='CosineAnnealingLR', by_epoch=False, begin=3), dict(type='MultiStepLR', by_epoch=False, milestones=[1, 5])]
+WARM_UP = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=3),
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=3),
+    dict(type='MultiStepLR', by_epoch=False, milestones=[1, 5]),
+]
 
 
 def test_a_schedule_of_the_users_own_under_the_librarys_runner(run, project, tmp_path):
@@ -195,7 +214,9 @@ def test_the_cosine_ends_with_the_loop_of_the_config_that_a_run_leaves(project, 
 
 
 # ---------------------------------------------------------------------- inherited settings
-@pytest.mark.parametrize('hook', [dict(type='EMAHook'), dict(type='mmengine.EMAHook', momentum=0.1), dict(type=EMAHook)])
+@pytest.mark.parametrize(
+    'hook', [dict(type='EMAHook'), dict(type='mmengine.EMAHook', momentum=0.1), dict(type=EMAHook)]
+)
 @pytest.mark.parametrize('place', ['default_hooks', 'custom_hooks'])
 def test_an_ema_hook_is_dropped_wherever_it_stands(project, hook, place):
     config = Config.fromfile(project.config(name='ema.py', **QUICK))
@@ -207,8 +228,12 @@ def test_an_ema_hook_is_dropped_wherever_it_stands(project, hook, place):
 
 def test_a_log_processor_with_windows_of_an_epoch(project, tmp_path):
     config = Config.fromfile(project.config(name='windows.py', iters=2, **QUICK))
-    config.log_processor = dict(type='LogProcessor', by_epoch=True, window_size='epoch', custom_cfg=[
-        dict(data_src='loss', log_name='whole', method_name='mean', window_size='epoch')])
+    config.log_processor = dict(
+        type='LogProcessor',
+        by_epoch=True,
+        window_size='epoch',
+        custom_cfg=[dict(data_src='loss', log_name='whole', method_name='mean', window_size='epoch')],
+    )
     config.default_hooks, config.work_dir = dict(ema=dict(type='EMAHook')), str(tmp_path)
     runner = Runner.from_cfg(to_data_free(config))
     runner.train()

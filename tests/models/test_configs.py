@@ -1,4 +1,6 @@
-"""Every leaf config of the repository: it names a checkpoint, and builds a quantized model that still lists its float parts."""
+"""Every leaf config of the repository: it names a checkpoint, and builds a quantized model that still lists its float
+parts."""
+
 import functools
 import re
 from pathlib import Path
@@ -27,6 +29,7 @@ def leaf_config(leaf):
     from mmengine.config import Config
 
     from psaq_mm.engine.config import drop_pretrained
+
     config = Config.fromfile(ROOT / leaf)
     pytest.importorskip(config.default_scope)
     drop_pretrained(config.model)
@@ -36,6 +39,7 @@ def leaf_config(leaf):
 def build(config, model):
     """A model of full size in no memory."""
     from mmengine.registry import MODELS, init_default_scope
+
     init_default_scope(config.default_scope)
     with WeightsWithoutMemory():
         return MODELS.build(model)
@@ -45,6 +49,7 @@ def build(config, model):
 def float_keys(name):
     """State-dict keys of the full-precision model that the leaves of ``name`` quantize."""
     from psaq_mm.engine.config import full_precision_model_config
+
     config = leaf_config(f'{name}_w8a8.py')
     return set(build(config, full_precision_model_config(config.model)).state_dict())
 
@@ -57,6 +62,7 @@ def test_the_promised_configs_are_there():
 def test_leaf_builds(leaf):
     from psaq_mm.engine.config import sample_size
     from psaq_mm.quantization import is_quantizer_key
+
     config, (name, label) = leaf_config(leaf), leaf[:-3].rsplit('_', 1)
     assert str(config.load_from).endswith('.pth')
     assert len((ROOT / leaf).read_text().splitlines()) <= 10
@@ -76,14 +82,23 @@ def test_every_method_at_every_precision(name):
     from psaq_mm.engine.config import apply_method
     from psaq_mm.engine.presets import resolve_dfq
     from psaq_mm.quantization import QuantSpec
+
     config = leaf_config(f'{name}_w4a4.py')
     for method in METHODS:
         for bits in PRECISIONS:
             changed = apply_method(config, bits, method)
             spec = QuantSpec.parse(changed.model.quant)
-            assert spec.label.lower() == bits and spec.scope == 'backbone' and spec.reparameterize == method.startswith('repq')
+            assert (
+                spec.label.lower() == bits
+                and spec.scope == 'backbone'
+                and spec.reparameterize == method.startswith('repq')
+            )
             dfq = resolve_dfq(changed.dfq)
-            assert dfq['method'] == method and dfq['size'] == config.dfq['size'] and dfq['batch_size'] == config.dfq['batch_size']
+            assert (
+                dfq['method'] == method
+                and dfq['size'] == config.dfq['size']
+                and dfq['batch_size'] == config.dfq['batch_size']
+            )
     for method in ('psaq_v1', 'repq'):
         model = build(config, apply_method(config, 'w4a4', method).model)
         assert float_keys(name) < set(model.state_dict())
@@ -95,7 +110,8 @@ def test_every_method_at_every_precision(name):
 
 @pytest.mark.parametrize('size', 'tsb')
 def test_cascade_has_the_box_heads_of_the_papers(size):
-    """Swin's own mmdet 2 config: 4conv1f, SyncBN, a class's own box, GIoU on decoded boxes, and the backbones of Swin-T, S and B."""
+    """Swin's own mmdet 2 config: 4conv1f, SyncBN, a class's own box, GIoU on decoded boxes, and the backbones of
+    Swin-T, S and B."""
     config = leaf_config(f'cascade_mask_rcnn_swin_{size}_w8a8.py')
     model = build(config, config.model)
     expected = dict(t=(96, [2, 2, 6, 2]), s=(96, [2, 2, 18, 2]), b=(128, [2, 2, 18, 2]))[size]
@@ -118,12 +134,20 @@ def test_cascade_with_its_synchronized_normalization_runs_on_the_cpu():
 
     from psaq_mm.models import TaskModel
     from psaq_mm.quantization import calibrate
+
     config = leaf_config('cascade_mask_rcnn_swin_t_w8a8.py')
     model = Config(dict(model=config.model)).model.copy()
-    narrow = dict(quant=dict(preset='w8a8', scope='full'), backbone=dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]),
-                  neck=dict(in_channels=[16, 32, 64, 128], out_channels=16), rpn_head=dict(in_channels=16, feat_channels=16),
-                  roi_head=dict(bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
-                                mask_head=dict(in_channels=16, conv_out_channels=16)))
+    narrow = dict(
+        quant=dict(preset='w8a8', scope='full'),
+        backbone=dict(embed_dims=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8]),
+        neck=dict(in_channels=[16, 32, 64, 128], out_channels=16),
+        rpn_head=dict(in_channels=16, feat_channels=16),
+        roi_head=dict(
+            bbox_roi_extractor=dict(out_channels=16),
+            mask_roi_extractor=dict(out_channels=16),
+            mask_head=dict(in_channels=16, conv_out_channels=16),
+        ),
+    )
     model = Config(dict(model=model))
     model.merge_from_dict(dict(model=narrow))
     for head in model.model.roi_head.bbox_head:
@@ -148,12 +172,15 @@ def test_the_readme_lists_every_config_and_names_none_that_is_not_there():
 
 def test_the_readme_has_the_checkpoint_of_every_full_precision_config():
     from mmengine.config import Config
+
     text = (ROOT / 'README.md').read_text()
     for name in COCO + ADE20K:
         source = ROOT / 'full_precision' / f'{name}.py'
         assert Path(Config.fromfile(source).load_from).name in text, name
         for url in re.findall(r'https://github\.com\S+\.pth', source.read_text()):
-            assert url in text or url.endswith('window7_224.pth'), f'{url} is neither the checkpoint nor the pretrained backbone'
+            assert url in text or url.endswith('window7_224.pth'), (
+                f'{url} is neither the checkpoint nor the pretrained backbone'
+            )
 
 
 def test_every_published_number_has_a_command_that_can_be_run():
@@ -165,23 +192,28 @@ def test_every_published_number_has_a_command_that_can_be_run():
     from psaq_mm.engine.config import apply_method
     from psaq_mm.engine.data_overlap import check_no_overlap
     from psaq_mm.quantization import QuantSpec
+
     parser = argparse.ArgumentParser()
     parser.add_argument('config')
     for name in ('--quant', '--method', '--calibration', '--cfg-options'):
         parser.add_argument(name)
-    rows = re.findall(r'^\| ([^|]+) \| (W\dA\d) \| `(configs/[^`]+)` \|$', (ROOT / 'README.md').read_text(), re.MULTILINE)
+    rows = re.findall(
+        r'^\| ([^|]+) \| (W\dA\d) \| `(configs/[^`]+)` \|$', (ROOT / 'README.md').read_text(), re.MULTILINE
+    )
     assert len(rows) >= 35
     for published, label, command in rows:
         args = parser.parse_args(shlex.split(command))
         options = dict([args.cfg_options.split('=')]) if args.cfg_options else {}
-        config = leaf_config(args.config[len('configs/'):])
+        config = leaf_config(args.config[len('configs/') :])
         check_no_overlap(config)
         quantized = merge_options(apply_method(config, args.quant, args.method), options)
         assert QuantSpec.parse(quantized.model.quant).label == label, command
         assert quantized.load_from.startswith('checkpoints/') or 'classification/' in command
         assert args.calibration in ('generated', 'real')
         if re.search(r' (V1|V2|RepQ)', published):
-            assert args.method == dict(V1='psaq_v1', V2='psaq_v2', RepQ='repq')[re.search(r' (V1|V2|RepQ)', published)[1]], command
+            assert (
+                args.method == dict(V1='psaq_v1', V2='psaq_v2', RepQ='repq')[re.search(r' (V1|V2|RepQ)', published)[1]]
+            ), command
 
 
 # ---------------------------------------------------------------------- classifiers
@@ -189,7 +221,15 @@ CLASSIFIERS = sorted(path.stem for path in (ROOT / 'classification').glob('*.py'
 
 
 def test_the_promised_classifiers_are_there():
-    assert set(CLASSIFIERS) == {'vit_small', 'vit_base', 'deit_tiny', 'deit_small', 'deit_base', 'swin_tiny', 'swin_small'}
+    assert set(CLASSIFIERS) == {
+        'vit_small',
+        'vit_base',
+        'deit_tiny',
+        'deit_small',
+        'deit_base',
+        'swin_tiny',
+        'swin_small',
+    }
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -199,6 +239,7 @@ def test_a_classifier_under_every_method_and_precision(name, method):
     from psaq_mm.commands.common import load_config
     from psaq_mm.engine.presets import resolve_dfq
     from psaq_mm.quantization import QuantSpec
+
     for bits in PRECISIONS:
         config = load_config(str(ROOT / 'classification' / f'{name}.py'), quant=bits, method=method)
         spec = QuantSpec.parse(config.model.quant)
@@ -215,13 +256,18 @@ def test_a_classifier_builds_and_takes_the_statistics_of_its_checkpoint(name):
     from mmengine.registry import MODELS, init_default_scope
 
     from psaq_mm.models import TaskModel
+
     config = Config.fromfile(ROOT / 'classification' / f'{name}.py')
     init_default_scope(config.default_scope)
     model = MODELS.build(config.model)
-    assert {row.reason for row in model.quant_report.floats} == {'left operand left in float'}, 'the attention weights alone'
+    assert {row.reason for row in model.quant_report.floats} == {'left operand left in float'}, (
+        'the attention weights alone'
+    )
     assert model.quant_spec.label == 'W8A8'
     known, spec = timm.get_pretrained_cfg(config.model.model_name), TaskModel(model).image_spec
-    assert spec.mean == pytest.approx([255 * v for v in known.mean]) and spec.std == pytest.approx([255 * v for v in known.std])
+    assert spec.mean == pytest.approx([255 * v for v in known.mean]) and spec.std == pytest.approx(
+        [255 * v for v in known.std]
+    )
     steps = {step['type']: step for step in config.pipeline}
     assert steps['CenterCrop']['crop_size'] == known.input_size[-1]
     assert steps['ResizeEdge']['scale'] == int(known.input_size[-1] / known.crop_pct)

@@ -1,4 +1,6 @@
-"""Converted checkpoints by what they compute: the same weights and the same input give the same features under another library."""
+"""Converted checkpoints by what they compute: the same weights and the same input give the same features under another
+library."""
+
 import pytest
 import torch
 from original_swin import OriginalSwin
@@ -35,6 +37,7 @@ def target(library, window=7, out_indices=(0, 1, 2), heads=(), **more):
     """A full-precision model around the library's Swin, in double precision."""
     pytest.importorskip(library)
     from mmengine.registry import MODELS, DefaultScope
+
     if library == 'mmpretrain':
         config = dict(arch=dict(embed_dims=16, depths=[2, 2, 2], num_heads=[1, 2, 4]), pad_small_map=True)
     else:
@@ -78,7 +81,11 @@ def test_the_original_release_gives_the_same_features(library, prefix):
 @pytest.mark.parametrize('library', LIBRARIES)
 def test_another_window_and_absolute_positions(library):
     """The detectors' position embedding is (1, C, H, W); OpenMMLab's are tokens."""
-    more = dict(img_size=64, use_abs_pos_embed=True) if library == 'mmpretrain' else dict(pretrain_img_size=64, use_abs_pos_embed=True)
+    more = (
+        dict(img_size=64, use_abs_pos_embed=True)
+        if library == 'mmpretrain'
+        else dict(pretrain_img_size=64, use_abs_pos_embed=True)
+    )
     source, model = original(window=4, positions=16), target(library, window=4, **more)
     convert(source.state_dict(), model)
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -103,8 +110,16 @@ def test_the_order_of_patch_merging_matters():
 def timm_swin(**more):
     timm = pytest.importorskip('timm')
     torch.manual_seed(0)
-    net = timm.create_model('swin_tiny_patch4_window7_224', img_size=128, window_size=4, embed_dim=16, depths=(2, 2, 2), num_heads=(1, 2, 4),
-                            num_classes=5, **more)
+    net = timm.create_model(
+        'swin_tiny_patch4_window7_224',
+        img_size=128,
+        window_size=4,
+        embed_dim=16,
+        depths=(2, 2, 2),
+        num_heads=(1, 2, 4),
+        num_classes=5,
+        **more,
+    )
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -121,7 +136,7 @@ class _Head(nn.Module):
 
 def test_timm_to_mmpretrain_with_its_head():
     source = timm_swin()
-    model = target('mmpretrain', window=4, out_indices=(2, ), heads=dict(head=_Head()))
+    model = target('mmpretrain', window=4, out_indices=(2,), heads=dict(head=_Head()))
     convert(source.state_dict(), model)
     images = torch.randn(2, 3, 128, 128, dtype=torch.float64)
     with torch.no_grad():
@@ -134,9 +149,13 @@ def test_timm_to_mmpretrain_with_its_head():
 def test_timm_to_the_backbone_of_a_detector(library):
     """A classifier has one output norm; the stages before the last start from 1 and 0, and are named."""
     source, model = timm_swin(), target(library, window=4, heads=dict(neck=nn.Linear(2, 2)))
-    conversion = convert({f'model.{name}': value for name, value in source.state_dict().items()}, model, backbone_only=True)
+    conversion = convert(
+        {f'model.{name}': value for name, value in source.state_dict().items()}, model, backbone_only=True
+    )
     assert conversion.untrained == [f'backbone.norm{i}.{kind}' for i in (0, 1) for kind in ('weight', 'bias')]
-    assert conversion.left_out == ['model.head.fc.weight', 'model.head.fc.bias'] and not any('neck' in key for key in conversion.state_dict)
+    assert conversion.left_out == ['model.head.fc.weight', 'model.head.fc.bias'] and not any(
+        'neck' in key for key in conversion.state_dict
+    )
     images = torch.randn(2, 3, 128, 128, dtype=torch.float64)
     with torch.no_grad():
         same_features([model.backbone(images)[-1]], [source.forward_features(images).permute(0, 3, 1, 2)])
@@ -155,7 +174,7 @@ def test_timm_before_0_9_and_the_classification_release():
     renamed = rename_swin(old)
     assert renamed.naming == 'original'
     assert renamed.derived == ['layers.0.blocks.1.attn_mask', 'layers.0.blocks.1.attn.relative_position_index']
-    model = target('mmpretrain', window=4, out_indices=(2, ), heads=dict(head=_Head()))
+    model = target('mmpretrain', window=4, out_indices=(2,), heads=dict(head=_Head()))
     convert(old, model)
     images = torch.randn(1, 3, 128, 128, dtype=torch.float64)
     with torch.no_grad():
@@ -190,7 +209,9 @@ def test_feature_extractors_of_timm_have_another_spelling():
 
 
 def test_half_precision_weights_become_the_models():
-    source = {name: value.half() if value.is_floating_point() else value for name, value in original().state_dict().items()}
+    source = {
+        name: value.half() if value.is_floating_point() else value for name, value in original().state_dict().items()
+    }
     conversion = fit_weights(rename_swin(source), target('mmdet')).check()
     assert conversion.state_dict['backbone.norm0.weight'].dtype == torch.float64
 
@@ -208,7 +229,10 @@ def test_blocks_that_a_smaller_model_lacks_are_named_though_every_shape_fits():
 def test_every_wrong_shape_is_found():
     conversion = fit_weights(rename_swin(original(window=4).state_dict()), target('mmdet'))
     assert len(conversion.wrong) == 6
-    with pytest.raises(CheckpointError, match=r'relative_position_bias_table is \(49, 1\) in the checkpoint and \(169, 1\) in the model'):
+    with pytest.raises(
+        CheckpointError,
+        match=r'relative_position_bias_table is \(49, 1\) in the checkpoint and \(169, 1\) in the model',
+    ):
         conversion.check()
 
 
@@ -229,15 +253,33 @@ def test_what_is_left_out_by_name_is_missed_where_the_model_has_it():
         fit_weights(rename_swin(weights), target('mmdet'), drop=['norm9.*'])
 
 
-@pytest.mark.parametrize('weights, message', [
-    ({'conv1.weight': torch.zeros(2)}, 'holds no Swin Transformer .*conv1.weight'),
-    ({'layers.0.blocks.0.attn.logit_scale': torch.zeros(2)}, 'Swin Transformer V2 .*logit_scale'),
-    ({'teacher.layers.0.blocks.0.norm1.weight': torch.zeros(2), 'student.layers.0.blocks.0.norm1.weight': torch.zeros(2)},
-     "several backbones .*'student.', 'teacher.'"),
-    ({'layers.0.blocks.0.norm1.weight': torch.zeros(2), 'layers.1.blocks.0.norm1.weight': torch.zeros(2), 'norm.weight': torch.zeros(2),
-      'norm1.weight': torch.zeros(2)}, 'norm.weight and norm1.weight are both backbone.norm1.weight'),
-    ({'layers.0.blocks.0.norm1.weight': torch.zeros(2), 'layers.0.downsample.norm.weight': torch.zeros(6)}, r'shape \(6,\)'),
-])
+@pytest.mark.parametrize(
+    'weights, message',
+    [
+        ({'conv1.weight': torch.zeros(2)}, 'holds no Swin Transformer .*conv1.weight'),
+        ({'layers.0.blocks.0.attn.logit_scale': torch.zeros(2)}, 'Swin Transformer V2 .*logit_scale'),
+        (
+            {
+                'teacher.layers.0.blocks.0.norm1.weight': torch.zeros(2),
+                'student.layers.0.blocks.0.norm1.weight': torch.zeros(2),
+            },
+            "several backbones .*'student.', 'teacher.'",
+        ),
+        (
+            {
+                'layers.0.blocks.0.norm1.weight': torch.zeros(2),
+                'layers.1.blocks.0.norm1.weight': torch.zeros(2),
+                'norm.weight': torch.zeros(2),
+                'norm1.weight': torch.zeros(2),
+            },
+            'norm.weight and norm1.weight are both backbone.norm1.weight',
+        ),
+        (
+            {'layers.0.blocks.0.norm1.weight': torch.zeros(2), 'layers.0.downsample.norm.weight': torch.zeros(6)},
+            r'shape \(6,\)',
+        ),
+    ],
+)
 def test_checkpoints_that_are_not_converted(weights, message):
     with pytest.raises(CheckpointError, match=message):
         rename_swin(weights)

@@ -1,4 +1,6 @@
-"""A quantized model on another device, emulated or a GPU, is the one on the CPU; its codes are, its sums may be added up in another order."""
+"""A quantized model on another device, emulated or a GPU, is the one on the CPU; its codes are, its sums may be added
+up in another order."""
+
 import copy
 
 import pytest
@@ -29,7 +31,7 @@ def test_outputs_ranges_and_codes_of_a_classifier(device, name):
     for (key, one), (_, other) in zip(quantizers(here), quantizers(there)):
         torch.testing.assert_close(other.scale.cpu(), one.scale, rtol=1e-3, atol=0, msg=key)
     with torch.no_grad():
-        close(TaskModel(there).outputs(images.to(device))[-1], TaskModel(here).outputs(images)[-1], device, .05)
+        close(TaskModel(there).outputs(images.to(device))[-1], TaskModel(here).outputs(images)[-1], device, 0.05)
 
 
 def test_a_rotated_model_is_the_same_function(device):

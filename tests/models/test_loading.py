@@ -1,4 +1,5 @@
 """What is checked when weights reach a quantized model, and what the library may still change about them."""
+
 import pickle
 
 import pytest
@@ -14,8 +15,11 @@ from psaq_mm.quantization import set_mode  # noqa: E402
 def classifier(size, quant=None, **backbone):
     init_default_scope('mmpretrain')
     arch = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
-    model = dict(type='ImageClassifier', backbone=dict(type='VisionTransformer', arch=arch, img_size=size, patch_size=8, **backbone),
-                 head=dict(type='VisionTransformerClsHead', num_classes=3, in_channels=16))
+    model = dict(
+        type='ImageClassifier',
+        backbone=dict(type='VisionTransformer', arch=arch, img_size=size, patch_size=8, **backbone),
+        head=dict(type='VisionTransformerClsHead', num_classes=3, in_channels=16),
+    )
     if quant:
         model = dict(model, type='psaq_mm.Quantized', base_type='ImageClassifier', quant=quant)
     torch.manual_seed(0)

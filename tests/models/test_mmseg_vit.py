@@ -1,18 +1,18 @@
 """mmseg's ViT: the packed projection of nn.MultiheadAttention, and an output projection that torch never calls."""
+
 import copy
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from vit_models import build, images_of, run
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import quantize_model_
 from psaq_mm.models.adapters.mmseg_vit import PackedProjection
+from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import calibrate, is_quantizer_key, quantizers, set_mode
-from psaq_mm.synthesis import AttentionTaps
-
-from vit_models import build, images_of, run
 
 pytest.importorskip('mmseg')
 
@@ -40,10 +40,12 @@ def test_the_packed_projection_is_quantized_as_a_linear_and_owns_nothing():
     model, attention = calibrated('w4a8')
     assert isinstance(attention.qkv, PackedProjection) and isinstance(attention, nn.MultiheadAttention)
     assert not list(attention.qkv._parameters) and attention.qkv.weight is attention.in_proj_weight
-    assert attention.qkv.weight_quantizer.scale.shape == (96, ) and attention.qkv.weight_quantizer.bits == 4
+    assert attention.qkv.weight_quantizer.scale.shape == (96,) and attention.qkv.weight_quantizer.bits == 4
     assert attention.qkv.input_quantizer.scale.shape == ()
     keys = {k for k in model.state_dict() if k.startswith('layers.0.attn.') and not is_quantizer_key(k)}
-    assert keys == {f'layers.0.attn.attn.{k}' for k in ('in_proj_weight', 'in_proj_bias', 'out_proj.weight', 'out_proj.bias')}
+    assert keys == {
+        f'layers.0.attn.attn.{k}' for k in ('in_proj_weight', 'in_proj_bias', 'out_proj.weight', 'out_proj.bias')
+    }
 
 
 @pytest.mark.parametrize('layer', ['qkv', 'out_proj'])
@@ -61,7 +63,7 @@ def test_a_step_on_the_packed_weight_is_seen_by_the_projection():
     before = run(model, images)[0]
     model(images)[0].square().mean().backward()
     assert attention.in_proj_weight.grad.abs().max() > 0
-    torch.optim.SGD([attention.in_proj_weight], lr=1.).step()
+    torch.optim.SGD([attention.in_proj_weight], lr=1.0).step()
     assert not torch.equal(run(model, images)[0], before)
 
 
@@ -99,10 +101,12 @@ def test_batch_first_is_honoured():
 
 
 def test_other_attention_of_mmcv_is_left_alone():
-    """The decoder of a head attends to other tokens than its queries: only the Vision Transformer's layer is adapted."""
+    """The decoder of a head attends to other tokens than its queries: only the Vision Transformer's layer is
+    adapted."""
     from mmcv.cnn.bricks.transformer import MultiheadAttention
 
     from psaq_mm.quantization import quantize_
+
     attention = MultiheadAttention(32, 2).eval()
     model = nn.ModuleDict(dict(cross=copy.deepcopy(attention), layer=nn.Linear(4, 4)))
     quantize_(model, 'w8a8')
@@ -130,6 +134,7 @@ def test_a_zoo_config_and_its_checkpoint():
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
     from mmengine.runner import load_state_dict
+
     config = Config.fromstring(SEGMENTOR, '.py').model
     init_default_scope('mmseg')
     plain = MODELS.build(copy.deepcopy(config))

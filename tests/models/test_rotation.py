@@ -1,4 +1,6 @@
-"""Rotating whole models: the same outputs, known streams, and weights that come back where something else reads them."""
+"""Rotating whole models: the same outputs, known streams, and weights that come back where something else reads
+them."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,8 @@ from vit_models import CONFIGS, build, images_of, run
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import TaskModel, quantize_model_, rotate_model_
 from psaq_mm.models.adapters.streams import streams_of
+from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import quantizers, set_mode
-from psaq_mm.synthesis import AttentionTaps
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -20,9 +22,15 @@ STAGE_1 = 'the stream of stage 1: it begins behind the LayerNorm of the patch em
 TASKS = {
     'detector': (DETECTOR, 'neck'),
     'cascade': (CASCADE, 'neck'),
-    'cascade from level 1': (CASCADE + "model['neck'].update(start_level=1, add_extra_convs='on_output', num_outs=5)\n", 'neck'),
+    'cascade from level 1': (
+        CASCADE + "model['neck'].update(start_level=1, add_extra_convs='on_output', num_outs=5)\n",
+        'neck',
+    ),
     'segmentor': (SEGMENTOR, 'head'),
-    'segmentor whose auxiliary head sees its input twice': (SEGMENTOR + "model['auxiliary_head'].update(concat_input=True)\n", 'head'),
+    'segmentor whose auxiliary head sees its input twice': (
+        SEGMENTOR + "model['auxiliary_head'].update(concat_input=True)\n",
+        'head',
+    ),
 }
 
 
@@ -69,7 +77,7 @@ def test_detectors_and_segmentors_up_to_the_convolutions_that_read_their_maps(na
     model, part = task_model(name)
     size = (75, 110)  # windows and the merging of tokens are padded
     images = torch.randn(2, 3, *size)
-    backbone, outputs = TaskModel(model, ('backbone', )), TaskModel(model, (part, ))
+    backbone, outputs = TaskModel(model, ('backbone',)), TaskModel(model, (part,))
     with torch.no_grad():
         maps, before = backbone.outputs(images), outputs.outputs(images)
         auxiliary = model.auxiliary_head(tuple(maps)) if part == 'head' else None
@@ -79,13 +87,21 @@ def test_detectors_and_segmentors_up_to_the_convolutions_that_read_their_maps(na
         turned, after = backbone.outputs(images), outputs.outputs(images)
         assert changed(before, after) < 1e-4
         assert part != 'head' or changed([auxiliary], [model.auxiliary_head(tuple(turned))]) < 1e-4
-    assert changed(maps[:1], turned[:1]) < 1e-4 and changed(maps[1:2], turned[1:2]) > 0.1, 'maps are rotated but for the first'
+    assert changed(maps[:1], turned[:1]) < 1e-4 and changed(maps[1:2], turned[1:2]) > 0.1, (
+        'maps are rotated but for the first'
+    )
 
 
-@pytest.mark.parametrize('text, reason', [
-    (DETECTOR + "model['neck'].update(add_extra_convs='on_input', num_outs=6)\n", 'further levels of its inputs'),
-    (DETECTOR + "model['neck'] = dict(type='ChannelMapper', in_channels=[16, 32, 64, 128], out_channels=16)\n", 'not known here'),
-])
+@pytest.mark.parametrize(
+    'text, reason',
+    [
+        (DETECTOR + "model['neck'].update(add_extra_convs='on_input', num_outs=6)\n", 'further levels of its inputs'),
+        (
+            DETECTOR + "model['neck'] = dict(type='ChannelMapper', in_channels=[16, 32, 64, 128], out_channels=16)\n",
+            'not known here',
+        ),
+    ],
+)
 def test_necks_that_are_not_known_leave_the_streams(text, reason):
     pytest.importorskip('mmdet')
     model = build_full_precision(Config.fromstring(text, '.py'))
@@ -108,8 +124,12 @@ def test_patch_similarity_is_what_it_was(name):
         found.append([tap.tokens for tap in record])
     for plain, turned in zip(*found):
         assert (plain - turned).abs().max() > 0.05 * plain.std()
-        torch.testing.assert_close(F.normalize(turned, dim=-1) @ F.normalize(turned, dim=-1).mT,
-                                   F.normalize(plain, dim=-1) @ F.normalize(plain, dim=-1).mT, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            F.normalize(turned, dim=-1) @ F.normalize(turned, dim=-1).mT,
+            F.normalize(plain, dim=-1) @ F.normalize(plain, dim=-1).mT,
+            rtol=0,
+            atol=1e-4,
+        )
 
 
 def test_the_seed_alone_decides():
@@ -143,6 +163,7 @@ def test_a_gain_of_zero_leaves_its_stage():
 def test_backbones_alone_hand_out_the_maps_that_they_did():
     model, _ = task_model('detector')
     assert streams_of(model.backbone, model.backbone)[0] == []
+
 
 @pytest.mark.parametrize('name', ['detector', 'segmentor'])
 @pytest.mark.parametrize('quantized', [False, True])

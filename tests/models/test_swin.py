@@ -1,16 +1,16 @@
 """The adapters change nothing with quantizers off, and know which rows are padding."""
+
 import copy
 
 import pytest
 import torch
+from swin_models import LIBRARIES, SIZES, build_backbone
 
 from psaq_mm.errors import CheckpointError, NotCalibratedError, UnsupportedModelError
 from psaq_mm.models import quantize_model_
 from psaq_mm.models.adapters.swin import valid_query_rows
+from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import calibrate, is_quantizer_key, quantizers, set_mode
-from psaq_mm.synthesis import AttentionTaps
-
-from swin_models import LIBRARIES, SIZES, build_backbone
 
 
 @pytest.mark.parametrize('library', LIBRARIES)
@@ -55,8 +55,14 @@ def test_calibrated_w8a8_is_close_and_every_attention_product_is_quantized(libra
     report = quantize_model_(quantized, 'w8a8')
     names = {row.name for row in report.layers}
     for block in ('stages.0.blocks.1', 'stages.2.blocks.0'):
-        for layer in ('attn.w_msa.qkv', 'attn.w_msa.matmul_qk', 'attn.w_msa.matmul_av', 'attn.w_msa.proj', 'ffn.layers.0.0',
-                      'ffn.layers.1'):
+        for layer in (
+            'attn.w_msa.qkv',
+            'attn.w_msa.matmul_qk',
+            'attn.w_msa.matmul_av',
+            'attn.w_msa.proj',
+            'ffn.layers.0.0',
+            'ffn.layers.1',
+        ):
             assert f'{block}.{layer}' in names
     images = torch.randn(2, 3, 60, 90)
     with torch.no_grad():
@@ -66,11 +72,14 @@ def test_calibrated_w8a8_is_close_and_every_attention_product_is_quantized(libra
             assert 0 < error < 0.05
 
 
-@pytest.mark.parametrize('height, width, window, shift', [(15, 22, 7, 0), (15, 22, 7, 3), (3, 30, 7, 3), (14, 15, 7, 3), (8, 8, 3, 1)])
+@pytest.mark.parametrize(
+    'height, width, window, shift', [(15, 22, 7, 0), (15, 22, 7, 3), (3, 30, 7, 3), (14, 15, 7, 3), (8, 8, 3, 1)]
+)
 def test_valid_rows_are_what_the_library_keeps(height, width, window, shift):
     """A map of ones through the library's own padding, rolling and cutting."""
     pytest.importorskip('mmdet')
     from mmdet.models.backbones.swin import ShiftWindowMSA
+
     module = ShiftWindowMSA(embed_dims=4, num_heads=1, window_size=window, shift_size=shift)
     seen = []
     module.w_msa.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
@@ -88,14 +97,15 @@ def test_padding_takes_no_part_in_calibration(library):
     """Ranges of the attention products must not depend on what padded queries compute."""
     model = build_backbone(library)
     with torch.no_grad():  # padded tokens are zero after norm1: their query is the bias alone, made enormous here
-        model.stages[0].blocks[0].attn.w_msa.qkv.bias[:16] = 1000.
+        model.stages[0].blocks[0].attn.w_msa.qkv.bias[:16] = 1000.0
     reference = copy.deepcopy(model)
     quantize_model_(model, 'w8a8')
     attention = model.stages[0].blocks[0].attn.w_msa
     seen = {}
     attention.matmul_qk.lhs_quantizer.register_forward_pre_hook(
         lambda m, args, kwargs: seen.update(x=args[0], valid=kwargs.get('valid', args[1] if len(args) > 1 else None)),
-        with_kwargs=True)
+        with_kwargs=True,
+    )
     with torch.no_grad():
         calibrate(model, lambda: model(torch.randn(1, 3, 60, 60)))
     valid = seen['valid']
@@ -137,7 +147,9 @@ def test_checkpointing_keeps_less_for_the_backward_pass_of_teacher_and_student(r
             model.requires_grad_(False)
             images.requires_grad_()
         kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
             outputs = model(images)
         sum(output.mean() for output in outputs).backward()
         held[with_cp] = sum(kept.values()) - sum(p.numel() for p in model.parameters())
@@ -147,6 +159,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass_of_teacher_and_student(r
 def test_a_backbone_that_is_not_supported_is_refused_by_name():
     pytest.importorskip('mmdet')
     from mmengine.registry import MODELS, DefaultScope
+
     with DefaultScope.overwrite_default_scope('mmdet'):
         with pytest.raises(UnsupportedModelError, match='ResNet'):
             MODELS.build(dict(type='psaq_mm.Quantized', base_type='ResNet', depth=18))
@@ -157,17 +170,19 @@ def test_a_subclass_that_overrides_the_computation_is_refused():
     from mmdet.models.backbones.swin import SwinTransformer
 
     class Strange(SwinTransformer):
-
         def forward(self, x):
             return super().forward(x * 2)
 
     with pytest.raises(UnsupportedModelError, match='Strange'):
-        quantize_model_(Strange(embed_dims=16, depths=[1, 1], num_heads=[1, 1], strides=(4, 2), out_indices=(0, 1)), 'w8a8')
+        quantize_model_(
+            Strange(embed_dims=16, depths=[1, 1], num_heads=[1, 1], strides=(4, 2), out_indices=(0, 1)), 'w8a8'
+        )
 
 
 def test_a_copy_checks_what_is_loaded_into_itself():
     import gc
     import weakref
+
     model = build_backbone('mmdet')
     quantize_model_(model, 'w8a8')
     twin, gone = copy.deepcopy(model), weakref.ref(model)

@@ -1,4 +1,5 @@
 """Swin of the three libraries under PSAQ-ViT's full set of edges and RepQ-ViT's reparameterization."""
+
 import copy
 
 import pytest
@@ -7,7 +8,14 @@ from swin_models import LIBRARIES, build_backbone
 
 from psaq_mm.models import quantize_model_
 from psaq_mm.models.adapters.swin import valid_query_rows
-from psaq_mm.quantization import (ReparameterizedQuantizer, calibrate, is_quantized_layer, norm_before, quantizers, set_mode)
+from psaq_mm.quantization import (
+    ReparameterizedQuantizer,
+    calibrate,
+    is_quantized_layer,
+    norm_before,
+    quantizers,
+    set_mode,
+)
 
 PADDED = (57, 75)
 
@@ -28,8 +36,14 @@ def test_psaq_v1_quantizes_every_edge_and_no_softmax(library):
     assert 'drop_after_pos.output' in edges
     for block in ('stages.0.blocks.0', 'stages.2.blocks.1'):
         attention = f'{block}.attn.w_msa'
-        for edge in (f'{block}.residual1', f'{block}.residual2', f'{attention}.qkv.output', f'{attention}.proj.output',
-                     f'{attention}.matmul_qk.output', f'{attention}.scores'):
+        for edge in (
+            f'{block}.residual1',
+            f'{block}.residual2',
+            f'{attention}.qkv.output',
+            f'{attention}.proj.output',
+            f'{attention}.matmul_qk.output',
+            f'{attention}.scores',
+        ):
             assert edge in edges
         assert f'{block}.ffn.layers.0.0.output' not in edges, 'the activation function reads it'
         assert f'{block}.ffn.layers.1.output' in edges
@@ -80,8 +94,11 @@ def test_padding_left_at_zero_would_show():
 
 def test_which_layers_are_reparameterized():
     model, _, _, _ = calibrated('mmdet', 'repq_w6a6')
-    folded = [name for name, m in model.named_modules()
-              if is_quantized_layer(m) and isinstance(m.input_quantizer, ReparameterizedQuantizer)]
+    folded = [
+        name
+        for name, m in model.named_modules()
+        if is_quantized_layer(m) and isinstance(m.input_quantizer, ReparameterizedQuantizer)
+    ]
     blocks = 6
     assert len(folded) == 2 * blocks + 2, 'qkv and fc1 of each block, and two reductions'
     reduction = model.stages[0].downsample.reduction

@@ -1,4 +1,5 @@
 """What a data-free run knows of a classifier: sizes, tokens, classes, outputs, and a forward through every layer."""
+
 import pytest
 import torch
 from classifier_models import CLASSES, MODELS, SIZES, build_classifier
@@ -14,13 +15,16 @@ def images(name, batch=2):
     return torch.randn(batch, 3, SIZES[name], SIZES[name], generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize('name, prefix, fixed', [
-    ('mmpretrain-vit', 1, None),
-    ('mmpretrain-swin', 0, None),
-    ('timm-vit', 1, (32, 32)),
-    ('timm-deit-distilled', 2, (32, 32)),
-    ('timm-swin', 0, (56, 56)),
-])
+@pytest.mark.parametrize(
+    'name, prefix, fixed',
+    [
+        ('mmpretrain-vit', 1, None),
+        ('mmpretrain-swin', 0, None),
+        ('timm-vit', 1, (32, 32)),
+        ('timm-deit-distilled', 2, (32, 32)),
+        ('timm-swin', 0, (56, 56)),
+    ],
+)
 def test_tokens_sizes_and_classes(name, prefix, fixed):
     task = TaskModel(build_classifier(name))
     assert task.prefix_tokens == prefix and task.fixed_size == fixed and task.num_classes == CLASSES
@@ -34,17 +38,17 @@ def test_logits_are_the_models_own_whatever_is_distilled(name):
     batch = images(name)
     with torch.no_grad():
         expected = model(batch)
-        for parts in (None, ('blocks', ), ('backbone', ), ('head', )):
+        for parts in (None, ('blocks',), ('backbone',), ('head',)):
             found = TaskModel(model, parts).run(batch, with_logits=True)
             torch.testing.assert_close(found.logits, expected, rtol=0, atol=0)
             assert TaskModel(model, parts).run(batch).logits is None
-        torch.testing.assert_close(TaskModel(model, ('head', )).outputs(batch)[0], expected, rtol=0, atol=0)
+        torch.testing.assert_close(TaskModel(model, ('head',)).outputs(batch)[0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('name', MODELS)
 def test_default_is_every_third_block(name):
     task = TaskModel(build_classifier(name))
-    assert task.parts == ('blocks', )
+    assert task.parts == ('blocks',)
     with torch.no_grad():
         shapes = [tuple(t.shape) for t in task.outputs(images(name))]
     if 'swin' in name:  # three blocks over two stages: the third is the last
@@ -86,7 +90,7 @@ def test_the_samples_gradient_flows_through_blocks_and_logits(name):
     for index in range(2):
         batch = images(name).requires_grad_()
         output = task.outputs(batch)[index]
-        gradient, = torch.autograd.grad(output.square().sum(), batch)
+        (gradient,) = torch.autograd.grad(output.square().sum(), batch)
         assert float(gradient.abs().max()) > 0
 
 
@@ -99,6 +103,7 @@ def test_a_model_that_is_not_quantized_is_named():
 
 def test_what_no_classifier_has():
     from swin_models import build_backbone
+
     task = TaskModel(build_backbone('mmdet'))
     assert task.num_classes is None and task.prefix_tokens == 0 and task.fixed_size is None
     assert task.parts == ('backbone', 'neck')
@@ -107,6 +112,7 @@ def test_what_no_classifier_has():
 
 def test_absolute_position_embedding_of_mmdets_swin_fixes_the_size():
     from swin_models import build_backbone
+
     task = TaskModel(build_backbone('mmdet', use_abs_pos_embed=True, pretrain_img_size=56))
     assert task.fixed_size == (56, 56)
     task.outputs(torch.randn(1, 3, 56, 56))

@@ -1,7 +1,9 @@
 """timm's networks inside mmpretrain's TimmClassifier and TIMMBackbone: scope, padding, and what is refused."""
+
 import pytest
 import torch
 from torch import nn
+from vit_models import CONFIGS, build, images_of, run
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import quantize_model_
@@ -9,14 +11,13 @@ from psaq_mm.models.adapters.swin import valid_query_rows
 from psaq_mm.models.scope import find_backbone, first_layer_name
 from psaq_mm.quantization import calibrate, quantizers, set_mode
 
-from vit_models import CONFIGS, build, images_of, run
-
 pytest.importorskip('timm')
 pytest.importorskip('mmpretrain')
 
 
 def from_config(library, config):
     from mmengine.registry import MODELS, DefaultScope
+
     with DefaultScope.overwrite_default_scope(library):
         model = MODELS.build(config)
     model.eval()
@@ -28,8 +29,10 @@ def converted_names(model, spec):
 
 
 # ---------------------------------------------------------------------- scope
-@pytest.mark.parametrize('name, heads', [('timm-vit', {'model.head'}), ('timm-deit', {'model.head', 'model.head_dist'}),
-                                         ('timm-swin', {'model.head.fc'})])
+@pytest.mark.parametrize(
+    'name, heads',
+    [('timm-vit', {'model.head'}), ('timm-deit', {'model.head', 'model.head_dist'}), ('timm-swin', {'model.head.fc'})],
+)
 def test_the_head_of_a_classifier_belongs_to_the_full_scope_alone(name, heads):
     found = {scope: converted_names(build(name), dict(preset='w8a8', scope=scope)) for scope in ('backbone', 'full')}
     assert found['full'] - found['backbone'] == heads
@@ -53,16 +56,24 @@ def test_the_image_keeps_its_own_bits(name):
 
 def test_the_builder_takes_a_timm_classifier_and_predicts():
     library, config = CONFIGS['timm-deit']
-    model = from_config(library, {**config, 'type': 'psaq_mm.Quantized', 'base_type': config['type'],
-                                  'quant': dict(preset='w8a8', scope='full')})
+    model = from_config(
+        library,
+        {
+            **config,
+            'type': 'psaq_mm.Quantized',
+            'base_type': config['type'],
+            'quant': dict(preset='w8a8', scope='full'),
+        },
+    )
     calibrate(model, lambda: model(images_of('timm-deit')))
     with torch.no_grad():
         samples = model(images_of('timm-deit', batch=3), mode='predict')
-    assert [tuple(s.pred_score.shape) for s in samples] == [(5, )] * 3
+    assert [tuple(s.pred_score.shape) for s in samples] == [(5,)] * 3
 
 
 def test_a_bare_network_of_timm():
     import timm
+
     model = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
     model.eval()
     names = converted_names(model, 'w8a8')
@@ -73,6 +84,7 @@ def test_a_bare_network_of_timm():
 def test_a_timm_backbone_inside_a_detector():
     pytest.importorskip('mmdet')
     from mmengine.config import Config
+
     config = Config.fromstring("_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py']\n", '.py').model
     config.backbone = CONFIGS['timm-backbone-vit'][1]
     config.neck.update(in_channels=[32, 32], out_channels=16, start_level=0, num_outs=2)
@@ -90,10 +102,19 @@ def test_a_timm_backbone_inside_a_detector():
 
 def test_a_timm_backbone_inside_a_segmentor():
     pytest.importorskip('mmseg')
-    head = dict(type='FCNHead', in_channels=32, channels=8, num_convs=1, num_classes=3, in_index=1, norm_cfg=dict(type='BN'))
-    model = from_config('mmseg', dict(
-        type='psaq_mm.Quantized', base_type='EncoderDecoder', backbone=CONFIGS['timm-backbone-vit'][1], decode_head=head,
-        quant=dict(preset='w8a8', scope='full')))
+    head = dict(
+        type='FCNHead', in_channels=32, channels=8, num_convs=1, num_classes=3, in_index=1, norm_cfg=dict(type='BN')
+    )
+    model = from_config(
+        'mmseg',
+        dict(
+            type='psaq_mm.Quantized',
+            base_type='EncoderDecoder',
+            backbone=CONFIGS['timm-backbone-vit'][1],
+            decode_head=head,
+            quant=dict(preset='w8a8', scope='full'),
+        ),
+    )
     names = {row.name for row in model.quant_report.layers}
     assert {'backbone.timm_model.model.blocks.1.attn.matmul_av', 'decode_head.conv_seg'} <= names
     images = images_of('timm-backbone-vit')
@@ -115,9 +136,18 @@ REFUSED = [
     (timm_classifier, 'resnet10t', dict(), 'timm.models.resnet.ResNet'),
     (timm_classifier, 'convnext_atto', dict(), 'timm.models.convnext.ConvNeXt'),
     (timm_backbone, 'resnet10t', dict(features_only=True), 'resnet10t'),
-    (timm_classifier, 'swinv2_tiny_window8_256', dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2)), 'SwinTransformerV2'),
-    (timm_backbone, 'swinv2_tiny_window8_256', dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), features_only=True,
-                                                    out_indices=(0, 1)), 'SwinTransformerV2Block'),
+    (
+        timm_classifier,
+        'swinv2_tiny_window8_256',
+        dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2)),
+        'SwinTransformerV2',
+    ),
+    (
+        timm_backbone,
+        'swinv2_tiny_window8_256',
+        dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), features_only=True, out_indices=(0, 1)),
+        'SwinTransformerV2Block',
+    ),
     (timm_classifier, 'vit_tiny_patch16_224', dict(SMALL_VIT, global_pool='map'), 'attn_pool .*AttentionPoolLatent'),
 ]
 
@@ -132,6 +162,7 @@ def test_what_is_no_vit_deit_or_swin_is_refused_by_name(make, name, options, mes
 
 def test_a_parallel_block_is_refused_by_name():
     from timm.models.vision_transformer import ParallelScalingBlock
+
     model = timm_classifier('vit_tiny_patch16_224', **SMALL_VIT, block_fn=ParallelScalingBlock)
     with pytest.raises(UnsupportedModelError, match='blocks.0 .*ParallelScalingBlock'):
         quantize_model_(model, 'w8a8')
@@ -141,7 +172,6 @@ def test_attention_of_another_kind_in_a_known_block_is_refused_by_name():
     from timm.models.vision_transformer import Attention
 
     class Rotated(Attention):
-
         def forward(self, x):
             return super().forward(x.flip(1))
 
@@ -152,11 +182,13 @@ def test_attention_of_another_kind_in_a_known_block_is_refused_by_name():
 
 
 # ---------------------------------------------------------------------- window padding
-@pytest.mark.parametrize('height, width, window, shift', [(15, 22, (7, 7), 0), (15, 22, (7, 7), 3), (9, 7, (7, 7), 3),
-                                                          (8, 5, (4, 3), 1)])
+@pytest.mark.parametrize(
+    'height, width, window, shift', [(15, 22, (7, 7), 0), (15, 22, (7, 7), 3), (9, 7, (7, 7), 3), (8, 5, (4, 3), 1)]
+)
 def test_valid_rows_are_what_the_library_keeps(height, width, window, shift):
     """A map of ones through the library's own shifting, padding and cutting."""
     from timm.models.swin_transformer import SwinTransformerBlock
+
     block = SwinTransformerBlock(4, (height, width), num_heads=1, window_size=window, shift_size=shift)
     seen = []
     block.attn.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
@@ -171,13 +203,14 @@ def test_no_mask_where_nothing_is_padded():
 
 
 def test_padded_queries_take_no_part_in_calibration():
-    """Padded tokens are zero after the LayerNorm: their query is the bias alone, here far below that of any real token."""
+    """Padded tokens are zero after the LayerNorm: their query is the bias alone, here far below that of any real
+    token."""
     model = build('timm-swin')
     block = model.model.layers[0].blocks[0]
     with torch.no_grad():
-        block.norm1.bias.fill_(100.)
-        block.attn.qkv.weight[:16] = 1.
-        block.attn.qkv.bias[:16] = -1000.
+        block.norm1.bias.fill_(100.0)
+        block.attn.qkv.weight[:16] = 1.0
+        block.attn.qkv.bias[:16] = -1000.0
     quantize_model_(model, 'w8a8')
     quantizer, seen = block.attn.matmul_qk.lhs_quantizer, {}
     quantizer.register_forward_pre_hook(lambda m, args: seen.update(x=args[0], valid=args[1]))

@@ -1,15 +1,15 @@
 """What holds for every ViT, DeiT and timm Swin: nothing changes with quantizers off, and every quantizer is reached."""
+
 import copy
 
 import pytest
 import torch
 from torch import nn
+from vit_models import MODELS, PADDED, build, images_of, run, unfuse
 
 from psaq_mm.models import quantize_model_
+from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import ReparameterizedQuantizer, calibrate, is_quantizer_key, quantizers, set_mode
-from psaq_mm.synthesis import AttentionTaps
-
-from vit_models import MODELS, PADDED, build, images_of, run, unfuse
 
 RECIPES = ('w8a8', 'psaq_v1_w8a8', 'repq_w4a8')
 TOKENS = {'mmpretrain-deit': 18, 'timm-deit': 18, 'mmpretrain-vit-options': 16, 'mmseg-vit-options': 16}
@@ -93,7 +93,8 @@ def test_every_edge_of_a_block_is_quantized_under_points_all(name):
             assert f'{attn}.scores' in rows
     hidden = [n for n in rows if n.endswith(('mlp.fc1', 'ffn.layers.0.0'))]
     assert len(hidden) == (0 if 'gated' in name else len(attention))
-    assert not [n for n in hidden if f'{n}.output' in rows]  # the activation after it is an edge: the next layer's input
+    # the activation after it is an edge: the next layer's input
+    assert not [n for n in hidden if f'{n}.output' in rows]
     embedding = {'mmpretrain': 'drop_after_pos', 'mmseg': 'drop_after_pos', 'timm': 'pos_drop'}[name.split('-')[0]]
     assert any(n.endswith(('patch_embed.norm.output' if 'swin' in name else f'{embedding}.output')) for n in rows)
 
@@ -136,7 +137,8 @@ def test_a_copy_is_independent_of_its_original(name):
 def test_reparameterization_changes_nothing_in_full_precision_padded_windows_included(name):
     model, _ = quantized(name, 'repq_w4a8')
     layers = folded_layers(model)
-    # qkv and the first feed-forward layer of each block, and Swin's reduction; DeiT3 normalizes twice with one LayerNorm.
+    # qkv and the first feed-forward layer of each block, and Swin's reduction; DeiT3 normalizes twice with one
+    # LayerNorm.
     assert len(layers) == (0 if 'deit3' in name else 9 if name in PADDED else 4)
     assert all(layer.input_quantizer.fill.abs().max() > 0 for layer in layers)
     set_mode(model, 'off')
@@ -165,8 +167,13 @@ def test_a_calibrated_checkpoint_serves_a_fresh_model(name):
 
 
 # ---------------------------------------------------------------------- mmpretrain's attention by itself
-OPTIONS = [dict(), dict(v_shortcut=True, num_heads=1, input_dims=24), dict(use_layer_scale=True), dict(qk_scale=0.3),
-           dict(layer_scale_init_value=0.2, qkv_bias=False, proj_bias=False)]
+OPTIONS = [
+    dict(),
+    dict(v_shortcut=True, num_heads=1, input_dims=24),
+    dict(use_layer_scale=True),
+    dict(qk_scale=0.3),
+    dict(layer_scale_init_value=0.2, qkv_bias=False, proj_bias=False),
+]
 
 
 @pytest.mark.parametrize('options', OPTIONS)
@@ -175,6 +182,7 @@ def test_every_option_of_mmpretrains_attention(options):
     from mmpretrain.models.utils.attention import MultiheadAttention
 
     from psaq_mm.quantization import quantize_
+
     torch.manual_seed(0)
     attention = MultiheadAttention(**{**dict(embed_dims=32, num_heads=2), **options}).eval()
     x = torch.randn(2, 9, attention.input_dims)
@@ -190,6 +198,7 @@ def test_dropout_of_attention_weights_is_on_in_training_only():
     from mmpretrain.models.utils.attention import MultiheadAttention
 
     from psaq_mm.quantization import quantize_
+
     model = nn.Sequential(MultiheadAttention(32, 2, attn_drop=0.5))
     quantize_(model, 'w8a8')
     set_mode(model, 'off')

@@ -1,4 +1,6 @@
-"""What another project gets from `pip install`: the package, its configs and tools, its commands, and no hard OpenMMLab requirement."""
+"""What another project gets from `pip install`: the package, its configs and tools, its commands, and no hard OpenMMLab
+requirement."""
+
 import ast
 import configparser
 import email
@@ -20,13 +22,14 @@ COMMANDS = {
     'psaq-dfq-train': 'psaq_mm.commands.dfq_train:main',
     'psaq-test': 'psaq_mm.commands.test:main',
     'psaq-compare': 'psaq_mm.commands.compare:main',
-    'psaq-inspect': 'psaq_mm.inspect:main',
+    'psaq-inspect': 'psaq_mm.commands.inspect:main',
     'psaq-convert-checkpoint': 'psaq_mm.commands.convert_checkpoint:main',
     'psaq-sensitivity': 'psaq_mm.commands.sensitivity:main',
     'psaq-export': 'psaq_mm.commands.export:main',
 }
 MODULES = sorted((ROOT / 'psaq_mm').rglob('*.py'))
-# Files that only this test puts into its copy of the tree: one of each kind that must travel, and one of each that must not.
+# Files that only this test puts into its copy of the tree: one of each kind that must travel, and one of each that must
+# not.
 PROBES = {
     'configs/_base_/probe.py': 'wheel',
     'configs/probe/README.md': 'wheel',
@@ -38,15 +41,34 @@ PROBES = {
 
 
 def run(*command, cwd, **environment):
-    result = subprocess.run([str(part) for part in command], cwd=cwd, text=True, stdin=subprocess.DEVNULL,
-                            env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert result.returncode == 0, result.stdout
     return result.stdout
 
 
 def build_wheel(source, target):
-    run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', target, '.', cwd=source)
-    built, = target.glob('*.whl')
+    run(
+        sys.executable,
+        '-m',
+        'pip',
+        'wheel',
+        '--no-deps',
+        '--no-build-isolation',
+        '--no-index',
+        '-w',
+        target,
+        '.',
+        cwd=source,
+    )
+    (built,) = target.glob('*.whl')
     return built
 
 
@@ -89,7 +111,7 @@ def installed(wheel, tmp_path_factory):
 
 def read(wheel, ending):
     with zipfile.ZipFile(wheel) as archive:
-        name, = [name for name in archive.namelist() if name.endswith('.dist-info/' + ending)]
+        (name,) = [name for name in archive.namelist() if name.endswith('.dist-info/' + ending)]
         return archive.read(name).decode()
 
 
@@ -98,8 +120,11 @@ def test_wheel_holds_every_module(names):
 
 
 def test_wheel_holds_configs_and_tools_as_mim_expects_them(source, names):
-    expected = {f'psaq_mm/.mim/{path.relative_to(source).as_posix()}'
-                for folder in ('configs', 'tools') for path in (source / folder).rglob('*.py')}
+    expected = {
+        f'psaq_mm/.mim/{path.relative_to(source).as_posix()}'
+        for folder in ('configs', 'tools')
+        for path in (source / folder).rglob('*.py')
+    }
     expected |= {f'psaq_mm/.mim/{name}' for name, place in PROBES.items() if place == 'wheel'}
     assert expected <= set(names)
 
@@ -128,12 +153,21 @@ def test_metadata(wheel):
     hard = {re.match(r'[\w.-]+', line).group() for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line}
     # An OpenMMLab library here would be installed over a maintained fork of the same import name.
     assert hard == {'torch', 'numpy'}
-    assert set(metadata.get_all('Provides-Extra')) == {'all', 'deploy', 'mmdet', 'mmpretrain', 'mmseg', 'onedl', 'test', 'timm'}
+    assert set(metadata.get_all('Provides-Extra')) == {
+        'all',
+        'deploy',
+        'mmdet',
+        'mmpretrain',
+        'mmseg',
+        'onedl',
+        'test',
+        'timm',
+    }
 
 
 def read_license(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        name, = [name for name in archive.namelist() if name.endswith('/LICENSE')]
+        (name,) = [name for name in archive.namelist() if name.endswith('/LICENSE')]
         return archive.read(name).decode()
 
 
@@ -160,8 +194,11 @@ def test_command_leads_to_a_function(wheel, target):
 
 
 def test_imports_from_a_foreign_folder(installed, tmp_path):
-    code = (f'import sys; sys.path.insert(0, {str(installed)!r}); import psaq_mm; print(psaq_mm.__version__, psaq_mm.__file__); '
-            'print(sorted({"mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "timm"} & set(sys.modules)))')
+    code = (
+        f'import sys; sys.path.insert(0, {str(installed)!r}); import psaq_mm; print(psaq_mm.__version__, '
+        f'psaq_mm.__file__); '
+        'print(sorted({"mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "timm"} & set(sys.modules)))'
+    )
     first, loaded = run(sys.executable, '-c', code, cwd=tmp_path).strip().splitlines()
     version, file = first.split(' ', 1)
     assert version == psaq_mm.__version__
@@ -173,10 +210,10 @@ def test_imports_from_a_foreign_folder(installed, tmp_path):
 def test_sdist_builds_the_same_wheel(source, names, tmp_path):
     code = 'import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])'
     run(sys.executable, '-c', code, tmp_path, cwd=source)
-    packed, = tmp_path.glob('*.tar.gz')
+    (packed,) = tmp_path.glob('*.tar.gz')
     with tarfile.open(packed) as archive:
         archive.extractall(tmp_path / 'unpacked')
-    unpacked, = (tmp_path / 'unpacked').iterdir()
+    (unpacked,) = (tmp_path / 'unpacked').iterdir()
     with zipfile.ZipFile(build_wheel(unpacked, tmp_path / 'wheel')) as archive:
         assert sorted(archive.namelist()) == sorted(names)
 
@@ -193,32 +230,41 @@ def test_an_editable_installation_is_found_by_mim(source, tmp_path):
     pytest.importorskip('mmengine')
     code = 'import sys; from setuptools import build_meta; build_meta.build_editable(sys.argv[1])'
     run(sys.executable, '-c', code, tmp_path, cwd=source)
-    built, = tmp_path.glob('*.whl')
+    (built,) = tmp_path.glob('*.whl')
     site = tmp_path / 'site'
     with zipfile.ZipFile(built) as archive:
         archive.extractall(site)
     assert (next(site.glob('*.dist-info')) / 'top_level.txt').read_text().split() == [str(source), 'psaq_mm']
     code = 'from mmengine.utils import get_installed_path; print(get_installed_path("psaq_mm"))'
     found = run(sys.executable, '-c', code, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()[-1]
-    # Of .mim/tools, tools, .mim/demo and demo `mim run` takes the first; without .mim it reads model-index.yml beside them.
+    # Of .mim/tools, tools, .mim/demo and demo `mim run` takes the first; without .mim it reads model-index.yml beside
+    # them.
     assert Path(found) == source and not (source / '.mim').exists()
     assert {path.stem for path in (Path(found) / 'tools').glob('*.py')} >= {'dfq_train', 'test', 'export'}
     assert (Path(found) / 'model-index.yml').is_file() and (Path(found) / 'configs').is_dir()
     # And what is imported is the package, as before.
-    finder, = site.glob('__editable__*finder.py')
+    (finder,) = site.glob('__editable__*finder.py')
     assert f"'psaq_mm': '{source / 'psaq_mm'}'" in finder.read_text()
 
 
-@pytest.mark.parametrize('files', [
-    ('constraints.txt', 'requirements.txt'),
-    ('constraints-numpy2.txt', 'requirements-torch2.13.txt'),
-    ('constraints-numpy2.txt', 'requirements-onedl.txt'),
-], ids=lambda files: files[1])
+@pytest.mark.parametrize(
+    'files',
+    [
+        ('constraints.txt', 'requirements.txt'),
+        ('constraints-numpy2.txt', 'requirements-torch2.13.txt'),
+        ('constraints-numpy2.txt', 'requirements-onedl.txt'),
+    ],
+    ids=lambda files: files[1],
+)
 def test_pins_do_not_contradict_the_bounds(files):
     """pip would find it out too, minutes later and in several paragraphs."""
     requirement = pytest.importorskip('packaging.requirements').Requirement
-    read_lines = [line.split('#')[0].strip() for name in (*files, 'requirements-tools.txt')
-                  for line in (ROOT / name).read_text().splitlines() if not line.startswith('-r')]
+    read_lines = [
+        line.split('#')[0].strip()
+        for name in (*files, 'requirements-tools.txt')
+        for line in (ROOT / name).read_text().splitlines()
+        if not line.startswith('-r')
+    ]
     bounds = {}
     for line in filter(None, read_lines):
         bounds.setdefault(requirement(line).name, []).append(requirement(line).specifier)
@@ -237,10 +283,24 @@ def floor_of_python():
 def test_module_parses_on_the_oldest_python(path):
     """Syntax alone, and annotations like `int | None`, which older Pythons evaluate unless they are postponed."""
     tree = ast.parse(path.read_text(encoding='utf-8'), feature_version=floor_of_python())
-    postponed = any(isinstance(node, ast.ImportFrom) and node.module == '__future__' and
-                    any(name.name == 'annotations' for name in node.names) for node in tree.body)
+    postponed = any(
+        isinstance(node, ast.ImportFrom)
+        and node.module == '__future__'
+        and any(name.name == 'annotations' for name in node.names)
+        for node in tree.body
+    )
     if postponed or floor_of_python() >= (3, 10):
         return
-    annotations = [note for node in ast.walk(tree) for note in (getattr(node, 'annotation', None), getattr(node, 'returns', None)) if note]
-    unions = [sub.lineno for note in annotations for sub in ast.walk(note) if isinstance(sub, ast.BinOp) and isinstance(sub.op, ast.BitOr)]
+    annotations = [
+        note
+        for node in ast.walk(tree)
+        for note in (getattr(node, 'annotation', None), getattr(node, 'returns', None))
+        if note
+    ]
+    unions = [
+        sub.lineno
+        for note in annotations
+        for sub in ast.walk(note)
+        if isinstance(sub, ast.BinOp) and isinstance(sub.op, ast.BitOr)
+    ]
     assert not unions, f'{path.name}, lines {unions}: add "from __future__ import annotations"'

@@ -1,4 +1,6 @@
-"""The Makefile's promises that cost nothing to keep an eye on: what it would run, and one clear sentence where it cannot."""
+"""The Makefile's promises that cost nothing to keep an eye on: what it would run, and one clear sentence where it
+cannot."""
+
 import os
 import re
 import shutil
@@ -14,10 +16,33 @@ pytestmark = pytest.mark.skipif(shutil.which('make') is None, reason='make is no
 
 def make(*args, cwd=ROOT, **env):
     # A make that runs this test hands its own flags and variables down; the one under test starts without.
-    inherited = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'TORCH', 'VENV',
-                                                                 'VENV_CORE', 'ARGS', 'DATA', 'PYTHON', 'STACK')}
-    return subprocess.run(['make', *args], cwd=cwd, env={**inherited, **env}, text=True, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    inherited = {
+        k: v
+        for k, v in os.environ.items()
+        if k
+        not in (
+            'MAKEFLAGS',
+            'MFLAGS',
+            'MAKELEVEL',
+            'MAKEOVERRIDES',
+            'TORCH',
+            'VENV',
+            'VENV_CORE',
+            'ARGS',
+            'DATA',
+            'PYTHON',
+            'STACK',
+        )
+    }
+    return subprocess.run(
+        ['make', *args],
+        cwd=cwd,
+        env={**inherited, **env},
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture
@@ -30,7 +55,9 @@ def tree(tmp_path):
     (root / '.dev' / 'setup_env.py').write_text('import sys; print("SETUP", sys.argv[1:])\n')
     python = root / '.venv' / 'bin' / 'python'
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\necho "RAN $*, threads $OMP_NUM_THREADS, data ${PSAQ_MM_DATA-unset}"\nexit "${FAKE_STATUS:-0}"\n')
+    python.write_text(
+        '#!/bin/sh\necho "RAN $*, threads $OMP_NUM_THREADS, data ${PSAQ_MM_DATA-unset}"\nexit "${FAKE_STATUS:-0}"\n'
+    )
     python.chmod(0o755)
     return root
 
@@ -89,22 +116,28 @@ def test_threads_are_bounded_unless_the_user_says_otherwise(tree, monkeypatch, g
     assert f'threads {threads},' in make('test', PYTHON, cwd=tree, **given).stdout
 
 
-@pytest.mark.parametrize('given,torch,stack,folder', [
-    (['TORCH=2.13.0'], '2.13.0', 'openmmlab', '.venv-torch2.13.0'),
-    (['STACK=onedl'], '2.13.0', 'onedl', '.venv-onedl-torch2.13.0'),
-    (['STACK=onedl', 'TORCH=2.5.1'], '2.5.1', 'onedl', '.venv-onedl-torch2.5.1'),
-])
+@pytest.mark.parametrize(
+    'given,torch,stack,folder',
+    [
+        (['TORCH=2.13.0'], '2.13.0', 'openmmlab', '.venv-torch2.13.0'),
+        (['STACK=onedl'], '2.13.0', 'onedl', '.venv-onedl-torch2.13.0'),
+        (['STACK=onedl', 'TORCH=2.5.1'], '2.5.1', 'onedl', '.venv-onedl-torch2.5.1'),
+    ],
+)
 def test_another_torch_and_other_packages_get_an_environment_of_their_own(given, torch, stack, folder):
     shown = make('-n', 'test', *given).stdout
     assert f'--torch "{torch}" --stack "{stack}" --venv "{folder}"' in shown
     assert f'"{folder}/bin/python" -m pytest' in shown
 
 
-@pytest.mark.parametrize('given,sentence', [
-    (['STACK=mmlab'], 'STACK=mmlab is no stack: openmmlab or onedl'),
-    (['STACK=onedl', 'TORCH=2.1.2'], 'STACK=onedl needs numpy 2'),
-    (['TORCH=newest'], 'TORCH=newest is no version of torch'),
-])
+@pytest.mark.parametrize(
+    'given,sentence',
+    [
+        (['STACK=mmlab'], 'STACK=mmlab is no stack: openmmlab or onedl'),
+        (['STACK=onedl', 'TORCH=2.1.2'], 'STACK=onedl needs numpy 2'),
+        (['TORCH=newest'], 'TORCH=newest is no version of torch'),
+    ],
+)
 def test_impossible_choice_is_one_clear_sentence(tmp_path, given, sentence):
     result = make('test', PYTHON, *given)
     assert result.returncode != 0
@@ -141,8 +174,11 @@ def test_clean_leaves_the_environment_and_the_sources(tree):
 
 
 def test_torch_is_named_alike_in_makefile_and_requirements():
-    for setting, files in {'REFERENCE': ['requirements.txt'], 'NEW': ['requirements-torch2.13.txt', 'requirements-onedl.txt']}.items():
-        named, = re.findall(rf'^{setting}_TORCH := (\S+)$', (ROOT / 'Makefile').read_text(), re.MULTILINE)
+    for setting, files in {
+        'REFERENCE': ['requirements.txt'],
+        'NEW': ['requirements-torch2.13.txt', 'requirements-onedl.txt'],
+    }.items():
+        (named,) = re.findall(rf'^{setting}_TORCH := (\S+)$', (ROOT / 'Makefile').read_text(), re.MULTILINE)
         for file in files:
             assert f'torch=={named}' in (ROOT / file).read_text().splitlines()
 
@@ -164,8 +200,15 @@ class TestCI:
     def run(self, checkout, **env):
         path = f'{checkout.parents[1] / "bin"}{os.pathsep}{os.environ["PATH"]}'
         inherited = {k: v for k, v in os.environ.items() if k not in ('PIP_FIND_LINKS', 'PSAQ_MM_DATA')}
-        return subprocess.run([str(checkout / '.ci' / 'run')], cwd='/', env={**inherited, 'PATH': path, **env}, text=True,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.run(
+            [str(checkout / '.ci' / 'run')],
+            cwd='/',
+            env={**inherited, 'PATH': path, **env},
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def test_runs_the_tests_and_hands_on_their_status(self, checkout):
         result = self.run(checkout)

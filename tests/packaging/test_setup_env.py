@@ -2,6 +2,7 @@
 
 Nothing here installs packages: an environment is a bare folder, and mmcv a source package of two lines.
 """
+
 import importlib.util
 import io
 import json
@@ -81,7 +82,9 @@ def test_new_file_times_alone_change_nothing(setup_env, venv):
     assert setup_env.installed == []
 
 
-@pytest.mark.parametrize('name', ['constraints.txt', 'requirements.txt', 'requirements-tools.txt', 'requirements-onedl.txt', 'setup.py'])
+@pytest.mark.parametrize(
+    'name', ['constraints.txt', 'requirements.txt', 'requirements-tools.txt', 'requirements-onedl.txt', 'setup.py']
+)
 def test_changed_requirements_fill_the_same_environment_up(setup_env, venv, name):
     with open(setup_env.ROOT / name, 'a') as file:
         file.write('\n# changed\n')
@@ -197,9 +200,14 @@ def test_environment_made_by_hand_is_not_wiped(setup_env, monkeypatch):
 def test_environment_made_by_hand_with_the_other_family_is_refused(setup_env, monkeypatch):
     venv = setup_env.ROOT / '.venv'
     (venv / 'bin').mkdir(parents=True)
-    monkeypatch.setattr(setup_env.Environment, 'works',
-                        lambda self, code: 'metadata' not in code or 'torch' in code or "m.version('mmcv')" in code)
-    with pytest.raises(setup_env.SetupError, match='holds mmcv, whose files the packages asked for would overwrite: remove it, or'):
+    monkeypatch.setattr(
+        setup_env.Environment,
+        'works',
+        lambda self, code: 'metadata' not in code or 'torch' in code or "m.version('mmcv')" in code,
+    )
+    with pytest.raises(
+        setup_env.SetupError, match='holds mmcv, whose files the packages asked for would overwrite: remove it, or'
+    ):
         setup_env.set_up(venv, '2.13.0', stack='onedl')
     assert setup_env.installed == []
     setup_env.set_up(venv, '2.13.0')  # its own family
@@ -213,17 +221,23 @@ def test_unusable_stack_is_named(setup_env, stack):
 
 
 def test_forks_refuse_a_torch_of_numpy_1(setup_env):
-    with pytest.raises(setup_env.SetupError, match=r'STACK=onedl needs numpy 2 and with it torch 2\.3 or later, not TORCH=2\.1\.2: leave'):
+    with pytest.raises(
+        setup_env.SetupError,
+        match=r'STACK=onedl needs numpy 2 and with it torch 2\.3 or later, not TORCH=2\.1\.2: leave',
+    ):
         setup_env.set_up(setup_env.ROOT / '.venv', TORCH, stack='onedl')
 
 
-@pytest.mark.parametrize('stack,torch,requirements,constraints', [
-    ('openmmlab', '2.1.2', 'requirements.txt', 'constraints.txt'),
-    ('openmmlab', '2.2.2', 'requirements.txt', 'constraints.txt'),
-    ('openmmlab', '2.3.0', 'requirements-torch2.13.txt', 'constraints-numpy2.txt'),
-    ('openmmlab', '2.13.0', 'requirements-torch2.13.txt', 'constraints-numpy2.txt'),
-    ('onedl', '2.13.0', 'requirements-onedl.txt', 'constraints-numpy2.txt'),
-])
+@pytest.mark.parametrize(
+    'stack,torch,requirements,constraints',
+    [
+        ('openmmlab', '2.1.2', 'requirements.txt', 'constraints.txt'),
+        ('openmmlab', '2.2.2', 'requirements.txt', 'constraints.txt'),
+        ('openmmlab', '2.3.0', 'requirements-torch2.13.txt', 'constraints-numpy2.txt'),
+        ('openmmlab', '2.13.0', 'requirements-torch2.13.txt', 'constraints-numpy2.txt'),
+        ('onedl', '2.13.0', 'requirements-onedl.txt', 'constraints-numpy2.txt'),
+    ],
+)
 def test_pins_of_a_stack(setup_env, stack, torch, requirements, constraints):
     chosen = setup_env.Stack(stack, torch)
     assert (chosen.requirements, chosen.constraints) == (requirements, constraints)
@@ -259,10 +273,16 @@ class TestTorchvision:
         setup_env.drop_useless_torchvision(env)
         assert env.done == [('uninstall', '-y', 'torchvision')]
         said = capsys.readouterr().out
-        assert 'no build for this CPU-only torch' in said and 'torchvision::nms does not exist' in said and 'skipped' in said
+        assert (
+            'no build for this CPU-only torch' in said
+            and 'torchvision::nms does not exist' in said
+            and 'skipped' in said
+        )
 
     def test_elsewhere_it_is_an_error(self, setup_env):
-        with pytest.raises(setup_env.SetupError, match='torchvision does not work with this torch .*nms does not exist'):
+        with pytest.raises(
+            setup_env.SetupError, match='torchvision does not work with this torch .*nms does not exist'
+        ):
             setup_env.drop_useless_torchvision(self.Env(vision=False, cpu_only=False))
 
 
@@ -301,7 +321,10 @@ class TestCompiledWheel:
             # As today's source packages are named: their blanks and dashes are underscores.
             stem = f'{name.replace("-", "_")}-9.9'
             with tarfile.open(folder / f'{stem}.tar.gz', 'w:gz') as archive:
-                for file, text in {'setup.py': setup_py, 'PKG-INFO': f'Metadata-Version: 1.0\nName: {name}\nVersion: 9.9\n'}.items():
+                for file, text in {
+                    'setup.py': setup_py,
+                    'PKG-INFO': f'Metadata-Version: 1.0\nName: {name}\nVersion: 9.9\n',
+                }.items():
                     info = tarfile.TarInfo(f'{stem}/{file}')
                     info.size = len(text)
                     archive.addfile(info, io.BytesIO(text.encode()))
@@ -313,9 +336,11 @@ class TestCompiledWheel:
         return make
 
     def test_wheel_is_kept_and_its_build_is_told_what_matters(self, script, env, source, tmp_path, monkeypatch):
-        source('import os, sys, setuptools\n'
-               'print("OPS", os.environ["MMCV_WITH_OPS"], "JOBS", os.environ["MAX_JOBS"], "PREFIX", sys.prefix)\n'
-               'setuptools.setup(name="mmcv", version="9.9", py_modules=[])\n')
+        source(
+            'import os, sys, setuptools\n'
+            'print("OPS", os.environ["MMCV_WITH_OPS"], "JOBS", os.environ["MAX_JOBS"], "PREFIX", sys.prefix)\n'
+            'setuptools.setup(name="mmcv", version="9.9", py_modules=[])\n'
+        )
         monkeypatch.setenv('MAX_JOBS', '5')
         folder = tmp_path / 'kept wheels' / 'torch'
         wheel = script.compile_mmcv(env, '9.9', TORCH, folder)
@@ -326,7 +351,9 @@ class TestCompiledWheel:
         assert {path.name for path in folder.iterdir()} == {'mmcv-9.9.log', wheel.name}
 
     def test_wheel_of_a_fork_is_found_under_its_own_name(self, script, env, source, tmp_path):
-        source('import setuptools; setuptools.setup(name="onedl-mmcv", version="9.9", py_modules=[])\n', name='onedl-mmcv')
+        source(
+            'import setuptools; setuptools.setup(name="onedl-mmcv", version="9.9", py_modules=[])\n', name='onedl-mmcv'
+        )
         wheel = script.compile_mmcv(env, '9.9', '2.13.0', tmp_path / 'wheels', 'onedl-mmcv')
         assert wheel.name.startswith('onedl_mmcv-9.9')
         assert (tmp_path / 'wheels' / 'onedl-mmcv-9.9.log').is_file()
@@ -345,8 +372,10 @@ class TestCompiledWheel:
     def test_stopped_build_leaves_no_process(self, script, tmp_path, monkeypatch):
         """The build's own children too: a compiler left behind would keep a core busy for minutes."""
         pids = tmp_path / 'pids'
-        code = (f'import subprocess, sys, time\nchild = subprocess.Popen(["sleep", "100"])\n'
-                f'open({str(pids)!r}, "w").write(str(child.pid))\ntime.sleep(100)\n')
+        code = (
+            f'import subprocess, sys, time\nchild = subprocess.Popen(["sleep", "100"])\n'
+            f'open({str(pids)!r}, "w").write(str(child.pid))\ntime.sleep(100)\n'
+        )
 
         def stop_once_running(seconds, sleep=time.sleep):
             for _ in range(200):

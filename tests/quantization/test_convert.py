@@ -11,15 +11,27 @@ import torch
 from torch import nn
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization import (ADAPTERS, QuantConv2d, QuantLinear, QuantMatMul, QuantSpec, SAME_AS_LINEAR, adopt,
-                                  calibrate, is_quantizer_key, quantize_, quantizer_state_keys, quantizers,
-                                  register_adapter, set_mode)
+from psaq_mm.quantization import (
+    ADAPTERS,
+    SAME_AS_LINEAR,
+    QuantConv2d,
+    QuantLinear,
+    QuantMatMul,
+    QuantSpec,
+    adopt,
+    calibrate,
+    is_quantizer_key,
+    quantize_,
+    quantizer_state_keys,
+    quantizers,
+    register_adapter,
+    set_mode,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Attention(nn.Module):
-
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -39,7 +51,6 @@ class Attention(nn.Module):
 
 
 class QuantAttention:
-
     def attend(self, q, k):
         return self.qk(q, k)
 
@@ -48,7 +59,6 @@ class QuantAttention:
 
 
 class Net(nn.Module):
-
     def __init__(self):
         super().__init__()
         self.patch_embed = nn.Conv2d(3, 8, 2, stride=2)
@@ -114,22 +124,23 @@ def test_adapters_convert_composites_and_their_layers(net, adapter):
     assert set(kinds) == set(LAYER_NAMES) | {f'blocks.{i}.{m}' for i in (0, 1) for m in ('qk', 'av')}
     assert kinds['blocks.1.qk'] == 'QuantMatMul' and isinstance(net.blocks[0].qkv, QuantLinear)
     assert isinstance(net.blocks[0], Attention) and net.blocks[0].av.lhs_quantizer is None
-    assert {(row.name, row.reason) for row in report.floats} == {(f'blocks.{i}.av', 'left operand left in float')
-                                                                 for i in (0, 1)}
+    assert {(row.name, row.reason) for row in report.floats} == {
+        (f'blocks.{i}.av', 'left operand left in float') for i in (0, 1)
+    }
 
 
 def test_points_linear_leaves_the_products_alone(net, adapter):
     report = quantize_(net, QuantSpec(points='linear'))
     assert not any('.qk.' in name or '.av.' in name for name, _ in quantizers(net))
-    assert {(row.name, row.reason) for row in report.floats} == {(f'blocks.{i}.{m}', "points='linear'")
-                                                                 for i in (0, 1) for m in ('qk', 'av')}
+    assert {(row.name, row.reason) for row in report.floats} == {
+        (f'blocks.{i}.{m}', "points='linear'") for i in (0, 1) for m in ('qk', 'av')
+    }
 
 
 def test_adapter_may_return_another_module(net):
     replaced = []
 
     class Wrapped(nn.Module):
-
         def __init__(self, inner):
             super().__init__()
             self.proj = inner.proj
@@ -162,7 +173,7 @@ def test_quantized_output_is_near_and_not_equal(net, x, adapter):
     expected = net(x)
     calibrated(net, x, 'w8a8')
     error = (net(x) - expected).norm() / expected.norm()
-    assert 0 < error < .05
+    assert 0 < error < 0.05
 
 
 def test_uncalibrated_layer_is_named_unless_switched_off(net, x):
@@ -186,10 +197,14 @@ def test_set_mode_patterns(net):
 
 
 def test_overrides(net):
-    report = quantize_(
-        net, dict(overrides=[dict(pattern='blocks.1.*', w_bits=4), dict(pattern='head', float=True)]))
+    report = quantize_(net, dict(overrides=[dict(pattern='blocks.1.*', w_bits=4), dict(pattern='head', float=True)]))
     assert {row.name: row.w_bits for row in report.layers} == {
-        'patch_embed': 8, 'blocks.0.qkv': 8, 'blocks.0.proj': 8, 'blocks.1.qkv': 4, 'blocks.1.proj': 4}
+        'patch_embed': 8,
+        'blocks.0.qkv': 8,
+        'blocks.0.proj': 8,
+        'blocks.1.qkv': 4,
+        'blocks.1.proj': 4,
+    }
     assert report.floats == [('head', 'Linear', 'override')] and type(net.head) is nn.Linear
 
 
@@ -212,7 +227,10 @@ def test_overrides_reach_products_of_adapters(net, adapter):
 def test_filter(net):
     report = quantize_(net, 'w8a8', filter_fn=lambda name, module: name.startswith('blocks'))
     assert [row.name for row in report.layers] == LAYER_NAMES[1:-1]
-    assert [(row.name, row.reason) for row in report.floats] == [('patch_embed', 'outside the scope'), ('head', 'outside the scope')]
+    assert [(row.name, row.reason) for row in report.floats] == [
+        ('patch_embed', 'outside the scope'),
+        ('head', 'outside the scope'),
+    ]
 
 
 def test_second_conversion_is_refused(net):
@@ -224,17 +242,22 @@ def test_second_conversion_is_refused(net):
 def test_layers_with_a_forward_of_their_own_stay_float():
 
     class Odd(nn.Linear):
-
         def forward(self, x):
             return super().forward(x) + 1
 
     class Same(nn.Linear):
-
         def forward(self, x):
             return super().forward(x)
 
-    model = nn.ModuleDict(dict(odd=Odd(2, 2), same=Same(2, 2), patched=nn.Linear(2, 2), lazy=nn.LazyLinear(2),
-                               mha=nn.MultiheadAttention(2, 1)))
+    model = nn.ModuleDict(
+        dict(
+            odd=Odd(2, 2),
+            same=Same(2, 2),
+            patched=nn.Linear(2, 2),
+            lazy=nn.LazyLinear(2),
+            mha=nn.MultiheadAttention(2, 1),
+        )
+    )
     model['patched'].forward = lambda x: x
     name = f'{Same.__module__}.{Same.__qualname__}'
     SAME_AS_LINEAR.add(name)
@@ -390,16 +413,19 @@ def test_deepcopy_is_equal_and_independent(net, x, adapter):
     assert not torch.equal(teacher(x), expected) and torch.equal(net(x), expected)
 
 
-@pytest.mark.parametrize('key, expected', [
-    ('backbone.layers.0.qkv.input_quantizer.scale', True),
-    ('weight_quantizer.zero_point', True),
-    ('a.lhs_quantizer.calibrated', True),
-    ('a.rhs_quantizer.code_range', True),
-    ('a.weight', False),
-    ('a.scale', False),
-    ('input_quantizer.weight', False),
-    ('input_quantizer.scale.x', False),
-])
+@pytest.mark.parametrize(
+    'key, expected',
+    [
+        ('backbone.layers.0.qkv.input_quantizer.scale', True),
+        ('weight_quantizer.zero_point', True),
+        ('a.lhs_quantizer.calibrated', True),
+        ('a.rhs_quantizer.code_range', True),
+        ('a.weight', False),
+        ('a.scale', False),
+        ('input_quantizer.weight', False),
+        ('input_quantizer.scale.x', False),
+    ],
+)
 def test_is_quantizer_key(key, expected):
     assert is_quantizer_key(key) is expected
 
@@ -447,9 +473,14 @@ with torch.no_grad():
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='needs torch.distributed')
 def test_buffers_survive_the_broadcast_of_ddp(tmp_path):
     workers = [
-        subprocess.Popen([sys.executable, '-c', DDP_WORKER, str(rank), str(tmp_path / 'init')],
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         env=dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS='1')) for rank in range(2)
+        subprocess.Popen(
+            [sys.executable, '-c', DDP_WORKER, str(rank), str(tmp_path / 'init')],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ, PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS='1'),
+        )
+        for rank in range(2)
     ]
     try:
         out = [worker.communicate(timeout=600) for worker in workers]

@@ -1,17 +1,31 @@
 """What is computed on another device, emulated or a GPU, is what is computed on the CPU, and stays there.
 
-Bit for bit where the device has no choice: element by element, counts, minimum and maximum. Sums and products of matrices may be added up
-in another order.
+Bit for bit where the device has no choice: element by element, counts, minimum and maximum. Sums and products of
+matrices may be added up in another order.
 """
+
 import copy
 
 import pytest
 import torch
 from torch import nn
 
-from psaq_mm.quantization import (AffineQuantizer, LogQuantizer, build_channel_observer, build_observer, calibrate, dequantize,
-                                  fake_quantize, quantize, quantize_, quantizers, random_rotation, rotate_heads_, round_weights_,
-                                  row_importance)
+from psaq_mm.quantization import (
+    AffineQuantizer,
+    LogQuantizer,
+    build_channel_observer,
+    build_observer,
+    calibrate,
+    dequantize,
+    fake_quantize,
+    quantize,
+    quantize_,
+    quantizers,
+    random_rotation,
+    rotate_heads_,
+    round_weights_,
+    row_importance,
+)
 
 OBSERVERS = ['minmax', 'percentile', 'mse']
 
@@ -32,7 +46,7 @@ def equal(found, expected, device):
 
 @pytest.mark.parametrize('axis', [None, 0])
 def test_codes_values_and_gradients(device, axis):
-    x, scale = data(6, 40), torch.tensor(.02) if axis is None else torch.linspace(.005, .03, 6)
+    x, scale = data(6, 40), torch.tensor(0.02) if axis is None else torch.linspace(0.005, 0.03, 6)
     zero_point = torch.full(scale.shape, 100, dtype=torch.int32)
     there = x.to(device), scale.to(device), zero_point.to(device)
     codes = quantize(*there, 0, 255, axis)
@@ -82,7 +96,6 @@ def test_quantizers_move_with_their_state(device, make):
 
 
 class Net(nn.Module):
-
     def __init__(self):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8)
@@ -122,7 +135,7 @@ def test_rounding_with_importance(device):
     weights = row_importance(net, run)
     assert {w.device.type for w in weights.values()} == {device.type}
     with torch.no_grad():
-        report = round_weights_(net, lambda: net(x.to(device)), importance=weights, prior_rows=32.)
+        report = round_weights_(net, lambda: net(x.to(device)), importance=weights, prior_rows=32.0)
     assert any(layer.compensated < layer.nearest for layer in report)
     assert {p.device.type for p in net.parameters()} == {device.type}
 

@@ -1,15 +1,27 @@
 """The point set 'all': outputs and sums as edges of their own, and what overrides call them."""
+
 import pytest
 import torch
 from torch import nn
 
 from psaq_mm.errors import SpecError
-from psaq_mm.quantization import (ADAPTERS, QuantSpec, adopt, apply_edge, attention_products, calibrate, edge_quantizer,
-                                  feeds_activation, quantize_, quantize_output_, quantizers, register_adapter)
+from psaq_mm.quantization import (
+    ADAPTERS,
+    QuantSpec,
+    adopt,
+    apply_edge,
+    attention_products,
+    calibrate,
+    edge_quantizer,
+    feeds_activation,
+    quantize_,
+    quantize_output_,
+    quantizers,
+    register_adapter,
+)
 
 
 class Residual(nn.Module):
-
     def __init__(self):
         super().__init__()
         self.norm, self.fc1, self.fc2 = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 6)
@@ -19,7 +31,6 @@ class Residual(nn.Module):
 
 
 class QuantResidualMixin:
-
     def forward(self, x):
         return apply_edge(self.residual_quantizer, super().forward(x))
 
@@ -53,11 +64,12 @@ def test_all_adds_outputs_and_sums_and_gemm_has_none():
     model, report = build('psaq_v1_w8a8')
     edges = {'0.fc2.output_quantizer', '0.norm.output_quantizer', '0.residual_quantizer', '1.output_quantizer'}
     assert edges <= names(model) and '0.fc1.output_quantizer' not in names(model)
-    assert {row.name for row in report.layers if row.kind == 'activation'} == {n[:-len('_quantizer')] for n in edges}
+    assert {row.name for row in report.layers if row.kind == 'activation'} == {n[: -len('_quantizer')] for n in edges}
     lean, _ = build('w8a8')
     assert not edges & names(lean)
     assert model.state_dict().keys() - lean.state_dict().keys() == {
-        f'{edge}.{state}' for edge in edges for state in ('scale', 'zero_point', 'calibrated', 'code_range')}
+        f'{edge}.{state}' for edge in edges for state in ('scale', 'zero_point', 'calibrated', 'code_range')
+    }
 
 
 def test_outputs_lie_on_their_grid():
@@ -68,8 +80,14 @@ def test_outputs_lie_on_their_grid():
     assert len(model[0](x).unique()) <= 16
 
 
-@pytest.mark.parametrize('pattern, gone', [('1.output', '1.output_quantizer'), ('0.residual', '0.residual_quantizer'),
-                                           ('0.norm.output', '0.norm.output_quantizer')])
+@pytest.mark.parametrize(
+    'pattern, gone',
+    [
+        ('1.output', '1.output_quantizer'),
+        ('0.residual', '0.residual_quantizer'),
+        ('0.norm.output', '0.norm.output_quantizer'),
+    ],
+)
 def test_an_edge_stays_float_by_name(pattern, gone):
     model, _ = build(dict(preset='psaq_v1_w8a8', overrides=[dict(pattern=pattern, float=True)]))
     full, _ = build('psaq_v1_w8a8')
@@ -104,8 +122,9 @@ def test_products_of_repq_quantize_softmax_on_a_log_scale():
     assert torch.allclose(ratio, ratio.round(), atol=1e-4) and ratio.min() > -0.5 and ratio.max() < 15.5
 
 
-@pytest.mark.parametrize('text, message', [('repo_w4a4', "did you mean 'repq'"), ('w4', 'is no preset'),
-                                           ('psaq_v1_w9a8', 'w_bits=9')])
+@pytest.mark.parametrize(
+    'text, message', [('repo_w4a4', "did you mean 'repq'"), ('w4', 'is no preset'), ('psaq_v1_w9a8', 'w_bits=9')]
+)
 def test_wrong_presets(text, message):
     with pytest.raises(SpecError, match=message):
         QuantSpec.parse(text)
@@ -133,10 +152,13 @@ def test_symmetric_attention_is_of_queries_and_values():
     spec = QuantSpec.parse(dict(preset='w8a8', symmetric_attention=True))
     assert QuantSpec.from_json(spec.to_json()) == spec
     scores, product = attention_products(spec, 'attn')
-    symmetric = {name: child.symmetric for which, module in (('qk', scores), ('av', product)) for name, child in
-                 ((f'{which}.{side}', getattr(module, f'{side}_quantizer')) for side in ('lhs', 'rhs'))}
+    symmetric = {
+        name: child.symmetric
+        for which, module in (('qk', scores), ('av', product))
+        for name, child in ((f'{which}.{side}', getattr(module, f'{side}_quantizer')) for side in ('lhs', 'rhs'))
+    }
     assert symmetric == {'qk.lhs': True, 'qk.rhs': False, 'av.lhs': False, 'av.rhs': True}
-    product.rhs_quantizer.calibrate_from(torch.tensor([-1., 3.]))
+    product.rhs_quantizer.calibrate_from(torch.tensor([-1.0, 3.0]))
     assert int(product.rhs_quantizer.zero_point) == 0 and float(product.rhs_quantizer.scale) == pytest.approx(3 / 127)
 
 

@@ -1,4 +1,5 @@
 """Rows of a layer's output, weighed by what the loss makes of them."""
+
 import pytest
 import torch
 from torch import nn
@@ -23,7 +24,11 @@ class Reader(nn.Module):
     def forward(self, x):
         x = self.conv(x).flatten(2).transpose(1, 2)
         self.unread(x)
-        out = checkpoint(self.tokens, x, use_reentrant=self.checkpointed == 'reentrant') if self.checkpointed else self.tokens(x)
+        out = (
+            checkpoint(self.tokens, x, use_reentrant=self.checkpointed == 'reentrant')
+            if self.checkpointed
+            else self.tokens(x)
+        )
         return out[:, 0]
 
 
@@ -40,7 +45,7 @@ def made(images, checkpointed=False, preset='w4a8'):
     return net.requires_grad_(False)
 
 
-def passing(net, images, scale=1.):
+def passing(net, images, scale=1.0):
 
     def run():
         for batch in images.split(4):
@@ -56,7 +61,7 @@ def test_rows_weigh_what_the_loss_makes_of_them(images):
     for name, weights in found.items():
         rows = weights.view(6, 4)
         assert bool((rows[:, 0] > 0).all()) and not rows[:, 1:].any(), name
-        assert float(weights.mean()) == pytest.approx(1.)
+        assert float(weights.mean()) == pytest.approx(1.0)
 
 
 def test_they_are_the_squared_gradients_of_the_outputs(images):
@@ -79,7 +84,7 @@ def test_activation_checkpointing_changes_nothing(images, way):
 
 def test_gradients_too_small_for_their_square_are_seen(images):
     net = made(images)
-    wanted, found = (row_importance(net, passing(net, images, scale)) for scale in (1., 1e-25))
+    wanted, found = (row_importance(net, passing(net, images, scale)) for scale in (1.0, 1e-25))
     torch.testing.assert_close(found['second'], wanted['second'], rtol=1e-4, atol=0)
 
 
@@ -92,7 +97,7 @@ def test_padding_is_left_out():
     valid[:, 7:] = False
     layer[0].valid_rows = valid
     found = row_importance(layer, lambda: layer(x.clone().requires_grad_()).pow(2).sum().backward())
-    assert found['0'].shape == (21, )
+    assert found['0'].shape == (21,)
     round_weights_(layer, lambda: layer(x), importance=found)  # of the same rows
 
 
@@ -104,22 +109,26 @@ def test_rounding_spares_the_rows_that_count(images):
         weight = net.second.weight.clone()
         importance = row_importance(net, passing(net, images)) if guided else None
         seen = []
-        report = {layer.name: layer for layer in round_weights_(net, lambda: net(images), damping=.01, importance=importance, memory=1)}
+        report = {
+            layer.name: layer
+            for layer in round_weights_(net, lambda: net(images), damping=0.01, importance=importance, memory=1)
+        }
         handle = net.second.register_forward_hook(lambda layer, args, out: seen.append(layer.input_quantizer(args[0])))
         net(images)
         handle.remove()
         errors[guided] = (seen[0][:, 0] @ (net.second.quantized_weight() - weight).t()).pow(2).sum()
         assert report['second'].compensated < report['second'].nearest and not report['unread'].reason
-    assert errors[True] < .7 * errors[False]
+    assert errors[True] < 0.7 * errors[False]
 
 
 def test_few_rows_that_count_are_trusted_less(images):
-    """Pseudo-rows weigh against the effective number of rows, which is that of all of them only where they weigh alike."""
+    """Pseudo-rows weigh against the effective number of rows, which is that of all of them only where they weigh
+    alike."""
     net = made(images, preset='w3a8')
     start = {name: value.clone() for name, value in net.state_dict().items()}
-    one = torch.full((24, ), 1e-9)
-    one[0] = 24.
-    for weights, damping in ((torch.ones(24), 6 / 24), (torch.ones(24) * 5, 6 / 24), (one, 6.)):
+    one = torch.full((24,), 1e-9)
+    one[0] = 24.0
+    for weights, damping in ((torch.ones(24), 6 / 24), (torch.ones(24) * 5, 6 / 24), (one, 6.0)):
         rounded = []
         for settings in (dict(damping=damping), dict(damping=1e-6, prior_rows=6)):
             net.load_state_dict(start)
@@ -148,7 +157,11 @@ class Levels(nn.Module):
         self.read, self.checkpointed = read, checkpointed
 
     def once(self, layer, x):
-        return layer(x) if self.checkpointed is None else checkpoint(layer, x, use_reentrant=self.checkpointed == 'reentrant')
+        return (
+            layer(x)
+            if self.checkpointed is None
+            else checkpoint(layer, x, use_reentrant=self.checkpointed == 'reentrant')
+        )
 
     def forward(self, x):
         maps = dict(first=self.once(self.head, self.near(x).relu()), second=self.once(self.head, self.far(x).tanh()))
@@ -164,7 +177,9 @@ def levels(x, **settings):
 
 
 def tokens():
-    return torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor([1., 1, 1, .1, .1, .1]).view(-1, 1, 1)
+    return torch.randn(6, 5, 6, generator=torch.Generator().manual_seed(1)) * torch.tensor(
+        [1.0, 1, 1, 0.1, 0.1, 0.1]
+    ).view(-1, 1, 1)
 
 
 def through(net, x, batch, backward=True):
@@ -181,7 +196,7 @@ def test_rows_of_a_layer_that_is_called_twice_are_paired_call_by_call():
     x = tokens()
     net = levels(x)
     found = row_importance(net, through(net, x, 4))
-    assert found.calls['head'] == (20, 20, 10, 10) and found['head'].shape == (60, )
+    assert found.calls['head'] == (20, 20, 10, 10) and found['head'].shape == (60,)
     by_call, kept = found['head'].split(found.calls['head']), []
     handle = net.head.register_forward_hook(lambda layer, args, out: (out.retain_grad(), kept.append(out))[0])
     with full_precision_weights(net):
@@ -211,7 +226,9 @@ def test_other_batches_fit_layers_that_are_called_once(one, other, images):
     errors = []
     for batch in (one, other):
         net = made(images, preset='w3a8')
-        found = row_importance(net, lambda: [net(part.clone().requires_grad_()).sum().backward() for part in images.split(one)])
+        found = row_importance(
+            net, lambda: [net(part.clone().requires_grad_()).sum().backward() for part in images.split(one)]
+        )
         assert not found.calls
         report = round_weights_(net, lambda: [net(part) for part in images.split(batch)], importance=found)
         errors.append([layer.nearest for layer in report])
@@ -220,21 +237,25 @@ def test_other_batches_fit_layers_that_are_called_once(one, other, images):
 
 def test_a_call_that_the_loss_does_not_read_weighs_nothing():
     x = tokens()
-    net = levels(x, read=('first', ))
+    net = levels(x, read=('first',))
     found = row_importance(net, through(net, x, 4))
     first, second, *others = found['head'].split(found.calls['head'])
     assert bool((first > 0).all()) and not second.any() and bool((others[0] > 0).all()) and not others[1].any()
-    assert float(found['head'].mean()) == pytest.approx(1.) and 'far' not in found
+    assert float(found['head'].mean()) == pytest.approx(1.0) and 'far' not in found
     weight, seen = net.head.weight.detach().clone(), []
     handle = net.head.register_forward_hook(lambda layer, args, out: seen.append(args[0].flatten(0, 1)))
-    report = {layer.name: layer for layer in round_weights_(net, through(net, x, 4, backward=False), importance=found, memory=1)}
+    report = {
+        layer.name: layer
+        for layer in round_weights_(net, through(net, x, 4, backward=False), importance=found, memory=1)
+    }
     handle.remove()
-    rows = net.head.input_quantizer(torch.cat(seen[-4:])) * found['head'].sqrt()[:, None]  # of the pass in which the head was rounded
+    # of the pass in which the head was rounded
+    rows = net.head.input_quantizer(torch.cat(seen[-4:])) * found['head'].sqrt()[:, None]
     wanted = ((net.head.weight - weight) @ rows.t()).square().sum() / (weight @ rows.t()).square().sum()
     assert report['head'].compensated == pytest.approx(float(wanted), rel=1e-3)
 
 
-@pytest.mark.parametrize('read', [('first', ), ('second', ), ('first', 'second')])
+@pytest.mark.parametrize('read', [('first',), ('second',), ('first', 'second')])
 def test_checkpointed_calls_are_told_apart_or_refused(read):
     x = tokens()
     plain, again, reentrant = (levels(x, read=read, checkpointed=way) for way in (None, 'other', 'reentrant'))
@@ -262,6 +283,9 @@ def test_gradients_of_several_losses_on_one_pass_add_up(images):
             loss.backward(retain_graph=True)
 
     found = row_importance(net, separately)['first']
-    parts = [row_importance(net, lambda: net(images.clone().requires_grad_())[:, k].sum().backward())['first'] for k in (0, 1)]
+    parts = [
+        row_importance(net, lambda: net(images.clone().requires_grad_())[:, k].sum().backward())['first']
+        for k in (0, 1)
+    ]
     shares = torch.linalg.lstsq(torch.stack(parts, 1), found[:, None]).solution.flatten()  # each has mean 1
-    assert bool((shares > .01).all()) and float(shares.sum()) == pytest.approx(1, rel=1e-3)
+    assert bool((shares > 0.01).all()) and float(shares.sum()) == pytest.approx(1, rel=1e-3)

@@ -9,8 +9,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from psaq_mm.errors import NotCalibratedError
-from psaq_mm.quantization import (LayerSpec, QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, adopt,
-                                  choose_qparams, fake_quantize, full_precision_weights, hold_weights, qrange)
+from psaq_mm.quantization import (
+    LayerSpec,
+    QuantConv2d,
+    QuantConvTranspose2d,
+    QuantLinear,
+    QuantMatMul,
+    adopt,
+    choose_qparams,
+    fake_quantize,
+    full_precision_weights,
+    hold_weights,
+    qrange,
+)
 
 LAYERS = {
     'linear': (lambda: nn.Linear(6, 5), QuantLinear, (2, 3, 6)),
@@ -19,8 +30,11 @@ LAYERS = {
     'grouped conv': (lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2), QuantConv2d, (2, 4, 7, 7)),
     'reflecting conv': (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode='reflect'), QuantConv2d, (2, 4, 7, 7)),
     'transposed conv': (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), QuantConvTranspose2d, (2, 4, 5, 5)),
-    'grouped transposed conv': (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1),
-                                QuantConvTranspose2d, (2, 4, 5, 5)),
+    'grouped transposed conv': (
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1),
+        QuantConvTranspose2d,
+        (2, 4, 5, 5),
+    ),
 }
 ALL = pytest.mark.parametrize('kind', LAYERS)
 
@@ -75,7 +89,7 @@ def test_transposed_conv_has_a_scale_for_each_index_of_axis_one(groups):
     quantized.weight_quantizer.calibrate_from(layer.weight.detach())
     expected = layer.weight.detach().abs().amax((0, 2, 3)) / 127
     torch.testing.assert_close(quantized.weight_quantizer.scale, expected)
-    assert expected.shape == (6 // groups, )
+    assert expected.shape == (6 // groups,)
 
 
 def test_transposed_conv_takes_an_output_size():
@@ -104,7 +118,7 @@ def test_autocast_quantizes_in_float32(kind):
         assert torch.equal(quantized.input_quantizer(x), plain[0]) and quantized.input_quantizer(x).dtype == x.dtype
         assert torch.equal(quantized.quantized_weight(), plain[1])
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), quantized(x), rtol=.03, atol=.05)
+    torch.testing.assert_close(out.float(), quantized(x), rtol=0.03, atol=0.05)
 
 
 def count_quantizations(layer):
@@ -135,24 +149,24 @@ def rescale(quantized):
 
 def optimizer_step(quantized):
     quantized.weight.grad = torch.ones_like(quantized.weight)
-    torch.optim.SGD([quantized.weight], lr=.1).step()
+    torch.optim.SGD([quantized.weight], lr=0.1).step()
 
 
 def new_parameter(quantized):
-    quantized.weight = nn.Parameter(quantized.weight.detach() * .5)
+    quantized.weight = nn.Parameter(quantized.weight.detach() * 0.5)
 
 
 def new_data(quantized):
-    quantized.weight.data = quantized.weight.detach() * .5
+    quantized.weight.data = quantized.weight.detach() * 0.5
 
 
 def data_changed_and_eval(quantized):
-    quantized.weight.data.mul_(.5)
+    quantized.weight.data.mul_(0.5)
     quantized.eval()
 
 
 def reload(quantized):
-    quantized.load_state_dict({k: v * .5 if k == 'weight' else v for k, v in quantized.state_dict().items()})
+    quantized.load_state_dict({k: v * 0.5 if k == 'weight' else v for k, v in quantized.state_dict().items()})
 
 
 def there_and_back(quantized):
@@ -170,8 +184,9 @@ def test_cached_weight_follows_every_change(change):
     change(quantized)
     with torch.no_grad():
         after = quantized(x)
-    assert torch.equal(after, F.linear(quantized.input_quantizer(x), quantized.weight_quantizer(quantized.weight),
-                                       quantized.bias))
+    assert torch.equal(
+        after, F.linear(quantized.input_quantizer(x), quantized.weight_quantizer(quantized.weight), quantized.bias)
+    )
     assert change is there_and_back or not torch.equal(before, after)
 
 
@@ -200,7 +215,7 @@ def test_held_weights_are_quantized_once_and_have_the_same_gradients(kind, monke
 
 
 def data_changed_after_the_block(quantized):
-    quantized.weight.data.mul_(.5)
+    quantized.weight.data.mul_(0.5)
 
 
 @pytest.mark.parametrize('change', [*CHANGES, data_changed_after_the_block], ids=lambda f: f.__name__)
@@ -343,8 +358,8 @@ def test_matmul():
 
 
 def test_matmul_masks_rows_of_the_left_operand_only():
-    a, b = torch.ones(4, 3, 2, 2), torch.full((4, 3, 2, 2), 7.)
-    a[:, :, 1] = 100.
+    a, b = torch.ones(4, 3, 2, 2), torch.full((4, 3, 2, 2), 7.0)
+    a[:, :, 1] = 100.0
     matmul = QuantMatMul()
     for quantizer in matmul.children():
         quantizer.begin_observing()
@@ -367,7 +382,7 @@ def test_layer_masks_rows():
     quantized.weight_quantizer.mode = 'off'
     quantized.input_quantizer.begin_observing()
     quantized.valid_rows = torch.tensor([True, False])
-    quantized(torch.tensor([[[255., 0.], [999., 999.]]]))
+    quantized(torch.tensor([[[255.0, 0.0], [999.0, 999.0]]]))
     quantized.input_quantizer.finish_observing()
     assert quantized.input_quantizer.scale == 1
 

@@ -14,8 +14,8 @@ BITS = st.integers(2, 8)
 BASE = st.sampled_from(['log2', 'log_sqrt2'])
 NOT_NAN = st.floats(width=32, allow_nan=False)
 SHARES = st.floats(0, 2, width=32)
-DELTA = st.one_of(st.floats(2**-20, 1, width=32), st.floats(2**-126, 2.**127, width=32))
-CANDIDATES = (1.0, .99999, .9999, .999)
+DELTA = st.one_of(st.floats(2**-20, 1, width=32), st.floats(2**-126, 2.0**127, width=32))
+CANDIDATES = (1.0, 0.99999, 0.9999, 0.999)
 PER_OCTAVE = {'log2': 1, 'log_sqrt2': 2}
 
 
@@ -30,8 +30,9 @@ def every_code(bits):
 @pytest.mark.parametrize('base', ['log2', 'log_sqrt2'])
 @pytest.mark.parametrize('bits', [2, 3, 4])
 def test_codes_by_the_formula(bits, base):
-    delta, m = .3, PER_OCTAVE[base]
-    values = [delta * 2**(-i / 16) for i in range(-20, 16 * 20) if (i * m) % 16 != 8]  # off the ties, where digits decide
+    delta, m = 0.3, PER_OCTAVE[base]
+    # off the ties, where digits decide
+    values = [delta * 2 ** (-i / 16) for i in range(-20, 16 * 20) if (i * m) % 16 != 8]
     for value, code in zip(values, log_quantize(torch.tensor(values), torch.tensor(delta), bits, base).tolist()):
         expected = max(round(-m * math.log2(value / delta)), 0)
         assert code == (expected if expected < 2**bits else 2**bits)
@@ -39,7 +40,7 @@ def test_codes_by_the_formula(bits, base):
 
 @pytest.mark.parametrize('base', ['log2', 'log_sqrt2'])
 @pytest.mark.parametrize('bits', [2, 4, 8])
-@pytest.mark.parametrize('delta', [1., .37, 2e-5, 40.])
+@pytest.mark.parametrize('delta', [1.0, 0.37, 2e-5, 40.0])
 def test_every_code_survives_the_way_to_its_value_and_back(bits, base, delta):
     delta = torch.tensor(delta)
     codes = every_code(bits)
@@ -54,24 +55,24 @@ def test_every_code_survives_the_way_to_its_value_and_back(bits, base, delta):
 
 
 def test_what_lies_past_the_last_level_is_zero():
-    delta = torch.tensor(1.)
-    x = torch.tensor([2.**-3.4, 2.**-3.6, 2.**-50, 1e-45, 0., -0., -1., -float('inf')])
+    delta = torch.tensor(1.0)
+    x = torch.tensor([2.0**-3.4, 2.0**-3.6, 2.0**-50, 1e-45, 0.0, -0.0, -1.0, -float('inf')])
     assert log_quantize(x, delta, 2, 'log2').tolist() == [3] + [4] * 7
-    assert fake_log_quantize(x, delta, 2, 'log2').tolist() == [.125] + [0.] * 7
+    assert fake_log_quantize(x, delta, 2, 'log2').tolist() == [0.125] + [0.0] * 7
 
 
 def test_what_a_machine_may_flush_is_zero():
     least = torch.finfo(torch.float32).tiny
-    values = torch.tensor([2.0**-125, 2 * least, least / 2, 1e-44, 0., -1.])
-    codes = log_quantize(values, torch.tensor(1.), 8, 'log_sqrt2')
+    values = torch.tensor([2.0**-125, 2 * least, least / 2, 1e-44, 0.0, -1.0])
+    codes = log_quantize(values, torch.tensor(1.0), 8, 'log_sqrt2')
     assert codes.tolist() == [250, 250, 256, 256, 256, 256]
-    assert fake_log_quantize(values, torch.tensor(1.), 8, 'log_sqrt2').tolist()[2:] == [0] * 4
+    assert fake_log_quantize(values, torch.tensor(1.0), 8, 'log_sqrt2').tolist()[2:] == [0] * 4
 
 
 def test_what_exceeds_delta_saturates():
-    x = torch.tensor([.3, .5, 100., 3e38, float('inf')])
-    assert log_quantize(x, torch.tensor(.25), 4, 'log_sqrt2').tolist() == [-0, 0, 0, 0, 0]
-    assert fake_log_quantize(x, torch.tensor(.25), 4, 'log_sqrt2').tolist() == [.25] * 5
+    x = torch.tensor([0.3, 0.5, 100.0, 3e38, float('inf')])
+    assert log_quantize(x, torch.tensor(0.25), 4, 'log_sqrt2').tolist() == [-0, 0, 0, 0, 0]
+    assert fake_log_quantize(x, torch.tensor(0.25), 4, 'log_sqrt2').tolist() == [0.25] * 5
 
 
 @pytest.mark.parametrize('bits', range(2, 9))
@@ -86,11 +87,11 @@ def test_log2_form_equals_log_sqrt2(bits, delta):
 
 
 def test_log2_form_needs_two_scales_and_shifts():
-    delta = torch.tensor(.7)
+    delta = torch.tensor(0.7)
     values = log2_form(every_code(4), delta, 4)[:-1]
     even, odd = values[::2], values[1::2]
-    assert torch.equal(even, delta * torch.tensor([2.**-i for i in range(8)]))
-    assert torch.equal(odd, delta * 2**.5 * torch.tensor([2.**-i for i in range(1, 9)]))
+    assert torch.equal(even, delta * torch.tensor([2.0**-i for i in range(8)]))
+    assert torch.equal(odd, delta * 2**0.5 * torch.tensor([2.0**-i for i in range(1, 9)]))
 
 
 @given(st.lists(st.one_of(SHARES, NOT_NAN), min_size=1, max_size=40), DELTA, BITS, BASE)
@@ -105,8 +106,8 @@ def test_fake_quantize_is_dequantize_of_quantize(values, delta, bits, base):
 
 @given(st.lists(SHARES, min_size=1, max_size=30), BITS, BASE)
 def test_gradient_is_one_inside_and_zero_where_clipped_or_flushed(values, bits, base):
-    x, delta = torch.tensor(values, requires_grad=True), torch.tensor(.9)
-    weight = torch.arange(1., len(values) + 1)
+    x, delta = torch.tensor(values, requires_grad=True), torch.tensor(0.9)
+    weight = torch.arange(1.0, len(values) + 1)
     (fake_log_quantize(x, delta, bits, base) * weight).sum().backward()
     raw = torch.round(-PER_OCTAVE[base] * torch.log2(x.detach() / delta))
     inside = (raw >= 0) & (raw <= 2**bits - 1)
@@ -115,33 +116,33 @@ def test_gradient_is_one_inside_and_zero_where_clipped_or_flushed(values, bits, 
 
 def test_gradient_stops_at_the_code_of_zero():
     # Raw codes 0, 3 (the last level) and 4: the last is flushed although it equals the code that stands for zero.
-    x = torch.tensor([1., 2.**-3, 2.**-4], requires_grad=True)
-    y = fake_log_quantize(x, torch.tensor(1.), 2, 'log2')
+    x = torch.tensor([1.0, 2.0**-3, 2.0**-4], requires_grad=True)
+    y = fake_log_quantize(x, torch.tensor(1.0), 2, 'log2')
     y.sum().backward()
-    assert y.tolist() == [1., .125, 0.] and x.grad.tolist() == [1., 1., 0.]
+    assert y.tolist() == [1.0, 0.125, 0.0] and x.grad.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_backward_keeps_one_byte_an_element():
     x = torch.rand(1000, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fake_log_quantize(x, torch.tensor(1.), 4, 'log_sqrt2')
+        fake_log_quantize(x, torch.tensor(1.0), 4, 'log_sqrt2')
     assert [(t.dtype, t.shape) for t in kept] == [(torch.bool, x.shape)]
 
 
 def test_nan_stays_nan_and_has_no_code():
-    x = torch.tensor([.5, float('nan'), 0.])
+    x = torch.tensor([0.5, float('nan'), 0.0])
     for grad in (False, True):
-        y = fake_log_quantize(x.clone().requires_grad_(grad), torch.tensor(1.), 4, 'log_sqrt2')
+        y = fake_log_quantize(x.clone().requires_grad_(grad), torch.tensor(1.0), 4, 'log_sqrt2')
         assert torch.isnan(y).tolist() == [False, True, False]
     with pytest.raises(DataError, match='NaN'):
-        log_quantize(x, torch.tensor(1.), 4, 'log_sqrt2')
+        log_quantize(x, torch.tensor(1.0), 4, 'log_sqrt2')
 
 
 @pytest.mark.parametrize('base', ['log2', 'log_sqrt2'])
 def test_computed_in_float32_also_under_autocast(base):
     x = torch.rand(1000).pow(3)
-    delta = torch.tensor(.91)
+    delta = torch.tensor(0.91)
     expected = fake_log_quantize(x, delta, 8, base)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert same_bits(fake_log_quantize(x, delta, 8, base), expected)
@@ -156,24 +157,28 @@ def test_computed_in_float32_also_under_autocast(base):
 def test_inputs_stay_as_they_are():
     x, codes = torch.rand(50), every_code(4).float()
     copies = x.clone(), codes.clone()
-    fake_log_quantize(x, torch.tensor(1.), 4, 'log2')
-    log_quantize(x, torch.tensor(1.), 4, 'log2')
-    log_dequantize(codes, torch.tensor(.5), 4, 'log2')
+    fake_log_quantize(x, torch.tensor(1.0), 4, 'log2')
+    log_quantize(x, torch.tensor(1.0), 4, 'log2')
+    log_dequantize(codes, torch.tensor(0.5), 4, 'log2')
     assert torch.equal(x, copies[0]) and torch.equal(codes, copies[1])
 
 
 def test_unknown_settings():
-    x, delta = torch.rand(3), torch.tensor(1.)
+    x, delta = torch.rand(3), torch.tensor(1.0)
     observer = LogObserver()
     observer.update(x)
-    for call in (lambda *setting: fake_log_quantize(x, delta, *setting), lambda *setting: log_quantize(x, delta, *setting),
-                 lambda *setting: log_dequantize(every_code(2), delta, *setting), observer.delta):
+    for call in (
+        lambda *setting: fake_log_quantize(x, delta, *setting),
+        lambda *setting: log_quantize(x, delta, *setting),
+        lambda *setting: log_dequantize(every_code(2), delta, *setting),
+        observer.delta,
+    ):
         with pytest.raises(SpecError, match="base 'ln'.*'log2', 'log_sqrt2'"):
             call(4, 'ln')
         with pytest.raises(SpecError, match='bits=1'):
             call(1, 'log2')
     with pytest.raises(SpecError, match='percentile 0.3'):
-        LogObserver(candidates=(.3, ))
+        LogObserver(candidates=(0.3,))
 
 
 def attention(kind, seed=0):
@@ -185,8 +190,8 @@ def attention(kind, seed=0):
     elif kind == 'masked':  # windows of a shifted Swin block: exact zeros
         logits[:, 20:] = -float('inf')
     elif kind == 'rare':  # mostly flat, a few rows on one key
-        logits *= .2
-        logits[::400, 3] = 20.
+        logits *= 0.2
+        logits[::400, 3] = 20.0
     elif kind == 'long':  # a ViT's many keys: most values are far below a bin
         logits = torch.randn(60, 2500, generator=generator) * 4
     return logits.softmax(1)
@@ -213,10 +218,10 @@ def test_delta_has_the_least_squared_error(kind, bits, base):
 
 def test_delta_depends_on_the_bits():
     # With few levels from the greatest value down, the many would be zero; with many levels the rare large ones count.
-    x = torch.cat([torch.rand(100_000) * .01, torch.full((30, ), .3)])
+    x = torch.cat([torch.rand(100_000) * 0.01, torch.full((30,), 0.3)])
     observer = LogObserver()
     observer.update(x)
-    assert observer.delta(2, 'log_sqrt2') < .02 and observer.delta(8, 'log_sqrt2') > .29
+    assert observer.delta(2, 'log_sqrt2') < 0.02 and observer.delta(8, 'log_sqrt2') > 0.29
 
 
 def test_delta_does_not_depend_on_batches_and_rows_left_out_take_no_part():
@@ -225,25 +230,27 @@ def test_delta_does_not_depend_on_batches_and_rows_left_out_take_no_part():
     whole.update(x)
     for batch in x.flip(0).split(77):
         parts.update(batch)
-    padded = torch.cat([x, torch.full((3, 49), 5.)]).view(1, -1, 49)
+    padded = torch.cat([x, torch.full((3, 49), 5.0)]).view(1, -1, 49)
     masked.update(padded, torch.arange(2003) < 2000)
     assert whole.delta(4, 'log_sqrt2') == parts.delta(4, 'log_sqrt2') == masked.delta(4, 'log_sqrt2')
 
 
-@pytest.mark.parametrize('value, delta', [(0., 1.), (-2., 1.), (.125, .125), (1e-39, torch.finfo(torch.float32).tiny)])
+@pytest.mark.parametrize(
+    'value, delta', [(0.0, 1.0), (-2.0, 1.0), (0.125, 0.125), (1e-39, torch.finfo(torch.float32).tiny)]
+)
 def test_constant_data_gives_a_usable_delta(value, delta):
     observer = LogObserver()
-    observer.update(torch.full((100, ), value))
+    observer.update(torch.full((100,), value))
     assert observer.delta(4, 'log_sqrt2') == delta
 
 
 def test_mostly_zeros():
     x = torch.zeros(100_000)
-    x[:5] = torch.tensor([.5, .4, .3, .2, .9])
-    observer = LogObserver(candidates=(.999, 1.0))
+    x[:5] = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.9])
+    observer = LogObserver(candidates=(0.999, 1.0))
     observer.update(x)
     assert observer.delta(4, 'log_sqrt2') == x.max()
-    observer = LogObserver(candidates=(.999, ))
+    observer = LogObserver(candidates=(0.999,))
     observer.update(x)
     assert observer.delta(4, 'log_sqrt2') > 0
 
@@ -255,4 +262,4 @@ def test_no_data_and_bad_data():
     with pytest.raises(NotCalibratedError, match='saw no data'):
         observer.delta(4, 'log2')
     with pytest.raises(DataError, match='NaN or infinity'):
-        observer.update(torch.tensor([.1, float('nan')]))
+        observer.update(torch.tensor([0.1, float('nan')]))

@@ -5,25 +5,33 @@ import torch
 from second_device import SecondDevice
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization import (AffineQuantizer, MinMaxObserver, MSEObserver, PercentileObserver, build_observer, choose_qparams,
-                                  fake_quantize, qrange)
+from psaq_mm.quantization import (
+    AffineQuantizer,
+    MinMaxObserver,
+    MSEObserver,
+    PercentileObserver,
+    build_observer,
+    choose_qparams,
+    fake_quantize,
+    qrange,
+)
 from psaq_mm.quantization.histograms import Histogram
 
 NAMES = ['minmax', 'percentile', 'mse']
-CANDIDATES = (.999, .9999, .99999, 1.0)
+CANDIDATES = (0.999, 0.9999, 0.99999, 1.0)
 
 
 def make_data(kind, n=60_000, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, generator=generator)
     if kind == 'heavy':
-        x = x / torch.rand(n, generator=generator).clamp(min=.02)
+        x = x / torch.rand(n, generator=generator).clamp(min=0.02)
     elif kind == 'outlier':
-        x[::20_000] = 300.
+        x[::20_000] = 300.0
     elif kind == 'one-sided':
-        x = torch.rand(n, generator=generator)**8
+        x = torch.rand(n, generator=generator) ** 8
     elif kind == 'zeros':
-        x = x.relu() * (torch.rand(n, generator=generator) < .02)
+        x = x.relu() * (torch.rand(n, generator=generator) < 0.02)
     elif kind == 'tiny':
         x = x * 1e-20
     return x
@@ -39,15 +47,15 @@ def error_of(x, low, high, bits, symmetric):
 
 def test_minmax_over_batches():
     observer = MinMaxObserver()
-    for batch in (torch.tensor([1., 2.]), torch.tensor([[-3.], [0.]]), torch.zeros(0)):
+    for batch in (torch.tensor([1.0, 2.0]), torch.tensor([[-3.0], [0.0]]), torch.zeros(0)):
         observer.update(batch)
-    assert [t.item() for t in observer.range(8, False)] == [-3., 2.]
+    assert [t.item() for t in observer.range(8, False)] == [-3.0, 2.0]
 
 
-@pytest.mark.parametrize('axis, low, high', [(0, [0., 3.], [2., 5.]), (1, [0., 1., 2.], [3., 4., 5.])])
+@pytest.mark.parametrize('axis, low, high', [(0, [0.0, 3.0], [2.0, 5.0]), (1, [0.0, 1.0, 2.0], [3.0, 4.0, 5.0])])
 def test_minmax_per_channel(axis, low, high):
     observer = MinMaxObserver(channel_axis=axis)
-    observer.update(torch.arange(6.).reshape(2, 3))
+    observer.update(torch.arange(6.0).reshape(2, 3))
     assert [t.tolist() for t in observer.range(8, False)] == [low, high]
 
 
@@ -70,7 +78,7 @@ def test_no_data_is_an_error_and_empty_data_is_none(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('value', [0., 3., -2.])
+@pytest.mark.parametrize('value', [0.0, 3.0, -2.0])
 @pytest.mark.parametrize('axis', [None, 0])
 def test_constant_data_gives_a_usable_range(name, value, axis):
     observer = build_observer(name, axis)
@@ -85,16 +93,16 @@ def test_unknown_observer_and_settings():
     with pytest.raises(SpecError, match="'histogram' is not known"):
         build_observer('histogram')
     with pytest.raises(SpecError, match='percentile 0.2'):
-        PercentileObserver(candidates=(.2, ))
+        PercentileObserver(candidates=(0.2,))
     with pytest.raises(SpecError, match='factor 1.5'):
-        MSEObserver(factors=(1.5, ))
+        MSEObserver(factors=(1.5,))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_rows_that_are_not_valid_take_no_part(name):
     x = torch.randn(6, 2, 4, 3)  # (windows of 2 images, heads, tokens, channels)
-    x[:, :, 3] = 100.
-    x[1::3, :, 0] = -100.
+    x[:, :, 3] = 100.0
+    x[1::3, :, 0] = -100.0
     valid = torch.ones(3, 1, 4, dtype=torch.bool)
     valid[:, :, 3] = False
     valid[1, :, 0] = False
@@ -109,14 +117,14 @@ def test_rows_that_are_not_valid_take_no_part(name):
 
 
 def test_valid_broadcasts_from_the_right_and_from_one():
-    x = torch.tensor([[[1.], [50.]], [[2.], [60.]]])
+    x = torch.tensor([[[1.0], [50.0]], [[2.0], [60.0]]])
     for mask in (torch.tensor([True, False]), torch.tensor([[True, False]])):
         observer = MinMaxObserver()
         observer.update(x, mask)
-        assert [t.item() for t in observer.range(8, False)] == [1., 2.]
+        assert [t.item() for t in observer.range(8, False)] == [1.0, 2.0]
     observer = MinMaxObserver()
     observer.update(x, torch.tensor([[False], [True]]))
-    assert [t.item() for t in observer.range(8, False)] == [2., 60.]
+    assert [t.item() for t in observer.range(8, False)] == [2.0, 60.0]
 
 
 def test_no_valid_row_is_no_data_but_hides_no_error_in_the_mask():
@@ -126,12 +134,12 @@ def test_no_valid_row_is_no_data_but_hides_no_error_in_the_mask():
     with pytest.raises(DataError, match='does not fit'):
         observer.update(torch.ones(2, 3), torch.tensor([True, True, False]))
     with pytest.raises(DataError, match='bool'):
-        observer.update(torch.ones(2, 3), torch.tensor([1., 0.]))
+        observer.update(torch.ones(2, 3), torch.tensor([1.0, 0.0]))
 
 
 def test_nan_in_a_row_that_takes_no_part_is_no_error():
     observer = MinMaxObserver()
-    observer.update(torch.tensor([[1.], [float('nan')]]), torch.tensor([True, False]))
+    observer.update(torch.tensor([[1.0], [float('nan')]]), torch.tensor([True, False]))
     assert observer.saw_data
 
 
@@ -142,7 +150,7 @@ def test_histogram_quantiles_are_within_a_bin_of_the_exact_ones(kind):
     observer.update(x)
     histogram = observer.data.histogram
     assert histogram.counts.sum() == x.numel()
-    q = [0., .00001, .001, .25, .5, .999, .9999, 1.]
+    q = [0.0, 0.00001, 0.001, 0.25, 0.5, 0.999, 0.9999, 1.0]
     # Between two data points torch interpolates and the histogram cannot: compare with the neighbours.
     ordered = x.sort().values.double()
     got = histogram.quantiles(q).double()
@@ -159,12 +167,14 @@ def test_histogram_error_is_the_error_on_the_data(kind, bits, symmetric):
     x = make_data(kind)
     observer = PercentileObserver()
     observer.update(x)
-    for p in (.999, 1.0):
+    for p in (0.999, 1.0):
         low, high = x.quantile(1 - p), x.quantile(p)
         exact = error_of(x, low, high, bits, symmetric)
-        got = observer.data.histogram.squared_error(*choose_qparams(low, high, bits, symmetric), *qrange(bits, symmetric)).item()
+        got = observer.data.histogram.squared_error(
+            *choose_qparams(low, high, bits, symmetric), *qrange(bits, symmetric)
+        ).item()
         within_bins = x.numel() * observer.data.histogram.width**2
-        assert abs(got - exact) <= .02 * exact + within_bins
+        assert abs(got - exact) <= 0.02 * exact + within_bins
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -180,7 +190,7 @@ def test_percentile_has_the_least_squared_error(kind, bits):
 
 def test_percentile_depends_on_the_bits():
     x = make_data('normal')
-    x[:4] = 30.
+    x[:4] = 30.0
     observer = PercentileObserver()
     observer.update(x)
     assert observer.range(4, False)[1] < 10 < observer.range(8, False)[1]
@@ -228,7 +238,7 @@ def test_memory_does_not_grow_with_the_images(name):
 def test_percentile_per_channel_is_exact(axis, bits, symmetric):
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(6, 5, 3000, generator=generator) / torch.rand(6, 5, 1, generator=generator)
-    w[2, 1, :3] = 1000.
+    w[2, 1, :3] = 1000.0
     observer = PercentileObserver(axis)
     observer.update(w)
     low, high = observer.range(bits, symmetric)
@@ -244,7 +254,7 @@ def test_percentile_per_channel_is_exact(axis, bits, symmetric):
 @pytest.mark.parametrize('symmetric', [True, False])
 def test_mse_takes_the_best_factor_of_each_channel(bits, symmetric):
     w = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
-    factors = (1.0, .9, .7, .5)
+    factors = (1.0, 0.9, 0.7, 0.5)
     observer = MSEObserver(channel_axis=0, factors=factors)
     observer.update(w)
     low, high = observer.range(bits, symmetric)
@@ -261,7 +271,8 @@ def test_mse_per_tensor_is_no_worse_than_minmax(kind):
     observer.update(x)
     for bits in (2, 4, 8):
         assert error_of(x, *observer.range(bits, False), bits, False) <= 1.001 * error_of(
-            x, x.min(), x.max(), bits, False)
+            x, x.min(), x.max(), bits, False
+        )
 
 
 def test_row_mask_per_channel_is_refused():
@@ -271,7 +282,7 @@ def test_row_mask_per_channel_is_refused():
 
 def test_a_histogram_that_is_asked_between_two_updates_sees_both():
     """What it keeps for the candidates of a search is of the counts as they are."""
-    first, second, scale = make_data('normal', 5000), make_data('normal', 5000, seed=1) * 30, torch.tensor(.1)
+    first, second, scale = make_data('normal', 5000), make_data('normal', 5000, seed=1) * 30, torch.tensor(0.1)
     asked, once = Histogram(), Histogram()
     asked.update(first)
     zero = torch.tensor(0, dtype=torch.int32)
@@ -302,8 +313,13 @@ def error_in_python(histogram, scale, zero_point, qmin, qmax):
 
 
 EXTREME = {
-    'constant': torch.full((9, ), 3.), 'zero': torch.zeros(4), 'negative and tiny': torch.full((3, ), -1e-30),
-    'as large as float32': torch.tensor([1e38, -3e38]), 'denormal': torch.tensor([1e-38, 1e-45]), 'far': torch.tensor([-1., 1e30])}
+    'constant': torch.full((9,), 3.0),
+    'zero': torch.zeros(4),
+    'negative and tiny': torch.full((3,), -1e-30),
+    'as large as float32': torch.tensor([1e38, -3e38]),
+    'denormal': torch.tensor([1e-38, 1e-45]),
+    'far': torch.tensor([-1.0, 1e30]),
+}
 
 
 @pytest.mark.parametrize('kind', [*KINDS, *EXTREME])
@@ -317,7 +333,9 @@ def test_the_range_is_the_one_of_a_search_candidate_by_candidate(name, kind):
         ends = qrange(bits, symmetric)
         best = []
         for low, high in zip(*whole._candidates()):
-            best.append((error_in_python(whole.data.histogram, *choose_qparams(low, high, bits, symmetric), *ends), low, high))
+            best.append(
+                (error_in_python(whole.data.histogram, *choose_qparams(low, high, bits, symmetric), *ends), low, high)
+            )
         least = min(best, key=lambda found: float(found[0]))  # the first of equals
         assert all(map(torch.equal, whole.range(bits, symmetric), least[1:]))
         for row, found in enumerate(zip(*channels.range(bits, symmetric))):
@@ -333,7 +351,9 @@ def test_the_range_is_the_one_of_a_search_candidate_by_candidate(name, kind):
 def test_a_search_hardly_waits_for_the_device(name, axis):
     with SecondDevice() as second:
         x = make_data('normal', 3000).view(3, 1000).cuda()
-        quantizer = AffineQuantizer(4, channel_axis=axis, num_channels=None if axis is None else 3, observer=name).cuda()
+        quantizer = AffineQuantizer(
+            4, channel_axis=axis, num_channels=None if axis is None else 3, observer=name
+        ).cuda()
         for batch in range(2):
             quantizer._observe(x)
         assert len(second.waits) <= 4, second.waits

@@ -8,27 +8,33 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization.channel_observers import (ChannelMinMaxObserver, ChannelMSEObserver, ChannelPercentileObserver,
-                                                    build_channel_observer, channel_qparams)
+from psaq_mm.quantization.channel_observers import (
+    ChannelMinMaxObserver,
+    ChannelMSEObserver,
+    ChannelPercentileObserver,
+    build_channel_observer,
+    channel_qparams,
+)
 from psaq_mm.quantization.histograms import ChannelHistogram, Distribution
 
 NAMES = ['minmax', 'percentile', 'mse']
-CANDIDATES = (1.0, .99999, .9999, .999)
-Q = [0., 1e-5, 1e-4, .001, .25, .5, .75, .999, .9999, .99999, 1.]
+CANDIDATES = (1.0, 0.99999, 0.9999, 0.999)
+Q = [0.0, 1e-5, 1e-4, 0.001, 0.25, 0.5, 0.75, 0.999, 0.9999, 0.99999, 1.0]
 
 
 def make_tokens(n=20_000, seed=0):
-    """A kind of channel each: around 0, far from 0, heavy tails, an outlier, mostly 0, tiny, huge, one-sided, uniform."""
+    """A kind of channel each: around 0, far from 0, heavy tails, an outlier, mostly 0, tiny, huge, one-sided,
+    uniform."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 9, generator=generator)
     u = torch.rand(n, 9, generator=generator)
-    x[:, 1] = x[:, 1] * .25 - 1000.
-    x[:, 2] /= u[:, 2].clamp(min=.01)
-    x[7, 3] = 300.
-    x[:, 4] = x[:, 4].relu() * (u[:, 4] < .02)
+    x[:, 1] = x[:, 1] * 0.25 - 1000.0
+    x[:, 2] /= u[:, 2].clamp(min=0.01)
+    x[7, 3] = 300.0
+    x[:, 4] = x[:, 4].relu() * (u[:, 4] < 0.02)
     x[:, 5] *= 1e-20
     x[:, 6] = x[:, 6] * 1e30 + 1e31
-    x[:, 7] = u[:, 7]**8
+    x[:, 7] = u[:, 7] ** 8
     x[:, 8] = u[:, 8] * 3 + 2
     return x
 
@@ -102,22 +108,25 @@ def test_squared_error_is_the_one_on_the_data(bits):
         levels = (torch.arange(2**bits) - zero_point[:, None]) * step
         got = values.squared_error(levels[:, :-1] + step / 2, levels)
         usable = high > low
-        near = .03 * exact + len(x) * width_of(histogram)**2
+        near = 0.03 * exact + len(x) * width_of(histogram) ** 2
         assert ((got - exact).abs() <= near)[usable].all()
 
 
-@given(st.lists(st.integers(0, 9), min_size=8, max_size=8).filter(any),
-       st.lists(st.floats(-3, 11), min_size=1, max_size=6), st.integers(-5, 5))
+@given(
+    st.lists(st.integers(0, 9), min_size=8, max_size=8).filter(any),
+    st.lists(st.floats(-3, 11), min_size=1, max_size=6),
+    st.integers(-5, 5),
+)
 def test_squared_error_of_evenly_spread_values(counts, edges, start):
     """Against the integral over every piece of a bin that has one level, for levels anywhere."""
     edges = [edge + start for edge in sorted(edges)]
-    levels = [edges[0] - .3] + [edge + .2 for edge in edges]
-    expected = 0.
+    levels = [edges[0] - 0.3] + [edge + 0.2 for edge in edges]
+    expected = 0.0
     for left, count in enumerate(counts, start):
         for lower, upper, level in zip([-9e9] + edges, edges + [9e9], levels):
             a, b = max(lower, left), min(upper, left + 1)
             if a < b:
-                expected += count * ((b - level)**3 - (a - level)**3) / 3
+                expected += count * ((b - level) ** 3 - (a - level) ** 3) / 3
     start, width = torch.tensor([start, 1], dtype=torch.float64)[:, None]
     values = Distribution(torch.tensor([counts]), start, width, start, start + 8)
     got = values.squared_error(*(torch.tensor([x], dtype=torch.float64) for x in (edges, levels)))
@@ -125,7 +134,8 @@ def test_squared_error_of_evenly_spread_values(counts, edges, start):
 
 
 FLOATS = st.one_of(
-    st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False), st.floats(-4, 4, width=32))
+    st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False), st.floats(-4, 4, width=32)
+)
 
 
 def test_a_tiny_negative_value_beside_a_huge_one_keeps_its_side():
@@ -137,7 +147,7 @@ def test_a_tiny_negative_value_beside_a_huge_one_keeps_its_side():
 
 @given(st.lists(st.tuples(FLOATS, FLOATS), min_size=1, max_size=30), st.randoms(use_true_random=False))
 @settings(max_examples=150)
-@example([(0., 0.), (0., -2.**-14)], Random(0))
+@example([(0.0, 0.0), (0.0, -(2.0**-14))], Random(0))
 def test_outcome_does_not_depend_on_order_or_batches(rows, random):
     x = torch.tensor(rows)
     whole = histogram_of([x])
@@ -150,7 +160,7 @@ def test_outcome_does_not_depend_on_order_or_batches(rows, random):
         bins = [histogram.counts[channel].nonzero() for histogram in (whole, parts)]
         assert torch.equal(bins[0] + whole.start[channel], bins[1] + parts.start[channel])
         assert torch.equal(whole.counts[channel][bins[0]], parts.counts[channel][bins[1]])
-    q = [0., .01, .5, .99, 1.]
+    q = [0.0, 0.01, 0.5, 0.99, 1.0]
     assert torch.equal(quantiles_of(whole, q), quantiles_of(parts, q))
 
 
@@ -176,7 +186,7 @@ def test_chunks_do_not_matter(monkeypatch, chunk, channels):
 
 
 def test_counts_beyond_int32():
-    histogram = histogram_of([torch.tensor([[1.], [2.]])])
+    histogram = histogram_of([torch.tensor([[1.0], [2.0]])])
     histogram.counts *= 2**29
     histogram.rows *= 2**29
     histogram.update(torch.ones(2**20, 1))
@@ -194,7 +204,7 @@ def test_percentile_has_the_least_squared_error(bits):
     for batch in x.view(10, 40, 50, 9):
         observer.update(batch)
     scale, zero_point = observer.qparams(bits)
-    best = torch.full((9, ), torch.inf, dtype=torch.float64)
+    best = torch.full((9,), torch.inf, dtype=torch.float64)
     for low, high in exact_ranges(x):
         error = errors_of(x, *channel_qparams(low, torch.maximum(high, low), bits), bits)
         best = torch.where(high > low, torch.minimum(best, error), best)
@@ -203,10 +213,10 @@ def test_percentile_has_the_least_squared_error(bits):
 
 def test_percentile_gives_the_scale_of_the_exact_search():
     x = make_tokens()[:, [0, 1, 7, 8]]
-    observer = ChannelPercentileObserver(candidates=(.999, ))
+    observer = ChannelPercentileObserver(candidates=(0.999,))
     observer.update(x)
     wide = x.double()
-    low, high = wide.quantile(1 - .999, dim=0), wide.quantile(.999, dim=0)
+    low, high = wide.quantile(1 - 0.999, dim=0), wide.quantile(0.999, dim=0)
     scale, zero_point = observer.qparams(4)
     within = 2 * width_of(observer.histogram) / 15
     assert ((scale - (high - low) / 15).abs() <= within * 1.001).all()
@@ -215,7 +225,7 @@ def test_percentile_gives_the_scale_of_the_exact_search():
 
 def test_candidate_is_chosen_channel_by_channel_and_by_bits():
     x = make_tokens()[:, [0, 0]]
-    x[:4, 1] = 30.
+    x[:4, 1] = 30.0
     observer = ChannelPercentileObserver()
     observer.update(x)
     (a4, b4), (a8, b8) = observer.qparams(4)[0], observer.qparams(8)[0]
@@ -225,7 +235,7 @@ def test_candidate_is_chosen_channel_by_channel_and_by_bits():
 @pytest.mark.parametrize('bits', [2, 4, 8])
 def test_mse_takes_the_best_factor_around_the_middle(bits):
     x = make_tokens(3_000)
-    factors = (1.0, .9, .7, .5)
+    factors = (1.0, 0.9, 0.7, 0.5)
     observer = ChannelMSEObserver(factors)
     observer.update(x)
     errors = []
@@ -238,11 +248,11 @@ def test_mse_takes_the_best_factor_around_the_middle(bits):
 
 def test_minmax_puts_the_ends_on_the_first_and_the_last_code():
     observer = ChannelMinMaxObserver()
-    for batch in (torch.tensor([[5., -1.], [5.5, 0.]]), torch.tensor([[[6.5, 2.]]]), torch.zeros(0, 2)):
+    for batch in (torch.tensor([[5.0, -1.0], [5.5, 0.0]]), torch.tensor([[[6.5, 2.0]]]), torch.zeros(0, 2)):
         observer.update(batch)
-    assert observer.low.tolist() == [5., -1.] and observer.high.tolist() == [6.5, 2.]
+    assert observer.low.tolist() == [5.0, -1.0] and observer.high.tolist() == [6.5, 2.0]
     scale, zero_point = observer.qparams(2)
-    assert scale.tolist() == [.5, 1.] and zero_point.tolist() == [-10, 1]
+    assert scale.tolist() == [0.5, 1.0] and zero_point.tolist() == [-10, 1]
     assert scale.dtype == torch.float32 and zero_point.dtype == torch.int64
 
 
@@ -261,7 +271,7 @@ def test_qparams_are_usable_for_every_range(ends, bits):
 @pytest.mark.parametrize('name', NAMES)
 def test_constant_channels_are_reported_and_exact(name):
     x = make_tokens(1000)[:, :4].clone()
-    x[:, 1:4] = torch.tensor([0., 3.7, -1e-8])
+    x[:, 1:4] = torch.tensor([0.0, 3.7, -1e-8])
     observer = build_channel_observer(name)
     for batch in x.split(300):
         observer.update(batch)
@@ -272,9 +282,9 @@ def test_constant_channels_are_reported_and_exact(name):
 
 
 def test_a_quantile_range_of_one_value_is_never_chosen():
-    x = torch.full((10_000, 1), 2.)
-    x[5] = 1.
-    for candidates in (CANDIDATES, (.999, )):  # the quantiles of .999 are both 2
+    x = torch.full((10_000, 1), 2.0)
+    x[5] = 1.0
+    for candidates in (CANDIDATES, (0.999,)):  # the quantiles of .999 are both 2
         observer = ChannelPercentileObserver(candidates)
         observer.update(x)
         scale, zero_point = observer.qparams(4)
@@ -285,7 +295,7 @@ def test_a_quantile_range_of_one_value_is_never_chosen():
 @pytest.mark.parametrize('name', NAMES)
 def test_rows_that_are_not_valid_take_no_part(name):
     x = torch.randn(6, 4, 3)  # (windows of 2 images, tokens, channels)
-    x[:, 3] = 100.
+    x[:, 3] = 100.0
     x[1::3, 0] = float('nan')
     valid = torch.ones(3, 4, dtype=torch.bool)
     valid[:, 3] = False
@@ -314,7 +324,7 @@ def test_half_precision_and_one_row(name):
     floats.update(x.float())
     floats.update(x[:1].float())
     for got, wanted in zip(halves.qparams(4), floats.qparams(4)):
-        assert torch.equal(got, wanted) and got.shape == (3, )
+        assert torch.equal(got, wanted) and got.shape == (3,)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -336,7 +346,7 @@ def test_errors_name_the_way_out(name):
     with pytest.raises(DataError, match='4 channels .* 3'):
         observer.update(torch.ones(5, 4))
     with pytest.raises(DataError, match='last dimension'):
-        observer.update(torch.tensor(1.))
+        observer.update(torch.tensor(1.0))
     with pytest.raises(SpecError, match='bits=9'):
         observer.qparams(9)
 
@@ -345,9 +355,9 @@ def test_unknown_observer_and_settings():
     with pytest.raises(SpecError, match="'histogram' is not known"):
         build_channel_observer('histogram')
     with pytest.raises(SpecError, match='percentile 0.2'):
-        ChannelPercentileObserver(candidates=(.2, ))
+        ChannelPercentileObserver(candidates=(0.2,))
     with pytest.raises(SpecError, match='factor 1.5'):
-        ChannelMSEObserver(factors=(1.5, ))
+        ChannelMSEObserver(factors=(1.5,))
 
 
 def tensor_bytes(thing):

@@ -1,4 +1,5 @@
 """Products of quantized values in full float32: TF32, emulated on the CPU, is off where it would change them."""
+
 import pytest
 import torch
 from tf32 import shortened, tf32  # noqa: F401
@@ -12,8 +13,8 @@ def allowed():
 
 
 def test_the_emulation_rounds_as_a_card_does():
-    x = torch.tensor([1., 1 + 2**-10, 1 + 2**-11 + 2**-20, 1 + 2**-12, -3.1415927, 0.])
-    assert torch.equal(shortened(x), torch.tensor([1., 1 + 2**-10, 1 + 2**-10, 1., -3.140625, 0.]))
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11 + 2**-20, 1 + 2**-12, -3.1415927, 0.0])
+    assert torch.equal(shortened(x), torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -3.140625, 0.0]))
 
 
 @pytest.mark.parametrize('before', [(True, 'high'), (True, 'highest'), (False, 'medium'), (False, 'highest')])
@@ -38,10 +39,15 @@ def test_a_quantized_model_multiplies_its_codes_and_nothing_else(tf32):  # noqa:
     assert isinstance(layer, QuantConv2d)
 
     def centred(x, quantizer, shape):
-        codes = quantize(x, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, quantizer.channel_axis)
+        codes = quantize(
+            x, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, quantizer.channel_axis
+        )
         return (codes - quantizer.zero_point.view(shape)).double()
 
-    codes, weights = centred(images, layer.input_quantizer, ()), centred(layer.weight, layer.weight_quantizer, (-1, 1, 1, 1))
+    codes, weights = (
+        centred(images, layer.input_quantizer, ()),
+        centred(layer.weight, layer.weight_quantizer, (-1, 1, 1, 1)),
+    )
     sums = torch.conv2d(codes, weights)  # of integers: exact
     scale = layer.input_quantizer.scale.double() * layer.weight_quantizer.scale.double().view(-1, 1, 1)
     expected = sums * scale + layer.bias.double().view(-1, 1, 1)

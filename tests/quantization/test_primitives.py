@@ -28,7 +28,7 @@ def qparams_of(ends, bits, symmetric):
 @pytest.mark.parametrize('bits', range(2, 9))
 def test_qrange_has_two_to_the_bits_codes(bits):
     assert qrange(bits, False) == (0, 2**bits - 1)
-    assert qrange(bits, True) == (-2**(bits - 1), 2**(bits - 1) - 1)
+    assert qrange(bits, True) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 @pytest.mark.parametrize('bits', [1, 9, 0, -4, 4.0, '8', None, True])
@@ -63,16 +63,16 @@ def test_values_inside_the_range_are_at_most_one_step_off(ends, bits, share):
 
 
 def test_known_qparams():
-    scale, zero_point = choose_qparams(torch.tensor(-1.), torch.tensor(2.), 2, symmetric=False)
+    scale, zero_point = choose_qparams(torch.tensor(-1.0), torch.tensor(2.0), 2, symmetric=False)
     assert (scale.item(), zero_point.item()) == (1.0, 1)
-    scale, zero_point = choose_qparams(torch.tensor([-1., -14.]), torch.tensor([7., 3.5]), 4, symmetric=True)
+    scale, zero_point = choose_qparams(torch.tensor([-1.0, -14.0]), torch.tensor([7.0, 3.5]), 4, symmetric=True)
     assert scale.tolist() == [1.0, 2.0] and zero_point.tolist() == [0, 0]
 
 
 def test_range_is_widened_to_zero():
-    scale, zero_point = choose_qparams(torch.tensor([3., -5.]), torch.tensor([255., -1.]), 8, symmetric=False)
+    scale, zero_point = choose_qparams(torch.tensor([3.0, -5.0]), torch.tensor([255.0, -1.0]), 8, symmetric=False)
     assert zero_point.tolist() == [0, 255]
-    torch.testing.assert_close(scale, torch.tensor([1., 5 / 255]), rtol=0, atol=0)
+    torch.testing.assert_close(scale, torch.tensor([1.0, 5 / 255]), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('symmetric', [True, False])
@@ -87,12 +87,15 @@ def test_full_float_range_does_not_overflow():
     assert math.isclose(scale.item(), big * 2 / 3, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize('low, high, message', [
-    (math.nan, 1., 'NaN'),
-    (0., math.inf, 'infinity'),
-    (-math.inf, 0., 'infinity'),
-    (1., 0., 'upside down'),
-])
+@pytest.mark.parametrize(
+    'low, high, message',
+    [
+        (math.nan, 1.0, 'NaN'),
+        (0.0, math.inf, 'infinity'),
+        (-math.inf, 0.0, 'infinity'),
+        (1.0, 0.0, 'upside down'),
+    ],
+)
 def test_bad_ranges_are_refused(low, high, message):
     with pytest.raises(DataError, match=message):
         choose_qparams(torch.tensor(low), torch.tensor(high), 8, False)
@@ -122,7 +125,7 @@ def test_fake_quantize_is_dequantize_of_quantize_per_channel(axis, symmetric):
     x = torch.randn(5, 6, 7, generator=generator) * 3
     channels = x.transpose(0, axis).flatten(1)
     for bits in range(2, 9):
-        qparams = choose_qparams(channels.amin(1) * .7, channels.amax(1) * .7, bits, symmetric)
+        qparams = choose_qparams(channels.amin(1) * 0.7, channels.amax(1) * 0.7, bits, symmetric)
         codes = qrange(bits, symmetric)
         got = fake_quantize(x, *qparams, *codes, axis=axis)
         assert same_bits(got, dequantize(quantize(x, *qparams, *codes, axis=axis), *qparams, axis=axis))
@@ -138,10 +141,12 @@ def onnx_codes(x, scale, zero_point, axis=None):
     attributes = {} if axis is None else dict(axis=axis)
     out = {np.dtype('uint8'): proto.UINT8, np.dtype('int8'): proto.INT8}[zero_point.dtype]
     graph = helper.make_graph(
-        [helper.make_node('QuantizeLinear', ['x', 's', 'z'], ['y'], **attributes)], 'g',
+        [helper.make_node('QuantizeLinear', ['x', 's', 'z'], ['y'], **attributes)],
+        'g',
         [helper.make_tensor_value_info('x', proto.FLOAT, x.shape)],
         [helper.make_tensor_value_info('y', out, x.shape)],
-        [onnx.numpy_helper.from_array(scale, 's'), onnx.numpy_helper.from_array(zero_point, 'z')])
+        [onnx.numpy_helper.from_array(scale, 's'), onnx.numpy_helper.from_array(zero_point, 'z')],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 13)], ir_version=8)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
@@ -153,9 +158,9 @@ def onnx_codes(x, scale, zero_point, axis=None):
 def test_codes_are_those_of_onnxruntime(symmetric, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(50_000, generator=generator) * 2
-    scale, zero_point = choose_qparams(x.quantile(.01), x.quantile(.99), 8, symmetric)
+    scale, zero_point = choose_qparams(x.quantile(0.01), x.quantile(0.99), 8, symmetric)
     # Many exact ties and their neighbours, where a multiplication by 1 / scale would go wrong.
-    ties = (torch.arange(-400, 400) + .5) * scale
+    ties = (torch.arange(-400, 400) + 0.5) * scale
     x = torch.cat([x, ties, torch.nextafter(ties, torch.tensor(9e9)), torch.nextafter(ties, torch.tensor(-9e9))])
     expected = onnx_codes(x.numpy(), scale.numpy(), zero_point.numpy().astype(np.int8 if symmetric else np.uint8))
     got = quantize(x, scale, zero_point, *qrange(8, symmetric))
@@ -173,15 +178,16 @@ def test_per_channel_codes_are_those_of_onnxruntime():
 
 def test_division_differs_from_multiplication_by_the_inverse():
     """The reason for the division: if this held for no value, the test above would show nothing."""
-    scale, zero_point = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + .01, torch.zeros(1000).int()
-    x = (torch.arange(0, 200) + .5) * scale[:, None]
+    scale, zero_point = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 0.01, torch.zeros(1000).int()
+    x = (torch.arange(0, 200) + 0.5) * scale[:, None]
     multiplied = torch.round(x * (1 / scale[:, None])).int()
     assert not torch.equal(quantize(x, scale, zero_point, 0, 255, axis=0), multiplied)
 
 
 def test_qparams_agree_with_torch_ao():
     from torch.ao.quantization import MinMaxObserver, PerChannelMinMaxObserver
-    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) + .3
+
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) + 0.3
     theirs = MinMaxObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine)
     theirs(x)
     scale, zero_point = theirs.calculate_qparams()
@@ -199,7 +205,7 @@ def test_qparams_agree_with_torch_ao():
 def test_values_and_gradient_agree_with_torch_fused():
     x = torch.randn(10_000, generator=torch.Generator().manual_seed(1)) * 2
     # A power of two has an exact inverse, so the fused operator's multiplication gives the same codes.
-    scale, zero_point = torch.tensor(2.**-6), torch.tensor(100, dtype=torch.int32)
+    scale, zero_point = torch.tensor(2.0**-6), torch.tensor(100, dtype=torch.int32)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     a = fake_quantize(ours, scale, zero_point, 0, 255)
     b = torch.fake_quantize_per_tensor_affine(theirs, scale, zero_point, 0, 255)
@@ -213,7 +219,7 @@ def test_values_and_gradient_agree_with_torch_fused():
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=30), BITS, st.booleans())
 def test_gradient_is_one_inside_and_zero_where_clipped(values, bits, symmetric):
-    scale, zero_point = qparams_of((-20., 30.), bits, symmetric)
+    scale, zero_point = qparams_of((-20.0, 30.0), bits, symmetric)
     qmin, qmax = qrange(bits, symmetric)
     x = torch.tensor(values, requires_grad=True)
     fake_quantize(x, scale, zero_point, qmin, qmax).sum().backward()
@@ -222,13 +228,13 @@ def test_gradient_is_one_inside_and_zero_where_clipped(values, bits, symmetric):
 
 
 def test_gradient_per_channel_and_second_order():
-    x = torch.tensor([[-3., .2, 9.], [-3., .2, 9.]], requires_grad=True)
-    scale, zero_point = torch.tensor([1., 2.]), torch.tensor([0, 2], dtype=torch.int32)
+    x = torch.tensor([[-3.0, 0.2, 9.0], [-3.0, 0.2, 9.0]], requires_grad=True)
+    scale, zero_point = torch.tensor([1.0, 2.0]), torch.tensor([0, 2], dtype=torch.int32)
     y = fake_quantize(x, scale, zero_point, 0, 7, axis=0)
-    grad, = torch.autograd.grad((y**2).sum(), x, create_graph=True)
-    assert torch.equal(grad, 2 * y * torch.tensor([[0, 1, 0], [1, 1, 1.]]))
+    (grad,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    assert torch.equal(grad, 2 * y * torch.tensor([[0, 1, 0], [1, 1, 1.0]]))
     grad.sum().backward()
-    assert torch.equal(x.grad, torch.tensor([[0, 2, 0], [2, 2, 2.]]))
+    assert torch.equal(x.grad, torch.tensor([[0, 2, 0], [2, 2, 2.0]]))
 
 
 def kept_bytes(y):
@@ -249,7 +255,7 @@ def test_backward_keeps_nothing_where_nothing_is_clipped_and_else_no_more_than_a
     y.sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
     with torch.no_grad():
-        x[5, 7] = 100.
+        x[5, 7] = 100.0
     assert 0 < kept_bytes(fake_quantize(x, scale, zero_point, 0, 255, axis)) < 2 * 1024
     assert kept_bytes(fake_quantize(x, scale / 50, zero_point, 0, 255, axis)) <= x.numel() + 8 * 64
 
@@ -267,7 +273,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize('view', VIEWS)
-@pytest.mark.parametrize('scale', [.02, .003])
+@pytest.mark.parametrize('scale', [0.02, 0.003])
 def test_memory_layout_and_chunks_change_neither_codes_nor_gradients(view, scale, monkeypatch):
     monkeypatch.setattr(primitives, '_CHUNK', 4096)
     values = torch.randn(3, 8, 6, 256, generator=torch.Generator().manual_seed(0))
@@ -285,28 +291,30 @@ def test_memory_layout_and_chunks_change_neither_codes_nor_gradients(view, scale
 
 
 def test_nan_has_no_gradient_and_its_neighbours_have():
-    x = torch.tensor([.1, math.nan, .2]).requires_grad_()
-    fake_quantize(x, torch.tensor(.1), torch.tensor(0, dtype=torch.int32), 0, 15).backward(torch.tensor([1., 2., 3.]))
-    assert x.grad.tolist() == [1., 0., 3.]
+    x = torch.tensor([0.1, math.nan, 0.2]).requires_grad_()
+    fake_quantize(x, torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), 0, 15).backward(
+        torch.tensor([1.0, 2.0, 3.0])
+    )
+    assert x.grad.tolist() == [1.0, 0.0, 3.0]
 
 
 def test_incoming_gradients_are_left_as_they_are():
-    x, grad = torch.tensor([.1, 9.], requires_grad=True), torch.tensor([1., 2.])
-    fake_quantize(x, torch.tensor(.1), torch.tensor(0, dtype=torch.int32), 0, 15).backward(grad)
-    assert grad.tolist() == [1., 2.] and x.grad.tolist() == [1., 0.]
+    x, grad = torch.tensor([0.1, 9.0], requires_grad=True), torch.tensor([1.0, 2.0])
+    fake_quantize(x, torch.tensor(0.1), torch.tensor(0, dtype=torch.int32), 0, 15).backward(grad)
+    assert grad.tolist() == [1.0, 2.0] and x.grad.tolist() == [1.0, 0.0]
 
 
 def test_input_is_not_changed_and_layout_is_kept():
     x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     before = x.clone()
-    y = fake_quantize(x, torch.tensor(.1), torch.tensor(3, dtype=torch.int32), 0, 255)
+    y = fake_quantize(x, torch.tensor(0.1), torch.tensor(3, dtype=torch.int32), 0, 255)
     assert torch.equal(x, before) and y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_computed_in_float32(dtype):
     x = torch.randn(500, generator=torch.Generator().manual_seed(0)).to(dtype)
-    scale, zero_point = torch.tensor(.013), torch.tensor(128, dtype=torch.int32)
+    scale, zero_point = torch.tensor(0.013), torch.tensor(128, dtype=torch.int32)
     y = fake_quantize(x, scale, zero_point, 0, 255)
     assert y.dtype == dtype
     assert torch.equal(y, dequantize(quantize(x, scale, zero_point, 0, 255), scale, zero_point).to(dtype))
@@ -314,25 +322,25 @@ def test_other_dtypes_are_computed_in_float32(dtype):
 
 def test_autocast_changes_nothing():
     x = torch.randn(500, requires_grad=True)
-    scale, zero_point = torch.tensor(.013), torch.tensor(128, dtype=torch.int32)
+    scale, zero_point = torch.tensor(0.013), torch.tensor(128, dtype=torch.int32)
     plain = fake_quantize(x, scale, zero_point, 0, 255)
     with torch.autocast('cpu', torch.bfloat16):
         assert same_bits(fake_quantize(x, scale, zero_point, 0, 255).detach(), plain.detach())
 
 
 def test_nan_and_infinity():
-    scale, zero_point = torch.tensor(.5), torch.tensor(3, dtype=torch.int32)
+    scale, zero_point = torch.tensor(0.5), torch.tensor(3, dtype=torch.int32)
     x = torch.tensor([math.inf, -math.inf])
     assert quantize(x, scale, zero_point, 0, 15).tolist() == [15, 0]
-    assert fake_quantize(x, scale, zero_point, 0, 15).tolist() == [6., -1.5]
+    assert fake_quantize(x, scale, zero_point, 0, 15).tolist() == [6.0, -1.5]
     assert torch.isnan(fake_quantize(torch.tensor(math.nan), scale, zero_point, 0, 15))
     with pytest.raises(DataError, match='NaN'):
-        quantize(torch.tensor([1., math.nan]), scale, zero_point, 0, 15)
+        quantize(torch.tensor([1.0, math.nan]), scale, zero_point, 0, 15)
 
 
 def test_empty_tensors_pass():
     x = torch.zeros(0, 4, requires_grad=True)
-    y = fake_quantize(x, torch.tensor(1.), torch.tensor(0, dtype=torch.int32), 0, 15)
+    y = fake_quantize(x, torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), 0, 15)
     y.sum().backward()
     assert y.shape == (0, 4) and x.grad.shape == (0, 4)
 

@@ -12,7 +12,7 @@ from psaq_mm.quantization import AffineQuantizer, LogQuantizer, choose_qparams, 
 
 def calibrated(bits=8, **kwargs):
     quantizer = AffineQuantizer(bits, **kwargs)
-    quantizer.calibrate_from(torch.tensor([-1., 2.]))
+    quantizer.calibrate_from(torch.tensor([-1.0, 2.0]))
     return quantizer
 
 
@@ -44,7 +44,7 @@ def test_observing_sets_the_range(bits, symmetric):
 def test_observing_starts_over():
     quantizer = calibrated()
     quantizer.begin_observing()
-    quantizer(torch.tensor([0., 255.]))
+    quantizer(torch.tensor([0.0, 255.0]))
     quantizer.finish_observing()
     assert quantizer.scale == 1
 
@@ -64,7 +64,7 @@ def test_bad_data_names_the_quantizer():
     quantizer = AffineQuantizer(8)
     quantizer.name = 'head'
     with pytest.raises(DataError, match="'head'.*NaN"):
-        quantizer.calibrate_from(torch.tensor([1., float('nan')]))
+        quantizer.calibrate_from(torch.tensor([1.0, float('nan')]))
     with pytest.raises(DataError, match="'head'.*no value"):
         quantizer.calibrate_from(torch.zeros(0))
 
@@ -72,7 +72,7 @@ def test_bad_data_names_the_quantizer():
 def test_valid_rows_reach_the_observer():
     quantizer = AffineQuantizer(8)
     quantizer.begin_observing()
-    quantizer(torch.tensor([[255.], [900.]]), torch.tensor([True, False]))
+    quantizer(torch.tensor([[255.0], [900.0]]), torch.tensor([True, False]))
     quantizer.finish_observing()
     assert quantizer.scale == 1
 
@@ -90,12 +90,15 @@ def test_unknown_mode():
         quantizer(torch.zeros(1))
 
 
-@pytest.mark.parametrize('scale, zero_point, message', [
-    (torch.ones(2), torch.zeros(2), 'shape'),
-    (torch.tensor(0.), torch.tensor(0), 'positive'),
-    (torch.tensor(float('nan')), torch.tensor(0), 'positive'),
-    (torch.tensor(1.), torch.tensor(256), 'zero points from 0 to 255'),
-])
+@pytest.mark.parametrize(
+    'scale, zero_point, message',
+    [
+        (torch.ones(2), torch.zeros(2), 'shape'),
+        (torch.tensor(0.0), torch.tensor(0), 'positive'),
+        (torch.tensor(float('nan')), torch.tensor(0), 'positive'),
+        (torch.tensor(1.0), torch.tensor(256), 'zero points from 0 to 255'),
+    ],
+)
 def test_set_qparams_refuses_what_does_not_fit(scale, zero_point, message):
     with pytest.raises(DataError, match=message):
         AffineQuantizer(8).set_qparams(scale, zero_point)
@@ -145,7 +148,7 @@ def test_copies_are_independent(copier):
     twin = copier(quantizer)
     x = torch.randn(10)
     assert torch.equal(twin(x), quantizer(x))
-    twin.set_qparams(torch.tensor(1.), torch.tensor(0))
+    twin.set_qparams(torch.tensor(1.0), torch.tensor(0))
     assert quantizer.scale != 1
 
 
@@ -173,23 +176,28 @@ def test_device_gives_the_same_values():
 
 
 # ---------------------------------------------------------------------- the kind of a state
-KINDS = {'affine': lambda: AffineQuantizer(4), 'log2': lambda: LogQuantizer(4, 'log2'), 'log_sqrt2': lambda: LogQuantizer(4, 'log_sqrt2')}
+KINDS = {
+    'affine': lambda: AffineQuantizer(4),
+    'log2': lambda: LogQuantizer(4, 'log2'),
+    'log_sqrt2': lambda: LogQuantizer(4, 'log_sqrt2'),
+}
 
 
 def of_kind(kind):
     quantizer = KINDS[kind]()
     quantizer.name = 'matmul_av.lhs_quantizer'
-    quantizer.calibrate_from(torch.tensor([0., .2, 1.]))
+    quantizer.calibrate_from(torch.tensor([0.0, 0.2, 1.0]))
     return quantizer
 
 
-@pytest.mark.parametrize('loader', [lambda q, state: q.load_state_dict(state),
-                                    lambda q, state: q.load_state_dict(dict(state), strict=False)])
+@pytest.mark.parametrize(
+    'loader', [lambda q, state: q.load_state_dict(state), lambda q, state: q.load_state_dict(dict(state), strict=False)]
+)
 @pytest.mark.parametrize('source', KINDS)
 @pytest.mark.parametrize('target', KINDS)
 def test_a_state_of_another_kind_is_refused_and_leaves_the_quantizer_uncalibrated(source, target, loader):
     saved, quantizer = of_kind(source), of_kind(target)
-    x = torch.tensor([.05, .25, .9])
+    x = torch.tensor([0.05, 0.25, 0.9])
     if source == target:
         loader(quantizer, saved.state_dict())
         assert torch.equal(quantizer(x), saved(x))
@@ -203,7 +211,7 @@ def test_a_state_of_another_kind_is_refused_and_leaves_the_quantizer_uncalibrate
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('assign', [False, True])
 def test_states_of_before_kinds_were_told_apart_load_and_are_marked_from_then_on(kind, assign):
-    saved, quantizer, x = of_kind(kind), KINDS[kind](), torch.tensor([.05, .25, .9])
+    saved, quantizer, x = of_kind(kind), KINDS[kind](), torch.tensor([0.05, 0.25, 0.9])
     state = saved.state_dict()
     old = {**state, 'calibrated': torch.tensor(True)}  # what it was: a bool
     assert not quantizer.load_state_dict(old, assign=assign).missing_keys
@@ -217,7 +225,9 @@ def test_states_of_before_kinds_were_told_apart_load_and_are_marked_from_then_on
 def test_a_state_fits_where_code_of_before_looks_for_it():
     """The same keys and shapes, and a number that a bool takes in."""
     state = of_kind('log2').state_dict()
-    assert {key: tuple(value.shape) for key, value in state.items()} == dict(scale=(), zero_point=(), calibrated=(), code_range=(2, ))
+    assert {key: tuple(value.shape) for key, value in state.items()} == dict(
+        scale=(), zero_point=(), calibrated=(), code_range=(2,)
+    )
     assert bool(torch.tensor(False).copy_(state['calibrated'])) and state['code_range'].tolist() == [0, 15]
 
 

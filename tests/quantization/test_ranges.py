@@ -1,4 +1,5 @@
 """Learned ranges: the gradient of the scale's logarithm, and the step that moves the scale."""
+
 import copy
 
 import pytest
@@ -6,8 +7,18 @@ import torch
 from torch import nn
 
 from psaq_mm.errors import DataError
-from psaq_mm.quantization import (AffineQuantizer, LogQuantizer, QuantSpec, calibrate, fake_quantize, learn_ranges_, learned_ranges,
-                                  quantize_, quantizers, update_ranges_)
+from psaq_mm.quantization import (
+    AffineQuantizer,
+    LogQuantizer,
+    QuantSpec,
+    calibrate,
+    fake_quantize,
+    learn_ranges_,
+    learned_ranges,
+    quantize_,
+    quantizers,
+    update_ranges_,
+)
 
 
 def quantizer_on(values, bits=4, learned=True):
@@ -46,7 +57,7 @@ def test_gradient_of_the_logarithm_is_that_of_the_straight_through_formula():
 def test_a_range_that_clips_most_values_widens():
     x = torch.randn(500, generator=torch.Generator().manual_seed(2))
     found = quantizer_on(x / 10)
-    before, optimizer = float(found.scale), torch.optim.Adam([found.log_ratio], lr=.05)
+    before, optimizer = float(found.scale), torch.optim.Adam([found.log_ratio], lr=0.05)
     errors = []
     for _ in range(60):
         error = (found(x) - x).square().mean()
@@ -101,17 +112,18 @@ def test_half_precision_keeps_its_dtype_and_a_float32_gradient(dtype):
 # ---------------------------------------------------------------------- numbers that are large, or many
 def slope_of(x, grad, bits=8):
     """Of the scale's logarithm: by the layer, and in float64."""
-    found = quantizer_on(torch.tensor([-1., 3.]), bits)
+    found = quantizer_on(torch.tensor([-1.0, 3.0]), bits)
     y = x.clone().requires_grad_()
     found(y).backward(grad)
     values, steps = found(x).detach().double(), x.double() / found.scale.double()
     inside = (steps.round() + found.zero_point >= found.qmin) & (steps.round() + found.zero_point <= found.qmax)
-    wanted = ((values - torch.where(inside, x.double(), 0.)) * grad.double()).sum()
+    wanted = ((values - torch.where(inside, x.double(), 0.0)) * grad.double()).sum()
     return float(found.log_ratio.grad), float(wanted)
 
 
 def test_the_slope_is_one_sum_of_small_differences():
-    """A million values that hardly differ from their codes: two sums of millions would leave two digits of what they differ by."""
+    """A million values that hardly differ from their codes: two sums of millions would leave two digits of what they
+    differ by."""
     x = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2.9
     found, wanted = slope_of(x, torch.ones_like(x))
     assert abs(wanted) < 20 and found == pytest.approx(wanted, rel=2e-3)
@@ -119,19 +131,19 @@ def test_the_slope_is_one_sum_of_small_differences():
 
 def test_float16_gradients_under_a_loss_scale_give_a_finite_slope():
     x = (torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 4).half()
-    grad = torch.full_like(x, 60000.)  # 65536 times a gradient of 0.9; times a value of 2 it is beyond float16
+    grad = torch.full_like(x, 60000.0)  # 65536 times a gradient of 0.9; times a value of 2 it is beyond float16
     found, wanted = slope_of(x, grad)
     assert found == pytest.approx(wanted, rel=1e-3)
 
 
 def test_infinite_inputs_are_clipped_values_like_others():
-    found, wanted = slope_of(torch.tensor([.5, torch.inf, -torch.inf]), torch.tensor([1., .1, .2]))
+    found, wanted = slope_of(torch.tensor([0.5, torch.inf, -torch.inf]), torch.tensor([1.0, 0.1, 0.2]))
     assert found == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize('step', [.5, -2., 30., -30., 200., -200., torch.inf, -torch.inf])
+@pytest.mark.parametrize('step', [0.5, -2.0, 30.0, -30.0, 200.0, -200.0, torch.inf, -torch.inf])
 def test_a_step_of_any_size_leaves_a_scale_that_is_a_normal_number(step):
-    found = quantizer_on(torch.tensor([-1., 3.]))
+    found = quantizer_on(torch.tensor([-1.0, 3.0]))
     before = found.scale.double()
     with torch.no_grad():
         found.log_ratio.fill_(step)
@@ -139,7 +151,7 @@ def test_a_step_of_any_size_leaves_a_scale_that_is_a_normal_number(step):
     limits = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 512
     wanted = (before * torch.tensor(step, dtype=torch.float64).exp()).clamp(*limits)
     torch.testing.assert_close(found.scale.double(), wanted, rtol=1e-5, atol=0)
-    assert float(found.log_ratio) == 0 and found(torch.tensor([-1e38, 0., 1e38])).isfinite().all()
+    assert float(found.log_ratio) == 0 and found(torch.tensor([-1e38, 0.0, 1e38])).isfinite().all()
     found.set_qparams(found.scale, found.zero_point)  # which refuses what is no scale
 
 
@@ -149,7 +161,7 @@ def test_a_step_that_is_nan_is_named_and_moves_nothing():
     calibrate(model, lambda: model(torch.randn(9, 6)))
     first, second = learn_ranges_(model)
     with torch.no_grad():
-        first.fill_(1.)
+        first.fill_(1.0)
         second.fill_(float('nan'))
     before = [q.scale.clone() for _, q in quantizers(model)]
     with pytest.raises(DataError, match="'2.input_quantizer' became NaN"):

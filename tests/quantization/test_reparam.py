@@ -1,4 +1,5 @@
 """Scale reparameterization on a LayerNorm and a Linear: exact in float, one scale, dead channels."""
+
 import copy
 
 import pytest
@@ -6,8 +7,16 @@ import torch
 from torch import nn
 
 from psaq_mm.errors import DataError, SpecError
-from psaq_mm.quantization import (ReparameterizedQuantizer, calibrate, choose_qparams, fake_quantize, norm_feeds, quantize_,
-                                  quantizers, set_mode)
+from psaq_mm.quantization import (
+    ReparameterizedQuantizer,
+    calibrate,
+    choose_qparams,
+    fake_quantize,
+    norm_feeds,
+    quantize_,
+    quantizers,
+    set_mode,
+)
 
 
 def block(channels=12, out=5, bias=True, seed=0):
@@ -145,7 +154,8 @@ def test_a_norm_without_gain_keeps_one_range():
     assert not any(isinstance(q, ReparameterizedQuantizer) for _, q in quantizers(model))
 
 
-# ---------------------------------------------------------------------- the weight after folding, and channels that hardly vary
+# ---------------------------------------------------------------------- the weight after folding, and channels that
+# hardly vary
 @pytest.mark.parametrize('quant', ['repq_w8a4', dict(preset='repq_w4a4', w_observer='minmax')])
 def test_weights_have_the_range_that_folding_leaves_them(quant):
     """Channels whose ranges differ a hundredfold: folding makes columns, and with them rows, of the weight grow."""
@@ -161,13 +171,13 @@ def test_weights_have_the_range_that_folding_leaves_them(quant):
         wanted = choose_qparams(low, high, 4, symmetric=False)
         assert torch.equal(quantizer.scale, wanted[0]) and torch.equal(quantizer.zero_point, wanted[1])
     step = quantizer.scale[:, None]
-    assert bool(((model[1].quantized_weight() - weight).abs() <= .51 * step).all()), 'nothing is clipped'
+    assert bool(((model[1].quantized_weight() - weight).abs() <= 0.51 * step).all()), 'nothing is clipped'
 
 
 def test_a_channel_that_hardly_varies_keeps_a_gain_that_a_float_holds():
     model, data = block(), torch.randn(64, 12, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        model[0].weight[4], model[0].bias[4] = 1e-9, 0.
+        model[0].weight[4], model[0].bias[4] = 1e-9, 0.0
     reference, gains = copy.deepcopy(model), model[0].weight.detach().clone()
     model, _ = folded(model, data=data)
     grown = model[0].weight / gains
@@ -182,9 +192,17 @@ def kept_state(model):
     return {key: value.clone() for key, value in model.state_dict().items()}, modes
 
 
-@pytest.mark.parametrize('fault, message', [('weight', "'2.weight_quantizer'.*NaN"), ('sample', 'the sample is broken'),
-                                            ('unseen', '1 quantizers saw no data'), ('input', "'2.input_quantizer'.*NaN"),
-                                            ('norm', 'has 1 channels'), ('overflow', "'1.weight_quantizer'.*infinity")])
+@pytest.mark.parametrize(
+    'fault, message',
+    [
+        ('weight', "'2.weight_quantizer'.*NaN"),
+        ('sample', 'the sample is broken'),
+        ('unseen', '1 quantizers saw no data'),
+        ('input', "'2.input_quantizer'.*NaN"),
+        ('norm', 'has 1 channels'),
+        ('overflow', "'1.weight_quantizer'.*infinity"),
+    ],
+)
 @pytest.mark.parametrize('before', [True, False])
 def test_a_calibration_that_fails_leaves_the_model_as_it_was(fault, message, before):
     model = nn.Sequential(*block(), nn.Linear(5, 4), nn.Linear(4, 3))
@@ -196,7 +214,9 @@ def test_a_calibration_that_fails_leaves_the_model_as_it_was(fault, message, bef
     set_mode(model, 'off', '3')
 
     def run():
-        out = model[1](model[0](3 * data)) if fault != 'overflow' else model[1](model[0](data)).nan_to_num(0., 0., 0.)
+        out = (
+            model[1](model[0](3 * data)) if fault != 'overflow' else model[1](model[0](data)).nan_to_num(0.0, 0.0, 0.0)
+        )
         if fault == 'sample':
             raise DataError('the sample is broken')
         if fault != 'unseen':
@@ -207,10 +227,10 @@ def test_a_calibration_that_fails_leaves_the_model_as_it_was(fault, message, bef
         if fault == 'weight':
             model[2].weight[1, 1] = float('nan')
         elif fault == 'norm':
-            model[1].norm_before = (nn.LayerNorm(1), )
+            model[1].norm_before = (nn.LayerNorm(1),)
         elif fault == 'overflow':  # finite, but no longer after folding
             model[0].weight.fill_(1e-3)
-            model[0].weight[0] = 1.
+            model[0].weight[0] = 1.0
             model[1].weight[0, 0] = 3e38
             model[1].weight[1:] = 0
             model[1].weight[0, 1:] = 0

@@ -1,4 +1,5 @@
 """Rotations: orthogonal, the mean kept, the same function afterwards, weights that fewer bits hold better."""
+
 import copy
 
 import pytest
@@ -7,7 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from psaq_mm.errors import DataError
-from psaq_mm.quantization import StreamReader, choose_qparams, fake_quantize, qrange, random_rotation, rotate_heads_, rotate_stream_
+from psaq_mm.quantization import (
+    StreamReader,
+    choose_qparams,
+    fake_quantize,
+    qrange,
+    random_rotation,
+    rotate_heads_,
+    rotate_stream_,
+)
 
 CHANNELS, HEADS = 24, 3
 
@@ -44,7 +53,6 @@ def test_no_size(size):
 
 # ---------------------------------------------------------------------- heads
 class Attention(nn.Module):
-
     def __init__(self, bias=True):
         super().__init__()
         self.qkv, self.proj = nn.Linear(CHANNELS, 3 * CHANNELS, bias=bias), nn.Linear(CHANNELS, CHANNELS)
@@ -77,7 +85,8 @@ def test_heads_that_do_not_fit():
 
 # ---------------------------------------------------------------------- streams
 class Network(nn.Module):
-    """A token, two blocks, a merging of four tokens in either order, and a convolution that pads what its norm gives."""
+    """A token, two blocks, a merging of four tokens in either order, and a convolution that pads what its norm
+    gives."""
 
     def __init__(self, interleaved=False, bias=True):
         super().__init__()
@@ -102,9 +111,11 @@ class Network(nn.Module):
         return self.reduction(self.merged(four)), self.end(torch.cat([shown, images[:, :2, ::2, ::2]], 1))
 
     def parts(self, padded=True):
-        readers = [StreamReader(norm, (first, )) for norm, first in zip(self.norms, self.firsts)]
-        readers += [StreamReader(self.merged, (self.reduction, ), tokens=4, interleaved=self.interleaved),
-                    StreamReader(self.norms[2], (self.end, ), padded=padded)]
+        readers = [StreamReader(norm, (first,)) for norm, first in zip(self.norms, self.firsts)]
+        readers += [
+            StreamReader(self.merged, (self.reduction,), tokens=4, interleaved=self.interleaved),
+            StreamReader(self.norms[2], (self.end,), padded=padded),
+        ]
         return [self.start, *self.lasts], [self.token], readers
 
 
@@ -167,10 +178,10 @@ def broken(name):
     elif name == 'plain norm':
         readers.append(StreamReader(nn.LayerNorm(CHANNELS, elementwise_affine=False), ()))
     elif name == 'layer':
-        readers.append(StreamReader(nn.LayerNorm(CHANNELS), (nn.Linear(7, 3), )))
+        readers.append(StreamReader(nn.LayerNorm(CHANNELS), (nn.Linear(7, 3),)))
     elif name == 'shear':
         rotation = rotation.clone()
-        rotation[:2] += torch.tensor([[.1], [-.1]])  # (1, ..., 1) stays where it is
+        rotation[:2] += torch.tensor([[0.1], [-0.1]])  # (1, ..., 1) stays where it is
     elif name == 'writer twice':
         writers.append(writers[0])
     elif name == 'weight twice':
@@ -185,11 +196,23 @@ def broken(name):
     return model, rotation, writers, tokens, readers
 
 
-@pytest.mark.parametrize('name, message', [('mean', r'keep \(1, \.\.\., 1\)'), ('gain', 'gain of 0'), ('writer', '5 outputs'),
-                                           ('norm', 'LayerNorm of 24'), ('plain norm', 'gain and offset'), ('layer', 'reads fewer'),
-                                           ('shear', 'not orthogonal'), ('writer twice', 'writer.*named twice'),
-                                           ('weight twice', 'writer.*named twice'), ('token twice', 'token.*named twice'),
-                                           ('norm twice', 'LayerNorm.*named twice'), ('reader twice', 'behind a LayerNorm.*named twice')])
+@pytest.mark.parametrize(
+    'name, message',
+    [
+        ('mean', r'keep \(1, \.\.\., 1\)'),
+        ('gain', 'gain of 0'),
+        ('writer', '5 outputs'),
+        ('norm', 'LayerNorm of 24'),
+        ('plain norm', 'gain and offset'),
+        ('layer', 'reads fewer'),
+        ('shear', 'not orthogonal'),
+        ('writer twice', 'writer.*named twice'),
+        ('weight twice', 'writer.*named twice'),
+        ('token twice', 'token.*named twice'),
+        ('norm twice', 'LayerNorm.*named twice'),
+        ('reader twice', 'behind a LayerNorm.*named twice'),
+    ],
+)
 def test_what_does_not_fit_changes_nothing(name, message):
     model, *arguments = broken(name)
     before = copy.deepcopy(model.state_dict())

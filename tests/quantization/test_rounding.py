@@ -1,4 +1,5 @@
 """Weights whose rounding errors make up for one another."""
+
 import math
 
 import pytest
@@ -49,7 +50,9 @@ def correlated(rows, inputs, seed=0):
     """Inputs of which neighbours say nearly the same."""
     generator = torch.Generator().manual_seed(seed)
     few = torch.randn(rows, max(inputs // 4, 1), generator=generator)
-    return few @ torch.randn(few.shape[1], inputs, generator=generator) + 0.1 * torch.randn(rows, inputs, generator=generator)
+    return few @ torch.randn(few.shape[1], inputs, generator=generator) + 0.1 * torch.randn(
+        rows, inputs, generator=generator
+    )
 
 
 def halves(columns):
@@ -66,12 +69,12 @@ def test_the_outputs_change_less_than_by_the_nearest_codes(inputs):
     rounded = compensated_rounding(weight, x.t() @ x, halves, damping=1e-3)
     assert torch.equal(rounded, halves(rounded))
     nearest = output_error(x, weight, halves(weight))
-    assert output_error(x, weight, rounded) <= nearest * (1. if inputs == 1 else 0.7)
+    assert output_error(x, weight, rounded) <= nearest * (1.0 if inputs == 1 else 0.7)
 
 
 def test_uncorrelated_inputs_leave_nothing_to_make_up_for():
     weight = torch.randn(8, 40, generator=torch.Generator().manual_seed(0))
-    energy = torch.linspace(1., 3., 40)
+    energy = torch.linspace(1.0, 3.0, 40)
     assert torch.equal(compensated_rounding(weight, torch.diag(energy), halves), halves(weight))
 
 
@@ -85,7 +88,7 @@ def test_much_damping_is_rounding_to_the_nearest():
 def test_two_equal_inputs_share_their_error():
     # 0.3 + 0.3 is nearer to 0.5 + 0 than to 0.5 + 0.5.
     rounded = compensated_rounding(torch.tensor([[0.3, 0.3]]), torch.ones(2, 2), halves, damping=1e-6)
-    assert sorted(rounded[0].tolist()) == [0., 0.5]
+    assert sorted(rounded[0].tolist()) == [0.0, 0.5]
 
 
 def test_an_input_that_is_always_zero_does_no_harm():
@@ -98,19 +101,21 @@ def test_an_input_that_is_always_zero_does_no_harm():
     assert torch.equal(silent, halves(weight))
 
 
-@pytest.mark.parametrize('call, word', [
-    (lambda: compensated_rounding(torch.ones(2, 3), torch.eye(2), halves), 'Gram matrix'),
-    (lambda: compensated_rounding(torch.ones(2, 3), torch.eye(3), halves, damping=0.), 'damping=0'),
-    (lambda: compensated_rounding(torch.ones(2, 3), torch.eye(3), halves, damping=math.nan), 'damping=nan'),
-    (lambda: compensated_rounding(torch.ones(2, 3), torch.full((3, 3), math.nan), halves), 'NaN'),
-])
+@pytest.mark.parametrize(
+    'call, word',
+    [
+        (lambda: compensated_rounding(torch.ones(2, 3), torch.eye(2), halves), 'Gram matrix'),
+        (lambda: compensated_rounding(torch.ones(2, 3), torch.eye(3), halves, damping=0.0), 'damping=0'),
+        (lambda: compensated_rounding(torch.ones(2, 3), torch.eye(3), halves, damping=math.nan), 'damping=nan'),
+        (lambda: compensated_rounding(torch.ones(2, 3), torch.full((3, 3), math.nan), halves), 'NaN'),
+    ],
+)
 def test_bad_input_is_named(call, word):
     with pytest.raises(DataError, match=word):
         call()
 
 
 class Net(nn.Module):
-
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, 2, 1)
@@ -163,22 +168,28 @@ def test_the_reported_error_is_the_layers_own(calibrated):
         inputs = seen[-1]  # of the pass in which fc1 was rounded or a later one: what comes before it is settled
         error = (net.fc1.quantized_weight() - weight) @ inputs.t()
     assert bias is not None
-    assert report['fc1'].compensated == pytest.approx(float(error.pow(2).sum() / (weight @ inputs.t()).pow(2).sum()), rel=1e-4)
+    assert report['fc1'].compensated == pytest.approx(
+        float(error.pow(2).sum() / (weight @ inputs.t()).pow(2).sum()), rel=1e-4
+    )
 
 
 def test_inputs_are_those_of_weights_in_full_precision(calibrated):
     """What is to be rounded in the same pass is not at its nearest codes meanwhile; activations are."""
     net, x, _ = calibrated
     seen = []
-    handle = net.fc2.register_forward_hook(lambda layer, args, out: seen.append(layer.input_quantizer(args[0]).flatten(0, 1)))
+    handle = net.fc2.register_forward_hook(
+        lambda layer, args, out: seen.append(layer.input_quantizer(args[0]).flatten(0, 1))
+    )
     weight, nearest = net.fc2.weight.detach().clone(), net.fc2.quantized_weight().detach()
     with torch.no_grad():
         net(x)
         with full_precision_weights(net):
             net(x)
         handle.remove()
-        error, spoilt = (float(((nearest - weight) @ inputs.t()).pow(2).sum() / (weight @ inputs.t()).pow(2).sum())
-                         for inputs in (seen[1], seen[0]))
+        error, spoilt = (
+            float(((nearest - weight) @ inputs.t()).pow(2).sum() / (weight @ inputs.t()).pow(2).sum())
+            for inputs in (seen[1], seen[0])
+        )
         report = {layer.name: layer for layer in round_weights_(net, lambda: net(x))}
     assert report['fc2'].nearest == pytest.approx(error, rel=1e-4)
     assert report['fc2'].nearest != pytest.approx(spoilt, rel=1e-4)
@@ -225,7 +236,7 @@ def test_padded_rows_take_no_part():
     valid = torch.ones(3, 10, dtype=torch.bool)
     valid[:, 7:] = False
     weight, results = layer[0].weight.clone(), []
-    for spoil in (0., 1e3):
+    for spoil in (0.0, 1e3):
         with torch.no_grad():
             layer[0].weight.copy_(weight)
         spoilt = torch.where(valid[..., None], x, x + spoil)
@@ -256,7 +267,7 @@ def test_autocast_around_the_samples_changes_no_sum(batches, importance):
                 for batch in x.chunk(batches):
                     net(batch)
 
-        report, = round_weights_(net, run, damping=1e-4, importance=weights)
+        (report,) = round_weights_(net, run, damping=1e-4, importance=weights)
         found.append((report, net[0].weight.detach().clone()))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1]) and not found[0][0].reason
 
@@ -276,10 +287,10 @@ def test_inputs_of_too_low_a_rank_are_named():
         compensated_rounding(torch.randn(3, 20), torch.ones(20, 20), halves, damping=1e-30)
     net, rounding = low_rank()
     weight = net[0].weight.detach().clone()
-    report, = rounding()
+    (report,) = rounding()
     assert 'damping=1e-30 is too little' in report.reason and report.nearest == report.compensated > 0
     assert torch.equal(net[0].weight, weight)
-    report, = low_rank(.1)[1]()
+    (report,) = low_rank(0.1)[1]()
     assert not report.reason and report.compensated < report.nearest
 
 
@@ -291,7 +302,7 @@ def test_nothing_gained_is_nothing_changed():
     quantize_(net, 'w4a8')
     calibrate(net, lambda: net(x))
     weight = net[0].weight.detach().clone()
-    report, = round_weights_(net, lambda: net(x))
+    (report,) = round_weights_(net, lambda: net(x))
     assert report.reason == 'nothing gained' and report.nearest == report.compensated > 0
     assert torch.equal(net[0].weight, weight), 'not even moved to its codes'
 
@@ -319,8 +330,16 @@ def test_a_layer_is_rounded_with_one_matrix_beside_the_gram_matrix():
     assert gram + matrix < memory.peak < gram + 1.6 * matrix
 
 
-@pytest.mark.parametrize('settings', [dict(), dict(padding=1), dict(padding=(0, 2), stride=(2, 1)), dict(dilation=(2, 1), padding=1),
-                                      dict(stride=3, padding=2, dilation=2)])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(),
+        dict(padding=1),
+        dict(padding=(0, 2), stride=(2, 1)),
+        dict(dilation=(2, 1), padding=1),
+        dict(stride=3, padding=2, dilation=2),
+    ],
+)
 @pytest.mark.parametrize('weighed', [False, True])
 def test_a_convolution_is_unfolded_in_strips(settings, weighed, monkeypatch):
     torch.manual_seed(0)
@@ -336,9 +355,9 @@ def test_a_convolution_is_unfolded_in_strips(settings, weighed, monkeypatch):
         with torch.no_grad():
             net[0].weight.copy_(start)
         with PeakMemory() as memory:
-            report, = round_weights_(net, lambda: net(x), importance=weights)
+            (report,) = round_weights_(net, lambda: net(x), importance=weights)
         found.append((report, torch.cat(list(rounding._rows(net[0], x))), memory.largest['aten::im2col']))
     assert torch.equal(found[0][1], found[1][1]), 'the same rows in the same order'
     assert found[0][0].nearest == pytest.approx(found[1][0].nearest, rel=1e-4), 'and each with its weight'
-    assert found[0][0].compensated == pytest.approx(found[1][0].compensated, rel=.05)
+    assert found[0][0].compensated == pytest.approx(found[1][0].compensated, rel=0.05)
     assert found[0][2] == whole > 3 * found[1][2]

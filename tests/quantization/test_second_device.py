@@ -1,4 +1,5 @@
 """The emulated second device refuses what a GPU does, and nothing else."""
+
 import copy
 
 import numpy as np
@@ -16,17 +17,25 @@ def second():
 
 def test_two_devices_in_one_operation(second):
     there, here = torch.ones(3, device='cuda'), torch.ones(3)
-    for wrong in (lambda: there + here, lambda: torch.cat([there, here]), lambda: here.sum().add_(there.sum()),
-                  lambda: here[there.long() - 1], lambda: torch.mv(here.view(1, 3), there),
-                  lambda: torch.randn(3, device='cuda', generator=torch.Generator())):
+    for wrong in (
+        lambda: there + here,
+        lambda: torch.cat([there, here]),
+        lambda: here.sum().add_(there.sum()),
+        lambda: here[there.long() - 1],
+        lambda: torch.mv(here.view(1, 3), there),
+        lambda: torch.randn(3, device='cuda', generator=torch.Generator()),
+    ):
         with pytest.raises(RuntimeError, match='same device|generator'):
             wrong()
     for wrong in (there.numpy, lambda: np.asarray(there)):
         with pytest.raises(TypeError, match=r'Use Tensor.cpu\(\)'):
             wrong()
-    assert (there + torch.tensor(1.)).is_cuda and there[torch.tensor([0])].is_cuda and not here.copy_(there).is_cuda
-    assert there[1:].device == there.new_tensor([1.]).device == torch.zeros_like(there).device == second.device
-    assert there.cpu().device.type == there.to('cpu', torch.float64).device.type == 'cpu' and there.cpu().numpy().sum() == 3
+    assert (there + torch.tensor(1.0)).is_cuda and there[torch.tensor([0])].is_cuda and not here.copy_(there).is_cuda
+    assert there[1:].device == there.new_tensor([1.0]).device == torch.zeros_like(there).device == second.device
+    assert (
+        there.cpu().device.type == there.to('cpu', torch.float64).device.type == 'cpu'
+        and there.cpu().numpy().sum() == 3
+    )
 
 
 def test_models_gradients_and_copies(second):

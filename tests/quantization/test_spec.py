@@ -13,7 +13,8 @@ BITS = st.integers(2, 8)
 NAMES = st.sampled_from(['minmax', 'percentile', 'mse'])
 OVERRIDES = st.one_of(
     st.builds(Override, pattern=st.text(min_size=1), w_bits=BITS, a_bits=st.none() | BITS),
-    st.builds(Override, pattern=st.text(min_size=1), float_=st.just(True)))
+    st.builds(Override, pattern=st.text(min_size=1), float_=st.just(True)),
+)
 SPECS = st.builds(
     QuantSpec,
     w_bits=BITS,
@@ -25,7 +26,8 @@ SPECS = st.builds(
     w_symmetric=st.booleans(),
     w_observer=NAMES,
     a_observer=NAMES,
-    overrides=st.lists(OVERRIDES, max_size=3))
+    overrides=st.lists(OVERRIDES, max_size=3),
+)
 
 
 @given(SPECS)
@@ -48,7 +50,7 @@ def test_presets(w_bits, a_bits, form):
 def test_dict_over_preset():
     spec = QuantSpec.parse(dict(preset='w4a8', a_bits=6, scope='full', overrides=[{'pattern': 'head', 'float': True}]))
     assert (spec.w_bits, spec.a_bits, spec.scope) == (4, 6, 'full')
-    assert spec.overrides == (Override('head', float_=True), )
+    assert spec.overrides == (Override('head', float_=True),)
 
 
 class DictSubclass(dict):
@@ -57,38 +59,41 @@ class DictSubclass(dict):
 
 def test_dict_subclasses_are_read():
     spec = QuantSpec.parse(DictSubclass(w_bits=4, overrides=[DictSubclass(pattern='a', w_bits=8)]))
-    assert spec == QuantSpec(w_bits=4, overrides=(Override('a', w_bits=8), ))
+    assert spec == QuantSpec(w_bits=4, overrides=(Override('a', w_bits=8),))
 
 
-@pytest.mark.parametrize('given_, message', [
-    (dict(w_bits=9), 'w_bits=9 .*2 to 8'),
-    (dict(a_bits=1), 'a_bits=1 .*2 to 8'),
-    (dict(a_bits='8'), "a_bits='8'"),
-    (dict(w_bits=True), 'w_bits=True'),
-    (dict(input_bits=None), 'input_bits=None'),
-    (dict(w_bit=4), "'w_bit' .*did you mean 'w_bits'"),
-    (dict(zzz=4), "'zzz' .*known are 'w_bits'"),
-    (dict(scope='backbon'), "did you mean 'backbone'"),
-    (dict(scope='all'), "scope='all'.*'backbone', 'full'"),
-    (dict(points='everything'), "points='everything'"),
-    (dict(w_observer='min_max'), "did you mean 'minmax'"),
-    (dict(a_observer=3), 'a_observer=3'),
-    (dict(quantize_softmax=1), 'quantize_softmax=1 .*True or False'),
-    (dict(overrides='head'), "overrides='head'"),
-    (dict(overrides=['head']), "'head' is no override"),
-    (dict(overrides=[dict(w_bits=8)]), 'lacks its pattern'),
-    (dict(overrides=[dict(pattern='', w_bits=8)]), "pattern=''"),
-    (dict(overrides=[dict(pattern='head')]), "'head' changes nothing"),
-    (dict(overrides=[dict(pattern='head', float=True, w_bits=8)]), 'asks for float and for bits'),
-    (dict(overrides=[dict(pattern='head', w_bits=0)]), 'w_bits=0'),
-    (dict(overrides=[dict(pattern='head', bits=8)]), "'bits' .*did you mean"),
-    (dict(preset='w8'), "'w8' is no preset"),
-    (dict(preset='w4a4', scop='full'), "did you mean 'scope'"),
-    ('int8', "'int8' is no preset"),
-    ('w9a8', 'w_bits=9'),
-    (None, 'quant=None'),
-    (8, 'quant=8'),
-])
+@pytest.mark.parametrize(
+    'given_, message',
+    [
+        (dict(w_bits=9), 'w_bits=9 .*2 to 8'),
+        (dict(a_bits=1), 'a_bits=1 .*2 to 8'),
+        (dict(a_bits='8'), "a_bits='8'"),
+        (dict(w_bits=True), 'w_bits=True'),
+        (dict(input_bits=None), 'input_bits=None'),
+        (dict(w_bit=4), "'w_bit' .*did you mean 'w_bits'"),
+        (dict(zzz=4), "'zzz' .*known are 'w_bits'"),
+        (dict(scope='backbon'), "did you mean 'backbone'"),
+        (dict(scope='all'), "scope='all'.*'backbone', 'full'"),
+        (dict(points='everything'), "points='everything'"),
+        (dict(w_observer='min_max'), "did you mean 'minmax'"),
+        (dict(a_observer=3), 'a_observer=3'),
+        (dict(quantize_softmax=1), 'quantize_softmax=1 .*True or False'),
+        (dict(overrides='head'), "overrides='head'"),
+        (dict(overrides=['head']), "'head' is no override"),
+        (dict(overrides=[dict(w_bits=8)]), 'lacks its pattern'),
+        (dict(overrides=[dict(pattern='', w_bits=8)]), "pattern=''"),
+        (dict(overrides=[dict(pattern='head')]), "'head' changes nothing"),
+        (dict(overrides=[dict(pattern='head', float=True, w_bits=8)]), 'asks for float and for bits'),
+        (dict(overrides=[dict(pattern='head', w_bits=0)]), 'w_bits=0'),
+        (dict(overrides=[dict(pattern='head', bits=8)]), "'bits' .*did you mean"),
+        (dict(preset='w8'), "'w8' is no preset"),
+        (dict(preset='w4a4', scop='full'), "did you mean 'scope'"),
+        ('int8', "'int8' is no preset"),
+        ('w9a8', 'w_bits=9'),
+        (None, 'quant=None'),
+        (8, 'quant=8'),
+    ],
+)
 def test_bad_settings_get_one_clear_sentence(given_, message):
     with pytest.raises(SpecError, match=message) as error:
         QuantSpec.parse(given_)
@@ -106,7 +111,8 @@ def test_resolve_applies_overrides_in_order():
         w_bits=4,
         a_bits=4,
         w_observer='mse',
-        overrides=(Override('layers.*', w_bits=6), Override('*.fc2', float_=True), Override('layers.1.fc2', a_bits=8)))
+        overrides=(Override('layers.*', w_bits=6), Override('*.fc2', float_=True), Override('layers.1.fc2', a_bits=8)),
+    )
     assert spec.resolve('head') == LayerSpec(4, 4, True, 'mse', 'minmax')
     assert spec.resolve('layers.0.fc1') == LayerSpec(6, 4, True, 'mse', 'minmax')
     assert spec.resolve('layers.0.fc2') is None
@@ -115,7 +121,7 @@ def test_resolve_applies_overrides_in_order():
 
 def test_first_layer_gets_the_input_bits_unless_overridden():
     assert QuantSpec.parse('w4a4').resolve('patch_embed', is_input=True).a_bits == 8
-    spec = QuantSpec(a_bits=4, overrides=(Override('patch_embed', a_bits=6), ))
+    spec = QuantSpec(a_bits=4, overrides=(Override('patch_embed', a_bits=6),))
     assert spec.resolve('patch_embed', is_input=True).a_bits == 6
 
 
@@ -148,10 +154,14 @@ def test_a_reduced_range_is_of_weights_of_8_bits():
     assert spec.resolve('fc').w_bits == 7 and spec.resolve('fc').w_reduce_range
     assert spec.resolve('head').w_bits == 4 and not spec.resolve('head').w_reduce_range
     before = {k: v for k, v in spec.to_dict().items() if k != 'w_reduce_range'}
-    assert QuantSpec.from_dict(before) == QuantSpec.parse(dict(before, w_reduce_range=False)), 'specs from before it have none'
+    assert QuantSpec.from_dict(before) == QuantSpec.parse(dict(before, w_reduce_range=False)), (
+        'specs from before it have none'
+    )
     few = QuantSpec.parse(dict(preset='w4a8', w_reduce_range=True, overrides=[dict(pattern='patch_embed*', w_bits=8)]))
     assert few.resolve('patch_embed.projection').w_bits == 7 and few.resolve('fc').w_bits == 4 and few.label == 'W4A8'
-    with pytest.raises(SpecError, match='w_reduce_range=True has nothing to do with w_bits=4: .*leave it out, or set w_bits=8'):
+    with pytest.raises(
+        SpecError, match='w_reduce_range=True has nothing to do with w_bits=4: .*leave it out, or set w_bits=8'
+    ):
         QuantSpec.parse(dict(preset='w4a8', w_reduce_range=True))
     with pytest.raises(SpecError, match='w_reduce_range=1 is not a truth value'):
         QuantSpec.parse(dict(preset='w8a8', w_reduce_range=1))

@@ -1,4 +1,5 @@
 """Densities of patch similarity: normalized, of the pairs that count and of no others."""
+
 import copy
 import math
 
@@ -43,11 +44,12 @@ def test_a_density_integrates_to_one_and_there_is_one_a_block():
     found = similarity_densities(Model(), _images(), bins=64)
     assert [d.name for d in found] == ['first', 'second']
     for density in found:
-        assert density.centers.shape == density.density.shape == (64, )
+        assert density.centers.shape == density.density.shape == (64,)
         assert density.density.sum().item() * 2 / 64 == pytest.approx(1, abs=1e-12)
         assert (density.density >= 0).all() and density.entropy <= math.log(2)
         assert density.centers[0].item() == pytest.approx(-1 + 1 / 64) and density.centers[-1].item() == pytest.approx(
-            1 - 1 / 64)
+            1 - 1 / 64
+        )
 
 
 def test_mean_and_spread_are_those_of_the_pairs():
@@ -120,7 +122,6 @@ def test_equal_patches_are_narrow_and_different_ones_wide():
 def test_a_backbone_is_run_alone_unless_told_otherwise():
 
     class Detector(nn.Module):
-
         def __init__(self):
             super().__init__()
             self.backbone = Model()
@@ -148,4 +149,4 @@ def test_samples_may_lie_elsewhere_than_the_model(device):
     expected = similarity_densities(model, images)
     found = similarity_densities(copy.deepcopy(model).to(device), images, batch_size=2)
     for one, other in zip(found, expected):  # a similarity at the edge of two bins may fall into the other one
-        assert float((one.density.cpu() - other.density).abs().sum() / other.density.sum()) < .02
+        assert float((one.density.cpu() - other.density).abs().sum() / other.density.sum()) < 0.02

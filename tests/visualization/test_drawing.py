@@ -1,4 +1,5 @@
 """Drawings show what was found, where it was found, in its class's colour."""
+
 import numpy as np
 import pytest
 
@@ -34,17 +35,18 @@ def test_the_surest_object_is_on_top():
 
 def test_nothing_found_leaves_the_picture_as_it_is():
     assert np.array_equal(
-        draw_detections(GREY, np.zeros((0, 4)), [], ['a'], PALETTE, [], np.zeros((0, 40, 50), bool), zoom=1), GREY)
+        draw_detections(GREY, np.zeros((0, 4)), [], ['a'], PALETTE, [], np.zeros((0, 40, 50), bool), zoom=1), GREY
+    )
 
 
 def test_a_label_map_paints_every_class_and_what_has_none_white():
     labels = np.zeros((40, 50), np.uint8)
     labels[:, 25:], labels[0] = 1, 255
-    seen = draw_label_map(GREY, labels, PALETTE, opacity=1., zoom=1)
+    seen = draw_label_map(GREY, labels, PALETTE, opacity=1.0, zoom=1)
     assert (seen[1:, :25] == PALETTE[0]).all() and (seen[1:, 25:] == PALETTE[1]).all() and (seen[0] == 255).all()
-    clear = draw_label_map(GREY, labels, PALETTE, clear=[0], opacity=1., zoom=1)
+    clear = draw_label_map(GREY, labels, PALETTE, clear=[0], opacity=1.0, zoom=1)
     assert np.array_equal(clear[1:, :25], GREY[1:, :25]) and (clear[1:, 25:] == PALETTE[1]).all()
-    half = draw_label_map(GREY, labels, PALETTE, opacity=.5, zoom=2)
+    half = draw_label_map(GREY, labels, PALETTE, opacity=0.5, zoom=2)
     assert half[40, 10].tolist() == [160, 60, 60]
 
 

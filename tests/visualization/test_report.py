@@ -1,4 +1,5 @@
 """The page holds every number and every picture by itself, and is well formed."""
+
 import base64
 import io
 import re
@@ -10,8 +11,17 @@ import torch
 from PIL import Image
 
 from psaq_mm.errors import DataError
-from psaq_mm.visualization import (BlockDensity, Curve, ModelReport, Picture, Run, Scene, ShownMetric, area_chart,
-                                   write_report)
+from psaq_mm.visualization import (
+    BlockDensity,
+    Curve,
+    ModelReport,
+    Picture,
+    Run,
+    Scene,
+    ShownMetric,
+    area_chart,
+    write_report,
+)
 
 VOID = {'meta', 'img', 'br', 'line'}
 
@@ -56,34 +66,22 @@ def _model(**changed):
         heading='Tiny & small',
         description='A model.',
         runs=[
-            Run('Full precision', {
-                'coco/bbox_mAP': 0.613,
-                'coco/segm_mAP': 0.587
-            }, {'evaluation': 12.34}),
-            Run('W8A8', {
-                'coco/bbox_mAP': 0.611,
-                'coco/segm_mAP': None
-            }, {
-                'synthesis': 40.26,
-                'evaluation': 13.9
-            }, True),
-            Run('W4A8', {
-                'coco/bbox_mAP': 0.5524,
-                'coco/segm_mAP': float('nan')
-            }, {'synthesis': 41.0}, True)
+            Run('Full precision', {'coco/bbox_mAP': 0.613, 'coco/segm_mAP': 0.587}, {'evaluation': 12.34}),
+            Run(
+                'W8A8', {'coco/bbox_mAP': 0.611, 'coco/segm_mAP': None}, {'synthesis': 40.26, 'evaluation': 13.9}, True
+            ),
+            Run('W4A8', {'coco/bbox_mAP': 0.5524, 'coco/segm_mAP': float('nan')}, {'synthesis': 41.0}, True),
         ],
-        shown=[ShownMetric('coco/bbox_mAP', 'box AP', 100.),
-               ShownMetric('coco/segm_mAP', 'mask AP', 100.)],
+        shown=[ShownMetric('coco/bbox_mAP', 'box AP', 100.0), ShownMetric('coco/segm_mAP', 'mask AP', 100.0)],
         scenes=[Scene([picture] * 4)],
         scenes_note='Four.',
         legend=[('star', (1, 2, 3))],
         samples=[Picture(np.zeros((6, 9, 3), np.uint8), 'Samples', 'noise', lossless=True)],
         densities={
-            'generated': [_density('stages.2.blocks.1.attn', 0),
-                          _density('other', 1)],
-            'noise': [_density('stages.2.blocks.1.attn', 2),
-                      _density('other', 3)]
-        })
+            'generated': [_density('stages.2.blocks.1.attn', 0), _density('other', 1)],
+            'noise': [_density('stages.2.blocks.1.attn', 2), _density('other', 3)],
+        },
+    )
     return ModelReport(**{**content, **changed})
 
 
@@ -116,8 +114,21 @@ def test_pictures_are_inside_and_have_words(tmp_path):
 
 def test_every_number_stands_on_the_page(tmp_path):
     words = ' '.join(Reader(_page(tmp_path)).words)
-    for number in ('61.3', '61.1', '55.2', '58.7', '(\u22120.2)', '(\u22126.1)', '0.613', '0.611', '0.5524', '12.3',
-                   '40.3', '54.2', '41.0'):
+    for number in (
+        '61.3',
+        '61.1',
+        '55.2',
+        '58.7',
+        '(\u22120.2)',
+        '(\u22126.1)',
+        '0.613',
+        '0.611',
+        '0.5524',
+        '12.3',
+        '40.3',
+        '54.2',
+        '41.0',
+    ):
         assert number in words, number
     assert 'nan' not in words.lower() and 'None' not in words
     assert 'A <title>' in words and 'Tiny & small' in words and '2.1.2' in words and 'Ground <truth>' in words
@@ -164,6 +175,7 @@ def test_a_larger_chart_has_its_curve_all_over_it():
 
 def test_every_style_has_a_line_of_its_own_in_the_legend():
     from psaq_mm.visualization.page import STYLE, STYLES, legend
+
     for number in range(STYLES):
         assert f'class="c{number} line"' in legend([('a <b>', number)]) and f'.c{number}.line' in STYLE
         assert STYLE.count(f'--c{number}:') == 2  # light and dark
@@ -171,8 +183,8 @@ def test_every_style_has_a_line_of_its_own_in_the_legend():
 
 
 def test_peaks_do_not_hide_tails_and_what_is_outside_the_axis_is_left_out():
-    curve = Curve('a', [-1, -.5, 0, .5, 1], [50, 0, .01, 1, 100], 0)
-    chart = area_chart('x', [curve], (-.5, 1), (0, ), floor=.01)
+    curve = Curve('a', [-1, -0.5, 0, 0.5, 1], [50, 0, 0.01, 1, 100], 0)
+    chart = area_chart('x', [curve], (-0.5, 1), (0,), floor=0.01)
     drawn = re.search(r'polyline class="c0 line" points="([^"]+)"', chart)[1]
     nothing, least, middle, top = (float(point.split(',')[1]) for point in drawn.split())
     assert nothing == least and least - middle == pytest.approx((least - top) / 2, abs=0.1)
@@ -180,8 +192,8 @@ def test_peaks_do_not_hide_tails_and_what_is_outside_the_axis_is_left_out():
 
 def test_the_axis_begins_where_the_pairs_begin(tmp_path):
     centers = torch.linspace(-0.975, 0.975, 40, dtype=torch.float64)
-    narrow = BlockDensity('a', centers, (centers > 0.7).double() * 3, -1.)
-    wider = BlockDensity('a', centers, (centers > 0.25).double(), -1.)
+    narrow = BlockDensity('a', centers, (centers > 0.7).double() * 3, -1.0)
+    wider = BlockDensity('a', centers, (centers > 0.25).double(), -1.0)
     page = _page(tmp_path, densities={'generated': [wider], 'noise': [narrow]})
     assert re.findall(r'class="tick"[^>]*>([^<]+)<', page) == ['0.2', '0.6', '1']
 

@@ -1,4 +1,5 @@
 """Sheets show the values that the model's normalization hides, and files are whole or not there."""
+
 import os
 
 import numpy as np
@@ -9,13 +10,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from psaq_mm.errors import DataError
-from psaq_mm.synthesis import ImageSpec
+from psaq_mm.pictures import ImageSpec
 from psaq_mm.visualization import sample_sheet, to_pixels, write_png, write_whole
 from psaq_mm.visualization.sheets import GAP
 
 IMAGENET = ImageSpec(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 UNIT = ImageSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), max_value=1.0)
-CENTERED = ImageSpec(mean=(103.53, 116.28, 123.675), std=(1., 1., 1.))
+CENTERED = ImageSpec(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0))
 RAW = ImageSpec()
 
 
@@ -60,21 +61,27 @@ def test_every_sample_stands_on_the_sheet_in_order(count, columns, height, width
     assert sheet.shape == (-(-count // across) * (height + GAP) - GAP, across * (width + GAP) - GAP, 3)
     for number in range(count):
         top, left = number // across * (height + GAP), number % across * (width + GAP)
-        assert (sheet[top:top + height, left:left + width] == 10 + 20 * number).all()
+        assert (sheet[top : top + height, left : left + width] == 10 + 20 * number).all()
 
 
 @pytest.mark.parametrize('height,width', [(800, 1216), (1216, 800), (161, 161), (1000, 3)])
 def test_large_samples_become_as_small_as_a_cell(height, width):
-    sheet = sample_sheet(torch.full((1, 3, height, width), 99.), RAW, cell=160)
+    sheet = sample_sheet(torch.full((1, 3, height, width), 99.0), RAW, cell=160)
     assert max(sheet.shape[:2]) == 160 and min(sheet.shape[:2]) == max(
-        1, round(min(height, width) * 160 / max(height, width)))
+        1, round(min(height, width) * 160 / max(height, width))
+    )
     assert (sheet == 99).all()
 
 
-@pytest.mark.parametrize('bad,says', [(torch.full((1, 3, 4, 4), float('nan')), 'NaN'),
-                                      (torch.zeros(3, 4, 4), r'\(3, 4, 4\)'),
-                                      (torch.zeros(0, 3, 4, 4), r'\(0, 3, 4, 4\)'),
-                                      (torch.full((1, 3, 4, 4), float('inf')), 'infinite')])
+@pytest.mark.parametrize(
+    'bad,says',
+    [
+        (torch.full((1, 3, 4, 4), float('nan')), 'NaN'),
+        (torch.zeros(3, 4, 4), r'\(3, 4, 4\)'),
+        (torch.zeros(0, 3, 4, 4), r'\(0, 3, 4, 4\)'),
+        (torch.full((1, 3, 4, 4), float('inf')), 'infinite'),
+    ],
+)
 def test_what_is_no_picture_is_refused(bad, says):
     with pytest.raises(DataError, match=says):
         sample_sheet(bad, IMAGENET)

@@ -1,4 +1,4 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-from .data_free_quant_hook import DataFreeQuantHook
+from psaq_mm.engine.hooks.data_free_quant_hook import DataFreeQuantHook
 
 __all__ = ['DataFreeQuantHook']

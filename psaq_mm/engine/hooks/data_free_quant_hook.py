@@ -1,17 +1,20 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What a data-free run leaves behind: checkpoints to resume from, sample sheets, ``student.pth``; its samples, if asked."""
+"""What a data-free run leaves behind: checkpoints to resume from, sample sheets, ``student.pth``; its samples, if
+asked.
+"""
+
 import re
 from pathlib import Path
 from typing import List
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process, master_only
-from mmengine.logging import print_log
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 
 from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint, whole_file
 from psaq_mm.engine.samples import save_samples
-from psaq_mm.quantization.reduction import barrier
+from psaq_mm.ranks import barrier
 from psaq_mm.registry import HOOKS
 from psaq_mm.visualization import sample_sheet, write_png
 
@@ -21,8 +24,8 @@ _NAME = re.compile(r'iter_(\d+)\.pth')
 
 
 _OF_A_STUDENT = ('custom_imports', 'test_pipeline', 'test_dataloader')
-"""What of a run's config goes into ``student.pth`` beside the model: without its ``custom_imports``, a class of a project of its own is not
-found by an inferencer that builds from the checkpoint alone."""
+"""What of a run's config goes into ``student.pth`` beside the model: without its ``custom_imports``, a class of a
+project of its own is not found by an inferencer that builds from the checkpoint alone."""
 
 
 def checkpoints_in(work_dir: str) -> List[Path]:
@@ -39,15 +42,16 @@ class DataFreeQuantHook(Hook):
     """Saves atomically, and draws the samples.
 
     MMEngine's CheckpointHook removes the old checkpoint before it writes the new one, and writes in place: a run killed
-    in between has none. Here the new one is moved into place whole, and only then does an old one go. In a distributed run rank 0
-    writes, and the others wait.
+    in between has none. Here the new one is moved into place whole, and only then does an old one go. In a distributed
+    run rank 0 writes, and the others wait.
 
-    What an earlier run left in the same work dir (``iter_N.pth`` and sheets) is moved to ``earlier/<time>`` in it once the new run's
-    settings have proved right: it is neither counted among the run's own checkpoints nor resumed. ``student.pth`` stays until the
-    new one takes its place.
+    What an earlier run left in the same work dir (``iter_N.pth`` and sheets) is moved to ``earlier/<time>`` in it once
+    the new run's settings have proved right: it is neither counted among the run's own checkpoints nor resumed.
+    ``student.pth`` stays until the new one takes its place.
 
     Args:
-        checkpoint_interval: Student steps between two ``iter_N.pth``, beside ``iter_0.pth`` once samples and ranges are there; 0: none.
+        checkpoint_interval: Student steps between two ``iter_N.pth``, beside ``iter_0.pth`` once samples and ranges are
+            there; 0: none.
         keep_checkpoints: How many of them stay.
         sheet_interval: Student steps between two sample sheets; 0: none but the first.
     """
@@ -78,10 +82,14 @@ class DataFreeQuantHook(Hook):
 
     @master_only
     def before_samples(self, runner) -> None:
-        """What an earlier run left goes aside: of a resumed run what is newer than the checkpoint it goes on from, else all."""
+        """What an earlier run left goes aside: of a resumed run what is newer than the checkpoint it goes on from, else
+        all.
+        """
         folder, step = Path(runner.work_dir), runner.iter if runner.train_loop.resumed else -1
         old = [path for path in checkpoints_in(folder) if _step_of(path) > step]
-        sheets = [path for path in (folder / 'samples').glob('round_*_step_*.png') if int(path.stem.rpartition('_')[2]) > step]
+        sheets = [
+            path for path in (folder / 'samples').glob('round_*_step_*.png') if int(path.stem.rpartition('_')[2]) > step
+        ]
         if not old and not sheets:
             return
         last = folder / 'last_checkpoint'
@@ -95,8 +103,12 @@ class DataFreeQuantHook(Hook):
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
         if old:
-            print_log(f'{folder} holds {len(old)} checkpoints that are not of this run ({", ".join(p.name for p in old[:3])}): they are in '
-                      f'{aside} now, which you may delete', 'current')
+            print_log(
+                f'{folder} holds {len(old)} checkpoints that are not of this run '
+                f'({", ".join(p.name for p in old[:3])}): they are in '
+                f'{aside} now, which you may delete',
+                'current',
+            )
 
     def before_train_epoch(self, runner) -> None:
         """The samples that set the ranges."""
@@ -126,12 +138,21 @@ class DataFreeQuantHook(Hook):
     # ------------------------------------------------------------------ parts
     def _save_student(self, runner) -> None:
         loop = runner.train_loop
-        config = Config(dict(default_scope=runner.cfg.get('default_scope'), model=loop.model_config,
-                             **{k: runner.cfg[k] for k in _OF_A_STUDENT if runner.cfg.get(k)}))
+        config = Config(
+            dict(
+                default_scope=runner.cfg.get('default_scope'),
+                model=loop.model_config,
+                **{k: runner.cfg[k] for k in _OF_A_STUDENT if runner.cfg.get(k)},
+            )
+        )
         teacher = (loop.teacher_config['checkpoint'], loop.teacher_config.get('sha256') or '')
         path = Path(runner.work_dir) / 'student.pth'
-        save_atomic(student_checkpoint(loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher,
-                                       loop.summary()), path)
+        save_atomic(
+            student_checkpoint(
+                loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher, loop.summary()
+            ),
+            path,
+        )
         print_log(f'Saved the quantized model to {path}', 'current')
 
     @master_only
@@ -147,8 +168,15 @@ class DataFreeQuantHook(Hook):
     @master_only
     def _save_samples(self, runner) -> None:
         loop, evolution = runner.train_loop, runner.train_loop.evolution
-        path = save_samples(runner.work_dir, evolution.latest, loop.model, evolution.teacher.image_spec, labels=evolution.labels,
-                            seed=loop.seed, settings=loop.summary())
+        path = save_samples(
+            runner.work_dir,
+            evolution.latest,
+            loop.model,
+            evolution.teacher.image_spec,
+            labels=evolution.labels,
+            seed=loop.seed,
+            settings=loop.summary(),
+        )
         print_log(f'Saved {len(evolution.latest)} samples to {path}', 'current')
 
     @master_only
@@ -157,7 +185,9 @@ class DataFreeQuantHook(Hook):
         with whole_file(final) as partial:
             runner.save_checkpoint(runner.work_dir, partial.name, by_epoch=False, meta=dict(iter=step))
         self._name_last(final)
-        for old in [path for path in checkpoints_in(runner.work_dir) if _step_of(path) <= step][:-self.keep_checkpoints]:
+        for old in [path for path in checkpoints_in(runner.work_dir) if _step_of(path) <= step][
+            : -self.keep_checkpoints
+        ]:
             old.unlink()
 
     @staticmethod

@@ -1,4 +1,4 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-from .loop import DataFreeTrainLoop
+from psaq_mm.engine.runner.loop import DataFreeTrainLoop
 
 __all__ = ['DataFreeTrainLoop']

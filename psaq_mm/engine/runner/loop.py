@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """The training loop whose data are samples that it makes itself."""
+
 import contextlib
 import copy
 import logging
@@ -13,7 +14,6 @@ from mmengine.runner import BaseLoop
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from psaq_mm.distillation import CoEvolution, CoEvolutionSettings, FreshPool, SourcedEvolution
 from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
 from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.engine.device import leave_device_without_float64
@@ -24,10 +24,11 @@ from psaq_mm.engine.real_images import TrainingImages, training_images
 from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, takes_rgb
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
+from psaq_mm.pictures import SampleStream, Source
+from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, FreshPool, SourcedEvolution
 from psaq_mm.quantization import QuantSpec, set_mode, update_ranges_, use_full_float32
-from psaq_mm.quantization.reduction import broadcast_, ranks, sum_gradients_
+from psaq_mm.ranks import broadcast_, ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
-from psaq_mm.synthesis import SampleStream, Source
 
 __all__ = ['DataFreeTrainLoop']
 
@@ -68,8 +69,8 @@ def _kinds(source: Source) -> List[str]:
 class DataFreeTrainLoop(BaseLoop):
     """PSAQ-ViT V2 as an iteration loop: synthesis and calibration first, then student steps with synthesis between.
 
-    In a distributed run each rank works on its part of every batch, and the loop itself reduces what couples the batch: statistics of
-    samples, ranges, gradients. The forward of a DistributedDataParallel around the model is not called.
+    In a distributed run each rank works on its part of every batch, and the loop itself reduces what couples the batch:
+    statistics of samples, ranges, gradients. The forward of a DistributedDataParallel around the model is not called.
 
     Args:
         runner: The runner.
@@ -83,36 +84,57 @@ class DataFreeTrainLoop(BaseLoop):
         block_stride: Of the part ``blocks``: every how many transformer blocks.
         model_config: The quantized model's config, written into ``student.pth`` for inferencers.
         dropped_hooks: Inherited hooks that were dropped, named in the log.
-        samples: A ``samples.pt`` or a folder of images, see :func:`psaq_mm.engine.samples.load_samples`: the first samples.
-            Of more than ``calibration_samples`` the first are taken; of fewer all, which the log says. Or a dict, or a list of
-            dicts, that :func:`psaq_mm.engine.samples.build_source` builds: the source of all samples.
-        fresh: Share of each of the student's batches that is made for it, instead of drawn from the pool, by what of the source needs
-            no synthesis; or ``dict(share=..., samples=...)`` with a source of its own. 0: every batch comes from the pool.
-        max_seconds: Wall time of the run, samples included. The student's steps end with it, or with ``max_iters`` if that is sooner,
-            and their learning rate falls as a cosine to 0 on the way there, in place of the runner's own schedule. A round of
-            synthesis that would last longer than what is left is left out. None: no bound.
+        samples: A ``samples.pt`` or a folder of images, see :func:`psaq_mm.engine.samples.load_samples`: the first
+            samples. Of more than ``calibration_samples`` the first are taken; of fewer all, which the log says. Or a
+            dict, or a list of dicts, that :func:`psaq_mm.engine.samples.build_source` builds: the source of all
+            samples.
+        fresh: Share of each of the student's batches that is made for it, instead of drawn from the pool, by what of
+            the source needs no synthesis; or ``dict(share=..., samples=...)`` with a source of its own. 0: every batch
+            comes from the pool.
+        max_seconds: Wall time of the run, samples included. The student's steps end with it, or with ``max_iters`` if
+            that is sooner, and their learning rate falls as a cosine to 0 on the way there, in place of the runner's
+            own schedule. A round of synthesis that would last longer than what is left is left out. None: no bound.
         save_samples: Whether :class:`~psaq_mm.engine.hooks.DataFreeQuantHook` keeps the first samples.
         seed: Seed of the samples and of their order.
         val_interval: Student steps between validations, where the config has a validation set; the last step is always
             followed by one.
         log_interval: Synthesis steps between two lines of the log.
-        accumulative_counts: Batches of ``batch_size`` that one student step is made of, for a device that cannot hold them at once; as
-            many times as large a batch gives the same step.
-        rotate: Whether the weights are rotated first, by rotations drawn from ``seed``: :func:`psaq_mm.models.rotate_model_`. Teacher and
-            student are the same function as before, and both are rotated.
-        amp: ``'bfloat16'`` or ``'float16'`` runs teacher and student under autocast in the student's steps; synthesis, calibration and
-            all quantizers stay in float32. float16 needs an ``AmpOptimWrapper``, which scales the loss.
-        value_range: Least and greatest value of pictures as they are loaded, see :func:`psaq_mm.engine.inputs.set_input_`.
-        **settings: Fields of :class:`psaq_mm.distillation.CoEvolutionSettings`.
+        accumulative_counts: Batches of ``batch_size`` that one student step is made of, for a device that cannot hold
+            them at once; as many times as large a batch gives the same step.
+        rotate: Whether the weights are rotated first, by rotations drawn from ``seed``:
+            :func:`psaq_mm.models.rotate_model_`. Teacher and student are the same function as before, and both are
+            rotated.
+        amp: ``'bfloat16'`` or ``'float16'`` runs teacher and student under autocast in the student's steps; synthesis,
+            calibration and all quantizers stay in float32. float16 needs an ``AmpOptimWrapper``, which scales the loss.
+        value_range: Least and greatest value of pictures as they are loaded, see
+            :func:`psaq_mm.engine.inputs.set_input_`.
+        **settings: Fields of :class:`psaq_mm.psaq_vit.CoEvolutionSettings`.
     """
 
-    def __init__(self, runner, dataloader=None, max_iters: int = 200, teacher: Optional[Mapping] = None,
-                 generator: Optional[Mapping] = None, distil: Optional[Sequence[str]] = None,
-                 block_stride: int = 3, model_config: Optional[Mapping] = None, dropped_hooks: Sequence[str] = (),
-                 samples: Union[None, str, Mapping, Sequence] = None, save_samples: bool = False, seed: int = 0,
-                 val_interval: int = 0, log_interval: int = 10, fresh: Union[float, Mapping] = 0.,
-                 max_seconds: Optional[float] = None, accumulative_counts: int = 1, amp: Optional[str] = None,
-                 rotate: bool = False, value_range: Optional[Sequence] = None, **settings):
+    def __init__(
+        self,
+        runner,
+        dataloader=None,
+        max_iters: int = 200,
+        teacher: Optional[Mapping] = None,
+        generator: Optional[Mapping] = None,
+        distil: Optional[Sequence[str]] = None,
+        block_stride: int = 3,
+        model_config: Optional[Mapping] = None,
+        dropped_hooks: Sequence[str] = (),
+        samples: Union[None, str, Mapping, Sequence] = None,
+        save_samples: bool = False,
+        seed: int = 0,
+        val_interval: int = 0,
+        log_interval: int = 10,
+        fresh: Union[float, Mapping] = 0.0,
+        max_seconds: Optional[float] = None,
+        accumulative_counts: int = 1,
+        amp: Optional[str] = None,
+        rotate: bool = False,
+        value_range: Optional[Sequence] = None,
+        **settings,
+    ):
         self._pool_dataset = _PoolDataset()
         super().__init__(runner, DataLoader(self._pool_dataset))
         leave_device_without_float64(self.model)  # before the optimizer is built
@@ -140,11 +162,11 @@ class DataFreeTrainLoop(BaseLoop):
         self.model_config, self.seed, self.log_interval = model_config, seed, log_interval
         self._resumed: Optional[Dict[str, Any]] = None
         self.evolution: Optional[CoEvolution] = None
-        self.seconds: Dict[str, float] = dict(synthesis=0., student=0.)
+        self.seconds: Dict[str, float] = dict(synthesis=0.0, student=0.0)
         self._begun, self._rates = time.perf_counter(), []
-        self._last_round = 0.  # seconds
+        self._last_round = 0.0  # seconds
         self._stopped: Optional[float] = None
-        self.seconds_paused = 0.
+        self.seconds_paused = 0.0
         self._failed_validation: Optional[Exception] = None
         if dropped_hooks:
             print_log(f'Dropped inherited hooks that need the real dataset: {", ".join(dropped_hooks)}', 'current')
@@ -167,19 +189,25 @@ class DataFreeTrainLoop(BaseLoop):
 
     # ------------------------------------------------------------------ set-up
     def _load_teacher(self) -> nn.Module:
-        """Full-precision weights into a copy of the student whose quantizers are off; into the student too, when fresh."""
+        """Full-precision weights into a copy of the student whose quantizers are off; into the student too, when
+        fresh.
+        """
         path = self.teacher_config.get('checkpoint')
         if not path:
-            raise ConfigError('the loop has no teacher: run it through tools/dfq_train.py, or set '
-                              'train_cfg.teacher=dict(checkpoint=...)')
+            raise ConfigError(
+                'the loop has no teacher: run it through tools/dfq_train.py, or set '
+                'train_cfg.teacher=dict(checkpoint=...)'
+            )
         checkpoint = read_checkpoint(path)
         if is_quantized(checkpoint):
             raise CheckpointError(f'{path} is quantized already: the teacher has to be the full-precision checkpoint')
         if '://' not in path:
             found, expected = file_sha256(path), self.teacher_config.get('sha256')
             if expected and found != expected:
-                raise CheckpointError(f'{path} has changed since the run began (SHA-256 {found[:12]}, was {expected[:12]}): '
-                                      'give the checkpoint that it began with')
+                raise CheckpointError(
+                    f'{path} has changed since the run began (SHA-256 {found[:12]}, was {expected[:12]}): '
+                    'give the checkpoint that it began with'
+                )
             self.teacher_config['sha256'] = found
         if self._resumed is None:
             load_weights(self.model, checkpoint, path)
@@ -195,24 +223,31 @@ class DataFreeTrainLoop(BaseLoop):
 
     def _rotate(self, model: nn.Module) -> None:
         if self.rotate:
-            print_log(f'Rotated {rotate_model_(_tune(model), tuple(self.settings_given["size"]), self.seed)}', 'current')
+            print_log(
+                f'Rotated {rotate_model_(_tune(model), tuple(self.settings_given["size"]), self.seed)}', 'current'
+            )
 
     def _prepare(self) -> None:
         set_input_(self.model, self.runner.cfg, self.value_range)  # before the teacher is copied from it
         teacher, student = self._load_teacher(), _tune(self.model)
         spec = spec_of(student)
-        settings = CoEvolutionSettings(scope=spec.scope, **{**self.settings_given, 'size': tuple(self.settings_given['size'])})
+        settings = CoEvolutionSettings(
+            scope=spec.scope, **{**self.settings_given, 'size': tuple(self.settings_given['size'])}
+        )
         given = self.source_config if self.samples_path is None else self.samples_path
         if given is not None and settings.source != 'generated':
-            raise ConfigError(f'dfq.samples={given} and dfq.source={settings.source!r} contradict each other: '
-                              'leave one of them out')
+            raise ConfigError(
+                f'dfq.samples={given} and dfq.source={settings.source!r} contradict each other: leave one of them out'
+            )
         source = None if self.source_config is None else self._build_source(self.source_config)
         real = None
         if settings.source == 'real':
             real = training_images(self.runner.cfg, student, settings.size, self.seed)
         teacher, student = (TaskModel(m, self.distil, block_stride=self.block_stride) for m in (teacher, student))
         self.distil = teacher.parts
-        made_here = settings.source == 'generated' and self.samples_path is None and (source is None or not source.procedural)
+        made_here = (
+            settings.source == 'generated' and self.samples_path is None and (source is None or not source.procedural)
+        )
         if made_here and settings.classes is not None and teacher.num_classes is None:
             print_log(f'{type(teacher.model).__name__} is no classifier: samples are made class-free', 'current')
         arguments = (teacher, student, self.generator, settings)
@@ -224,7 +259,9 @@ class DataFreeTrainLoop(BaseLoop):
             self.evolution = SourcedEvolution(stream, *arguments, **options)
         if self.fresh.share and self._max_iters:
             stream = self._fresh_stream(source, settings, real)
-            self.evolution.pool = FreshPool(settings.pool_size, stream, self.fresh.share, replace='random', seed=self.seed)
+            self.evolution.pool = FreshPool(
+                settings.pool_size, stream, self.fresh.share, replace='random', seed=self.seed
+            )
         if self._resumed is not None:
             self.runner.call_hook('before_samples')
             self.evolution.load_state_dict(self._resumed['evolution'])
@@ -235,8 +272,11 @@ class DataFreeTrainLoop(BaseLoop):
         self.runner.call_hook('before_samples')
         if given is None:
             shown = settings.source if source is None else ', '.join(_kinds(source))
-            print_log(f'Synthesizing {settings.calibration_samples} samples of {settings.size[0]} x {settings.size[1]} '
-                      f'({shown})', 'current')
+            print_log(
+                f'Synthesizing {settings.calibration_samples} samples of {settings.size[0]} x {settings.size[1]} '
+                f'({shown})',
+                'current',
+            )
         with self._clock('synthesis'):
             self.evolution.prepare(*given or ())
         print_log(f'Calibrated {spec.label} on them in {self.seconds["synthesis"]:.1f} s', 'current')
@@ -253,8 +293,9 @@ class DataFreeTrainLoop(BaseLoop):
             check_folder(self.runner.cfg, folder)
         return build_source(config, takes_rgb(self.model))
 
-    def _fresh_stream(self, source: Optional[Source], settings: CoEvolutionSettings,
-                      real: Optional[TrainingImages]) -> Union[SampleStream, TrainingImages]:
+    def _fresh_stream(
+        self, source: Optional[Source], settings: CoEvolutionSettings, real: Optional[TrainingImages]
+    ) -> Union[SampleStream, TrainingImages]:
         """What the fresh part of the student's batches comes from."""
         if self.fresh.samples is not None:
             found = self._build_source(self.fresh.samples)
@@ -264,8 +305,11 @@ class DataFreeTrainLoop(BaseLoop):
             found = self._build_source(settings.source) if source is None else source
         found = procedural_of(found)
         if found is None:
-            raise ConfigError(f'dfq.fresh={self.fresh.share:g} has nothing to make samples of for each batch, as synthesized ones take '
-                              'too long: name a source, such as dfq.fresh=dict(share=0.5, samples=dict(type=\'psaq_mm.PinkNoise\'))')
+            raise ConfigError(
+                f'dfq.fresh={self.fresh.share:g} has nothing to make samples of for each batch, as synthesized ones '
+                f'take '
+                "too long: name a source, such as dfq.fresh=dict(share=0.5, samples=dict(type='psaq_mm.PinkNoise'))"
+            )
         return SampleStream(found, settings.size, self.evolution.teacher.image_spec, self.seed, name='fresh')
 
     def _given_samples(self, teacher: TaskModel, settings: CoEvolutionSettings) -> Optional[SavedSamples]:
@@ -277,7 +321,9 @@ class DataFreeTrainLoop(BaseLoop):
         taken = SavedSamples(found.samples[:wanted], None if found.labels is None else found.labels[:wanted])
         self.settings_given['calibration_samples'] = len(taken.samples)
         few = f'; dfq.calibration_samples asks for {wanted}' if len(taken.samples) < wanted else ''
-        print_log(f'Using {len(taken.samples)} of the {len(found.samples)} samples in {self.samples_path}{few}', 'current')
+        print_log(
+            f'Using {len(taken.samples)} of the {len(found.samples)} samples in {self.samples_path}{few}', 'current'
+        )
         return taken
 
     @contextlib.contextmanager
@@ -294,21 +340,24 @@ class DataFreeTrainLoop(BaseLoop):
         print_log(f'Samples [{number:>4}/{steps}]  eta: {step["eta"]:.0f} s  {shown}', 'current')
         visualizer = self.runner.visualizer
         done = len(self.evolution.history) if self.evolution else 0
-        visualizer.add_scalars({f'samples/{k}': v for k, v in step.items() if k not in ('step', 'steps', 'eta')},
-                               step=done + number)
+        visualizer.add_scalars(
+            {f'samples/{k}': v for k, v in step.items() if k not in ('step', 'steps', 'eta')}, step=done + number
+        )
 
     # ------------------------------------------------------------------ run
     def run(self) -> nn.Module:
         """Make samples, calibrate, train the student against the teacher."""
         if self.amp == 'float16' and not hasattr(self.runner.optim_wrapper, 'loss_scaler'):
-            raise ConfigError("dfq.amp='float16' needs a GPU and optim_wrapper.type='AmpOptimWrapper', which scales the loss: use "
-                              "dfq.amp='bfloat16'")
+            raise ConfigError(
+                "dfq.amp='float16' needs a GPU and optim_wrapper.type='AmpOptimWrapper', which scales the loss: use "
+                "dfq.amp='bfloat16'"
+            )
         use_full_float32()
         self._check_step()
         self.runner.call_hook('before_train')
         self._begun = time.perf_counter()
         if self.max_seconds is not None:
-            self._begun -= (self._resumed or {}).get('elapsed', 0.)
+            self._begun -= (self._resumed or {}).get('elapsed', 0.0)
             self.runner.param_schedulers = []
             self._rates = [group.get('initial_lr', group['lr']) for group in self.runner.optim_wrapper.param_groups]
         elif self._resumed is not None:
@@ -317,27 +366,36 @@ class DataFreeTrainLoop(BaseLoop):
         self.runner.call_hook('before_train_epoch')
         over = over_at_once = self._over()
         if over and self.max_seconds is not None and self._iter < self._max_iters:
-            print_log(f'No time is left for the student: its samples took {self.elapsed:.1f} of dfq.max_seconds={self.max_seconds:g}; '
-                      'its ranges are calibrated', 'current')
+            print_log(
+                f'No time is left for the student: its samples took {self.elapsed:.1f} of '
+                f'dfq.max_seconds={self.max_seconds:g}; '
+                'its ranges are calibrated',
+                'current',
+            )
         while not over:
             self._step()
             over = self._over()
             due = self.val_interval and self._iter % self.val_interval == 0
             if self.runner.val_loop is not None and (over or due):
                 self._validate()
-        if over_at_once and self.runner.val_loop is not None:  # nothing to train, or killed between the last step and here
+        # nothing to train, or killed between the last step and here
+        if over_at_once and self.runner.val_loop is not None:
             self._validate()
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
         if self._failed_validation is not None:
             error = self._failed_validation
-            raise DataError(f'the validation failed ({type(error).__name__}: {error}), and the student was saved all the same: check '
-                            'val_dataloader and val_evaluator, or evaluate it with tools/test.py') from error
+            raise DataError(
+                f'the validation failed ({type(error).__name__}: {error}), and the student was saved all the same: '
+                f'check '
+                'val_dataloader and val_evaluator, or evaluate it with tools/test.py'
+            ) from error
         return self.runner.model
 
     def _validate(self) -> None:
-        """Validate; what fails there is told at the end, so that the student is not lost. Ranks wait for each other in an evaluator: of
-        several a failure is one at once."""
+        """Validate; what fails there is told at the end, so that the student is not lost. Ranks wait for each other in
+        an evaluator: of several a failure is one at once.
+        """
         with self.paused():
             try:
                 self.runner.val_loop.run()
@@ -365,12 +423,14 @@ class DataFreeTrainLoop(BaseLoop):
     @property
     def progress(self) -> float:
         """How much of the run is done, 0 to 1: of its steps, or of its time where that is further on."""
-        steps = self._iter / self._max_iters if self._max_iters else 1.
-        return min(1., steps if self.max_seconds is None else max(steps, self._agreed / self.max_seconds))
+        steps = self._iter / self._max_iters if self._max_iters else 1.0
+        return min(1.0, steps if self.max_seconds is None else max(steps, self._agreed / self.max_seconds))
 
     @property
     def _agreed(self) -> float:
-        """The seconds of the run by the clock of rank 0: ranks that went by their own would not end at the same step."""
+        """The seconds of the run by the clock of rank 0: ranks that went by their own would not end at the same
+        step.
+        """
         return float(broadcast_(torch.tensor(self.elapsed, dtype=torch.float64)))
 
     def _over(self) -> bool:
@@ -422,8 +482,13 @@ class DataFreeTrainLoop(BaseLoop):
     # ------------------------------------------------------------------ state
     def state_dict(self) -> Dict[str, Any]:
         """What ``iter_N.pth`` carries beside weights, optimizer and schedule."""
-        return dict(evolution=self.evolution.state_dict(), teacher=dict(self.teacher_config), seconds=dict(self.seconds),
-                    elapsed=self.elapsed, identity=self._identity())
+        return dict(
+            evolution=self.evolution.state_dict(),
+            teacher=dict(self.teacher_config),
+            seconds=dict(self.seconds),
+            elapsed=self.elapsed,
+            identity=self._identity(),
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Kept until :meth:`run`: MMEngine sets the random state anew after loading a checkpoint.
@@ -432,13 +497,16 @@ class DataFreeTrainLoop(BaseLoop):
             CheckpointError: It is of a run with other settings than this one.
         """
         made, wanted = dict(state.get('identity') or {}), self._identity()
-        if made:  # checkpoints of earlier releases do not tell; a setting of the quantizer that came later has its default there
+        # checkpoints of earlier releases do not tell; a setting of the quantizer that came later has its default there
+        if made:
             made.update(QuantSpec.from_dict(made.pop('quant')).to_dict())
             wanted.update(wanted.pop('quant'))
         odd = [f'{k}={made[k]!r}, the config says {wanted[k]!r}' for k in wanted if k in made and made[k] != wanted[k]]
         if odd:
-            raise CheckpointError(f'the checkpoint to resume from is of another run ({"; ".join(odd[:3])}): resume with the config '
-                                  'of that run, or give this one a --work-dir of its own')
+            raise CheckpointError(
+                f'the checkpoint to resume from is of another run ({"; ".join(odd[:3])}): resume with the config '
+                'of that run, or give this one a --work-dir of its own'
+            )
         self._resumed = dict(state)
         # The file may have moved: whether it is the same one, its hash tells.
         given = {k: v for k, v in self.teacher_config.items() if v}
@@ -450,32 +518,53 @@ class DataFreeTrainLoop(BaseLoop):
         Rates are: MMEngine restores those of the checkpoint, and would pass over the config's without a word.
         """
         wrapper = self.runner.cfg.get('optim_wrapper') or {}
-        rates = dict(lr=(wrapper.get('optimizer') or {}).get('lr'), vector_lr=None, range_lr=0.)
+        rates = dict(lr=(wrapper.get('optimizer') or {}).get('lr'), vector_lr=None, range_lr=0.0)
         rates.update({k: v for k, v in (wrapper.get('paramwise_cfg') or {}).items() if k in rates})
-        return dict(rates, quant=spec_of(self.model).to_dict(), seed=self.seed, size=list(self.settings_given['size']),
-                    rotate=self.rotate)
+        return dict(
+            rates,
+            quant=spec_of(self.model).to_dict(),
+            seed=self.seed,
+            size=list(self.settings_given['size']),
+            rotate=self.rotate,
+        )
 
     def _check_step(self) -> None:
         if self._resumed is not None and self._iter > self._max_iters:
-            raise CheckpointError(f'the checkpoint to resume from has {self._iter} student steps, dfq.iters={self._max_iters} asks for '
-                                  'fewer: give at least as many, or run without --resume')
+            raise CheckpointError(
+                f'the checkpoint to resume from has {self._iter} student steps, dfq.iters={self._max_iters} asks for '
+                'fewer: give at least as many, or run without --resume'
+            )
 
     def summary(self) -> Dict[str, Any]:
         """JSON types only: what ``student.pth`` says of how it was made."""
         settings: Dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings_given.items()}
-        return dict(settings, samples=_plain(self.source_config) if self.samples_path is None else str(self.samples_path),
-                    max_iters=self._max_iters, steps=self._iter, max_seconds=self.max_seconds, fresh=self.fresh.share if self.fresh.samples is None else _plain(self.fresh._asdict()),
-                    fresh_samples=getattr(self.evolution.pool, 'made', 0) if self.evolution else 0,
-                    seed=self.seed, distil=list(self.distil or ()), block_stride=self.block_stride, value_range=_plain(self.value_range),
-                    ranks=ranks()[1], accumulative_counts=self._batches, amp=self.amp,
-                    generator=self._generator_summary(),
-                    seconds={k: round(v, 2) for k, v in self.seconds.items()},
-                    rounds=self.evolution.rounds if self.evolution else 0)
+        return dict(
+            settings,
+            samples=_plain(self.source_config) if self.samples_path is None else str(self.samples_path),
+            max_iters=self._max_iters,
+            steps=self._iter,
+            max_seconds=self.max_seconds,
+            fresh=self.fresh.share if self.fresh.samples is None else _plain(self.fresh._asdict()),
+            fresh_samples=getattr(self.evolution.pool, 'made', 0) if self.evolution else 0,
+            seed=self.seed,
+            distil=list(self.distil or ()),
+            block_stride=self.block_stride,
+            value_range=_plain(self.value_range),
+            ranks=ranks()[1],
+            accumulative_counts=self._batches,
+            amp=self.amp,
+            generator=self._generator_summary(),
+            seconds={k: round(v, 2) for k, v in self.seconds.items()},
+            rounds=self.evolution.rounds if self.evolution else 0,
+        )
 
     def _generator_summary(self) -> Dict[str, Any]:
         """The generator's settings, with what was chosen by the model in place of None."""
-        found = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self.generator).items()
-                 if not k.startswith('_') and isinstance(v, (int, float, str, tuple, list, type(None)))}
+        found = {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in vars(self.generator).items()
+            if not k.startswith('_') and isinstance(v, (int, float, str, tuple, list, type(None)))
+        }
         if isinstance(self.generator.__dict__.get('init'), Source):
             found['init'] = repr(self.generator.init)
         if self.evolution is not None:

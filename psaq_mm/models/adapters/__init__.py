@@ -1,16 +1,17 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """One adapter an attention class: where a library multiplies matrices outside of any module, an adapter says so.
 
-Importing this package registers them all. No adapter imports the library it adapts: classes are known by their qualified
-names, so that a user with mmdet alone needs neither mmseg nor mmpretrain.
+Importing this package registers them all. No adapter imports the library it adapts: classes are known by their
+qualified names, so that a user with mmdet alone needs neither mmseg nor mmpretrain.
 """
-from . import conv_module
-from .match import class_named
-from .mmseg_vit import MMSEG_VIT_ARCHITECTURES
-from .swin import SWIN_BACKBONES
-from .timm_swin import TIMM_SWIN_ARCHITECTURES
-from .timm_vit import TIMM_VIT_ARCHITECTURES
-from .vit import VIT_ARCHITECTURES
+
+from psaq_mm.models.adapters import conv_module  # noqa: F401  registers its adapter
+from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.mmseg_vit import MMSEG_VIT_ARCHITECTURES
+from psaq_mm.models.adapters.swin import SWIN_BACKBONES
+from psaq_mm.models.adapters.timm_swin import TIMM_SWIN_ARCHITECTURES
+from psaq_mm.models.adapters.timm_vit import TIMM_VIT_ARCHITECTURES
+from psaq_mm.models.adapters.vit import VIT_ARCHITECTURES
 
 __all__ = ['ARCHITECTURES', 'SUPPORTED_BACKBONES', 'class_named']
 

@@ -1,12 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """mmcv's ConvModule: convolution, normalization and activation as one layer, whose edge is its end."""
+
 from torch import nn
 
+from psaq_mm.models.adapters.match import class_named
 from psaq_mm.quantization import feeds_activation, register_adapter
 
-from .match import class_named
-
-_CONV_MODULE = ('mmcv.cnn.bricks.conv_module.ConvModule', )
+_CONV_MODULE = ('mmcv.cnn.bricks.conv_module.ConvModule',)
 
 
 def _convert(module: nn.Module, name: str, spec) -> nn.Module:

@@ -1,19 +1,21 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What adapters tell of a transformer beyond its attention: which LayerNorm feeds which Linear, and which sums are edges."""
+"""What adapters tell of a transformer beyond its attention: which LayerNorm feeds which Linear, and which sums are
+edges.
+"""
+
 from typing import Iterable, Optional
 
 from torch import nn
 
+from psaq_mm.models.adapters.match import class_named
 from psaq_mm.quantization import edge_quantizer, feeds_activation, norm_feeds, quantize_output_
-
-from .match import class_named
 
 __all__ = ['SEQUENTIAL_FFN', 'TIMM_MLP', 'add_residual_edges', 'join', 'mark_ffn', 'mark_norm', 'quantize_outputs']
 
 SEQUENTIAL_FFN = ('mmcv.cnn.bricks.transformer.FFN', 'mmpretrain.models.backbones.deit3.DeiT3FFN')
 _PACKED_GATE = ('mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN', 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFNFused')
-TIMM_MLP = ('timm.layers.mlp.Mlp', )
-_TIMM_PACKED_GATE = ('timm.layers.mlp.GluMlp', )
+TIMM_MLP = ('timm.layers.mlp.Mlp',)
+_TIMM_PACKED_GATE = ('timm.layers.mlp.GluMlp',)
 
 
 def join(name: str, child: str) -> str:
@@ -22,7 +24,9 @@ def join(name: str, child: str) -> str:
 
 
 def add_residual_edges(block: nn.Module, name: str, spec) -> nn.Module:
-    """Give a transformer block a quantizer for each of its two residual sums, None where the spec has no such points; the block."""
+    """Give a transformer block a quantizer for each of its two residual sums, None where the spec has no such points;
+    the block.
+    """
     block.residual1_quantizer = edge_quantizer(spec, join(name, 'residual1'))
     block.residual2_quantizer = edge_quantizer(spec, join(name, 'residual2'))
     return block
@@ -35,11 +39,12 @@ def mark_norm(norm: nn.Module, layer: nn.Module) -> None:
 
 
 def mark_ffn(ffn: nn.Module, norm: Optional[nn.Module] = None) -> None:
-    """Tell which Linear layers of a feed-forward network go straight to an activation, and which one its LayerNorm feeds.
+    """Tell which Linear layers of a feed-forward network go straight to an activation, and which one its LayerNorm
+    feeds.
 
-    A gated one (``SwiGLU``) multiplies half of its first layer's output with the activation of the other half: that output
-    stays an edge of its own. Two layers side by side (timm's unpacked ``SwiGLU``) share their LayerNorm, whose scales can
-    then not be folded into one of them. Nothing is told of a class that is not known.
+    A gated one (``SwiGLU``) multiplies half of its first layer's output with the activation of the other half: that
+    output stays an edge of its own. Two layers side by side (timm's unpacked ``SwiGLU``) share their LayerNorm, whose
+    scales can then not be folded into one of them. Nothing is told of a class that is not known.
 
     Args:
         ffn: Feed-forward network of mmcv, mmpretrain or timm.

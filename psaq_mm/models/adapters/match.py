@@ -1,5 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Recognizing a library's class without importing the library."""
+
 import re
 from typing import Collection, List, NamedTuple, Optional, Tuple
 
@@ -45,6 +46,7 @@ class Architecture(NamedTuple):
         blocks: Qualified names of their class; attention is their child ``attn``.
         attention: Qualified names of its class.
     """
+
     backbones: Tuple[str, ...]
     block_path: str
     blocks: Tuple[str, ...]
@@ -53,13 +55,14 @@ class Architecture(NamedTuple):
     def strangers(self, backbone: nn.Module) -> List[Tuple[str, nn.Module]]:
         """Names and modules of the blocks and attention modules of ``backbone`` that are of another class.
 
-        Such an attention would stay in floating point without a word: a parallel block, or attention that pools the tokens.
+        Such an attention would stay in floating point without a word: a parallel block, or attention that pools the
+        tokens.
         """
         found = []
         inside = ()
         for name, module in backbone.named_modules():
             if re.fullmatch(self.block_path, name):
-                inside = (name + '.', )
+                inside = (name + '.',)
                 if not class_named(module, self.blocks):
                     found.append((name, module))
                 elif not class_named(module.attn, self.attention):

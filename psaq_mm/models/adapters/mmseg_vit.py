@@ -1,10 +1,11 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Vision Transformer of mmseg, whose attention is mmcv's wrapper around ``nn.MultiheadAttention``.
 
-``nn.MultiheadAttention`` holds its three input projections in one parameter, ``in_proj_weight``, which no layer owns, and reads
-the weight of ``out_proj`` without calling it. Here both are layers that are called, so that they are quantized, calibrated and
-tapped as any other, while every parameter keeps its place and its key.
+``nn.MultiheadAttention`` holds its three input projections in one parameter, ``in_proj_weight``, which no layer owns,
+and reads the weight of ``out_proj`` without calling it. Here both are layers that are called, so that they are
+quantized, calibrated and tapped as any other, while every parameter keeps its place and its key.
 """
+
 from typing import Optional, Tuple
 
 import torch.nn.functional as F
@@ -12,26 +13,32 @@ import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.quantization import (ReparameterizedQuantizer, adopt, apply_edge, attention_products,
-                                  is_quantized_layer, register_adapter)
-
-from .edges import add_residual_edges, join, mark_ffn, mark_norm, quantize_outputs
-from .match import Architecture, class_named
+from psaq_mm.models.adapters.edges import add_residual_edges, join, mark_ffn, mark_norm, quantize_outputs
+from psaq_mm.models.adapters.match import Architecture, class_named
+from psaq_mm.quantization import (
+    ReparameterizedQuantizer,
+    adopt,
+    apply_edge,
+    attention_products,
+    is_quantized_layer,
+    register_adapter,
+)
 
 __all__ = ['MMSEG_VIT_ARCHITECTURES', 'PackedProjection', 'QuantPackedAttentionMixin', 'QuantMMSegEncoderLayerMixin']
 
-_BACKBONE = ('mmseg.models.backbones.vit.VisionTransformer', )
-_LAYER = ('mmseg.models.backbones.vit.TransformerEncoderLayer', )
-_WRAPPER = ('mmcv.cnn.bricks.transformer.MultiheadAttention', )
+_BACKBONE = ('mmseg.models.backbones.vit.VisionTransformer',)
+_LAYER = ('mmseg.models.backbones.vit.TransformerEncoderLayer',)
+_WRAPPER = ('mmcv.cnn.bricks.transformer.MultiheadAttention',)
 
-MMSEG_VIT_ARCHITECTURES = (Architecture(_BACKBONE, r'layers\.\d+', _LAYER, _WRAPPER), )
+MMSEG_VIT_ARCHITECTURES = (Architecture(_BACKBONE, r'layers\.\d+', _LAYER, _WRAPPER),)
 
 
 class PackedProjection(nn.Linear):
     """The packed query, key and value projection of an ``nn.MultiheadAttention``, as a layer.
 
-    It owns no parameter: ``weight`` and ``bias`` are the attention's ``in_proj_weight`` and ``in_proj_bias``, looked up at each
-    use, whatever loading, moving or averaging has done to them. So the state dict has no key of it but its quantizers'.
+    It owns no parameter: ``weight`` and ``bias`` are the attention's ``in_proj_weight`` and ``in_proj_bias``, looked up
+    at each use, whatever loading, moving or averaging has done to them. So the state dict has no key of it but its
+    quantizers'.
 
     Args:
         attention: Whose projection it is: one width of queries, keys and values.
@@ -42,7 +49,7 @@ class PackedProjection(nn.Linear):
         self.in_features = attention.embed_dim
         self.out_features = 3 * attention.embed_dim
         # In a tuple: as an attribute of its own, the parent would become a child of its child.
-        self._attention = (attention, )
+        self._attention = (attention,)
 
     @property
     def weight(self) -> Tensor:
@@ -58,8 +65,8 @@ class PackedProjection(nn.Linear):
 class QuantPackedAttentionMixin:
     """Self-attention of ``nn.MultiheadAttention`` as explicit products; ``qkv`` is a :class:`PackedProjection`.
 
-    It runs batch first inside, which changes nothing but the order of rows in its projections: the output is the library's to
-    rounding.
+    It runs batch first inside, which changes nothing but the order of rows in its projections: the output is the
+    library's to rounding.
     """
 
     @property
@@ -67,12 +74,14 @@ class QuantPackedAttentionMixin:
         """The output projection, under the name that attention has elsewhere."""
         return self.out_proj
 
-    def forward(self,
-                query: Tensor,
-                key: Optional[Tensor] = None,
-                value: Optional[Tensor] = None,
-                attn_mask: Optional[Tensor] = None,
-                key_padding_mask: Optional[Tensor] = None) -> Tuple[Tensor, None]:
+    def forward(
+        self,
+        query: Tensor,
+        key: Optional[Tensor] = None,
+        value: Optional[Tensor] = None,
+        attn_mask: Optional[Tensor] = None,
+        key_padding_mask: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, None]:
         """Self-attention of ``query``, which ``key`` and ``value`` equal.
 
         Args:
@@ -89,8 +98,10 @@ class QuantPackedAttentionMixin:
             UnsupportedModelError: A mask is given, which no Vision Transformer of the library does.
         """
         if attn_mask is not None or key_padding_mask is not None:
-            raise UnsupportedModelError('attn_mask and key_padding_mask are not supported in the quantized attention of mmseg\'s '
-                                        'VisionTransformer: leave them None')
+            raise UnsupportedModelError(
+                "attn_mask and key_padding_mask are not supported in the quantized attention of mmseg's "
+                'VisionTransformer: leave them None'
+            )
         x = query if self.batch_first else query.transpose(0, 1)
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -141,9 +152,13 @@ def _convert_layer(module: nn.Module, name: str, spec) -> nn.Module:
 
 
 def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
-    quantize_outputs(module, name, spec, ('patch_embed.norm', 'drop_after_pos') + (('pre_ln', ) if module.pre_norm else ()))
+    quantize_outputs(
+        module, name, spec, ('patch_embed.norm', 'drop_after_pos') + (('pre_ln',) if module.pre_norm else ())
+    )
     return module
 
 
-register_adapter(lambda m: class_named(m, _LAYER) is not None and class_named(m.attn, _WRAPPER) is not None, _convert_layer)
+register_adapter(
+    lambda m: class_named(m, _LAYER) is not None and class_named(m.attn, _WRAPPER) is not None, _convert_layer
+)
 register_adapter(lambda m: class_named(m, _BACKBONE) is not None, _convert_backbone)

@@ -2,9 +2,10 @@
 """Swin Transformer of mmdet, mmseg and mmpretrain: window attention, its padding, and activation checkpointing.
 
 The three libraries share one computation under three module paths. What differs (mmpretrain's ``pad_small_map``) is
-handled where it matters. With every quantizer off, each forward below runs the library's own operations in the library's
-own order, so that its output is the library's to the last bit.
+handled where it matters. With every quantizer off, each forward below runs the library's own operations in the
+library's own order, so that its output is the library's to the last bit.
 """
+
 from typing import Optional, Sequence, Tuple, Union
 
 import torch
@@ -12,33 +13,54 @@ import torch.nn.functional as F
 import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
-from psaq_mm.quantization import (adopt, apply_edge, attention_products, edge_quantizer, quantize_output_, register_adapter)
+from psaq_mm.models.adapters.edges import add_residual_edges, join, mark_ffn, mark_norm
+from psaq_mm.models.adapters.match import class_named
+from psaq_mm.quantization import (
+    adopt,
+    apply_edge,
+    attention_products,
+    edge_quantizer,
+    quantize_output_,
+    register_adapter,
+)
 
-from .edges import add_residual_edges, join, mark_ffn, mark_norm
-from .match import class_named
-
-__all__ = ['SWIN_BACKBONES', 'valid_query_rows', 'QuantWindowMSAMixin', 'QuantShiftWindowMSAMixin', 'QuantSwinBlockMixin',
-           'convert_window_attention', 'fill_padding']
+__all__ = [
+    'SWIN_BACKBONES',
+    'valid_query_rows',
+    'QuantWindowMSAMixin',
+    'QuantShiftWindowMSAMixin',
+    'QuantSwinBlockMixin',
+    'convert_window_attention',
+    'fill_padding',
+]
 
 _SWIN_MODULES = ('mmdet.models.backbones.swin', 'mmseg.models.backbones.swin')
 
 SWIN_BACKBONES = tuple(f'{m}.SwinTransformer' for m in _SWIN_MODULES) + (
-    'mmpretrain.models.backbones.swin_transformer.SwinTransformer', )
-_WINDOW_MSA = tuple(f'{m}.WindowMSA' for m in _SWIN_MODULES) + ('mmpretrain.models.utils.attention.WindowMSA', )
+    'mmpretrain.models.backbones.swin_transformer.SwinTransformer',
+)
+_WINDOW_MSA = tuple(f'{m}.WindowMSA' for m in _SWIN_MODULES) + ('mmpretrain.models.utils.attention.WindowMSA',)
 _SHIFT_WINDOW_MSA = tuple(f'{m}.ShiftWindowMSA' for m in _SWIN_MODULES) + (
-    'mmpretrain.models.utils.attention.ShiftWindowMSA', )
-_SWIN_BLOCK = tuple(f'{m}.SwinBlock' for m in _SWIN_MODULES) + ('mmpretrain.models.backbones.swin_transformer.SwinBlock', )
-_PATCH_MERGING = ('mmdet.models.layers.transformer.utils.PatchMerging', 'mmseg.models.utils.embed.PatchMerging',
-                  'mmcv.cnn.bricks.transformer.PatchMerging')
+    'mmpretrain.models.utils.attention.ShiftWindowMSA',
+)
+_SWIN_BLOCK = tuple(f'{m}.SwinBlock' for m in _SWIN_MODULES) + (
+    'mmpretrain.models.backbones.swin_transformer.SwinBlock',
+)
+_PATCH_MERGING = (
+    'mmdet.models.layers.transformer.utils.PatchMerging',
+    'mmseg.models.utils.embed.PatchMerging',
+    'mmcv.cnn.bricks.transformer.PatchMerging',
+)
 
 
-def valid_query_rows(height: int, width: int, window: Union[int, Tuple[int, int]], shift: int = 0,
-                     device=None) -> Optional[Tensor]:
+def valid_query_rows(
+    height: int, width: int, window: Union[int, Tuple[int, int]], shift: int = 0, device=None
+) -> Optional[Tensor]:
     """Which rows of each window are tokens of the image, and not window padding.
 
-    Swin pads the token map on the right and at the bottom to a multiple of the window, rolls it by ``-shift`` and cuts it
-    into windows (Swin, arXiv 2103.14030, section 3.2). The padded queries are thrown away after attention: they are no
-    image, and take no part in patch similarity or in calibration. Padded keys and values do: real tokens see them.
+    Swin pads the token map on the right and at the bottom to a multiple of the window, rolls it by ``-shift`` and cuts
+    it into windows (Swin, arXiv 2103.14030, section 3.2). The padded queries are thrown away after attention: they are
+    no image, and take no part in patch similarity or in calibration. Padded keys and values do: real tokens see them.
 
     Args:
         height: Rows of the token map.
@@ -65,8 +87,8 @@ def valid_query_rows(height: int, width: int, window: Union[int, Tuple[int, int]
 def fill_padding(x: Tensor, valid: Tensor, qkv: nn.Module) -> Tensor:
     """Window padding as the projection expects it: 0, or after reparameterization the image of 0.
 
-    Swin pads with zeros *after* the LayerNorm. Once scales and offsets of the channels are folded into that, 0 stands for
-    something else.
+    Swin pads with zeros *after* the LayerNorm. Once scales and offsets of the channels are folded into that, 0 stands
+    for something else.
 
     Args:
         x: Tokens of windows, (windows * B, N, C).
@@ -180,14 +202,16 @@ def _convert_merging(module: nn.Module, name: str, spec) -> nn.Module:
 
 
 def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
-    # What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is one.
+    # What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is
+    # one.
     quantize_output_(module.drop_after_pos, join(name, 'drop_after_pos'), spec)
     return module
 
 
 register_adapter(lambda m: class_named(m, _WINDOW_MSA) is not None, convert_window_attention)
-register_adapter(lambda m: class_named(m, _SHIFT_WINDOW_MSA) is not None,
-                 lambda m, name, spec: adopt(m, QuantShiftWindowMSAMixin))
+register_adapter(
+    lambda m: class_named(m, _SHIFT_WINDOW_MSA) is not None, lambda m, name, spec: adopt(m, QuantShiftWindowMSAMixin)
+)
 register_adapter(lambda m: class_named(m, _SWIN_BLOCK) is not None, _convert_block)
 register_adapter(lambda m: class_named(m, _PATCH_MERGING) is not None, _convert_merging)
 register_adapter(lambda m: class_named(m, SWIN_BACKBONES) is not None, _convert_backbone)

@@ -1,28 +1,31 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Swin Transformer of timm, as mmpretrain's ``TimmClassifier`` and ``TIMMBackbone`` build it.
 
-It differs from OpenMMLab's in the order of things: timm shifts the token map first and pads it afterwards, so that the padding
-lies at the right and at the bottom whatever the shift. With every quantizer off, the output is that of timm's own unfused
-attention to the last bit.
+It differs from OpenMMLab's in the order of things: timm shifts the token map first and pads it afterwards, so that the
+padding lies at the right and at the bottom whatever the shift. With every quantizer off, the output is that of timm's
+own unfused attention to the last bit.
 """
+
 from torch import Tensor, nn
 
+from psaq_mm.models.adapters.edges import add_residual_edges, mark_ffn, mark_norm
+from psaq_mm.models.adapters.match import Architecture, class_named
+from psaq_mm.models.adapters.swin import QuantWindowMSAMixin, convert_window_attention, valid_query_rows
 from psaq_mm.quantization import adopt, apply_edge, register_adapter
-
-from .edges import add_residual_edges, mark_ffn, mark_norm
-from .match import Architecture, class_named
-from .swin import QuantWindowMSAMixin, convert_window_attention, valid_query_rows
 
 __all__ = ['TIMM_SWIN', 'TIMM_SWIN_ARCHITECTURES', 'QuantTimmWindowAttentionMixin', 'QuantTimmSwinBlockMixin']
 
-TIMM_SWIN = ('timm.models.swin_transformer.SwinTransformer', )
-_ATTENTION = ('timm.models.swin_transformer.WindowAttention', )
-_BLOCK = ('timm.models.swin_transformer.SwinTransformerBlock', )
-_PATCH_MERGING = ('timm.models.swin_transformer.PatchMerging', )
+TIMM_SWIN = ('timm.models.swin_transformer.SwinTransformer',)
+_ATTENTION = ('timm.models.swin_transformer.WindowAttention',)
+_BLOCK = ('timm.models.swin_transformer.SwinTransformerBlock',)
+_PATCH_MERGING = ('timm.models.swin_transformer.PatchMerging',)
 
 # With features_only=True, timm takes the model apart: only its stages are left, as layers_0, layers_1, ...
 TIMM_SWIN_ARCHITECTURES = (
-    Architecture(TIMM_SWIN + ('timm.models._features.FeatureListNet', ), r'layers[._]\d+\.blocks\.\d+', _BLOCK, _ATTENTION), )
+    Architecture(
+        TIMM_SWIN + ('timm.models._features.FeatureListNet',), r'layers[._]\d+\.blocks\.\d+', _BLOCK, _ATTENTION
+    ),
+)
 
 
 class QuantTimmWindowAttentionMixin(QuantWindowMSAMixin):

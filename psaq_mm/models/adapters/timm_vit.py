@@ -1,27 +1,27 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Vision Transformer and DeiT of timm, as mmpretrain's ``TimmClassifier`` and ``TIMMBackbone`` build them.
 
-With every quantizer off, the output is that of timm's own unfused attention to the last bit, and that of its fused one to
-rounding.
+With every quantizer off, the output is that of timm's own unfused attention to the last bit, and that of its fused one
+to rounding.
 """
+
 from typing import Optional
 
 from torch import Tensor, nn
 
+from psaq_mm.models.adapters.edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
+from psaq_mm.models.adapters.match import Architecture, class_named
 from psaq_mm.quantization import adopt, apply_edge, attention_products, register_adapter
-
-from .edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
-from .match import Architecture, class_named
 
 __all__ = ['TIMM_VIT_ARCHITECTURES', 'TIMM_VIT_BACKBONES', 'QuantTimmAttentionMixin', 'QuantTimmBlockMixin']
 
 TIMM_VIT_BACKBONES = ('timm.models.vision_transformer.VisionTransformer', 'timm.models.deit.VisionTransformerDistilled')
 # Newer versions of timm have moved the attention among the layers.
 _ATTENTION = ('timm.models.vision_transformer.Attention', 'timm.layers.attention.Attention')
-_BLOCK = ('timm.models.vision_transformer.Block', )
-_PATCH_EMBED = ('timm.layers.patch_embed.PatchEmbed', )
+_BLOCK = ('timm.models.vision_transformer.Block',)
+_PATCH_EMBED = ('timm.layers.patch_embed.PatchEmbed',)
 
-TIMM_VIT_ARCHITECTURES = (Architecture(TIMM_VIT_BACKBONES, r'blocks\.\d+', _BLOCK, _ATTENTION), )
+TIMM_VIT_ARCHITECTURES = (Architecture(TIMM_VIT_BACKBONES, r'blocks\.\d+', _BLOCK, _ATTENTION),)
 
 
 class QuantTimmAttentionMixin:
@@ -58,7 +58,9 @@ class QuantTimmBlockMixin:
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(B, N, C) to (B, N, C); what else is given (newer versions of timm) goes to the attention."""
-        x = apply_edge(self.residual1_quantizer, x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs))))
+        x = apply_edge(
+            self.residual1_quantizer, x + self.drop_path1(self.ls1(self.attn(self.norm1(x), *args, **kwargs)))
+        )
         return apply_edge(self.residual2_quantizer, x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
@@ -82,7 +84,7 @@ def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
 
 
 def _convert_patch_embed(module: nn.Module, name: str, spec) -> nn.Module:
-    quantize_outputs(module, name, spec, ('norm', ))
+    quantize_outputs(module, name, spec, ('norm',))
     return module
 
 

@@ -1,27 +1,29 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Vision Transformer and DeiT of mmpretrain.
 
-The library's attention is fused; here its two products are written out, so that its output agrees to rounding, and with the
-library's own unfused fallback to the last bit wherever the square root of a head's width is a power of two (64 in every zoo
-model).
+The library's attention is fused; here its two products are written out, so that its output agrees to rounding, and with
+the library's own unfused fallback to the last bit wherever the square root of a head's width is a power of two (64 in
+every zoo model).
 """
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psaq_mm.models.adapters.edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
+from psaq_mm.models.adapters.match import Architecture, class_named
 from psaq_mm.quantization import adopt, apply_edge, attention_products, register_adapter
-
-from .edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
-from .match import Architecture, class_named
 
 __all__ = ['VIT_ARCHITECTURES', 'QuantMultiheadAttentionMixin', 'QuantEncoderLayerMixin', 'QuantDeiT3EncoderLayerMixin']
 
-_BACKBONES = tuple(f'mmpretrain.models.backbones.{name}' for name in (
-    'vision_transformer.VisionTransformer', 'deit.DistilledVisionTransformer', 'deit3.DeiT3'))
-_ATTENTION = ('mmpretrain.models.utils.attention.MultiheadAttention', )
-_LAYER = ('mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer', )
-_DEIT3_LAYER = ('mmpretrain.models.backbones.deit3.DeiT3TransformerEncoderLayer', )
+_BACKBONES = tuple(
+    f'mmpretrain.models.backbones.{name}'
+    for name in ('vision_transformer.VisionTransformer', 'deit.DistilledVisionTransformer', 'deit3.DeiT3')
+)
+_ATTENTION = ('mmpretrain.models.utils.attention.MultiheadAttention',)
+_LAYER = ('mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',)
+_DEIT3_LAYER = ('mmpretrain.models.backbones.deit3.DeiT3TransformerEncoderLayer',)
 
-VIT_ARCHITECTURES = (Architecture(_BACKBONES, r'layers\.\d+', _LAYER + _DEIT3_LAYER, _ATTENTION), )
+VIT_ARCHITECTURES = (Architecture(_BACKBONES, r'layers\.\d+', _LAYER + _DEIT3_LAYER, _ATTENTION),)
 
 
 class QuantMultiheadAttentionMixin:
@@ -55,7 +57,9 @@ class QuantEncoderLayerMixin:
 
 
 class QuantDeiT3EncoderLayerMixin(QuantEncoderLayerMixin):
-    """mmpretrain's DeiT3 layer, which normalizes before the feed-forward network with ``ln1`` once more, never with ``ln2``."""
+    """mmpretrain's DeiT3 layer, which normalizes before the feed-forward network with ``ln1`` once more, never with
+    ``ln2``.
+    """
 
     ffn_norm = 'ln1'
 

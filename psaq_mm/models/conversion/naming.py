@@ -13,10 +13,11 @@ naming        who                                                    a block's a
 ``openmmlab`` mmdet, mmseg and mmpretrain                            ``stages.0.blocks.0.attn.w_msa.qkv``
 ============  =====================================================  ===================================
 
-Tables of relative positions and the order of queries, keys and values are the same in all of them. Patch merging is not:
-OpenMMLab gathers the four neighbours with ``nn.Unfold``, channel by channel, the others neighbour by neighbour
+Tables of relative positions and the order of queries, keys and values are the same in all of them. Patch merging is
+not: OpenMMLab gathers the four neighbours with ``nn.Unfold``, channel by channel, the others neighbour by neighbour
 (:func:`unfold_order`).
 """
+
 import re
 from typing import Dict, List, Mapping, NamedTuple, Optional, Tuple
 
@@ -42,6 +43,7 @@ class Renamed(NamedTuple):
         derived: Old names of what every model makes anew when it is built: position indices and attention masks.
         naming: ``'original'``, ``'timm'`` or ``'openmmlab'``.
     """
+
     weights: Dict[str, Tensor]
     sources: Dict[str, str]
     derived: List[str]
@@ -51,8 +53,8 @@ class Renamed(NamedTuple):
 def unfold_order(x: Tensor) -> Tensor:
     """The last axis of a patch-merging weight in the order of ``nn.Unfold``.
 
-    Swin concatenates the four neighbours (row, column) = (0, 0), (1, 0), (0, 1), (1, 1), each with all its channels (arXiv
-    2103.14030, section 3.1, released code); unfolding gives each channel with its four neighbours, row by row.
+    Swin concatenates the four neighbours (row, column) = (0, 0), (1, 0), (0, 1), (1, 1), each with all its channels
+    (arXiv 2103.14030, section 3.1, released code); unfolding gives each channel with its four neighbours, row by row.
 
     Args:
         x: (4 C) or (outputs, 4 C): the LayerNorm's or the reduction's weight.
@@ -66,13 +68,15 @@ def unfold_order(x: Tensor) -> Tensor:
     if x.dim() == 0 or x.shape[-1] % 4:
         raise CheckpointError(
             f'a patch-merging weight of shape {tuple(x.shape)} does not hold four neighbours: the checkpoint is no '
-            'Swin Transformer\'s')
+            "Swin Transformer's"
+        )
     by_column = x.unflatten(-1, (2, 2, x.shape[-1] // 4))  # (..., column, row, C)
     return by_column.movedim(-1, -3).transpose(-1, -2).flatten(-3).contiguous()
 
 
 def backbone_prefix(names) -> Optional[str]:
-    """What stands before ``layers.0.blocks...`` or ``stages.0.blocks...`` in ``names``, None where there are no such blocks.
+    """What stands before ``layers.0.blocks...`` or ``stages.0.blocks...`` in ``names``, None where there are no such
+    blocks.
 
     Raises:
         CheckpointError: There are several backbones.
@@ -80,7 +84,9 @@ def backbone_prefix(names) -> Optional[str]:
     found = {match['prefix'] for match in map(_BLOCK.fullmatch, names) if match}
     if len(found) > 1:
         raise CheckpointError(
-            f'the checkpoint holds several backbones ({", ".join(repr(p) for p in sorted(found))}): save one of them alone')
+            f'the checkpoint holds several backbones ({", ".join(repr(p) for p in sorted(found))}): save one of them '
+            f'alone'
+        )
     return found.pop() if found else None
 
 
@@ -96,8 +102,8 @@ def _naming(names: List[str]) -> Tuple[str, int]:
 def rename_swin(weights: Mapping[str, Tensor]) -> Renamed:
     """Rename a checkpoint with a Swin backbone as OpenMMLab's models have it, the backbone under ``backbone.``.
 
-    A classification head of Swin's releases and of timm (``head.*``) becomes mmpretrain's ``head.fc.*``; the LayerNorm after the
-    last stage (``norm.*``) becomes the output norm of that stage, ``norm3.*``.
+    A classification head of Swin's releases and of timm (``head.*``) becomes mmpretrain's ``head.fc.*``; the LayerNorm
+    after the last stage (``norm.*``) becomes the output norm of that stage, ``norm3.*``.
 
     Args:
         weights: State dict in any of the three namings, the backbone under any one prefix or none.
@@ -110,12 +116,15 @@ def rename_swin(weights: Mapping[str, Tensor]) -> Renamed:
         shown = ', '.join(list(weights)[:3])
         raise CheckpointError(
             f'the checkpoint holds no Swin Transformer (its first keys are {shown}): give one with blocks such as '
-            'layers.0.blocks.0.attn.qkv.weight or stages.0.blocks.0.attn.w_msa.qkv.weight')
+            'layers.0.blocks.0.attn.qkv.weight or stages.0.blocks.0.attn.w_msa.qkv.weight'
+        )
     strange = next((name for name in weights if _VERSION_2.search(name)), None)
     if strange:
         raise CheckpointError(
-            f'the checkpoint is a Swin Transformer V2 ({strange}), which is not converted: give one of the first version')
-    names = [name[len(prefix):] for name in weights if name.startswith(prefix)]
+            f'the checkpoint is a Swin Transformer V2 ({strange}), which is not converted: give one of the first '
+            f'version'
+        )
+    names = [name[len(prefix) :] for name in weights if name.startswith(prefix)]
     naming, stages = _naming(names)
     renamed = Renamed({}, {}, [], naming)
     for name, value in weights.items():
@@ -123,7 +132,7 @@ def rename_swin(weights: Mapping[str, Tensor]) -> Renamed:
             renamed.derived.append(name)
             continue
         if name.startswith(prefix):
-            new, value = _rename(name[len(prefix):], value, naming, stages)
+            new, value = _rename(name[len(prefix) :], value, naming, stages)
             inside = new.startswith('head.') and 'backbone' not in prefix
             new = new if inside else f'backbone.{new}'
         else:
@@ -152,9 +161,12 @@ def _rename(name: str, value: Tensor, naming: str, stages: int) -> Tuple[str, Te
     stage, part, rest = int(match[1]), match[2], match[3]
     if part == 'downsample.':
         stage -= naming == 'timm'
-        return f'stages.{stage}.{part}{rest}', unfold_order(value) if rest.split('.')[0] in ('norm', 'reduction') else value
+        return f'stages.{stage}.{part}{rest}', unfold_order(value) if rest.split('.')[0] in (
+            'norm',
+            'reduction',
+        ) else value
     for old, new in _IN_A_BLOCK:
         if rest.startswith(old):
-            rest = new + rest[len(old):]
+            rest = new + rest[len(old) :]
             break
     return f'stages.{stage}.{part}{rest}', value

@@ -1,0 +1,174 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""An exported graph in the place of a model's own layers, so that the library's tools evaluate the integer model."""
+
+import os
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from psaq_mm.errors import CheckpointError, ConfigError
+from psaq_mm.quantization import adopt
+from psaq_mm.registry import MODELS
+from psaq_mm.runtime import load
+
+__all__ = ['DeployedBackbone', 'DeployedFeatures', 'DeployedHeadMixin', 'deploy_model_']
+
+PathLike = Union[str, os.PathLike]
+
+
+class DeployedFeatures(tuple):
+    """Feature maps of a graph that holds a head as well.
+
+    Attributes:
+        dense: The head's outputs, nested as the head's forward gives them; None without a head.
+    """
+
+    dense: Any = None
+
+
+@MODELS.register_module()
+class DeployedBackbone(nn.Module):
+    """Runs the graph of an exported model: backbone, and what else of the model it holds (neck, dense head).
+
+    As a backbone of its own in a config, it gives a detector the levels after the neck: set ``neck=None`` there.
+    ``tools/test.py CONFIG --deployed DIR`` does that, and has the head's outputs taken from the graph too.
+
+    Args:
+        directory: As ``tools/export.py`` wrote it.
+        runtime: ``'openvino'`` or ``'onnxruntime'``.
+        threads: Of the runtime. Defaults to None, its own choice.
+        init_cfg: Not used; OpenMMLab's configs give it to every backbone.
+
+    Raises:
+        CheckpointError: The directory is no exported model, or not whole.
+        ConfigError: The runtime is not known or not installed.
+
+    Example:
+        >>> model = dict(backbone=dict(_delete_=True, type='psaq_mm.DeployedBackbone', directory='work_dirs/deployed'), neck=None)
+    """
+
+    def __init__(
+        self,
+        directory: PathLike,
+        runtime: str = 'openvino',
+        threads: Optional[int] = None,
+        init_cfg: Optional[Mapping] = None,
+    ):
+        super().__init__()
+        self.deployed = load(directory, runtime, threads)
+
+    def init_weights(self) -> None:
+        """There is nothing to initialize."""
+
+    def forward(self, images: Tensor) -> Union[Tensor, DeployedFeatures]:
+        """Normalized images (N, C, H, W) to :class:`DeployedFeatures`, or to logits where the graph is a whole
+        network.
+        """
+        found = self.deployed.run(images.detach().float().cpu().numpy())
+        outputs = {
+            name: torch.from_numpy(np.ascontiguousarray(value)).to(images.device) for name, value in found.items()
+        }
+        wanted = self.deployed.manifest['outputs']
+        dense = _nested(wanted['dense'], outputs)
+        if not wanted['levels'] and self.deployed.manifest['dense_head'] is None:
+            return dense
+        levels = _nested(wanted.get('features') or wanted['levels'], outputs)
+        if not isinstance(levels, tuple):  # a backbone that gives one map by itself
+            return levels
+        features = DeployedFeatures(levels)
+        features.dense = dense
+        return features
+
+
+def _nested(names: Any, outputs: Dict[str, Tensor]) -> Any:
+    if isinstance(names, str):
+        return outputs[names]
+    if isinstance(names, Mapping):
+        return {key: _nested(n, outputs) for key, n in names.items()}
+    return None if names is None else tuple(_nested(n, outputs) for n in names)
+
+
+class DeployedHeadMixin:
+    """A head whose outputs come with the features; its own layers are not called."""
+
+    def forward(self, features: DeployedFeatures, *args, **kwargs) -> Any:
+        """What the graph gave for these features."""
+        return features.dense
+
+
+def deploy_model_(
+    model: nn.Module, directory: PathLike, runtime: str = 'openvino', threads: Optional[int] = None
+) -> nn.Module:
+    """Put an exported graph into the model it was made from, in place, with the weights that the graph does not hold.
+
+    Args:
+        model: Built from the config that was exported; its weights need not be loaded.
+        directory, runtime, threads: See :class:`DeployedBackbone`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        CheckpointError: The directory is not whole, or was exported from another model.
+        ConfigError: The runtime is not known or not installed, or the graph is of a backbone alone.
+    """
+    backbone = DeployedBackbone(directory, runtime, threads)
+    manifest = backbone.deployed.manifest
+    if manifest['model'] != type(model).__name__ and not _inherits(model, manifest['model']):
+        raise CheckpointError(
+            f'{directory} was exported from a {manifest["model"]} and the config builds a {type(model).__name__}: give '
+            'the config that was exported'
+        )
+    head = manifest['dense_head']
+    absent = [name for name in manifest['replaced'] if not hasattr(model, name)]
+    if absent or manifest['task'] == 'backbone':
+        raise ConfigError(
+            f'{directory} holds '
+            f'{"a backbone alone" if not absent else "parts that the model lacks: " + ", ".join(absent)}: '
+            'export the whole model to evaluate it, or use psaq_mm.DeployedBackbone in a config'
+        )
+    for name in manifest['replaced']:
+        if name in ('backbone', 'model'):
+            setattr(model, name, backbone)
+        elif name == 'neck':
+            model.neck = None
+        elif name == head:
+            adopt(getattr(model, name), DeployedHeadMixin)
+    _load_rest(model, directory, manifest)
+    model.eval()
+    return model
+
+
+def _inherits(model: nn.Module, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(model).__mro__)
+
+
+def _rest_names(model: nn.Module, replaced: Tuple[str, ...]) -> Dict[str, Tensor]:
+    skipped = tuple(f'{name}.' for name in (*replaced, 'data_preprocessor', 'auxiliary_head'))
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(skipped)}
+
+
+def _load_rest(model: nn.Module, directory: PathLike, manifest: Mapping) -> None:
+    path = os.path.join(directory, 'rest.npz')
+    if manifest['task'] != 'detection' and not os.path.isfile(path):
+        return
+    rest = dict(np.load(path)) if os.path.isfile(path) else {}
+    own = _rest_names(model, tuple(manifest['replaced']))
+    odd = sorted(set(rest) ^ set(own)) or [k for k in own if tuple(own[k].shape) != rest[k].shape]
+    if odd:
+        raise CheckpointError(
+            f'{directory} does not fit the model of the config ({", ".join(odd[:3])}): give the config that was '
+            f'exported'
+        )
+    errors: List[str] = []
+    # each on its own: the model's check wants the weights that the graph replaced, too
+    for name, module in model.named_modules():
+        state = {
+            k[len(name) + 1 :]: torch.from_numpy(v) for k, v in rest.items() if name and k.rpartition('.')[0] == name
+        }
+        if state:
+            module._load_from_state_dict(state, '', {}, True, [], [], errors)
+    if errors:
+        raise CheckpointError(f'{directory} does not fit the model of the config ({errors[0]})')
