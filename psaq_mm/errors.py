@@ -5,6 +5,9 @@ built-in exception a caller would expect, so ``except ValueError`` keeps working
 psaq_mm.
 """
 
+import difflib
+from typing import Iterable
+
 
 class PsaqError(Exception):
     """Base of every error that psaq_mm raises on purpose."""
@@ -32,3 +35,15 @@ class ConfigError(PsaqError, ValueError):
 
 class DataError(PsaqError, ValueError):
     """A tensor is empty, not finite, or of a shape that does not fit."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The hint of a message about an unknown name: the most similar known one, and the list of all.
+
+    Example:
+        >>> f'the method {"bset"!r} is not known: {nearest("bset", ["fast", "best"])}'
+        "the method 'bset' is not known: did you mean best? Known are fast, best"
+    """
+    names = list(known)
+    near = difflib.get_close_matches(str(name), names, 1)
+    return f'did you mean {near[0]}? Known are {", ".join(names)}' if near else f'use one of {", ".join(names)}'
