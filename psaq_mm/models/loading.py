@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Named
 from torch import Tensor, nn
 
 from psaq_mm.contexts import hooked, replaced
-from psaq_mm.errors import CheckpointError
+from psaq_mm.errors import CheckpointError, first_of
 from psaq_mm.models.network import TRAINING_ONLY, find_backbone
 from psaq_mm.quantization import is_quantizer_key
 
@@ -25,20 +25,11 @@ __all__ = [
     'check_state_dict',
     'convert_timm_keys',
     'guard_loading',
-    'listed',
     'match_names',
     'unwrapped',
     'usable_weights',
     'whole_loading',
 ]
-
-_SHOWN = 3
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names and how many more there are, for messages."""
-    rest = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-    return ', '.join(names[:_SHOWN]) + rest
 
 
 def _own_state(model: nn.Module) -> Dict[str, Tensor]:
@@ -93,7 +84,7 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
     ]
     if wrong:
         raise CheckpointError(
-            f'the checkpoint does not fit the model: {listed(wrong)}; use the config that it was trained with'
+            f'the checkpoint does not fit the model: {first_of(wrong)}; use the config that it was trained with'
         )
     unneeded = absent_parts(own, given)
     missing = [
@@ -111,13 +102,13 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
             if alone
             else 'use the config that it was trained with, or convert its keys first'
         )
-        raise CheckpointError(f'the checkpoint lacks {len(missing)} weights of the model ({listed(missing)}): {way}')
+        raise CheckpointError(f'the checkpoint lacks {len(missing)} weights of the model ({first_of(missing)}): {way}')
     has_state = {k for k in given if is_quantizer_key(k)}
     wants_state = {k for k in own if is_quantizer_key(k)}
     if has_state and has_state != wants_state:
         odd = sorted(has_state ^ wants_state)
         raise CheckpointError(
-            f'the checkpoint was quantized under another spec ({listed(odd)} stand on one side only): '
+            f'the checkpoint was quantized under another spec ({first_of(odd)} stand on one side only): '
             'give the config the quant= that it was made with'
         )
 
@@ -162,7 +153,7 @@ def whole_loading(model: nn.Module) -> Iterator[None]:
         strangers = [k for k in state_dict if k[len(prefix) :] not in own and not k.endswith('num_batches_tracked')]
         if strangers:
             raise CheckpointError(
-                f'{len(strangers)} weights have no place in the model ({listed(strangers)}): '
+                f'{len(strangers)} weights have no place in the model ({first_of(strangers)}): '
                 'use the config that it was trained with'
             )
 

@@ -7,9 +7,9 @@ from typing import Dict, List, NamedTuple, Sequence
 
 from torch import Tensor, nn
 
-from psaq_mm.errors import CheckpointError, UnsupportedModelError
+from psaq_mm.errors import CheckpointError, UnsupportedModelError, first_of
 from psaq_mm.models.conversion.naming import Renamed, backbone_prefix
-from psaq_mm.models.loading import absent_parts, listed
+from psaq_mm.models.loading import absent_parts
 
 __all__ = ['Conversion', 'fit_weights']
 
@@ -45,19 +45,19 @@ class Conversion(NamedTuple):
         """
         if self.wrong:
             raise CheckpointError(
-                f'the checkpoint does not fit the config: {listed(self.wrong)}; give the config of the model that it '
+                f'the checkpoint does not fit the config: {first_of(self.wrong)}; give the config of the model that it '
                 f'was '
                 'trained with'
             )
         if self.missing:
             raise CheckpointError(
-                f'the checkpoint lacks {len(self.missing)} weights of the model ({listed(self.missing)}): give the '
+                f'the checkpoint lacks {len(self.missing)} weights of the model ({first_of(self.missing)}): give the '
                 f'config '
                 'of the model that it was trained with, or convert its backbone alone with --backbone-only'
             )
         if self.unplaced:
             raise CheckpointError(
-                f'{len(self.unplaced)} weights found no place in the model ({listed(self.unplaced)}): give the config '
+                f'{len(self.unplaced)} weights found no place in the model ({first_of(self.unplaced)}): give the config '
                 f'of '
                 'the model that it was trained with, or leave them out by name with --drop'
             )
