@@ -38,7 +38,7 @@ class DeployedBackbone(nn.Module):
 
     Args:
         directory: As ``tools/export.py`` wrote it.
-        runtime: ``'openvino'`` or ``'onnxruntime'``.
+        runtime: Name of the runtime, one of :data:`psaq_mm.runtime.RUNTIMES`.
         threads: Of the runtime. Defaults to None, its own choice.
         init_cfg: Not used; OpenMMLab's configs give it to every backbone.
 
