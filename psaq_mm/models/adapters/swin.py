@@ -18,10 +18,13 @@ from psaq_mm.models.adapters.match import class_named
 from psaq_mm.quantization import (
     adopt,
     apply_edge,
+    apply_layer,
     attention_products,
     edge_quantizer,
+    padded,
     quantize_output_,
     register_adapter,
+    row_mask_of,
 )
 
 __all__ = [
@@ -102,9 +105,6 @@ def fill_padding(x: Tensor, valid: Tensor, qkv: nn.Module) -> Tensor:
 class QuantWindowMSAMixin:
     """Window attention whose two matrix products are :class:`QuantMatMul`, and which knows its padded rows."""
 
-    valid_rows: Optional[Tensor] = None
-    """bool (windows, tokens) of the current input, or None: set by the shifting module around it."""
-
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Attention inside windows.
 
@@ -116,16 +116,15 @@ class QuantWindowMSAMixin:
             (windows * B, N, C).
         """
         B, N, _ = x.shape
-        valid = self.valid_rows
+        mask_of_rows = row_mask_of(self)
+        valid = None if mask_of_rows is None else mask_of_rows.rows(x)
         if valid is not None:
-            valid = valid.repeat(B // valid.shape[0], 1)
             x = fill_padding(x, valid, self.qkv)
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
         heads_valid = None if valid is None else valid[:, None]
-        self.proj.valid_rows = valid
 
-        attn = self.matmul_qk(q * self.scale, k.transpose(-2, -1), valid_rows=heads_valid)
+        attn = self.matmul_qk(q * self.scale, k.transpose(-2, -1), valid=heads_valid)
         # Before the mask: its -100 would stretch the range over nothing.
         attn = apply_edge(self.scores_quantizer, attn + self._position_bias(), heads_valid)
         if mask is not None:
@@ -134,8 +133,8 @@ class QuantWindowMSAMixin:
             attn = attn.view(-1, self.num_heads, N, N)
         attn = self.attn_drop(self.softmax(attn))
 
-        x = self.matmul_av(attn, v, valid_rows=heads_valid).transpose(1, 2).reshape(B, N, -1)
-        return self.proj_drop(self.proj(x))
+        x = self.matmul_av(attn, v, valid=heads_valid).transpose(1, 2).reshape(B, N, -1)
+        return self.proj_drop(apply_layer(self.proj, x, valid))
 
     def _position_bias(self) -> Tensor:
         """What is added to the scores for the relative position of two tokens, (1, heads, N, N)."""
@@ -154,8 +153,8 @@ class QuantShiftWindowMSAMixin:
         # mmpretrain does not shift where one window holds the whole map; mmdet and mmseg always do.
         if not getattr(self, 'pad_small_map', True) and min(height, width) == self.window_size:
             shift = 0
-        self.w_msa.valid_rows = valid_query_rows(height, width, self.window_size, shift, query.device)
-        return super().forward(query, hw_shape)
+        with padded(self.w_msa, valid_query_rows(height, width, self.window_size, shift, query.device)):
+            return super().forward(query, hw_shape)
 
 
 class QuantSwinBlockMixin:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from psaq_mm.models.adapters.edges import add_residual_edges, mark_ffn, mark_norm
 from psaq_mm.models.adapters.match import Architecture, class_named
 from psaq_mm.models.adapters.swin import QuantWindowMSAMixin, convert_window_attention, valid_query_rows
-from psaq_mm.quantization import adopt, apply_edge, register_adapter
+from psaq_mm.quantization import adopt, apply_edge, padded, register_adapter
 
 __all__ = ['TIMM_SWIN', 'TIMM_SWIN_ARCHITECTURES', 'QuantTimmWindowAttentionMixin', 'QuantTimmSwinBlockMixin']
 
@@ -39,8 +39,8 @@ class QuantTimmSwinBlockMixin:
     """A Swin block whose two residual sums are edges, and which tells its attention which rows are padding."""
 
     def _attn(self, x: Tensor) -> Tensor:
-        self.attn.valid_rows = valid_query_rows(x.shape[1], x.shape[2], self.window_size, device=x.device)
-        return super()._attn(x)
+        with padded(self.attn, valid_query_rows(x.shape[1], x.shape[2], self.window_size, device=x.device)):
+            return super()._attn(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
