@@ -12,6 +12,7 @@ from psaq_mm.quantization.convert import (
     ADAPTERS,
     Adapter,
     ConversionReport,
+    ConvertFn,
     FloatLayer,
     QuantizedLayer,
     calibrate,
@@ -52,16 +53,18 @@ from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, 
 from psaq_mm.quantization.rotation import StreamReader, random_rotation, rotate_heads_, rotate_stream_
 from psaq_mm.quantization.rounding import RoundedLayer, compensated_rounding, round_weights_
 from psaq_mm.quantization.rows import RowMask, padded, row_mask_given, row_mask_of
-from psaq_mm.quantization.spec import RECIPES, LayerSpec, Override, QuantSpec
+from psaq_mm.quantization.spec import RECIPES, AdapterSpec, LayerSpec, Override, QuantSpec
 
 __all__ = [
     'ADAPTERS',
     'Adapter',
+    'AdapterSpec',
     'AffineQuantizer',
     'ChannelMSEObserver',
     'ChannelMinMaxObserver',
     'ChannelPercentileObserver',
     'ConversionReport',
+    'ConvertFn',
     'FloatLayer',
     'LayerSpec',
     'LogObserver',
