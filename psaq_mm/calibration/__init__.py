@@ -1,7 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What every method does to a student, with PyTorch alone and without synthesis: ranges and codes from pictures, and the
-steps in which it learns its teacher.
-"""
+"""What every method does to a student, without synthesis: ranges and codes from pictures, and training."""
 
 from psaq_mm.calibration.attention import find_attention, is_attention
 from psaq_mm.calibration.blocks import BlockTaps, find_blocks

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from psaq_mm.calibration import find_attention
 from psaq_mm.contexts import frozen
-from psaq_mm.errors import ConfigError, DataError
+from psaq_mm.errors import DataError
 from psaq_mm.pictures import SOURCES, ImageSpec, Source, source_of
 from psaq_mm.psaq_vit.priors import VARIATION_RANGE, variation_prior
 from psaq_mm.psaq_vit.similarity import patch_similarity_entropy
