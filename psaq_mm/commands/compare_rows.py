@@ -3,26 +3,18 @@
 
 import contextlib
 import json
-import os
 import re
 import statistics
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.files import locked
+from psaq_mm.files import PathLike, locked, write_whole
 
-__all__ = ['RowFile', 'alone_in', 'locked', 'summarize', 'to_markdown']
+__all__ = ['RowFile', 'alone_in', 'summarize', 'to_markdown']
 
 _DETAIL = re.compile(r'_(\d+|s|m|l)$')
 """Metrics at one overlap or object size: in the JSON file, not in the printed table."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    partial = path.with_name(f'.{path.name}.partial')
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager
@@ -52,13 +44,13 @@ class RowFile:
         DataError: It is no such file.
     """
 
-    def __init__(self, path: Union[str, os.PathLike]):
+    def __init__(self, path: PathLike):
         self.path = Path(path)
         self.rows: Dict[str, Dict] = {}
         self.table: List[Dict] = []
         if self.path.is_file():
             try:
-                content = json.loads(self.path.read_text())
+                content = json.loads(self.path.read_text(encoding='utf-8'))
                 self.rows, self.table = {row['key']: row for row in content['rows']}, content['table']
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
