@@ -34,6 +34,7 @@ from psaq_mm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from psaq_mm.files import write_whole  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
 from psaq_mm.pictures import SOURCES  # noqa: E402
+from psaq_mm.tables import text_table  # noqa: E402
 from psaq_mm.visualization import (  # noqa: E402
     STYLES,
     BlockDensity,
@@ -306,7 +307,8 @@ def measure_all(
         config: A quantized config.
         paths: Samples by name.
         real: Images of the training set that are measured; None: none.
-        rows, classes: Pictures shown of each, see :func:`picked`.
+        rows: Rows of pictures shown of each, see :func:`picked`.
+        classes: Classes shown of labelled samples, see :func:`picked`.
         seed: Of procedural sources and of the choice of real images.
         say: Called with a line of progress.
         sources: Names of :data:`TITLES`.
@@ -581,9 +583,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         html, png = args.out / 'index.html', args.png or args.out / 'samples.png'
         write(page_of(sources, Path(args.config).stem), html)
         write(picture, png)
-        print('\n' + '  '.join(f'{name:<24}' if name == HEAD[0] else f'{name:>15}' for name in HEAD))
-        for source in sources:
-            print('  '.join([f'{source.name:<24}', *(f'{number:>15}' for number in source.numbers)]))
+        print('\n' + text_table(HEAD, [(source.name, *source.numbers) for source in sources], 'lrrrrr'))
         print(f'\nThe page is {html}, the picture {png} ({len(picture) / 1000:.0f} kB)')
 
     return run_command(command, parser, argv)

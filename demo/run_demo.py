@@ -344,15 +344,22 @@ def _plan(tasks: Sequence[Task], quick: bool) -> List[Tuple[str, float]]:
 
 
 def _table(summary: Mapping[str, Mapping[str, Mapping]], tasks: Sequence[Task]) -> str:
+    from psaq_mm.tables import text_table
+
     labels = dict(full_precision='full precision', **{v.key: v.label for v in VARIANTS})
-    lines = []
+    tables = []
     for task in tasks:
-        head = f'{task.name:<34}' + ''.join(f'{label:>16}' for _, label, _ in task.metrics) + f'{"seconds":>10}'
-        lines += ['', head, '-' * len(head)]
-        for key, entry in summary[task.name].items():
-            numbers = ''.join(f'{_shown(entry.get(metric), factor):>16}' for metric, _, factor in task.metrics)
-            lines.append(f'{labels[key]:<34}{numbers}{entry["seconds"]:>10.0f}')
-    return '\n'.join(lines[1:])
+        head = (task.name, *(label for _, label, _ in task.metrics), 'seconds')
+        rows = [
+            (
+                labels[key],
+                *(_shown(entry.get(metric), factor) for metric, _, factor in task.metrics),
+                f'{entry["seconds"]:.0f}',
+            )
+            for key, entry in summary[task.name].items()
+        ]
+        tables.append(text_table(head, rows, 'l' + 'r' * (len(head) - 1)))
+    return '\n\n'.join(tables)
 
 
 def _versions() -> Dict[str, str]:

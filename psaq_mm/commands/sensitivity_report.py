@@ -9,6 +9,7 @@ import pprint
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
+from psaq_mm.tables import text_table
 from psaq_mm.visualization import Line, area_chart, render
 
 __all__ = ['mixed_precision_config', 'sensitivity_page', 'to_text']
@@ -36,21 +37,21 @@ def _mixed_line(report: Mapping) -> str:
     )
 
 
-def to_text(report: Mapping, shown: int) -> str:
-    """The first rows of the ranking, for a terminal."""
-    layers = report['layers'][:shown]
+def to_text(report: Mapping, count: int) -> str:
+    """The first ``count`` rows of the ranking, for a terminal."""
+    layers = report['layers'][:count]
     metrics = sorted({key for layer in layers for key in layer['metrics']})
-    width = max(len(layer['name']) for layer in layers)
-    lines = [f'{"rank":>4}  {"layer":<{width}}  {"bits":>6}  {"error":>8}' + ''.join(f'  {key}' for key in metrics)]
-    for layer in layers:
-        values = ''.join(f'  {_value(layer["metrics"].get(key)):>{len(key)}}' for key in metrics)
-        lines.append(f'{layer["rank"]:>4}  {layer["name"]:<{width}}  {_bits(layer):>6}  {layer["error"]:>8.5f}{values}')
+    rows = [
+        (str(layer['rank']), layer['name'], _bits(layer), f'{layer["error"]:.5f}')
+        + tuple(_value(layer['metrics'].get(key)) for key in metrics)
+        for layer in layers
+    ]
+    align = 'rlrr' + 'r' * len(metrics)
+    lines = [text_table(('rank', 'layer', 'bits', 'error', *metrics), rows, align, rule=False)]
     lines.append(f'all {len(report["layers"])} layers together: {report["error"]:.5f}')
-    for name, found in report.get('metrics', {}).items():
-        lines.append(
-            f'{name}: '
-            + (', '.join(f'{key} {_value(value)}' for key, value in found.items()) or 'the evaluator gave no metrics')
-        )
+    for name, values in report.get('metrics', {}).items():
+        shown = ', '.join(f'{key} {_value(value)}' for key, value in values.items())
+        lines.append(f'{name}: {shown or "the evaluator gave no metrics"}')
     if 'mixed_precision' in report:
         lines.append(_mixed_line(report))
     return '\n'.join(lines)

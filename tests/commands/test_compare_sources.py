@@ -338,6 +338,7 @@ def test_the_logits_finding_changes_the_logits_alone(project):
         difference=dict(mean=-1.0),
         difference_se=dict(mean=0.5),
     )
-    lines = table([entry, dict(config='m, logits float', source='pink')]).splitlines()
+    shown = table([entry, dict(config='m, logits float', source='pink')])
+    lines = [' '.join(line.split()) for line in shown.splitlines()]
     assert lines[2] == '| full precision | - | - | 80.00 | - | 1 |' and lines[4].startswith('| float | pink | failed')
     assert lines[3] == '| float | real | 1 | 79.00 | -1.00 ± 0.50 | 0.970 |'
