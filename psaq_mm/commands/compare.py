@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from psaq_mm.commands.common import load_config, merge_options, run_command
-from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown, write_whole
+from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown
 from psaq_mm.commands.metrics import other_metrics, scalars
 from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
 from psaq_mm.errors import ConfigError, DataError, PsaqError, nearest
+from psaq_mm.files import write_whole
 from psaq_mm.plain import to_plain
 from psaq_mm.psaq_vit.coevolution import SOURCES
 from psaq_mm.quantization import QuantSpec
