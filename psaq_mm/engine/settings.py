@@ -186,7 +186,7 @@ def read_fresh(fresh: Any) -> Any:
         return fresh
     if fresh not in (0, 1):
         raise ConfigError(
-            f"dfq.fresh={fresh!r} is no share of the student's batches any more: use True to make each batch anew, False "
-            "to draw it from the pool, or a source such as dict(type='psaq_mm.PinkNoise')"
+            f"dfq.fresh={fresh!r} is no share of the student's batches any more: use True to make each batch anew, "
+            "False to draw it from the pool, or a source such as dict(type='psaq_mm.PinkNoise')"
         )
     return bool(fresh)

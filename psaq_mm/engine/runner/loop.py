@@ -363,6 +363,11 @@ class DataFreeTrainLoop(BaseLoop):
         return self.clock.paused()
 
     @property
+    def seconds(self) -> Dict[str, float]:
+        """Time of the synthesis (calibration included) and of the student's steps."""
+        return self.clock.seconds
+
+    @property
     def seconds_paused(self) -> float:
         """Time of all pauses."""
         return self.clock.paused_seconds
