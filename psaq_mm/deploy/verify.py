@@ -26,7 +26,7 @@ from psaq_mm.quantization.primitives import along
 from psaq_mm.runtime.bundle import read_manifest, read_weights
 from psaq_mm.runtime.deployed import DeployedModel, load
 from psaq_mm.runtime.kernels import EXPLAINED
-from psaq_mm.runtime.registry import Runtime, start
+from psaq_mm.runtime.registry import start
 
 __all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
 

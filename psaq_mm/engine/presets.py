@@ -6,6 +6,7 @@ files.
 import copy
 from typing import Any, Dict, Mapping, NamedTuple, Union
 
+from psaq_mm.engine.settings import without_removed
 from psaq_mm.errors import ConfigError, nearest
 
 __all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'Fresh', 'METHODS', 'preset_name', 'recipe_of', 'resolve_dfq', 'with_method']
@@ -40,8 +41,6 @@ DFQ_DEFAULTS: Dict[str, Any] = dict(
     # the coordinates of streams and heads, at random, before anything is quantized: the same model in full precision
     rotate=False,
     logits_weight=0.0,  # of the divergence of a classifier's probabilities, beside the discrepancy
-    # how far samples move in the student's own steps, in standard units, instead of in rounds of synthesis
-    joint_lr=0.0,
     augment=True,
     classes=None,  # 'random': one class a sample, for classifiers
     distil=None,  # parts of the model, see psaq_mm.models.task.PARTS; None: chosen by the model
@@ -169,7 +168,7 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
     given = (
         {}
         if given is None or isinstance(given, str)
-        else {key: value for key, value in given.items() if key != 'preset'}
+        else without_removed({key: value for key, value in given.items() if key != 'preset'})
     )
     if preset not in DFQ_PRESETS:
         raise ConfigError(f'dfq preset {preset!r} is not known: {nearest(preset, DFQ_PRESETS)}')
