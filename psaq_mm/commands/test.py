@@ -151,6 +151,7 @@ def _tested(runner, failed: Optional[List[str]]) -> Dict[str, Any]:
     return metrics
 
 
+_CODE_ERRORS = (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError)
 _IN_WORKER = 'in DataLoader worker process'
 
 
@@ -174,16 +175,7 @@ def _test_loop(runner):
         count = len(loop.dataloader.dataset)
     except PsaqError:
         raise
-    except (
-        ImportError,
-        RuntimeError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-    ) as error:
+    except (*_CODE_ERRORS, ImportError, OSError) as error:
         if 'need at least one array' not in str(error):  # how MMEngine's dataset ends without a picture
             raise DataError(
                 f'the test set or its evaluator cannot be built ({_reason(error)}): check test_dataloader and '
@@ -223,7 +215,7 @@ def _process(process: Callable, name: str, *args, **kwargs) -> None:
         process(*args, **kwargs)
     except PsaqError:
         raise
-    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+    except _CODE_ERRORS as error:
         raise DataError(
             f'the evaluator {name} cannot score what the test set and the model give ({_reason(error)}): the test set '
             'needs the annotations that it asks for, and the classes of the model'

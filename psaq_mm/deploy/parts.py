@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.network import TRAINING_ONLY, find_backbone, takes_levels_alone
-from psaq_mm.models.tasks import Task, task_of, tasks
+from psaq_mm.models.tasks import TASKS, Task, task_of
 
 __all__ = ['GraphParts', 'NotInGraph', 'graph_parts', 'narrower', 'rest_state', 'with_task_of_outputs']
 
@@ -72,24 +72,16 @@ def graph_parts(model: nn.Module) -> GraphParts:
 
 
 def with_task_of_outputs(parts: GraphParts, dimensions: Sequence[int]) -> GraphParts:
-    """The parts of a model of no known task, with the task that its outputs tell; else ``parts``.
-
-    Args:
-        parts: As traced.
-        dimensions: Numbers of dimensions of the outputs.
+    """The parts that were traced. If no task matched the model, its task is told by ``dimensions``, the numbers of
+    dimensions of the outputs.
     """
     if parts.task != Task.name or parts.dense is None:
         return parts
-    return next((parts.of_task(task) for task in tasks() if task.matches_outputs(dimensions)), parts)
+    return next((parts.of_task(task) for task in TASKS if task.matches_outputs(dimensions)), parts)
 
 
 def rest_state(model: nn.Module, prefixes: Sequence[str]) -> Dict[str, Tensor]:
-    """Weights that evaluation needs beside the graph.
-
-    Args:
-        model: The model that was exported.
-        prefixes: Of :class:`GraphParts`; ``('',)`` is the whole model.
-    """
+    """Weights that evaluation needs beside a graph of these ``prefixes`` (:class:`GraphParts`)."""
     if '' in prefixes:
         return {}
     skipped = tuple(f'{name}.' for name in (*prefixes, *TRAINING_ONLY))
@@ -119,7 +111,7 @@ def _others_read_levels(model: nn.Module, task: Task, dense: Optional[str]) -> b
     known = ('neck', dense, *TRAINING_ONLY)
     backbone = find_backbone(model)
     others = any(part is not backbone and name not in known for name, part in model.named_children())
-    return dense is None or task.others_read_levels(model, dense) or others or _is_own(model, 'predict')
+    return dense is None or dense in task.shared_levels or others or _is_own(model, 'predict')
 
 
 def _is_own(model: nn.Module, method: str) -> bool:

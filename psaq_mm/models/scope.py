@@ -13,14 +13,7 @@ from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
 
-__all__ = [
-    'check_backbone',
-    'check_scope',
-    'find_backbone',
-    'first_layer_name',
-    'network_of',
-    'scope_filter',
-]
+__all__ = ['check_backbone', 'check_scope', 'find_backbone', 'first_layer_name', 'network_of', 'scope_filter']
 
 CLASSIFIER_HEADS = ('head', 'head_dist')
 """Parts of a timm network outside of the backbone: timm's networks hold their head, OpenMMLab's backbones do not."""

@@ -234,9 +234,6 @@ class TaskModel:
         levels = neck(tuple(stages))
         return stages, list(levels) if isinstance(levels, (tuple, list)) else [levels]
 
-    def _dense_head(self, levels: List[Tensor]) -> List[Tensor]:
-        return _tensors(self.task.dense_outputs(self.model, levels))
-
     def outputs(self, images: Tensor) -> List[Tensor]:
         """The tensors that the student learns from the teacher, in this order: blocks, stages, neck levels, dense maps.
 
@@ -261,7 +258,7 @@ class TaskModel:
         if 'neck' in self.parts and levels is not stages:
             tensors += levels
         wants_logits = with_logits and self.num_classes is not None
-        dense = self._dense_head(levels) if 'head' in self.parts or wants_logits else []
+        dense = _tensors(self.task.dense_outputs(self.model, levels)) if 'head' in self.parts or wants_logits else []
         if 'head' in self.parts:
             tensors += dense
         return TaskOutputs(tensors, _logits(dense) if wants_logits else None)
