@@ -34,7 +34,7 @@ from psaq_mm.deploy.serving import deploy_model_  # noqa: E402
 from psaq_mm.engine.checkpoint import load_weights, read_checkpoint  # noqa: E402
 from psaq_mm.engine.config import drop_pretrained, full_precision_model_config, quantized_model_config  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
-from psaq_mm.pictures import pink_noise  # noqa: E402
+from psaq_mm.pictures import PinkNoise  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
 from psaq_mm.runtime.deployed import RUNTIMES  # noqa: E402
 
@@ -145,7 +145,7 @@ def main():
     size = tuple(args.size or default_sizes(config)[0])
     wanted = without_thresholds(config.model)
     student = build(config, quantized_model_config(config), args.checkpoint)
-    image = pink_noise(1, size, TaskModel(student).image_spec)
+    image = PinkNoise()(1, size, TaskModel(student).image_spec)
     calibrate(
         student, lambda: TaskModel(student).calibration_forward(image, student.quant_spec.scope), allow_unseen=True
     )

@@ -32,7 +32,7 @@ from psaq_mm.commands.common import add_config_arguments, load_config, run_comma
 from psaq_mm.commands.quiet import silence  # noqa: E402
 from psaq_mm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
-from psaq_mm.pictures import SOURCES  # noqa: E402
+from psaq_mm.pictures import source_of  # noqa: E402
 from psaq_mm.visualization import BlockDensity, Curve, Picture, area_chart, similarity_densities, to_pixels, write_whole  # noqa: E402
 from psaq_mm.visualization.page import legend, page, picture_grid, table, text  # noqa: E402
 
@@ -327,7 +327,7 @@ def measure_all(
         found.append(measure(teacher, name, style, samples, labels, shown)._replace(student=learned.get(name, '')))
     for name in sources:
         title = TITLES[name]
-        noise = SOURCES[name](max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
+        noise = source_of(name)(max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
         say(f'{title}: {len(noise)} made')
         seen = measure(teacher, title, FIXED_STYLES[title], noise, None, picked(len(noise), None, rows, (), title))
         found.append(seen._replace(student=learned.get(name, '')))

@@ -266,11 +266,11 @@ class Demo:
     def _samples(self, task: Task, evolution, real):
         import torch
 
-        from psaq_mm.pictures import gaussian_noise
+        from psaq_mm.pictures import GaussianNoise
         from psaq_mm.visualization import Picture, sample_sheet, similarity_densities
 
         spec, made = evolution.teacher.image_spec, evolution.pool.samples[:16]
-        noise = gaussian_noise(
+        noise = GaussianNoise()(
             len(made), tuple(made.shape[-2:]), spec, generator=torch.Generator().manual_seed(self.seed)
         )
         sheets = [

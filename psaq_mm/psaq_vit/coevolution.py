@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from psaq_mm.calibration.discrepancy import normalized_l1
 from psaq_mm.calibration.guidance import sensitivity_loss
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.pictures import SOURCES as NOISES
-from psaq_mm.pictures import ImageSpec, SampleStream
+from psaq_mm.pictures import ImageSpec, SampleStream, source_names, source_of
 from psaq_mm.psaq_vit.generator import SampleGenerator
 from psaq_mm.psaq_vit.joint import Drawn, scale_gradient, step_of
 from psaq_mm.psaq_vit.pool import SamplePool
@@ -36,6 +35,7 @@ from psaq_mm.ranks import WholeBatch, broadcast_, gathered, minimum_, own_part, 
 
 __all__ = ['CoEvolutionSettings', 'CoEvolution', 'Network', 'SOURCES']
 
+NOISES = [name for name in source_names() if name != 'generated']
 SOURCES = ('generated', *NOISES, 'real')
 """Where samples come from. All but ``generated`` are controls that go through the same quantizer."""
 
@@ -197,7 +197,7 @@ class CoEvolution:
         self.teacher, self.student, self.generator, self.settings = teacher, student, generator, settings
         # A source by name gives the pictures that its class gives by number, see SourcedEvolution.
         self.named = (
-            SampleStream(NOISES[settings.source], settings.size, teacher.image_spec, seed)
+            SampleStream(source_of(settings.source), settings.size, teacher.image_spec, seed)
             if settings.source in NOISES
             else None
         )
@@ -227,7 +227,7 @@ class CoEvolution:
             return taken_from(self.named, count)
         if source == 'real':
             return self._real(count)
-        first = NOISES[self.generator.init](count, size, spec, generator=self.random)
+        first = source_of(self.generator.init)(count, size, spec, generator=self.random)
         self.labels = self._random_classes(count)
         together = self.generator.batch_size * ranks()[1]
         parts = [slice(start, start + together) for start in range(0, count, together)]

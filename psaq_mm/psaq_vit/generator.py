@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from psaq_mm.calibration import find_attention
 from psaq_mm.errors import DataError
-from psaq_mm.pictures import SOURCES, Source, source_of
+from psaq_mm.pictures import Source, source_names, source_of
 from psaq_mm.pictures.image_spec import ImageSpec
 from psaq_mm.psaq_vit.priors import VARIATION_RANGE, variation_prior
 from psaq_mm.psaq_vit.similarity import patch_similarity_entropy
@@ -86,7 +86,7 @@ class SampleGenerator:
         variation: Range the target of the total variation is drawn from, once a call of ``generate``.
         jitter: Greatest roll in pixels, by one offset in both axes; one value, or one a round.
         flip: Probability of a horizontal flip of the batch.
-        init: Source of the first images: a name of :data:`~psaq_mm.pictures.SOURCES` such as 'gaussian', 'pink' and
+        init: Source of the first images: a name of :func:`~psaq_mm.pictures.source_names` such as 'gaussian', 'pink' and
             'dead_leaves', or what :func:`~psaq_mm.pictures.source_of` takes, such as
             ``dict(type='psaq_mm.DeadLeaves')``.
         drop_tokens: Leading tokens to leave out of the patch similarity: 1 for a class token. Defaults to None, as many
@@ -166,11 +166,11 @@ class SampleGenerator:
             len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]
         ):
             raise DataError(f'value_range={self.value_range} must be (least, greatest) similarity, or None')
-        if isinstance(self.init, str) and self.init not in SOURCES:
+        if isinstance(self.init, str) and self.init not in source_names():
             raise DataError(
-                f'init={self.init!r} must be one of {sorted(SOURCES)}, or a source; pass a tensor to generate() instead'
+                f'init={self.init!r} must be one of {source_names()}, or a source; pass a tensor to generate() instead'
             )
-        if isinstance(self.init, Source) and not self.init.procedural:
+        if not source_of(self.init).procedural:
             raise DataError(
                 'init holds generated samples, which the synthesis cannot begin with: take a procedural source, such '
                 'as '
@@ -313,7 +313,7 @@ class SampleGenerator:
         self, image_spec: ImageSpec, init: Optional[Tensor], generator: torch.Generator, device: torch.device
     ) -> Tensor:
         if init is None:
-            return SOURCES[self.init](self.batch_size, self.size, image_spec, generator, device=device)
+            return source_of(self.init)(self.batch_size, self.size, image_spec, generator, device=device)
         if init.dim() != 4 or not len(init) or init.shape[1] != image_spec.channels:
             raise DataError(f'init of shape {tuple(init.shape)} must be (batch, {image_spec.channels}, height, width)')
         self._check_size(*init.shape[2:])

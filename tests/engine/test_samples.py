@@ -16,7 +16,7 @@ from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.engine.samples import Folder, build_source, folders_in, load_samples, reads_rgb, save_samples
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
-from psaq_mm.pictures import ImageSpec, SampleStream, gaussian_noise
+from psaq_mm.pictures import GaussianNoise, ImageSpec, SampleStream
 from psaq_mm.pictures.base import mixed
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -36,7 +36,7 @@ class Model(nn.Module):
 
 
 def samples(count=3, size=(6, 8), spec=SPEC):
-    return gaussian_noise(count, size, spec, torch.Generator().manual_seed(0))
+    return GaussianNoise()(count, size, spec, torch.Generator().manual_seed(0))
 
 
 def test_what_is_saved_is_read_to_the_last_bit(tmp_path):
