@@ -25,14 +25,14 @@ OUT = Path('work_dirs/ablation')
 VARIANTS: Dict[str, Dict] = {
     'full_precision': {},
     # ranges alone, nothing trained
-    'gaussian': dict(preset='gaussian', iters=0, evolve_every=0, source='gaussian'),
-    'pink': dict(iters=0, evolve_every=0, source='pink'),
-    'real': dict(iters=0, evolve_every=0, source='real'),
+    'gaussian': dict(preset='gaussian', iters=0, evolve_every=0, samples='gaussian'),
+    'pink': dict(iters=0, evolve_every=0, samples='pink'),
+    'real': dict(iters=0, evolve_every=0, samples='real'),
     'without_training': dict(iters=0, evolve_every=0),
     # trained on controls, at equal steps: one pool, made once
-    'train_gaussian': dict(source='gaussian'),
-    'train_pink': dict(source='pink'),
-    'train_real': dict(source='real'),
+    'train_gaussian': dict(samples='gaussian'),
+    'train_pink': dict(samples='pink'),
+    'train_real': dict(samples='real'),
     # the method, and the method less a part
     'psaq_v2': {},
     'without_discrepancy': dict(generator=dict(discrepancy_weight=0.0)),

@@ -32,7 +32,7 @@ from psaq_mm.commands.common import add_config_arguments, load_config, run_comma
 from psaq_mm.commands.quiet import silence  # noqa: E402
 from psaq_mm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
-from psaq_mm.pictures import source_of  # noqa: E402
+from psaq_mm.pictures import SampleStream, source_of  # noqa: E402
 from psaq_mm.visualization import BlockDensity, Curve, Picture, area_chart, similarity_densities, to_pixels, write_whole  # noqa: E402
 from psaq_mm.visualization.page import legend, page, picture_grid, table, text  # noqa: E402
 
@@ -258,7 +258,7 @@ def measure(
     shown: Sequence[Tuple[int, str]],
 ) -> Source:
     """Density, table row and pictures of normalized samples, (n, C, H, W)."""
-    from psaq_mm.engine.samples import reads_rgb
+    from psaq_mm.models.task import reads_rgb
 
     blocks = similarity_densities(teacher.model, samples, drop_tokens=teacher.prefix_tokens)
     count = len(blocks)
@@ -269,7 +269,7 @@ def measure(
     pictures: List[Tuple[np.ndarray, str]] = []
     if shown:
         pixels = to_pixels(samples[[number for number, _ in shown]], teacher.image_spec)
-        pixels = pixels if reads_rgb(getattr(teacher.model, 'data_preprocessor', None)) else pixels[..., ::-1]
+        pixels = pixels if reads_rgb(teacher.model) else pixels[..., ::-1]
         pictures = [(np.ascontiguousarray(picture), caption) for picture, (_, caption) in zip(pixels, shown)]
     return Source(
         name,
@@ -311,8 +311,7 @@ def measure_all(
     """
     from mmengine.runner import set_random_seed
 
-    from psaq_mm.engine.real_images import training_images
-    from psaq_mm.engine.samples import load_samples
+    from psaq_mm.engine.samples import build_source, load_samples
 
     if rows < 1 or (real is not None and real < 1):
         raise ConfigError(f'--rows {rows} and --real {real} must be at least 1: give greater numbers')
@@ -333,7 +332,7 @@ def measure_all(
         found.append(seen._replace(student=learned.get(name, '')))
     if real:
         set_random_seed(seed)  # the training pipeline crops and flips at random
-        images = training_images(config, teacher.model, size, seed)(real)
+        images = SampleStream(build_source('real', teacher.model, config, seed), size, spec, seed).take(real)
         say(f'{REAL}: {real} of the training set')
         found.append(
             measure(teacher, REAL, FIXED_STYLES[REAL], images, None, ())._replace(student=learned.get('real', ''))

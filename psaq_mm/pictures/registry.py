@@ -74,8 +74,8 @@ def source_of(config: SourceConfig, find: Callable[[str], Any] = lambda name: No
         if 'Folder' in SOURCES and os.path.exists(config):
             return _built(SOURCES['Folder'], dict(path=config))
         raise ConfigError(
-            f'{config!r} is no source of samples: {nearest(config, source_names())}, a dict such as '
-            "dict(type='psaq_mm.PinkNoise'), or the path of a folder of images"
+            f'{config!r} is no source of samples, and no such file exists: {nearest(config, source_names())}, a dict '
+            "such as dict(type='psaq_mm.PinkNoise'), or the path of a folder of images"
         )
     if isinstance(config, Mapping):
         settings = {key: value for key, value in config.items() if key not in ('type', 'weight')}

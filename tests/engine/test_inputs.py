@@ -12,10 +12,12 @@ from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.commands.sensitivity import main as sensitivity
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.inputs import check_preprocessor, read_pipeline, set_input_
-from psaq_mm.engine.presets import METHODS, resolve_dfq, with_method
-from psaq_mm.engine.samples import load_samples, save_samples, takes_rgb
+from psaq_mm.engine.methods import METHODS
+from psaq_mm.engine.presets import resolve_dfq, with_method
+from psaq_mm.engine.samples import load_samples, save_samples
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
+from psaq_mm.models.task import reads_rgb
 from psaq_mm.pictures import GaussianNoise, ImageSpec, PinkNoise
 from psaq_mm.pictures.image_spec import fits_eight_bits
 from psaq_mm.visualization import to_pixels
@@ -136,11 +138,11 @@ def test_the_order_of_the_channels_counts_pipeline_and_preprocessor():
         ((), True, True),
         ((), False, False),
         ((NORMALIZE,), True, False),
-        ((dict(NORMALIZE, to_rgb=False),), None, True),
+        ((dict(NORMALIZE, to_rgb=False),), None, False),
     ):
         model = Model(turned=turned)
         set_input_(model, config(*steps))
-        assert takes_rgb(model) == rgb
+        assert reads_rgb(model) == rgb
         if steps and turned:  # turned twice: the network sees blue first, and the means are in that order
             assert spans(TaskModel(model).image_spec, (-1.804, -2.036, -2.118), (2.64, 2.429, 2.249))
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, ContextManager, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 from mmengine.logging import print_log
@@ -15,17 +15,15 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
-from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.engine.device import leave_device_without_float64
 from psaq_mm.engine.inputs import set_input_
 from psaq_mm.engine.optim import follow_schedule
-from psaq_mm.engine.presets import Fresh
-from psaq_mm.engine.real_images import TrainingImages, training_images
-from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_samples, procedural_of, takes_rgb
+from psaq_mm.engine.presets import current_names
+from psaq_mm.engine.samples import Saved, SavedSamples, build_source, procedural_of, samples_of
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
-from psaq_mm.pictures import SampleStream, Source
-from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, FreshPool, SourcedEvolution
+from psaq_mm.pictures import SampleStream, Source, SourceConfig
+from psaq_mm.psaq_vit import CoEvolutionSettings, FreshPool, SourcedEvolution
 from psaq_mm.quantization import QuantSpec, set_mode, update_ranges_, use_full_float32
 from psaq_mm.ranks import broadcast_, ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
@@ -84,13 +82,11 @@ class DataFreeTrainLoop(BaseLoop):
         block_stride: Of the part ``blocks``: every how many transformer blocks.
         model_config: The quantized model's config, written into ``student.pth`` for inferencers.
         dropped_hooks: Inherited hooks that were dropped, named in the log.
-        samples: A ``samples.pt`` or a folder of images, see :func:`psaq_mm.engine.samples.load_samples`: the first
-            samples. Of more than ``calibration_samples`` the first are taken; of fewer all, which the log says. Or a
-            dict, or a list of dicts, that :func:`psaq_mm.engine.samples.build_source` builds: the source of all
-            samples.
-        fresh: Share of each of the student's batches that is made for it, instead of drawn from the pool, by what of
-            the source needs no synthesis; or ``dict(share=..., samples=...)`` with a source of its own. 0: every batch
-            comes from the pool.
+        samples: Source of the samples: a name, a dict, or a list of them (:func:`psaq_mm.engine.samples.build_source`).
+            A path of a ``samples.pt`` or of a folder of images gives the first samples: ``calibration_samples`` of
+            them, or all if there are fewer, which the log says; later ones are synthesized.
+        fresh: Whether every batch of the student is made for it, by the part of the source that needs no synthesis,
+            instead of drawn from the pool.
         max_seconds: Wall time of the run, samples included. The student's steps end with it, or with ``max_iters`` if
             that is sooner, and their learning rate falls as a cosine to 0 on the way there, in place of the runner's
             own schedule. A round of synthesis that would last longer than what is left is left out. None: no bound.
@@ -122,12 +118,12 @@ class DataFreeTrainLoop(BaseLoop):
         block_stride: int = 3,
         model_config: Optional[Mapping] = None,
         dropped_hooks: Sequence[str] = (),
-        samples: Union[None, str, Mapping, Sequence] = None,
+        samples: Optional[SourceConfig] = None,
         save_samples: bool = False,
         seed: int = 0,
         val_interval: int = 0,
         log_interval: int = 10,
-        fresh: Union[float, Mapping] = 0.0,
+        fresh: bool = False,
         max_seconds: Optional[float] = None,
         accumulative_counts: int = 1,
         amp: Optional[str] = None,
@@ -144,11 +140,11 @@ class DataFreeTrainLoop(BaseLoop):
         self.stop_training = False
         self.teacher_config = dict(teacher or {})
         self.generator = self._build_generator(generator or {})
+        settings = current_names(dict(settings, samples=samples, fresh=fresh), {})
+        self.samples, self.fresh = settings.pop('samples'), settings.pop('fresh')
         self.settings_given, self.block_stride = settings, block_stride
         self.distil = None if distil is None else tuple(distil)
-        self.source_config = samples if isinstance(samples, (Mapping, list, tuple)) else None
-        self.samples_path = samples if self.source_config is None else None
-        self.fresh, self.max_seconds, self.save_samples = Fresh.parse(fresh), max_seconds, save_samples
+        self.max_seconds, self.save_samples = max_seconds, save_samples
         if max_seconds is not None and not max_seconds > 0:
             raise ConfigError(f'dfq.max_seconds={max_seconds} must be above 0, or None for no bound')
         if amp not in (None, 'bfloat16', 'float16'):
@@ -161,7 +157,7 @@ class DataFreeTrainLoop(BaseLoop):
         self.value_range = value_range
         self.model_config, self.seed, self.log_interval = model_config, seed, log_interval
         self._resumed: Optional[Dict[str, Any]] = None
-        self.evolution: Optional[CoEvolution] = None
+        self.evolution: Optional[SourcedEvolution] = None
         self.seconds: Dict[str, float] = dict(synthesis=0.0, student=0.0)
         self._begun, self._rates = time.perf_counter(), []
         self._last_round = 0.0  # seconds
@@ -234,33 +230,23 @@ class DataFreeTrainLoop(BaseLoop):
         settings = CoEvolutionSettings(
             scope=spec.scope, **{**self.settings_given, 'size': tuple(self.settings_given['size'])}
         )
-        given = self.source_config if self.samples_path is None else self.samples_path
-        if given is not None and settings.source != 'generated':
-            raise ConfigError(
-                f'dfq.samples={given} and dfq.source={settings.source!r} contradict each other: leave one of them out'
-            )
-        source = None if self.source_config is None else self._build_source(self.source_config)
-        real = None
-        if settings.source == 'real':
-            real = training_images(self.runner.cfg, student, settings.size, self.seed)
+        source = samples_of(self.samples, self.model, self.runner.cfg, self.seed)
         teacher, student = (TaskModel(m, self.distil, block_stride=self.block_stride) for m in (teacher, student))
         self.distil = teacher.parts
-        made_here = (
-            settings.source == 'generated' and self.samples_path is None and (source is None or not source.procedural)
-        )
-        if made_here and settings.classes is not None and teacher.num_classes is None:
+        if (
+            not source.procedural
+            and not isinstance(source, Saved)
+            and settings.classes is not None
+            and teacher.num_classes is None
+        ):
             print_log(f'{type(teacher.model).__name__} is no classifier: samples are made class-free', 'current')
-        arguments = (teacher, student, self.generator, settings)
-        options = dict(seed=self.seed, real_source=real, progress=self._log_synthesis)
-        if source is None:
-            self.evolution = CoEvolution(*arguments, **options)
-        else:
-            stream = SampleStream(source, settings.size, teacher.image_spec, self.seed)
-            self.evolution = SourcedEvolution(stream, *arguments, **options)
-        if self.fresh.share and self._max_iters:
-            stream = self._fresh_stream(source, settings, real)
+        stream = SampleStream(source, settings.size, teacher.image_spec, self.seed)
+        self.evolution = SourcedEvolution(
+            stream, teacher, student, self.generator, settings, seed=self.seed, progress=self._log_synthesis
+        )
+        if self.fresh and self._max_iters:
             self.evolution.pool = FreshPool(
-                settings.pool_size, stream, self.fresh.share, replace='random', seed=self.seed
+                settings.pool_size, self._fresh_stream(source, settings), replace='random', seed=self.seed
             )
         if self._resumed is not None:
             self.runner.call_hook('before_samples')
@@ -268,10 +254,10 @@ class DataFreeTrainLoop(BaseLoop):
             self.seconds = dict(self._resumed['seconds'])
             print_log(f'Resumed at student step {self._iter} of {self._max_iters}', 'current')
             return
-        given = self._given_samples(teacher, settings)
+        given = self._given_samples(source, settings)
         self.runner.call_hook('before_samples')
         if given is None:
-            shown = settings.source if source is None else ', '.join(_kinds(source))
+            shown = self.samples if isinstance(self.samples, str) else ', '.join(_kinds(source))
             print_log(
                 f'Synthesizing {settings.calibration_samples} samples of {settings.size[0]} x {settings.size[1]} '
                 f'({shown})',
@@ -288,42 +274,29 @@ class DataFreeTrainLoop(BaseLoop):
         return TASK_UTILS.build(settings)
 
     def _build_source(self, config: Any) -> Source:
-        """A source out of a config, or of a name; it may read no picture that is evaluated."""
-        for folder in [] if isinstance(config, str) else folders_in(config):
-            check_folder(self.runner.cfg, folder)
-        return build_source(config, takes_rgb(self.model))
+        """A source out of a config; it may read no picture that is evaluated."""
+        return build_source(config, self.model, self.runner.cfg, self.seed)
 
-    def _fresh_stream(
-        self, source: Optional[Source], settings: CoEvolutionSettings, real: Optional[TrainingImages]
-    ) -> Union[SampleStream, TrainingImages]:
-        """What the fresh part of the student's batches comes from."""
-        if self.fresh.samples is not None:
-            found = self._build_source(self.fresh.samples)
-        elif real is not None:
-            return real
-        else:
-            found = self._build_source(settings.source) if source is None else source
-        found = procedural_of(found)
-        if found is None:
+    def _fresh_stream(self, source: Source, settings: CoEvolutionSettings) -> SampleStream:
+        """Stream of the pictures that are made for each batch of the student."""
+        part = procedural_of(source)
+        if part is None:
             raise ConfigError(
-                f'dfq.fresh={self.fresh.share:g} has nothing to make samples of for each batch, as synthesized ones '
-                f'take '
-                "too long: name a source, such as dfq.fresh=dict(share=0.5, samples=dict(type='psaq_mm.PinkNoise'))"
+                f'dfq.fresh=True needs samples that can be made for each batch, and dfq.samples={self.samples} are '
+                "synthesized, which takes too long: set dfq.samples to another source, such as 'pink'"
             )
-        return SampleStream(found, settings.size, self.evolution.teacher.image_spec, self.seed, name='fresh')
+        return SampleStream(part, settings.size, self.evolution.teacher.image_spec, self.seed, name='fresh')
 
-    def _given_samples(self, teacher: TaskModel, settings: CoEvolutionSettings) -> Optional[SavedSamples]:
-        """The samples that the config names, as many as the ranges are set on."""
-        if self.samples_path is None:
+    def _given_samples(self, source: Source, settings: CoEvolutionSettings) -> Optional[SavedSamples]:
+        """The samples in the file that the config names, as many as the ranges are set on."""
+        if not isinstance(source, Saved):
             return None
-        found = load_samples(self.samples_path, settings.size, teacher.model, teacher.image_spec)
+        samples, labels = source.read(settings.size, self.evolution.teacher.image_spec)
         wanted = settings.calibration_samples
-        taken = SavedSamples(found.samples[:wanted], None if found.labels is None else found.labels[:wanted])
+        taken = SavedSamples(samples[:wanted], None if labels is None else labels[:wanted])
         self.settings_given['calibration_samples'] = len(taken.samples)
         few = f'; dfq.calibration_samples asks for {wanted}' if len(taken.samples) < wanted else ''
-        print_log(
-            f'Using {len(taken.samples)} of the {len(found.samples)} samples in {self.samples_path}{few}', 'current'
-        )
+        print_log(f'Using {len(taken.samples)} of the {len(samples)} samples in {source.path}{few}', 'current')
         return taken
 
     @contextlib.contextmanager
@@ -540,11 +513,11 @@ class DataFreeTrainLoop(BaseLoop):
         settings: Dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings_given.items()}
         return dict(
             settings,
-            samples=_plain(self.source_config) if self.samples_path is None else str(self.samples_path),
+            samples=_plain(self.samples),
             max_iters=self._max_iters,
             steps=self._iter,
             max_seconds=self.max_seconds,
-            fresh=self.fresh.share if self.fresh.samples is None else _plain(self.fresh._asdict()),
+            fresh=self.fresh,
             fresh_samples=getattr(self.evolution.pool, 'made', 0) if self.evolution else 0,
             seed=self.seed,
             distil=list(self.distil or ()),
