@@ -6,6 +6,7 @@ import functools
 from typing import Any, Dict, Mapping, Union
 
 from psaq_mm.engine.methods import METHODS, method_of
+from psaq_mm.engine.settings import GROUPS
 from psaq_mm.errors import ConfigError, nearest
 
 __all__ = ['DFQ_DEFAULTS', 'current_names', 'preset_name', 'resolve_dfq', 'with_method']
@@ -13,50 +14,13 @@ __all__ = ['DFQ_DEFAULTS', 'current_names', 'preset_name', 'resolve_dfq', 'with_
 DfqConfig = Union[None, str, Mapping]
 """A config's ``dfq`` key: None, the name of a method, or a dict that may hold ``preset=`` beside other settings."""
 
-DFQ_DEFAULTS: Dict[str, Any] = dict(
-    method='psaq_v2',
-    generator=dict(type='psaq_mm.SampleGenerator', init='pink', steps=50),
-    size=None,  # (height, width); None: from the config's data_preprocessor or test pipeline
-    # (low, high): what pictures hold as they are loaded, before mean and std, each a number or a list of one per
-    value_range=None,
-    # channel; None: 0 to 255, refused where mean, std or the pipeline contradict it
-    batch_size=8,
-    calibration_samples=32,
-    pool_size=128,
-    evolve_every=50,
-    evolve_samples=16,
-    samples='generated',
-    fresh=False,
-    save_samples=False,  # samples.pt and samples/NNNN.png in the work dir
-    reobserve=True,
-    # or 'compensated': weights rounded so that errors of correlated inputs cancel, on the first samples;
-    rounding='nearest',
-    # 'guided': compensated, most where the model's outputs feel it; 'auto': guided below 8 bits, compensated at 8
-    damping=0.1,  # of the compensated rounding
-    # of the guided rounding, in place of damping: a layer's damping is prior_rows / the rows that count in it
-    prior_rows=None,
-    # the coordinates of streams and heads, at random, before anything is quantized: the same model in full precision
-    rotate=False,
-    logits_weight=0.0,  # of the divergence of a classifier's probabilities, beside the discrepancy
-    augment=True,
-    classes=None,  # 'random': one class a sample, for classifiers
-    distil=None,  # parts of the model, see psaq_mm.models.task.PARTS; None: chosen by the model
-    block_stride=3,  # of the part 'blocks'
-    iters=200,
-    max_seconds=None,  # wall time of the run, samples included: the student's steps and their learning rate end with it
-    lr=1e-4,  # of the weights; 0 leaves them at their first codes
-    vector_lr=None,  # of biases and of the normalization layers' gains and offsets; None: as lr
-    range_lr=0.0,  # of the logarithms of the activations' scales, learned with the weights; 0 leaves them as calibrated
-    clip_grad=1.0,
-    accumulative_counts=1,  # batches of batch_size that one student step is made of, one after the other
-    amp=None,  # 'bfloat16' or 'float16': the student's steps under autocast; quantizers stay in float32
-    seed=0,
-    log_interval=10,
-    checkpoint_interval=50,
-    keep_checkpoints=2,
-    sheet_interval=50,
-    teacher=dict(checkpoint=None, sha256=None),
-)
+DFQ_DEFAULTS: Dict[str, Any] = {
+    'method': 'psaq_v2',
+    'generator': dict(type='psaq_mm.SampleGenerator', init='pink', steps=50),
+    'teacher': dict(checkpoint=None, sha256=None),
+    **{name: value for group in GROUPS for name, value in group.defaults().items()},
+}
+"""All settings with their defaults; descriptions are in docs/settings.md."""
 
 _MERGED = ('generator', 'teacher')
 """Settings that are dicts, of which a config may give some keys."""
@@ -106,7 +70,7 @@ def _settings_in(dfq: DfqConfig) -> Dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- earlier names
-def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> Dict[str, Any]:
+def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any] = DFQ_DEFAULTS) -> Dict[str, Any]:
     """Settings with earlier keys and values turned into today's; each that changes is logged once.
 
     ``source='pink'`` is ``samples='pink'``. ``fresh=1.0``, ``fresh=dict(share=1.0, samples=...)`` are ``fresh=True``
@@ -114,7 +78,7 @@ def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any]) -> Dict
 
     Args:
         settings: As a config gives them.
-        usual: Settings of the method that they are laid over.
+        usual: Settings of the method that they are laid over. Defaults to those of ``psaq_v2``.
 
     Raises:
         ConfigError: A setting that is gone, or two keys contradict each other.
