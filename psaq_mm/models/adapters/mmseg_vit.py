@@ -16,7 +16,6 @@ from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters.edges import add_residual_edges, join, mark_ffn, mark_norm, quantize_outputs
 from psaq_mm.models.adapters.match import Architecture, class_named
 from psaq_mm.quantization import (
-    ReparameterizedQuantizer,
     adopt,
     apply_edge,
     attention_products,
@@ -114,11 +113,10 @@ class QuantPackedAttentionMixin:
         return (x if self.batch_first else x.transpose(0, 1)), None
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        quantizer = self.qkv.input_quantizer if is_quantized_layer(self.qkv) else None
-        if isinstance(quantizer, ReparameterizedQuantizer):
-            # The projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
-            if f'{prefix}in_proj_weight' in state_dict and f'{prefix}qkv.input_quantizer.fill' not in state_dict:
-                quantizer.forget_folding()
+        # The projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
+        if f'{prefix}in_proj_weight' in state_dict and f'{prefix}qkv.input_quantizer.fill' not in state_dict:
+            if is_quantized_layer(self.qkv):
+                self.qkv.input_quantizer.forget_folding()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

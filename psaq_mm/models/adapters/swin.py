@@ -20,6 +20,7 @@ from psaq_mm.quantization import (
     apply_edge,
     attention_products,
     edge_quantizer,
+    is_quantized_layer,
     quantize_output_,
     register_adapter,
 )
@@ -95,8 +96,7 @@ def fill_padding(x: Tensor, valid: Tensor, qkv: nn.Module) -> Tensor:
         valid: bool (windows * B, N), False for padding.
         qkv: The projection that reads them.
     """
-    fill = getattr(getattr(qkv, 'input_quantizer', None), 'fill', None)
-    return x if fill is None else torch.where(valid.unsqueeze(-1), x, fill.to(x.dtype))
+    return qkv.input_quantizer.fill_padding(x, valid) if is_quantized_layer(qkv) else x
 
 
 class QuantWindowMSAMixin:
