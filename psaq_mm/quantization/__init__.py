@@ -6,6 +6,7 @@ from psaq_mm.quantization.convert import (
     ADAPTERS,
     Adapter,
     ConversionReport,
+    ConvertFn,
     FloatLayer,
     QuantizedLayer,
     calibrate,
@@ -27,6 +28,7 @@ from psaq_mm.quantization.layers import (
     QuantMatMul,
     adopt,
     apply_edge,
+    apply_layer,
     attention_products,
     edge_quantizer,
     feeds_activation,
@@ -57,15 +59,18 @@ from psaq_mm.quantization.ranges import learn_ranges_, learned_ranges, update_ra
 from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds
 from psaq_mm.quantization.rotation import StreamReader, random_rotation, rotate_heads_, rotate_stream_
 from psaq_mm.quantization.rounding import RoundedLayer, compensated_rounding, round_weights_
-from psaq_mm.quantization.spec import RECIPES, LayerSpec, Override, QuantSpec
+from psaq_mm.quantization.rows import RowMask, padded, row_mask_given, row_mask_of
+from psaq_mm.quantization.spec import RECIPES, AdapterSpec, LayerSpec, Override, QuantSpec
 
 __all__ = [
     'ADAPTERS',
     'Adapter',
+    'AdapterSpec',
     'AffineQuantizer',
     'ChannelGrid',
     'ChannelObserver',
     'ConversionReport',
+    'ConvertFn',
     'FeatureObserver',
     'FloatLayer',
     'Grid',
@@ -89,6 +94,7 @@ __all__ = [
     'ReparameterizedQuantizer',
     'RoundedLayer',
     'RowImportance',
+    'RowMask',
     'Rule',
     'SAME_AS_CONV2D',
     'SAME_AS_CONVTRANSPOSE2D',
@@ -99,6 +105,7 @@ __all__ = [
     'UniformGrid',
     'adopt',
     'apply_edge',
+    'apply_layer',
     'attention_products',
     'build_observer',
     'build_rule',
@@ -123,6 +130,7 @@ __all__ = [
     'norm_before',
     'norm_feeds',
     'observing',
+    'padded',
     'qrange',
     'quantize',
     'quantize_',
@@ -135,6 +143,8 @@ __all__ = [
     'rotate_stream_',
     'round_weights_',
     'row_importance',
+    'row_mask_given',
+    'row_mask_of',
     'set_mode',
     'update_ranges_',
     'use_full_float32',

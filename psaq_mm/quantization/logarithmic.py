@@ -11,7 +11,6 @@ tensor of codes says everything, and a table of ``2**bits + 1`` values decodes i
 All is computed in float32, also under autocast; rounding is half to even.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

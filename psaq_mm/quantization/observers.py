@@ -20,6 +20,7 @@ from psaq_mm.errors import DataError, SpecError
 from psaq_mm.quantization.grids import Grid
 from psaq_mm.quantization.histograms import ChannelHistogram, Histogram
 from psaq_mm.quantization.primitives import memory_order
+from psaq_mm.quantization.rows import valid_rows_of
 from psaq_mm.quantization.stores import AllValues, Ends, Store, Values
 from psaq_mm.ranks import maximum_, ranks
 
@@ -37,7 +38,6 @@ __all__ = [
     'build_observer',
     'build_rule',
     'reduce_observers',
-    'valid_rows_of',
 ]
 
 
@@ -124,38 +124,6 @@ def build_rule(name: str) -> Rule:
 
 
 # ---------------------------------------------------------------------- what is watched
-def valid_rows_of(x: Tensor, valid: Optional[Tensor]) -> Tensor:
-    """Rows (last dimension) of ``x`` that take part.
-
-    Args:
-        x: ``(..., D)``.
-        valid: None, or a bool mask that broadcasts to ``x.shape[:-1]``. A mask whose first dimension divides that of
-            ``x`` is repeated along it: ``(windows, tokens)`` serves ``(images * windows, tokens, D)``.
-
-    Returns:
-        ``x`` itself without a mask, else ``(rows, D)``.
-
-    Raises:
-        DataError: The mask is not bool or does not fit.
-    """
-    if valid is None:
-        return x
-    if valid.dtype != torch.bool:
-        raise DataError(f'The row mask has dtype {valid.dtype}: give a bool tensor, True for rows that take part.')
-    rows = x.shape[:-1]
-    valid = valid.to(x.device)
-    if valid.dim() == len(rows) > 0 and 1 < valid.shape[0] < rows[0] and rows[0] % valid.shape[0] == 0:
-        valid = valid.repeat(rows[0] // valid.shape[0], *[1] * (valid.dim() - 1))
-    try:
-        mask = valid.expand(rows).reshape(-1)
-    except RuntimeError as error:
-        raise DataError(
-            f'A row mask of shape {tuple(valid.shape)} does not fit the rows {tuple(rows)} of the '
-            'tensor: it must broadcast to them.'
-        ) from error
-    return x.reshape(-1, x.shape[-1])[mask]
-
-
 class Observer(ABC):
     """Base of all observers.
 
@@ -172,7 +140,7 @@ class Observer(ABC):
 
         Args:
             x: Any shape and floating dtype; ``(..., D)`` where ``valid`` is given. Without elements it is skipped.
-            valid: Mask of the rows that take part, see :func:`valid_rows_of`.
+            valid: Mask of the rows that take part, see :func:`.rows.valid_rows_of`.
 
         Raises:
             DataError: NaN or infinity among what takes part, or a shape that does not fit.

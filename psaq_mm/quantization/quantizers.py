@@ -94,7 +94,7 @@ class Quantizer(nn.Module):
 
         Args:
             x: Any shape; channels on ``channel_axis`` if there is one.
-            valid: Row mask for observing, see :func:`.observers.valid_rows_of`; without effect otherwise.
+            valid: Row mask for observing, see :func:`.rows.valid_rows_of`; without effect otherwise.
 
         Returns:
             ``x`` itself while observing and in the mode ``'off'``, else a new tensor of its shape and dtype.

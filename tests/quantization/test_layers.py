@@ -374,8 +374,8 @@ def test_matmul_with_operands_in_float():
 
 def test_layer_masks_rows():
     quantized = QuantLinear.from_float(nn.Linear(2, 2), LayerSpec())
-    quantized.valid_rows = torch.tensor([True, False])
-    calibrate(quantized, lambda: quantized(torch.tensor([[[255.0, 0.0], [999.0, 999.0]]])))
+    x, mask = torch.tensor([[[255.0, 0.0], [999.0, 999.0]]]), torch.tensor([True, False])
+    calibrate(quantized, lambda: quantized(x, mask))
     assert quantized.input_quantizer.scale == 1
 
 
