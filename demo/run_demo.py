@@ -134,7 +134,7 @@ class Demo:
     def config(self, task: Task, bits: str, purpose: str, data_free: bool = True):
         """The leaf config of a model at some bits, with its own work folder, log and data-free settings."""
         from psaq_mm.commands.common import load_config
-        from psaq_mm.engine.presets import DFQ_PRESETS
+        from psaq_mm.engine.methods import METHODS
 
         config = load_config(str(ROOT / 'configs' / 'demo' / f'{task.name}_{bits}.py'))
         config.work_dir = str(self.out / task.name / purpose)
@@ -150,7 +150,7 @@ class Demo:
         settings = {**config.dfq, **(QUICK if self.quick else {}), 'seed': self.seed}
         if not data_free:
             # The control differs from the method in these alone: as many samples, from noise, and nothing is trained.
-            settings.update(DFQ_PRESETS['gaussian'], preset='gaussian')
+            settings.update(METHODS['gaussian'].settings, preset='gaussian')
         config.dfq = settings
         return config
 
