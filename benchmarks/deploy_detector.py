@@ -31,8 +31,9 @@ from psaq_mm.commands.common import load_config  # noqa: E402
 from psaq_mm.commands.export import default_sizes  # noqa: E402
 from psaq_mm.deploy import export_model  # noqa: E402
 from psaq_mm.deploy.serving import deploy_model_  # noqa: E402
+from psaq_mm.engine.building import build_model  # noqa: E402
 from psaq_mm.engine.checkpoint import load_weights, read_checkpoint  # noqa: E402
-from psaq_mm.engine.config import drop_pretrained, full_precision_model_config, quantized_model_config  # noqa: E402
+from psaq_mm.engine.config import full_precision_model_config, quantized_model_config  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
 from psaq_mm.pictures import pink_noise  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
@@ -41,12 +42,8 @@ from psaq_mm.runtime.deployed import RUNTIMES  # noqa: E402
 
 def build(config, settings, checkpoint):
     """A model of the config in evaluation mode; random weights without a checkpoint."""
-    from mmengine.registry import MODELS, init_default_scope
-
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    drop_pretrained(settings)
     torch.manual_seed(0)
-    model = MODELS.build(settings)
+    model = build_model(config, settings)
     if checkpoint:
         load_weights(model, read_checkpoint(checkpoint), checkpoint)
     model.eval()

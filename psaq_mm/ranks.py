@@ -45,10 +45,7 @@ def _answered() -> Iterator[None]:
         raise
     except RuntimeError as error:  # a closed connection, or the time limit of the process group
         first = (str(error).splitlines() or [''])[0]
-        raise RankError(
-            'another rank failed or did not answer in time; its own message says why, and --resume goes on from the '
-            f'last checkpoint ({first})'
-        ) from error
+        raise RankError(f'another rank failed or did not answer in time ({first}): its own message says why') from error
 
 
 def _sent(tensor: Tensor) -> Tensor:

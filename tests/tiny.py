@@ -73,14 +73,10 @@ DFQ = dict(
 
 def build_full_precision(config, seed=0):
     """The full-precision model of a config, with random weights of a trained model's size."""
-    from mmengine.registry import MODELS, init_default_scope
+    from psaq_mm.engine.building import build_model
 
-    from psaq_mm.engine.config import drop_pretrained
-
-    init_default_scope(config.default_scope)
-    drop_pretrained(config.model)
     torch.manual_seed(seed)
-    model = MODELS.build(config.model)
+    model = build_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

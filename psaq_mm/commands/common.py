@@ -141,13 +141,39 @@ def runnable_config(args: argparse.Namespace):
     return config
 
 
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors that mean: this file or folder cannot be written."""
+
+
+def _sentence(error: BaseException, args: argparse.Namespace) -> Optional[str]:
+    """What is wrong and the way out, with the options that the command has; None for an error of another kind."""
+    resume = 'go on with --resume' if hasattr(args, 'resume') else ''
+    if isinstance(error, KeyboardInterrupt):
+        return f'interrupted; {resume or "the same command begins anew"}'
+    if isinstance(error, PsaqError):
+        lost_rank = getattr(args, 'launcher', 'none') != 'none' and type(error).__name__ == 'RankError'
+        return f'{error}; {resume}' if lost_rank and resume else str(error)
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+        other = next((f' or give another --{n.replace("_", "-")}' for n in ('work_dir', 'out') if hasattr(args, n)), '')
+        return (
+            f'{error.filename or "a file"} cannot be written ({error.strerror}): free some space{other}; what was '
+            'saved before is whole'
+        )
+    return missing_from(error) if isinstance(error, (ImportError, RuntimeError, AssertionError, KeyError)) else None
+
+
 def run_command(
     command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None
 ) -> int:
-    """Parse, run, and report a user's mistake in one sentence.
+    """Parse the arguments, run ``command`` with them, and report a user's mistake in one sentence.
+
+    Args:
+        command: Takes the parsed arguments.
+        parser: Its ``prog`` stands before the sentence.
+        argv: Arguments; None: those of the process.
 
     Returns:
-        0; 1 for a mistake that is named; 130 when interrupted. What is not a known mistake keeps its traceback.
+        0; 1 for a known mistake; 130 when interrupted. Any other error is raised, with its traceback.
     """
     args = parser.parse_args(argv)
     keep_freed_memory()
@@ -157,30 +183,10 @@ def run_command(
             from psaq_mm.ranks import leave
 
             leave()
-    except PsaqError as error:
-        print(f'{parser.prog}: {error}', file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = _sentence(error, args)
+        if sentence is None:
             raise
-        elsewhere = next(
-            (f' or give another --{name.replace("_", "-")}' for name in ('work_dir', 'out') if hasattr(args, name)), ''
-        )
-        print(
-            f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some '
-            f'space{elsewhere}; what was '
-            'saved before is whole',
-            file=sys.stderr,
-        )
-        return 1
-    except (ImportError, RuntimeError, AssertionError, KeyError) as error:
-        missing = missing_from(error)
-        if missing is None:
-            raise
-        print(f'{parser.prog}: {missing}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        again = 'go on with --resume' if hasattr(args, 'resume') else 'the same command begins anew'
-        print(f'{parser.prog}: interrupted; {again}', file=sys.stderr)
-        return 130
+        print(f'{parser.prog}: {sentence}', file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0

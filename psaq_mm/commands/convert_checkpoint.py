@@ -4,19 +4,12 @@ OUT``.
 """
 
 import argparse
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, load_config, run_command
 from psaq_mm.errors import ConfigError
 
-__all__ = ['main', 'convert_checkpoint', 'dataset_meta_of']
-
-
-def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:
-    """See :func:`psaq_mm.engine.checkpoint.dataset_meta_of`."""
-    from psaq_mm.engine import checkpoint
-
-    return checkpoint.dataset_meta_of(meta)
+__all__ = ['main', 'convert_checkpoint']
 
 
 def convert_checkpoint(
@@ -56,7 +49,7 @@ def convert_checkpoint(
         renamed, build_model(config, full_precision_model_config(config.model)), backbone_only, drop
     )
     meta = dict(
-        dataset_meta=dataset_meta_of(checkpoint['meta']),
+        dataset_meta=checkpoint['meta'].get('dataset_meta', {}),
         converted_from=dict(checkpoint=str(source), naming=renamed.naming),
     )
     return dict(meta=meta, state_dict=conversion.state_dict), renamed, conversion

@@ -14,7 +14,7 @@ from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.models.task import ModelInput, input_channels
 from psaq_mm.pictures import ImageSpec
 from psaq_mm.pictures.image_spec import EIGHT_BITS, fits_eight_bits
-from psaq_mm.type_names import type_name
+from psaq_mm.type_names import type_name, type_path
 
 __all__ = ['PipelineInput', 'check_preprocessor', 'read_pipeline', 'set_input_']
 
@@ -115,11 +115,6 @@ def _numbers(name: str, given: Any) -> Values:
 
 
 # ---------------------------------------------------------------------- pipeline
-def _type(step: Mapping) -> str:
-    kind = step.get('type')
-    return f'{kind.__module__}.{kind.__qualname__}' if isinstance(kind, type) else str(kind)
-
-
 def _steps(pipeline: Sequence) -> Iterator[Mapping]:
     """The steps of a pipeline, those inside others too; of branches the first."""
     for step in pipeline:
@@ -180,7 +175,7 @@ def read_pipeline(config: Mapping) -> PipelineInput:
     """
     found = PipelineInput()
     for step in _pipeline_of(config):
-        library, _, name = _type(step).replace('/', '.').rpartition('.')
+        library, _, name = type_path(step).replace('/', '.').rpartition('.')
         if 'torchvision' in library.split('.'):
             found = _torchvision(found, step, name)
         elif name == 'Normalize':

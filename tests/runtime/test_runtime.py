@@ -28,16 +28,12 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 def student_of(project, quant):
     """A calibrated student's config and checkpoint."""
+    from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import load_weights, read_checkpoint, save_atomic, student_checkpoint
-    from psaq_mm.engine.config import drop_pretrained
     from psaq_mm.models import TaskModel
 
     config = load_config(str(project.config(quant)))
-    from mmengine.registry import MODELS, init_default_scope
-
-    init_default_scope(config.default_scope)
-    drop_pretrained(config.model)
-    model = MODELS.build(config.model)
+    model = build_model(config)
     load_weights(model, read_checkpoint(project.checkpoint), project.checkpoint)
     model.eval()
     images = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
@@ -69,12 +65,9 @@ def segmentor(tmp_path_factory):
 
 def built(config):
     """The config's model with random weights."""
-    from mmengine.registry import MODELS, init_default_scope
+    from psaq_mm.engine.building import build_model
 
-    init_default_scope(config.default_scope)
-    model = MODELS.build(config.model)
-    model.eval()
-    return model
+    return build_model(config).eval()
 
 
 # ---------------------------------------------------------------------- in the library's model
