@@ -37,7 +37,7 @@ from psaq_mm.engine.config import full_precision_model_config, quantized_model_c
 from psaq_mm.models import TaskModel  # noqa: E402
 from psaq_mm.pictures import pink_noise  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
-from psaq_mm.runtime.deployed import RUNTIMES  # noqa: E402
+from psaq_mm.runtime import RUNTIMES  # noqa: E402
 
 
 def build(config, settings, checkpoint):

@@ -14,8 +14,9 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Named
 
 from torch import Tensor, nn
 
+from psaq_mm.contexts import hooked, replaced
 from psaq_mm.errors import CheckpointError, first_of
-from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
+from psaq_mm.models.network import TRAINING_ONLY, find_backbone
 from psaq_mm.quantization import is_quantizer_key
 
 __all__ = [
@@ -37,11 +38,8 @@ def _own_state(model: nn.Module) -> Dict[str, Tensor]:
     mmpretrain's TimmClassifier takes its prefix off in a hook when a state dict is made, and puts it on in another
     before one is loaded: where loading is checked, after that hook, both sides must have it.
     """
-    hooks, model._state_dict_hooks = model._state_dict_hooks, OrderedDict()
-    try:
+    with replaced(model, '_state_dict_hooks', OrderedDict()):
         return model.state_dict()
-    finally:
-        model._state_dict_hooks = hooks
 
 
 _RESIZERS = {
@@ -159,11 +157,8 @@ def whole_loading(model: nn.Module) -> Iterator[None]:
                 'use the config that it was trained with'
             )
 
-    handle = model._register_load_state_dict_pre_hook(check, with_module=True)
-    try:
+    with hooked([model], lambda module: module._register_load_state_dict_pre_hook(check, with_module=True)):
         yield
-    finally:
-        handle.remove()
 
 
 def unwrapped(weights: Mapping[str, Any]) -> Dict[str, Any]:
