@@ -157,7 +157,7 @@ def main():
                 runtime,
                 args.threads,
             )
-        del student
+        student = None  # free its memory
         with torch.no_grad():
             for name, model in models.items():
                 check_boxes(name, boxes_of(model, image, kind), wanted)

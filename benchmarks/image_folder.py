@@ -56,9 +56,12 @@ def write_config(folder: Path, checkpoint: Path, model: str, out: Path) -> Path:
     path = out / f'{model}.py'
     path.write_text(f"""_base_ = [{str(base)!r}]
 load_from = {str(Path(checkpoint).resolve())!r}
-dataset = dict(type='CustomDataset', data_root={str(Path(folder).resolve())!r}, pipeline={{{{_base_.pipeline}}}}, _delete_=True)
-train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(ann_file={str(out / 'calibration.txt')!r}, **dataset))
-test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(ann_file={str(out / 'evaluation.txt')!r}, **dataset))
+dataset = dict(
+    type='CustomDataset', data_root={str(Path(folder).resolve())!r}, pipeline={{{{_base_.pipeline}}}}, _delete_=True)
+train_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(ann_file={str(out / 'calibration.txt')!r}, **dataset))
+test_dataloader = dict(
+    num_workers=0, persistent_workers=False, dataset=dict(ann_file={str(out / 'evaluation.txt')!r}, **dataset))
 val_dataloader = test_dataloader
 del dataset
 """)

@@ -137,7 +137,7 @@ def sum_gradients_(parameters: Iterable[nn.Parameter]) -> None:
     for parameter, anywhere in zip(trained, has.tolist()):
         if anywhere and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p, anywhere in zip(trained, has.tolist()) if anywhere]):
+    for bucket in _buckets([p.grad for p in trained if p.grad is not None]):
         flat = sum_(torch.cat([gradient.reshape(-1) for gradient in bucket]))
         for gradient, values in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
             gradient.copy_(values.view_as(gradient))

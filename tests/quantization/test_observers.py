@@ -354,7 +354,7 @@ def test_a_search_hardly_waits_for_the_device(name, axis):
         quantizer = AffineQuantizer(
             4, channel_axis=axis, num_channels=None if axis is None else 3, observer=name
         ).cuda()
-        for batch in range(2):
+        for _ in range(2):
             quantizer._observe(x)
         assert len(second.waits) <= 4, second.waits
         second.waits.clear()

@@ -335,7 +335,7 @@ def test_errors_name_the_way_out(name):
     with pytest.raises(NotCalibratedError, match='saw no data'):
         observer.qparams(8)
     with pytest.raises(NotCalibratedError, match='saw no data'):
-        observer.constant
+        observer.constant  # noqa: B018
     for bad in (float('nan'), float('inf'), -float('inf')):
         x = torch.zeros(5, 3)
         x[4, 1] = bad

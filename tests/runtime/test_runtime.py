@@ -91,7 +91,8 @@ def test_a_detector_takes_features_and_proposals_from_the_graph(detector):
 RETINANET = """
 _base_ = ['mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py']
 model = dict(
-    backbone=dict(embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8]), neck=dict(in_channels=[32, 64, 128], out_channels=16),
+    backbone=dict(embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8]),
+    neck=dict(in_channels=[32, 64, 128], out_channels=16),
     bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=2))
 """
 
