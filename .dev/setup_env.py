@@ -246,8 +246,7 @@ def make_venv(venv, ident, others=()):
         for name in filter(found.has, others):
             raise SetupError(
                 f'{venv} was not made by this Makefile and holds {name}, whose files the packages asked for would '
-                f'overwrite: '
-                'remove it, or name another folder with VENV=...'
+                'overwrite: remove it, or name another folder with VENV=...'
             )
         return
     # pip takes a package whose unpacking was cut off for installed: after an interruption only a fresh start is safe.
@@ -294,8 +293,7 @@ def drop_useless_torchvision(env):
         )
     say(
         f'torchvision has no build for this CPU-only torch ({why}): going on without; mmpretrain and timm, which '
-        f'import it, '
-        'are not to be used, and their tests are skipped'
+        'import it, are not to be used, and their tests are skipped'
     )
     env.pip('uninstall', '-y', 'torchvision')
 
@@ -378,8 +376,7 @@ def check_compilers(env):
     if shutil.which(compiler) is None:
         raise SetupError(
             f'mmcv has to be compiled and there is no C++ compiler "{compiler}": install one (Debian: '
-            f'build-essential), or '
-            'name a folder or address with a prebuilt wheel in MMCV_FIND_LINKS'
+            'build-essential), or name a folder or address with a prebuilt wheel in MMCV_FIND_LINKS'
         )
     header = Path(sysconfig.get_paths()['include']) / 'Python.h'
     if not header.is_file():
@@ -390,8 +387,7 @@ def check_compilers(env):
     if builds_for_gpu(env) and not has_nvcc:
         raise SetupError(
             "a GPU is visible, but there is no nvcc to compile mmcv's ops for it: name OpenMMLab's wheel index for "
-            'this '
-            "torch and CUDA (see MMCV's installation page) in MMCV_FIND_LINKS, or hide the GPU with "
+            "this torch and CUDA (see MMCV's installation page) in MMCV_FIND_LINKS, or hide the GPU with "
             'CUDA_VISIBLE_DEVICES=""'
         )
 
@@ -403,8 +399,7 @@ def compile_mmcv(env, version, torch_version, folder, distribution='mmcv'):
     python = '{}.{}'.format(*sys.version_info[:2])
     say(
         f'{distribution} {version}: no prebuilt wheel for torch {torch_version} and Python {python} was found, so its '
-        f'C++ ops'
-        ' (the detectors need them) are compiled now.'
+        'C++ ops (the detectors need them) are compiled now.'
     )
     say(f'    This takes about 20 minutes on two cores ({jobs} at a time here), once: the wheel is kept in {folder}.')
     say('    Quicker: name a folder or index with a wheel in MMCV_FIND_LINKS (or PIP_FIND_LINKS).')

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What every command line shares: reading a config, and turning a mistake into one sentence and an exit status."""
+"""Shared parts of all command lines: arguments, reading a config, and reporting a mistake in one sentence."""
 
 import argparse
 import errno
@@ -24,7 +24,11 @@ __all__ = [
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that all commands take: CONFIG and ``--cfg-options``."""
+    """Add the arguments of all commands: CONFIG and ``--cfg-options``.
+
+    Args:
+        parser: Of the command.
+    """
     from mmengine.config import DictAction
 
     parser.add_argument('config', help='an mmdet, mmseg or mmpretrain config file')
@@ -38,7 +42,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--quant`` and ``--method``: another precision, or another method, than the config's own."""
+    """Add ``--quant`` and ``--method``, which replace the config's precision and method.
+
+    Args:
+        parser: Of the command.
+    """
     from psaq_mm.engine.presets import METHODS
 
     parser.add_argument(
@@ -52,15 +60,16 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(
     path: str, options: Optional[Mapping] = None, quant: Optional[str] = None, method: Optional[str] = None
 ):
-    """Read a config file, put another precision or method into it, and merge ``options`` last.
+    """Read a config file, set its precision or method, and merge ``options`` last.
 
     Args:
         path: The file.
-        options: As ``--cfg-options`` gives them; they win over everything.
-        quant, method: See :func:`psaq_mm.engine.config.apply_method`.
+        options: Of ``--cfg-options``; they take precedence over all else.
+        quant: Precision in place of the config's, see :func:`psaq_mm.engine.config.apply_method`.
+        method: Method in place of the config's.
 
     Raises:
-        ConfigError: No such file, a base that does not exist, or an option that has no place.
+        ConfigError: The file or a base of it does not exist or cannot be read, or an option does not fit.
     """
     from mmengine.config import Config
 
@@ -84,18 +93,24 @@ def _why_unreadable(error: Exception) -> str:
     if 'lazy_import' in message:  # MMEngine's word for it
         return (
             'it and one of its bases are of two kinds, and a pure-Python config is inherited by a pure-Python one '
-            'alone: write `with '
-            "read_base(): from .BASE import *`, then model.update(type='psaq_mm.Quantized', base_type=model.type, "
-            "quant='w8a8')"
+            "alone: write `with read_base(): from .BASE import *`, then model.update(type='psaq_mm.Quantized', "
+            "base_type=model.type, quant='w8a8')"
         )
     return missing_from(error) or message
 
 
 def merge_options(config, options: Optional[Mapping]):
-    """Merge ``--cfg-options`` into a loaded config, in place; the config.
+    """Merge ``--cfg-options`` into a loaded config, in place.
+
+    Args:
+        config: As MMEngine loads it.
+        options: By dotted key.
+
+    Returns:
+        The config.
 
     Raises:
-        ConfigError: An option has no place.
+        ConfigError: An option does not fit the config.
     """
     try:
         config.merge_from_dict(dict(options or {}))
@@ -105,31 +120,40 @@ def merge_options(config, options: Optional[Mapping]):
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of commands that start a runner: ``--work-dir``, ``--launcher`` and what launchers add."""
+    """Add the arguments of commands that start a runner: ``--work-dir``, ``--launcher`` and what launchers add.
+
+    Args:
+        parser: Of the command.
+    """
     parser.add_argument('--work-dir', help='where logs and results go; defaults to work_dirs/<name of the config>')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def runnable_config(args: argparse.Namespace):
-    """The config of parsed arguments, with launcher and work dir set.
+    """The config that parsed arguments name, with launcher and work dir set.
 
     The work dir is the command line's, else the config's, else ``work_dirs/<name of the config>``, as in the libraries'
     own tools.
+
+    Args:
+        args: Of a parser with :func:`add_config_arguments` and :func:`add_run_arguments`.
+
+    Raises:
+        ConfigError: The config cannot be read, or a folder cannot be made.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, args.cfg_options, getattr(args, 'quant', None), getattr(args, 'method', None))
     from psaq_mm.quantization import use_full_float32
 
-    use_full_float32()  # the full-precision model too: it is what a quantized one is compared with
+    use_full_float32()  # for the full-precision model too, which quantized ones are compared with
     config.launcher = args.launcher
     if args.work_dir:
         config.work_dir = args.work_dir
     elif not config.get('work_dir'):
         config.work_dir = os.path.join('work_dirs', os.path.splitext(os.path.basename(args.config))[0])
-    file = next(
-        (p for p in (Path(config.work_dir), *Path(config.work_dir).parents) if p.exists() and not p.is_dir()), None
-    )
+    work_dir = Path(config.work_dir)
+    file = next((p for p in (work_dir, *work_dir.parents) if p.exists() and not p.is_dir()), None)
     if file is not None:
         raise ConfigError(
             f'the work dir {config.work_dir} cannot be made, as {file} is a file: give another --work-dir'
