@@ -28,7 +28,7 @@ def check(name: str, *arguments: str) -> None:
 
 
 def test_ruff_finds_no_mistake():
-    check('ruff', 'check', '.')
+    check('ruff', 'check', '--output-format', 'concise', '.')
 
 
 def test_ruff_would_format_nothing_differently():
@@ -39,4 +39,4 @@ def test_types_of_the_floors_that_need_pytorch_alone():
     torch = pytest.importorskip('torch')
     if torch.__version__.split('+')[0] != pinned('torch'):
         pytest.skip(f'types are checked against torch {pinned("torch")}, whose own hints differ from other versions')
-    check('mypy')
+    check('mypy', '--python-executable', sys.executable)

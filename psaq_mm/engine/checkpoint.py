@@ -51,45 +51,21 @@ RESTRICTED = 'psaq_mm://'
 unrestricted ``torch.load``."""
 
 _ALLOWED = {
-    ('collections', 'OrderedDict'),
-    ('collections', 'defaultdict'),
-    ('collections', 'deque'),
-    ('builtins', 'set'),
-    ('collections', 'Counter'),  # milestones of a schedule
-    ('builtins', 'frozenset'),
-    ('builtins', 'slice'),
-    ('builtins', 'range'),
-    ('builtins', 'complex'),
-    ('builtins', 'bytearray'),
-    ('builtins', 'dict'),
-    ('builtins', 'list'),
-    ('builtins', 'tuple'),
-    ('builtins', 'int'),
-    ('builtins', 'float'),
-    ('builtins', 'str'),
-    ('builtins', 'bool'),
-    ('_codecs', 'encode'),
-    ('copyreg', '_reconstructor'),
-    ('builtins', 'object'),
-    ('torch._utils', '_rebuild_tensor'),
-    ('torch._utils', '_rebuild_tensor_v2'),
-    ('torch._utils', '_rebuild_parameter'),
-    ('torch', 'Size'),
-    ('torch', 'device'),
-    ('torch.nn.parameter', 'Parameter'),
-    ('torch.serialization', '_get_layout'),
-    ('numpy', 'ndarray'),
-    ('numpy', 'dtype'),
-    ('numpy.core.multiarray', '_reconstruct'),
-    ('numpy.core.multiarray', 'scalar'),
-    ('numpy._core.multiarray', '_reconstruct'),
-    ('numpy._core.multiarray', 'scalar'),
-    ('mmengine.logging.history_buffer', 'HistoryBuffer'),
-    ('mmengine.config.config', 'ConfigDict'),
-    ('argparse', 'Namespace'),
-    ('pathlib', 'PosixPath'),
-    ('pathlib', 'PurePosixPath'),
-    ('pathlib', 'WindowsPath'),
+    'builtins': 'set frozenset slice range complex bytearray dict list tuple int float str bool object',
+    'collections': 'OrderedDict defaultdict deque Counter',  # Counter: milestones of a schedule
+    '_codecs': 'encode',
+    'copyreg': '_reconstructor',
+    'torch': 'Size device',
+    'torch._utils': '_rebuild_tensor _rebuild_tensor_v2 _rebuild_parameter',
+    'torch.nn.parameter': 'Parameter',
+    'torch.serialization': '_get_layout',
+    'numpy': 'ndarray dtype int64 int32 float64 float32 bool_ uint8',
+    'numpy.core.multiarray': '_reconstruct scalar',
+    'numpy._core.multiarray': '_reconstruct scalar',
+    'mmengine.logging.history_buffer': 'HistoryBuffer',
+    'mmengine.config.config': 'ConfigDict',
+    'argparse': 'Namespace',
+    'pathlib': 'PosixPath PurePosixPath WindowsPath',
 }
 """Types that checkpoints of OpenMMLab hold beside tensors: logged histories, NumPy scalars, metainfo."""
 
@@ -127,13 +103,8 @@ class _Unpickler(pickle.Unpickler):
         )
         if (module, name) == ('builtins', 'getattr'):
             return _history_method
-        numpy_types = (
-            module.split('.')[0] == 'numpy'
-            and name.endswith('DType')
-            or module == 'numpy'
-            and name in ('int64', 'int32', 'float64', 'float32', 'bool_', 'uint8')
-        )
-        if (module, name) in _ALLOWED or plain_torch or numpy_types:
+        numpy_type = module.split('.')[0] == 'numpy' and name.endswith('DType')
+        if name in _ALLOWED.get(module, '').split() or plain_torch or numpy_type:
             return super().find_class(module, name)
         raise CheckpointError(
             f'it holds {module}.{name}, which is no weight and could run code: only load it after '
@@ -303,19 +274,9 @@ def read_checkpoint(path: PathLike) -> Dict:
 
 
 _CONTAINERS = (
-    'state_dict',
-    'model',
-    'model_state',
-    'model_state_dict',
-    'module',
-    'net',
-    'network',
-    'weights',
-    'params',
-    'state_dict_ema',
-    'model_ema',
-    'ema_state_dict',
-)
+    'state_dict model model_state model_state_dict module net network weights params '
+    'state_dict_ema model_ema ema_state_dict'
+).split()
 """Keys under which training programs keep a state dict. The first that a file has is used."""
 
 

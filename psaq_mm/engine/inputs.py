@@ -29,38 +29,14 @@ _ANY_DEPTH = (
 )
 """Steps of the libraries that load pictures of any bit depth."""
 
-_NO_VALUES = (
-    'Resize',
-    'Pad',
-    'Random',
-    'Center',
-    'Pack',
-    'Flip',
-    'LoadAnn',
-    'LoadPan',
-    'LoadProposal',
-    'LoadEmpty',
-    'LoadDepth',
-    'LoadTrack',
-    'LoadBiomedicalAnn',
-    'LoadImageFrom',
-    'FixScale',
-    'Collect',
-    'Transpose',
-    'ImageToTensor',
-    'ToTensor',
-    'KeyMapper',
-    'FilterAnn',
-    'MultiScale',
-    'PhotoMetric',
-    'Compose',
-    'Mosaic',
-    'NumpyToPIL',
-    'PILToNumpy',
-    'GetTaskInfo',
-    'Rerange',
+_NO_VALUES = tuple(
+    (
+        'Resize Pad Random Center Pack Flip LoadAnn LoadPan LoadProposal LoadEmpty LoadDepth LoadTrack '
+        'LoadBiomedicalAnn LoadImageFrom FixScale Collect Transpose ImageToTensor ToTensor KeyMapper FilterAnn '
+        'MultiScale PhotoMetric Compose Mosaic NumpyToPIL PILToNumpy GetTaskInfo Rerange'
+    ).split()
 )
-"""First letters of the names of steps that leave values as they are, or within 0 .. 255."""
+"""Prefixes of the names of steps that leave values as they are, or within 0 .. 255."""
 
 
 class PipelineInput(NamedTuple):
