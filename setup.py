@@ -41,12 +41,12 @@ def read_readme():
 
 def shipped_files():
     """Paths, relative to the source tree, that belong into `psaq_mm/.mim/`."""
-    found = [name for name in SHIPPED_FILES if (ROOT / name).is_file()]
+    names = [name for name in SHIPPED_FILES if (ROOT / name).is_file()]
     for folder, endings in SHIPPED.items():
         for path in sorted((ROOT / folder).rglob('*')):
             if path.is_file() and path.suffix in endings and '__pycache__' not in path.parts:
-                found.append(path.relative_to(ROOT).as_posix())
-    return found
+                names.append(path.relative_to(ROOT).as_posix())
+    return names
 
 
 class BuildWithConfigs(build_py):

@@ -86,8 +86,8 @@ def run_data_free(
     from psaq_mm.engine.config import to_data_free
 
     if amp:
-        given = config.get('dfq')
-        config.dfq = {**(dict(preset=given) if isinstance(given, str) else dict(given or {})), 'amp': amp}
+        dfq = config.get('dfq') or {}
+        config.dfq = {**(dict(preset=dfq) if isinstance(dfq, str) else dfq), 'amp': amp}
     runner = data_free_runner(to_data_free(config, checkpoint=checkpoint, val=val, quant=quant), resume)
     runner.train()
     return runner

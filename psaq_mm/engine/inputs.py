@@ -83,11 +83,11 @@ class PipelineInput(NamedTuple):
         return self._replace(turned=not self.turned, mean=self.mean[::-1], std=self.std[::-1])
 
 
-def _numbers(name: str, given: Any) -> Values:
+def _numbers(name: str, values: Any) -> Values:
     try:
-        return tuple(float(v) for v in (given if hasattr(given, '__iter__') else (given,)))
+        return tuple(float(v) for v in (values if hasattr(values, '__iter__') else (values,)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f'{name}={given!r} is no list of numbers: give one per channel') from error
+        raise ConfigError(f'{name}={values!r} is no list of numbers: give one per channel') from error
 
 
 # ---------------------------------------------------------------------- pipeline

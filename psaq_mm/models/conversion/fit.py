@@ -79,8 +79,8 @@ def fit_weights(
         UnsupportedModelError: The model has no Swin of OpenMMLab under ``backbone``.
         CheckpointError: A pattern of ``drop`` matches nothing.
     """
-    own = model.state_dict()
-    if backbone_prefix(own) != 'backbone.' or not any('.attn.w_msa.' in name for name in own):
+    expected = model.state_dict()
+    if backbone_prefix(expected) != 'backbone.' or not any('.attn.w_msa.' in name for name in expected):
         raise UnsupportedModelError(
             f'{type(model).__name__} has no SwinTransformer of mmdet, mmseg or mmpretrain as its backbone: give a '
             "config that has one (timm's networks read timm's checkpoints as they are)"
@@ -92,7 +92,7 @@ def fit_weights(
                 f'{next(iter(renamed.sources.values()), "none")}'
             )
     result, misfits = Conversion({}, [], [], [], [], []), set()
-    dropped, unneeded = absent_parts(renamed.weights, own), absent_parts(own, renamed.weights)
+    dropped, unneeded = absent_parts(renamed.weights, expected), absent_parts(expected, renamed.weights)
     for new, value in renamed.weights.items():
         old = renamed.sources[new]
         if (
@@ -101,16 +101,16 @@ def fit_weights(
             or (backbone_only and not new.startswith('backbone.'))
         ):
             result.left_out.append(old)
-        elif new not in own:
+        elif new not in expected:
             result.unplaced.append(f'{old} {tuple(value.shape)}')
-        elif value.shape != own[new].shape:
+        elif value.shape != expected[new].shape:
             misfits.add(new)
             result.wrong.append(
-                f'{old} is {tuple(value.shape)} in the checkpoint and {tuple(own[new].shape)} in the model'
+                f'{old} is {tuple(value.shape)} in the checkpoint and {tuple(expected[new].shape)} in the model'
             )
         else:
-            result.state_dict[new] = value.to(own[new].dtype)
-    for name, value in own.items():
+            result.state_dict[new] = value.to(expected[new].dtype)
+    for name, value in expected.items():
         if name in result.state_dict or name in misfits or backbone_only and not name.startswith('backbone.'):
             continue
         if _FROM_THE_MODEL.search(name):
@@ -119,4 +119,4 @@ def fit_weights(
             result.untrained.append(name)
         else:
             result.missing.append(name)
-    return result._replace(state_dict={name: result.state_dict[name] for name in own if name in result.state_dict})
+    return result._replace(state_dict={name: result.state_dict[name] for name in expected if name in result.state_dict})
