@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
-from psaq_mm.commands.metrics import scalars, to_json
+from psaq_mm.commands.metrics import scalars
 from psaq_mm.commands.sensitivity_report import mixed_precision_config, sensitivity_page, to_text
 from psaq_mm.errors import CheckpointError, ConfigError
+from psaq_mm.plain import to_plain
 
 __all__ = ['main', 'analyse']
 
@@ -229,7 +230,9 @@ def _keep(report: Mapping, rows: Sequence, folder: Path) -> None:
 def _write_report(report: Mapping, folder: Path) -> None:
     from psaq_mm.visualization import write_whole
 
-    write_whole(json.dumps(to_json(report), indent=2, allow_nan=False).encode(), Path(folder) / 'sensitivity.json')
+    write_whole(
+        json.dumps(to_plain(report, nan=False), indent=2, allow_nan=False).encode(), Path(folder) / 'sensitivity.json'
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,9 +20,10 @@ from psaq_mm.commands.common import (
     runnable_config,
 )
 from psaq_mm.commands.compare_rows import write_whole
-from psaq_mm.commands.metrics import RESULTS, before_after_table, plain_metrics, to_json
+from psaq_mm.commands.metrics import RESULTS, before_after_table, plain_metrics
 from psaq_mm.engine.data_overlap import dataset_leaves
 from psaq_mm.errors import CheckpointError, ConfigError, DataError, PsaqError
+from psaq_mm.plain import to_plain
 from psaq_mm.ranks import ranks
 from psaq_mm.runtime import RUNTIMES
 
@@ -329,7 +330,7 @@ def _save(config, results: Mapping) -> Path:
     out = Path(config.work_dir) / RESULTS
     if not ranks()[0]:  # all have the same metrics
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, json.dumps(to_json(results), indent=2, allow_nan=False))
+        write_whole(out, json.dumps(to_plain(results, nan=False), indent=2, allow_nan=False))
     return out
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Tuple
 
 from psaq_mm.deploy.exportable import ExportableModel
+from psaq_mm.errors import first_of
 from psaq_mm.quantization import ConversionReport
 from psaq_mm.runtime.bundle import REST
 from psaq_mm.runtime.kernels import EXPLAINED
@@ -111,7 +112,7 @@ def summary(rows: List[Dict[str, Any]]) -> str:
         if 'reason' in row:
             reasons.setdefault(row['reason'], []).append(row)
     for reason, found in reasons.items():
-        names = ', '.join(row['name'] for row in found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
+        names = first_of([row['name'] for row in found])
         lines.append(f'float: {names}: {reason}')
     return '\n'.join(lines)
 

@@ -8,13 +8,13 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tu
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.errors import DataError, SpecError
+from psaq_mm.errors import DataError, SpecError, similar
 from psaq_mm.quantization.layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
 from psaq_mm.quantization.precision import use_full_float32
 from psaq_mm.quantization.quantizers import STATE_NAMES, Quantizer, check_mode
 from psaq_mm.quantization.reduction import reduce_observers
 from psaq_mm.quantization.reparam import ReparameterizedQuantizer, fold_, folded_weight, folding_of
-from psaq_mm.quantization.spec import Override, QuantSpec, names_asked, nearest
+from psaq_mm.quantization.spec import Override, QuantSpec, names_asked
 
 # Quantizers that the row of their layer or product speaks for.
 _LAYER_QUANTIZERS = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rhs_quantizer')
@@ -220,7 +220,7 @@ class _Conversion:
 def _hint(name: str, known: List[str]) -> str:
     if not known:
         return ': no layer of the model can be quantized.'
-    near = nearest(name, known, count=3) or tuple(known[:3])
+    near = similar(name, known, count=3) or known[:3]
     return f': layers are called, for example, {", ".join(map(repr, near))}.'
 
 

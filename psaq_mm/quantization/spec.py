@@ -1,6 +1,5 @@
 """What to quantize and to how many bits: frozen dataclasses, checked when built, with a JSON round trip."""
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
 
-from psaq_mm.errors import SpecError
+from psaq_mm.errors import SpecError, nearest
 from psaq_mm.quantization.observers import OBSERVERS
 from psaq_mm.quantization.primitives import MAX_BITS, MIN_BITS
 
@@ -60,11 +59,6 @@ def names_asked() -> Iterator[Set[str]]:
         _asked.reset(token)
 
 
-def nearest(name: Any, known: Iterable[str], count: int = 1) -> Tuple[str, ...]:
-    """Names that look most like ``name``, best first; empty where none is near."""
-    return tuple(difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.4))
-
-
 def _check_bits(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
         raise SpecError(f'{key}={value!r} is not supported: choose an integer from {MIN_BITS} to {MAX_BITS}.')
@@ -73,9 +67,7 @@ def _check_bits(key: str, value: Any) -> None:
 def _check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
-        near = nearest(value, allowed)
-        hint = f'did you mean {near[0]!r}? Allowed are' if near else 'choose one of'
-        raise SpecError(f'{key}={value!r} is not known: {hint} {", ".join(map(repr, allowed))}.')
+        raise SpecError(f'{key}={value!r} is not known: {nearest(value, allowed)}.')
 
 
 def _check_bool(key: str, value: Any) -> None:
@@ -87,9 +79,7 @@ def _check_keys(what: str, given: Mapping, known: Iterable[str]) -> None:
     known = tuple(known)
     for key in given:
         if key not in known:
-            near = nearest(key, known)
-            hint = f'did you mean {near[0]!r}? Known are' if near else 'known are'
-            raise SpecError(f'{key!r} is no setting of {what}: {hint} {", ".join(map(repr, known))}.')
+            raise SpecError(f'{key!r} is no setting of {what}: {nearest(key, known)}.')
 
 
 def _without_idle_softmax(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
@@ -375,9 +365,7 @@ class QuantSpec:
             )
         recipe = (match[1] or '').lower()
         if recipe and recipe not in RECIPES:
-            near = nearest(recipe, RECIPES)
-            hint = f'did you mean {near[0]!r}? Known are' if near else 'known are'
-            raise SpecError(f'{name!r} names no method that is known: {hint} {", ".join(map(repr, RECIPES))}.')
+            raise SpecError(f'{name!r} names no method that is known: {nearest(recipe, RECIPES)}.')
         w_bits = int(match[2])
         few = FEW_BITS.get(recipe, {}) if w_bits < 8 else {}
         return dict(RECIPES.get(recipe, {}), **few, w_bits=w_bits, a_bits=int(match[3]))

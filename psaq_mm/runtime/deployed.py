@@ -8,6 +8,7 @@ import numpy as np
 
 from psaq_mm.errors import DataError
 from psaq_mm.runtime.bundle import read_manifest, read_weights
+from psaq_mm.runtime.glue import finish
 from psaq_mm.runtime.registry import Runtime, check_kernels, find_runtime, start, starting
 from psaq_mm.runtime.wire import append_initializers
 
@@ -193,40 +194,7 @@ class DeployedModel:
             DataError: The images do not fit.
         """
         batch = self.normalize(images)
-        found = self.run(batch)
-        rule = self.manifest.get('labels', dict(rule='argmax'))  # what exports of earlier versions have
-        if self.task == 'segmentation' and rule and 'logits' in found:
-            found['labels'] = _classes(
-                _upsample(found['logits'], batch.shape[2:], self.manifest['align_corners']), rule
-            )
-        return found
-
-
-def _classes(logits: np.ndarray, rule: Mapping) -> np.ndarray:
-    """The class of each pixel, (N, C, H, W) to (N, H, W): the greatest of several logits; of one, whether its sigmoid
-    exceeds a threshold.
-    """
-    if rule['rule'] == 'argmax':
-        return logits.argmax(1)
-    with np.errstate(over='ignore'):
-        return (1 / (1 + np.exp(-logits[:, 0])) > np.float32(rule['threshold'])).astype(np.int64)
-
-
-def _positions(size: int, target: int, align_corners: bool) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if align_corners:
-        where = np.linspace(0, size - 1, target)
-    else:
-        where = np.maximum((np.arange(target) + 0.5) * size / target - 0.5, 0)
-    low = np.minimum(where.astype(np.int64), size - 1)
-    return low, np.minimum(low + 1, size - 1), (where - low).astype(np.float32)
-
-
-def _upsample(maps: np.ndarray, size: Sequence[int], align_corners: bool) -> np.ndarray:
-    """Bilinear, (N, C, h, w) to (N, C, H, W), as PyTorch's ``interpolate``."""
-    low, high, share = _positions(maps.shape[2], size[0], align_corners)
-    maps = maps[:, :, low] * (1 - share)[:, None] + maps[:, :, high] * share[:, None]
-    low, high, share = _positions(maps.shape[3], size[1], align_corners)
-    return maps[..., low] * (1 - share) + maps[..., high] * share
+        return finish(self.run(batch), self.manifest, batch.shape[2:])
 
 
 def load(

@@ -25,6 +25,7 @@ from psaq_mm.engine.samples import SavedSamples, build_source, folders_in, load_
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
 from psaq_mm.pictures import SampleStream, Source
+from psaq_mm.plain import to_plain
 from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, FreshPool, SourcedEvolution
 from psaq_mm.quantization import QuantSpec, set_mode, update_ranges_, use_full_float32
 from psaq_mm.ranks import broadcast_, ranks, sum_gradients_
@@ -50,15 +51,6 @@ def _tune(model: nn.Module) -> nn.Module:
     """Eval mode throughout: no DropPath, no BatchNorm updates; gradients flow all the same."""
     model.eval()  # returns None in the libraries' backbones
     return model
-
-
-def _plain(config: Any) -> Any:
-    """A config of sources in JSON types."""
-    if isinstance(config, Mapping):
-        return {str(k): _plain(v) for k, v in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [_plain(v) for v in config]
-    return config if config is None or isinstance(config, (bool, int, float, str)) else repr(config)
 
 
 def _kinds(source: Source) -> List[str]:
@@ -540,16 +532,16 @@ class DataFreeTrainLoop(BaseLoop):
         settings: Dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings_given.items()}
         return dict(
             settings,
-            samples=_plain(self.source_config) if self.samples_path is None else str(self.samples_path),
+            samples=to_plain(self.source_config) if self.samples_path is None else str(self.samples_path),
             max_iters=self._max_iters,
             steps=self._iter,
             max_seconds=self.max_seconds,
-            fresh=self.fresh.share if self.fresh.samples is None else _plain(self.fresh._asdict()),
+            fresh=self.fresh.share if self.fresh.samples is None else to_plain(self.fresh._asdict()),
             fresh_samples=getattr(self.evolution.pool, 'made', 0) if self.evolution else 0,
             seed=self.seed,
             distil=list(self.distil or ()),
             block_stride=self.block_stride,
-            value_range=_plain(self.value_range),
+            value_range=to_plain(self.value_range),
             ranks=ranks()[1],
             accumulative_counts=self._batches,
             amp=self.amp,
