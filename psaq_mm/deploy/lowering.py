@@ -133,10 +133,10 @@ def _content(codes: Codes) -> Tuple:
 
 
 class _Lowering:
-    def __init__(self, model: onnx.ModelProto, made: ExportableModel, store: WeightStore):
-        self.graph, self.made, self.store = model.graph, made, store
+    def __init__(self, model: onnx.ModelProto, exportable: ExportableModel, store: WeightStore):
+        self.graph, self.exportable, self.store = model.graph, exportable, store
         self.out = LoweredGraph(model)
-        self.out.layouts = dict(made.tracing.layouts)
+        self.out.layouts = dict(exportable.tracing.layouts)
         self.nodes: List[onnx.NodeProto] = []
         self.renamed: Dict[str, str] = {}
         self.constants: Dict[Tuple, str] = {}
@@ -164,7 +164,7 @@ class _Lowering:
 
     # ------------------------------------------------------------------ symbols
     def quantizer(self, x: str, name: str) -> str:
-        codes = self.made.quantizers[name]
+        codes = self.exportable.quantizers[name]
         if codes.log_base is None:
             return self.values(self.codes(x, name), name)
         key = 'logarithmic', x, *_content(codes)
@@ -176,7 +176,7 @@ class _Lowering:
         return value
 
     def codes(self, x: str, name: str) -> str:
-        codes = self.made.quantizers[name]
+        codes = self.exportable.quantizers[name]
         key = 'codes', x, *_content(codes)
         if key not in self.known:
             self.known[key] = self._quantize(x, self._label(name), codes)
@@ -184,7 +184,7 @@ class _Lowering:
         return self.known[key]
 
     def values(self, codes: str, name: str, centred: bool = False) -> str:
-        quantizer = self.made.quantizers[name]
+        quantizer = self.exportable.quantizers[name]
         key = 'values', codes, quantizer.scale, quantizer.zero_point, centred
         if key not in self.known:
             count = len(self.out.values.get(name, ()))
@@ -255,7 +255,7 @@ class _Lowering:
         Runtime multiplies with wide weights plus 128, it makes these for each product by the name of the codes, and
         does not start if two have one name.
         """
-        weight = self.made.weights[name]
+        weight = self.exportable.weights[name]
         wide = int(weight.codes.to(torch.int16).abs().max()) > NARROW
         self.readers[name] += 1
         copy = f'.{self.readers[name]}' if wide and self.readers[name] > 1 else ''
@@ -280,7 +280,7 @@ class _Lowering:
 
     def position_bias(self, scores: str, name: str, output: str) -> str:
         """The table is looked up by the runtime when it loads."""
-        table, index = self.made.positions[name]
+        table, index = self.exportable.positions[name]
         inputs = [
             self.constant(f'{name}.position_bias.table', table.numpy()),
             self.constant(f'{name}.position_bias.index', index.numpy().astype(np.int32)),
@@ -423,15 +423,15 @@ class _Lowering:
         self.out.weights = sorted(set(moved.values()))
 
 
-def lower(model: onnx.ModelProto, made: ExportableModel, store: WeightStore) -> LoweredGraph:
+def lower(model: onnx.ModelProto, exportable: ExportableModel, store: WeightStore) -> LoweredGraph:
     """Write out the symbols of a traced graph.
 
     Args:
-        model: As PyTorch's exporter made it from ``made.model``; it is changed.
-        made: What the symbols stand for.
+        model: As PyTorch's exporter made it from ``exportable.model``; it is changed.
+        exportable: What the symbols stand for.
         store: Where the larger tensors go.
     """
-    return _Lowering(model, made, store).run()
+    return _Lowering(model, exportable, store).run()
 
 
 def with_weights(graph: LoweredGraph, weights: Mapping[str, Weight]) -> onnx.ModelProto:

@@ -24,12 +24,12 @@ _FLOAT_OPERATIONS = {
 }
 
 
-def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[Dict[str, Any]]:
+def tensor_rows(graph, exportable: ExportableModel, report: ConversionReport) -> List[Dict[str, Any]]:
     """One row a weight, a quantized activation, and a product that is not integer on both sides.
 
     Args:
         graph: A :class:`.lowering.LoweredGraph`.
-        made: What it was made of.
+        exportable: The model that it was traced from.
         report: Of the model's conversion, which knows why a layer stays float.
 
     Returns:
@@ -37,7 +37,7 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
     """
     rows: List[Dict[str, Any]] = []
     # parts of one layer are alike
-    layers = {weight.layer: weight for weight in made.weights.values() if weight.layer is not None}
+    layers = {weight.layer: weight for weight in exportable.weights.values() if weight.layer is not None}
     for name, weight in layers.items():
         rows.append(
             dict(
@@ -47,7 +47,7 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
                 bits=weight.bits,
             )
         )
-    for name, codes in made.quantizers.items():
+    for name, codes in exportable.quantizers.items():
         if name not in graph.values:
             continue  # outside the graph (RoI heads)
         bits = (codes.high - codes.low + 1).bit_length() - 1
@@ -60,7 +60,7 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
             signed = codes.low < 0 or codes.shift is not None
             rows.append(dict(name=name, kind='activation', type='int8' if signed else 'uint8', bits=bits))
     rows += [dict(name=row.name, kind=row.kind, type='float32', reason=row.reason) for row in report.floats]
-    rows += [dict(name=name, kind='layer', type='float32', reason=note) for name, note in made.notes.items()]
+    rows += [dict(name=name, kind='layer', type='float32', reason=note) for name, note in exportable.notes.items()]
     rows += _float_products(graph)
     counts = Counter(node.op_type for node in graph.model.graph.node)
     rows += [

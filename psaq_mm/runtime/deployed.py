@@ -2,7 +2,7 @@
 """Running an exported model with NumPy and one runtime: no PyTorch, no OpenMMLab library."""
 
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 

@@ -25,6 +25,7 @@ from psaq_mm.quantization import (
 )
 
 __all__ = [
+    'PATCH_MERGING',
     'SWIN_BACKBONES',
     'valid_query_rows',
     'QuantWindowMSAMixin',
@@ -46,7 +47,7 @@ _SHIFT_WINDOW_MSA = tuple(f'{m}.ShiftWindowMSA' for m in _SWIN_MODULES) + (
 _SWIN_BLOCK = tuple(f'{m}.SwinBlock' for m in _SWIN_MODULES) + (
     'mmpretrain.models.backbones.swin_transformer.SwinBlock',
 )
-_PATCH_MERGING = (
+PATCH_MERGING = (
     'mmdet.models.layers.transformer.utils.PatchMerging',
     'mmseg.models.utils.embed.PatchMerging',
     'mmcv.cnn.bricks.transformer.PatchMerging',
@@ -213,5 +214,5 @@ register_adapter(
     lambda m: class_named(m, _SHIFT_WINDOW_MSA) is not None, lambda m, name, spec: adopt(m, QuantShiftWindowMSAMixin)
 )
 register_adapter(lambda m: class_named(m, _SWIN_BLOCK) is not None, _convert_block)
-register_adapter(lambda m: class_named(m, _PATCH_MERGING) is not None, _convert_merging)
+register_adapter(lambda m: class_named(m, PATCH_MERGING) is not None, _convert_merging)
 register_adapter(lambda m: class_named(m, SWIN_BACKBONES) is not None, _convert_backbone)
