@@ -28,7 +28,7 @@ from psaq_mm.quantization.primitives import along
 from psaq_mm.runtime.bundle import read_manifest, read_weights
 from psaq_mm.runtime.deployed import DeployedModel, load
 from psaq_mm.runtime.kernels import EXPLAINED
-from psaq_mm.runtime.registry import Runtime, start
+from psaq_mm.runtime.registry import start
 
 __all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
 
@@ -132,10 +132,8 @@ class Verification(NamedTuple):
         for layer in sorted(rows, key=lambda row: (row.equal, -row.step)):
             mark = '  <- too far' if not layer.good else '  ties' if layer.equal < LEAST_SHARE else ''
             lines.append(f'{layer.name:<{width}}  {layer.elements:>10}  {layer.equal:>9.4%}  {layer.step:>13}{mark}')
-        total = sum(layer.elements for layer in self.layers)
-        lines.append(
-            f'{"all layers":<{width}}  {total:>10}  {self.equal:>9.4%}  {max([row.step for row in self.layers] + [0]):>13}'
-        )
+        total, steps = sum(layer.elements for layer in self.layers), [layer.step for layer in self.layers]
+        lines.append(f'{"all layers":<{width}}  {total:>10}  {self.equal:>9.4%}  {max(steps, default=0):>13}')
         worst = max([output.error for output in self.outputs] + [0.0])
         lines += [
             f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of '

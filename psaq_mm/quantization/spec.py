@@ -3,11 +3,9 @@
 import json
 import re
 from collections.abc import Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterable, Optional, Set, Tuple, Union
 
 from psaq_mm.errors import SpecError, nearest
 from psaq_mm.quantization.observers import OBSERVERS
@@ -41,22 +39,6 @@ RECIPES: Dict[str, Dict[str, Any]] = {
 FEW_BITS: Dict[str, Dict[str, Any]] = {'psaq_v2': dict(w_symmetric=False)}
 
 _PRESET = re.compile(r'(?:(\w+?)_)?w(\d+)a(\d+)', re.IGNORECASE)
-
-_asked: ContextVar[Optional[Set[str]]] = ContextVar('names asked of a spec', default=None)
-
-
-@contextmanager
-def names_asked() -> Iterator[Set[str]]:
-    """Collect every name that :meth:`QuantSpec.resolve` is asked for inside the block.
-
-    Adapters name the edges they make; only so is it known whether an override's pattern matches one of them.
-    """
-    names: Set[str] = set()
-    token = _asked.set(names)
-    try:
-        yield names
-    finally:
-        _asked.reset(token)
 
 
 def _check_bits(key: str, value: Any) -> None:
@@ -282,9 +264,6 @@ class QuantSpec:
         Returns:
             The layer's spec, or None where an override keeps it in floating point.
         """
-        asked = _asked.get()
-        if asked is not None:
-            asked.add(name)
         w_bits, a_bits, float_ = self.w_bits, self.input_bits if is_input else self.a_bits, False
         for override in self.overrides:
             if fnmatchcase(name, override.pattern):
@@ -369,3 +348,38 @@ class QuantSpec:
         w_bits = int(match[2])
         few = FEW_BITS.get(recipe, {}) if w_bits < 8 else {}
         return dict(RECIPES.get(recipe, {}), **few, w_bits=w_bits, a_bits=int(match[3]))
+
+
+class AdapterSpec:
+    """The spec of a conversion, as adapters get it: it records every name that is resolved.
+
+    Only adapters know the names of the products and edges that they add. The record tells which overrides match one.
+    All settings of the spec can be read here too, such as ``points``.
+
+    Args:
+        spec: The model's.
+        asked: Where names are recorded; a new set by default.
+        floating: Nothing is quantized: the adapter's module is excluded.
+
+    Attributes:
+        spec: The model's, without a record.
+        asked: Names resolved so far.
+    """
+
+    def __init__(self, spec: QuantSpec, asked: Optional[Set[str]] = None, floating: bool = False) -> None:
+        self.spec, self.floating = spec, floating
+        self.asked: Set[str] = set() if asked is None else asked
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'spec':  # not there yet, in a copy
+            raise AttributeError(name)
+        return getattr(self.spec, name)
+
+    def resolve(self, name: str, is_input: bool = False) -> Optional[LayerSpec]:
+        """As :meth:`QuantSpec.resolve`; None for everything below an excluded module."""
+        self.asked.add(name)
+        return None if self.floating else self.spec.resolve(name, is_input)
+
+    def excluded(self) -> 'AdapterSpec':
+        """The same record for a module whose parts all stay in floating point."""
+        return AdapterSpec(self.spec, self.asked, floating=True)
