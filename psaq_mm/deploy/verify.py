@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from psaq_mm.contexts import evaluating, hooked
 from psaq_mm.deploy.export import ExportedModel, GraphModel
-from psaq_mm.deploy.lowering import LoweredGraph, with_weights
+from psaq_mm.deploy.lowering import LoweredGraph, replace_items, with_weights
 from psaq_mm.deploy.parts import GraphParts
 from psaq_mm.models import spec_of
 from psaq_mm.quantization import LogQuantizer, Quantizer, log_quantize, quantize
@@ -28,7 +28,7 @@ from psaq_mm.quantization.primitives import along
 from psaq_mm.runtime.bundle import read_manifest, read_weights
 from psaq_mm.runtime.deployed import DeployedModel, load
 from psaq_mm.runtime.kernels import EXPLAINED
-from psaq_mm.runtime.registry import start
+from psaq_mm.runtime.registry import Runtime, start
 
 __all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
 
@@ -193,9 +193,7 @@ def _cut(graph: LoweredGraph, exported: ExportedModel, fed: Mapping[str, np.ndar
     """
     model = with_weights(graph, exported.weights)
     for node in model.graph.node:
-        inputs = [name + _CUT if name in fed else name for name in node.input]
-        del node.input[:]
-        node.input.extend(inputs)
+        replace_items(node.input, [name + _CUT if name in fed else name for name in node.input])
     for name, value in fed.items():
         kind = helper.np_dtype_to_tensor_dtype(value.dtype)
         model.graph.input.append(helper.make_tensor_value_info(name + _CUT, kind, value.shape))
