@@ -227,11 +227,11 @@ def _rewrite_layer(
         read = _reader(exportable, name)
     multiply = _linear if linear else partial(_transposed if isinstance(layer, nn.ConvTranspose2d) else _conv, layer)
 
-    def forward(x: Tensor, *args) -> Tensor:
+    def forward(x: Tensor, *args, **kwargs) -> Tensor:  # further ones: the output size of a transposed convolution
         x = layer.input_quantizer(x)
-        out = multiply(x, read(x), bias, *args)
+        out = multiply(x, read(x), bias, *args, **kwargs)
         if sums is not None:
-            out = out + multiply(x, sums.ones(x), None, *args) * sums.factors
+            out = out + multiply(x, sums.ones(x), None, *args, **kwargs) * sums.factors
         return apply_edge(layer.output_quantizer, out)
 
     layer.forward = forward

@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Window attention of Swin in a form that exports well, for one image: windows, masks and heads as look-ups that stay
-small on disk.
+"""Window attention of Swin for one image, in a form that exports well: windows, masks and heads are look-ups, whose
+tables are small on disk.
 """
 
 from dataclasses import dataclass, field
@@ -33,12 +33,14 @@ MASKED = -100.0  # as the libraries have it
 
 @dataclass
 class Tracing:
-    """The trace that a model takes part in.
+    """State of one trace of a model.
 
     Attributes:
-        dynamic: Whether height and width are left to the graph.
-        layouts: By quantizer, how its input in the model becomes that of the graph, where it is laid out otherwise.
-        cache: What several layers read, by what it is worked out from; kept with that, as its identity is the key.
+        dynamic: Whether the graph finds out height and width when it runs.
+        layouts: By quantizer whose input in the graph has another layout than in the model: the function from the
+            model's to the graph's.
+        cache: Tensors that several layers read, by what they are computed from. That is kept with them, because its
+            identity is the key.
     """
 
     dynamic: bool = False
@@ -46,7 +48,7 @@ class Tracing:
     cache: Dict[Tuple, Tuple] = field(default_factory=dict)
 
     def begin(self, dynamic: bool) -> None:
-        """Forget the trace before."""
+        """Start a trace; the state of the last one is dropped."""
         self.dynamic = dynamic
         self.layouts.clear()
         self.cache.clear()
@@ -54,13 +56,15 @@ class Tracing:
 
 @dataclass
 class Windows:
-    """How a token map is cut into shifted windows. A token is looked up by its place: one operation, where moving rows
-    and columns around takes six.
+    """How a token map is cut into shifted windows. Tokens are looked up by their places: this is one operation, and
+    moving rows and columns around would be six.
 
     Attributes:
-        height, width: Of the token map.
-        window, shift: In tokens, down and across.
-        pad_first: Pad, then shift, as OpenMMLab does; timm shifts first.
+        height: Of the token map.
+        width: Of the token map.
+        window: Height and width of a window, in tokens.
+        shift: Down and across, in tokens.
+        pad_first: Whether padding comes before the shift, as in OpenMMLab; timm shifts first.
     """
 
     height: int
@@ -71,7 +75,7 @@ class Windows:
 
     @property
     def plain(self) -> 'Windows':
-        """Those of the size that is known here and now."""
+        """Windows of the size in this trace, as constants."""
         return self
 
     @property
@@ -93,8 +97,8 @@ class Windows:
         return symbols.look_up(x, tables, count if padded else None).reshape(-1, rows * columns, channels)
 
     def join(self, x: Tensor) -> Tensor:
-        """(windows, heads, tokens, channels) to (H * W, heads * channels): the inverse of :meth:`cut`, and heads side
-        by side.
+        """The inverse of :meth:`cut`, with heads side by side: (windows, heads, tokens, channels) to
+        (H * W, heads * channels).
         """
         (height, width), (rows, columns) = self.padded, self.window
         heads, tokens, channels = (int(s) for s in x.shape[1:])
@@ -113,15 +117,15 @@ class Windows:
         )
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Scores (windows, heads, tokens, tokens) of shifted windows with :data:`MASKED` added between tokens that were
-        no neighbours.
+        """Scores (windows, heads, tokens, tokens) with :data:`MASKED` added between tokens that are in one window only
+        because of the shift.
         """
         if not any(self.shift):
             return scores
         return symbols.window_mask(scores, (*self.padded, *self.window, *self.shift), MASKED)
 
     def _sources(self, size: int, padded: int, shift: int) -> List[Optional[int]]:
-        """Of each place along an axis of the padded, shifted map, where its token comes from; None: padding."""
+        """For each place along an axis of the padded, shifted map, the place of its token; None: padding."""
         if self.pad_first:
             places = [(i + shift) % padded for i in range(padded)]
             return [i if i < size else None for i in places]
@@ -133,8 +137,8 @@ class Windows:
 
 @dataclass
 class TracedWindows(Windows):
-    """Windows of a token map whose size the graph finds out when it runs: what follows from it is part of the graph.
-    Pads first.
+    """Windows of a token map whose size the graph finds out when it runs: their places are computed in the graph.
+    Padding comes first.
 
     Attributes:
         size: Height and width in the trace.
@@ -146,6 +150,7 @@ class TracedWindows(Windows):
 
     @property
     def plain(self) -> Windows:
+        """As :attr:`Windows.plain`."""
         return Windows(self.height, self.width, self.window, self.shift, self.pad_first)
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -166,11 +171,11 @@ class TracedWindows(Windows):
         channels = int(x.shape[-1])
 
         def places() -> Tensor:
-            (height, width), found = self.size, []
+            (height, width), axes = self.size, []
             for size, padded, _, shift in self._axes():
                 source = torch.remainder(torch.arange(padded) + shift, padded)
-                found.append(torch.where(source < size, source if found else source * width, height * width))
-            down, across = found[0].reshape(-1, 1, self.window[0], 1), found[1].reshape(1, -1, 1, self.window[1])
+                axes.append(torch.where(source < size, source if axes else source * width, height * width))
+            down, across = axes[0].reshape(-1, 1, self.window[0], 1), axes[1].reshape(1, -1, 1, self.window[1])
             return torch.minimum(down + across, height * width).reshape(-1)
 
         x = torch.cat([x, padding.reshape(1, channels)])
@@ -254,7 +259,7 @@ class AttentionExport:
 
 
 def _padding(qkv: nn.Module, channels: int) -> Tensor:
-    """What stands for 0 after reparameterization, (C,)."""
+    """The value that replaces 0 after reparameterization, (C,)."""
     fill = getattr(getattr(qkv, 'input_quantizer', None), 'fill', None)
     return torch.zeros(channels) if fill is None else fill
 
@@ -312,8 +317,8 @@ def attend_integer(
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """(windows, N, C) to (windows, heads, N, C / heads), by looking rows up: a transpose of codes goes byte by byte in
-    OpenVINO. (One of queries is none there, it becomes the stride of their product.)
+    """Separate heads by looking rows up: (windows, N, C) to (windows, heads, N, C / heads). OpenVINO transposes codes
+    byte by byte. (It does not for queries: their transpose becomes the stride of the product.)
     """
     tokens, channels = (int(s) for s in x.shape[1:])
     rows = torch.from_numpy(np.arange(tokens * heads).reshape(tokens, heads).T.reshape(-1))
