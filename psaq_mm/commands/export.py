@@ -134,7 +134,7 @@ def export(
 
 
 _FEW_PIXELS = 512 * 512
-"""Up to so many pixels, a size is verified with a picture of each kind; above, with one picture, of the kinds in turn."""
+"""A size of up to so many pixels is verified with a picture of each kind, a larger one with one of the two in turn."""
 
 
 def verified_sizes(exported) -> List[Tuple[int, int]]:

@@ -193,7 +193,7 @@ class DeployedModel:
             DataError: The images do not fit.
         """
         batch = self.normalize(images)
-        return finish(self.run(batch), self.manifest, batch.shape[2:])
+        return finish(self.run(batch), self.manifest, (batch.shape[2], batch.shape[3]))
 
 
 def load(
