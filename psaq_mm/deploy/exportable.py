@@ -36,10 +36,10 @@ __all__ = ['Codes', 'ExportableModel', 'IntegerWeight', 'make_exportable']
 
 _CONV_MODULE = ('mmcv.cnn.bricks.conv_module.ConvModule',)
 
-Product = Callable[[Tensor], Tensor]
+TensorFunction = Callable[[Tensor], Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Codes:
     """An activation quantizer.
 
@@ -114,7 +114,7 @@ class ExportableModel:
     model: nn.Module
     quantizers: Dict[str, Codes] = field(default_factory=dict)
     weights: Dict[str, IntegerWeight] = field(default_factory=dict)
-    products: Dict[str, Product] = field(default_factory=dict)
+    products: Dict[str, TensorFunction] = field(default_factory=dict)
     positions: Dict[str, Tuple[Tensor, Tensor]] = field(default_factory=dict)
     orders: Dict[str, Tensor] = field(default_factory=dict)
     tracing: windows.Tracing = field(default_factory=windows.Tracing)
@@ -252,7 +252,7 @@ def _transposed(layer: nn.Module, x: Tensor, weight: Tensor, bias: Optional[Tens
     return F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
 
 
-def _product_forward(exportable: ExportableModel, name: str, layer: nn.Module) -> Product:
+def _product_forward(exportable: ExportableModel, name: str, layer: nn.Module) -> TensorFunction:
     """Forward of a linear map whose input is quantized: the product of codes, see :attr:`ExportableModel.products`."""
     quantizer, product = exportable.names[layer.input_quantizer], _add_product(exportable, name)
 
@@ -263,7 +263,7 @@ def _product_forward(exportable: ExportableModel, name: str, layer: nn.Module) -
     return forward
 
 
-def _add_product(exportable: ExportableModel, name: str) -> Product:
+def _add_product(exportable: ExportableModel, name: str) -> TensorFunction:
     """Add the product with the weight ``name`` to :attr:`ExportableModel.products`."""
     read, sums, bias = _reader(exportable, name), _sums_apart(exportable, name), exportable.weights[name].bias
 
@@ -277,7 +277,7 @@ def _add_product(exportable: ExportableModel, name: str) -> Product:
     return product
 
 
-def _reader(exportable: ExportableModel, name: str) -> Product:
+def _reader(exportable: ExportableModel, name: str) -> TensorFunction:
     """Function that gives the dequantized weight ``name`` to be multiplied with its argument."""
     shape = tuple(exportable.weights[name].codes.shape)  # read now, while nothing is traced
     return lambda x: symbols.weight(x, name, shape)
@@ -305,7 +305,7 @@ def _integer_weight(original: str, name: str, layer: nn.Module) -> IntegerWeight
 class _Sums(NamedTuple):
     """What the zero points of a weight add to a product: ``factors`` times the product with ones."""
 
-    ones: Product
+    ones: TensorFunction
     factors: Tensor
 
 

@@ -130,26 +130,24 @@ def _least_codes(weight: IntegerWeight) -> Union[int, np.ndarray]:
     """See :class:`.bundle.Weight`."""
     if not isinstance(weight.low, Tensor):
         return weight.low
-    return (
-        weight.low.numpy()
-        .astype(np.int8)
-        .reshape([-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())])
-    )
+    shape = [-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())]
+    return weight.low.numpy().astype(np.int8).reshape(shape)
+
+
+def _numbered(name: str, calls: Mapping[str, List[str]]) -> str:
+    """``name``, with the number of this call from the second one on."""
+    count = len(calls[name])
+    return f'{name}.{count + 1}' if count else name
 
 
 def _dtype(codes: Codes):
     return np.int8 if codes.low < 0 or codes.shift is not None else np.uint8
 
 
-def _content(codes: Codes) -> Tuple:
-    return codes.scale, codes.zero_point, codes.low, codes.high, codes.log_base, codes.shift
-
-
 class _Lowering:
     def __init__(self, model: onnx.ModelProto, exportable: ExportableModel, store: WeightStore):
         self.graph, self.exportable, self.store = model.graph, exportable, store
-        self.out = LoweredGraph(model)
-        self.out.layouts = dict(exportable.tracing.layouts)
+        self.out = LoweredGraph(model, layouts=dict(exportable.tracing.layouts))
         self.nodes: List[onnx.NodeProto] = []
         self.renamed: Dict[str, str] = {}
         self.constants: Dict[Tuple, str] = {}
@@ -180,9 +178,9 @@ class _Lowering:
         codes = self.exportable.quantizers[name]
         if codes.log_base is None:
             return self.values(self.codes(x, name), name)
-        key = 'logarithmic', x, *_content(codes)
+        key = 'logarithmic', x, codes
         if key not in self.known:  # else one tensor that two layers read with the same range
-            self.known[key] = self._log(x, self._label(name), codes)
+            self.known[key] = self._log(x, _numbered(name, self.out.codes), codes)
         code, value = self.known[key]
         self.out.codes[name].append(code)
         self.out.values[name].append(value)
@@ -190,9 +188,9 @@ class _Lowering:
 
     def codes(self, x: str, name: str) -> str:
         codes = self.exportable.quantizers[name]
-        key = 'codes', x, *_content(codes)
+        key = 'codes', x, codes
         if key not in self.known:
-            self.known[key] = self._quantize(x, self._label(name), codes)
+            self.known[key] = self._quantize(x, _numbered(name, self.out.codes), codes)
         self.out.codes[name].append(self.known[key])
         return self.known[key]
 
@@ -200,21 +198,13 @@ class _Lowering:
         quantizer = self.exportable.quantizers[name]
         key = 'values', codes, quantizer.scale, quantizer.zero_point, centred
         if key not in self.known:
-            count = len(self.out.values[name])
-            label = f'{name}.{count + 1}' if count else name
+            label = _numbered(name, self.out.values)
             zero = 0 if centred else quantizer.zero_point - (quantizer.shift or 0)
             zero_point = self._zero_point(f'{label}.centred' if centred else label, quantizer, zero)
-            self.known[key] = self.node(
-                'DequantizeLinear',
-                [codes, self.scalar(np.float32(quantizer.scale), f'{label}.scale'), zero_point],
-                f'{label}.value',
-            )
+            scale = self.scalar(quantizer.scale, f'{label}.scale')
+            self.known[key] = self.node('DequantizeLinear', [codes, scale, zero_point], f'{label}.value')
         self.out.values[name].append(self.known[key])
         return self.known[key]
-
-    def _label(self, name: str) -> str:
-        calls = len(self.out.codes.get(name, ()))
-        return f'{name}.{calls + 1}' if calls else name
 
     def _zero_point(self, name: str, codes: Codes, value: int) -> str:
         return self.constant(f'{name}.zero_point', np.array(value, _dtype(codes)))

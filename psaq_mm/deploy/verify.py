@@ -266,6 +266,7 @@ def _layer_rows(
             session = start(_cut(graph, exported, fed).SerializeToString(), runtime, threads, kernels)
         arrays = {'images': image.numpy(), **{name + _CUT: value for name, value in fed.items()}}
         codes = session.run({name: array for name, array in arrays.items() if name in session.input_names})
+        del fed, arrays
         for code, row in expected.items():
             counts[row.quantizer].add(modules[row.quantizer], codes[code], row)
     return [LayerAgreement(name, c.elements, c.equal / c.elements, c.step, c.edge) for name, c in counts.items()]
