@@ -152,7 +152,7 @@ def test_heads_of_the_full_scope_are_integer_too(segmentor):
     weights = [row['name'] for row in exported.manifest['tensors'] if row['kind'] == 'weight']
     assert 'decode_head.fpn_bottleneck.conv.weight' in weights and 'decode_head.conv_seg.weight' in weights
     kinds = [node.op_type for node in exported.graphs[SIZE].model.graph.node]
-    assert 'BatchNormalization' not in kinds or exported.made.notes
+    assert 'BatchNormalization' not in kinds or exported.exportable.notes
     found = verify(model, exported, images, 'onnxruntime', 1)
     assert not found.weights
     assert max(layer.step for layer in found.layers) <= 1
