@@ -39,7 +39,7 @@ from psaq_mm.engine.config import full_precision_model_config, quantized_model_c
 from psaq_mm.models import TaskModel  # noqa: E402
 from psaq_mm.pictures import PinkNoise  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
-from psaq_mm.runtime.deployed import RUNTIMES  # noqa: E402
+from psaq_mm.runtime import RUNTIMES  # noqa: E402
 from psaq_mm.tables import text_table  # noqa: E402
 
 

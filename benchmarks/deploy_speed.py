@@ -32,7 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from psaq_mm.deploy import export_model, load  # noqa: E402
 from psaq_mm.models import quantize_model_  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
-from psaq_mm.runtime.deployed import RUNTIMES, start  # noqa: E402
+from psaq_mm.runtime import RUNTIMES, start  # noqa: E402
 
 SIZES = ((224, 224), (800, 1216))
 SWIN_T = dict(

@@ -4,10 +4,9 @@ files.
 """
 
 import copy
-import difflib
 from typing import Any, Dict, Mapping, NamedTuple, Union
 
-from psaq_mm.errors import ConfigError
+from psaq_mm.errors import ConfigError, nearest
 
 __all__ = ['DFQ_DEFAULTS', 'DFQ_PRESETS', 'Fresh', 'METHODS', 'preset_name', 'recipe_of', 'resolve_dfq', 'with_method']
 
@@ -173,7 +172,7 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
         else {key: value for key, value in given.items() if key != 'preset'}
     )
     if preset not in DFQ_PRESETS:
-        raise ConfigError(f'dfq preset {preset!r} is not known: use one of {", ".join(DFQ_PRESETS)}')
+        raise ConfigError(f'dfq preset {preset!r} is not known: {nearest(preset, DFQ_PRESETS)}')
     settings, named = copy.deepcopy(DFQ_DEFAULTS), copy.deepcopy(DFQ_PRESETS[preset])
     # Where samples come from is one setting under two names: what is given takes the place of the preset's under
     # either.
@@ -184,9 +183,7 @@ def resolve_dfq(given: Union[None, str, Mapping]) -> Dict[str, Any]:
     for source in (named, given):
         for key, value in source.items():
             if key not in settings:
-                near = difflib.get_close_matches(key, settings, 1)
-                hint = f'did you mean {near[0]}?' if near else f'known are {", ".join(settings)}'
-                raise ConfigError(f'dfq.{key} is no setting: {hint}')
+                raise ConfigError(f'dfq.{key} is no setting: {nearest(key, settings)}')
             if key in _MERGED and isinstance(value, Mapping):
                 settings[key] = {**settings[key], **value}
             else:
@@ -275,9 +272,7 @@ def with_method(given: Union[None, str, Mapping], method: str) -> Dict[str, Any]
         ConfigError: The method is not known.
     """
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, 1)
-        hint = f'did you mean {near[0]}? Known are' if near else 'use one of'
-        raise ConfigError(f'the method {method!r} is not known: {hint} {", ".join(METHODS)}')
+        raise ConfigError(f'the method {method!r} is not known: {nearest(method, METHODS)}')
     given = {} if given is None or isinstance(given, str) else _given_beside(resolve_dfq(preset_name(given)), given)
     if resolve_dfq(method)['iters']:
         own = DFQ_PRESETS[method].keys() - set(_MERGED)

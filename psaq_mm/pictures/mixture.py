@@ -1,13 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Several sources as one, and sources out of what a config says."""
 
-import difflib
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from torch import Tensor
 
-from psaq_mm.errors import ConfigError, DataError
+from psaq_mm.errors import ConfigError, DataError, nearest
 from psaq_mm.pictures.base import Generated, Make, Source, checked_size, mixed
 from psaq_mm.pictures.image_spec import ImageSpec
 from psaq_mm.pictures.leaves import DeadLeaves
@@ -118,9 +117,7 @@ def _plain(config: Mapping) -> Source:
     name = settings.pop('type', '')
     short = type_name(name)
     if short not in PLAIN:
-        near = difflib.get_close_matches(short, PLAIN, 1)
-        hint = f'did you mean {near[0]}? Known are' if near else 'use one of'
-        raise ConfigError(f'type={name!r} is no source of samples: {hint} {", ".join(PLAIN)}')
+        raise ConfigError(f'type={name!r} is no source of samples: {nearest(short, PLAIN)}')
     try:
         return PLAIN[short](**settings)
     except TypeError as error:
@@ -148,10 +145,8 @@ def source_of(given: Given, build: Callable[[Mapping], Any] = _plain) -> Source:
         return given
     if isinstance(given, str):
         if given not in NAMED:
-            near = difflib.get_close_matches(given, NAMED, 1)
-            hint = f'did you mean {near[0]!r}? Known are' if near else 'use one of'
             raise ConfigError(
-                f'{given!r} names no source of samples: {hint} {", ".join(NAMED)}, or a dict such as '
+                f'{given!r} names no source of samples: {nearest(given, NAMED)}, or a dict such as '
                 "dict(type='psaq_mm.PinkNoise')"
             )
         return NAMED[given]()

@@ -12,6 +12,7 @@ from psaq_mm.quantization.convert import (
     ADAPTERS,
     Adapter,
     ConversionReport,
+    ConvertFn,
     FloatLayer,
     QuantizedLayer,
     calibrate,
@@ -33,6 +34,7 @@ from psaq_mm.quantization.layers import (
     QuantMatMul,
     adopt,
     apply_edge,
+    apply_layer,
     attention_products,
     edge_quantizer,
     feeds_activation,
@@ -50,16 +52,19 @@ from psaq_mm.quantization.ranges import learn_ranges_, learned_ranges, update_ra
 from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds, reparameterize_
 from psaq_mm.quantization.rotation import StreamReader, random_rotation, rotate_heads_, rotate_stream_
 from psaq_mm.quantization.rounding import RoundedLayer, compensated_rounding, round_weights_
-from psaq_mm.quantization.spec import RECIPES, LayerSpec, Override, QuantSpec
+from psaq_mm.quantization.rows import RowMask, padded, row_mask_given, row_mask_of
+from psaq_mm.quantization.spec import RECIPES, AdapterSpec, LayerSpec, Override, QuantSpec
 
 __all__ = [
     'ADAPTERS',
     'Adapter',
+    'AdapterSpec',
     'AffineQuantizer',
     'ChannelMSEObserver',
     'ChannelMinMaxObserver',
     'ChannelPercentileObserver',
     'ConversionReport',
+    'ConvertFn',
     'FloatLayer',
     'LayerSpec',
     'LogObserver',
@@ -79,12 +84,14 @@ __all__ = [
     'ReparameterizedQuantizer',
     'RoundedLayer',
     'RowImportance',
+    'RowMask',
     'StreamReader',
     'SAME_AS_CONV2D',
     'SAME_AS_CONVTRANSPOSE2D',
     'SAME_AS_LINEAR',
     'adopt',
     'apply_edge',
+    'apply_layer',
     'attention_products',
     'build_channel_observer',
     'build_observer',
@@ -109,6 +116,7 @@ __all__ = [
     'log_quantize',
     'norm_before',
     'norm_feeds',
+    'padded',
     'qrange',
     'quantize',
     'quantize_',
@@ -122,6 +130,8 @@ __all__ = [
     'rotate_stream_',
     'round_weights_',
     'row_importance',
+    'row_mask_given',
+    'row_mask_of',
     'set_mode',
     'update_ranges_',
     'use_full_float32',

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
 from psaq_mm.quantization.histograms import ChannelHistogram, Distribution, refuse_non_finite
-from psaq_mm.quantization.observers import FACTORS, PERCENTILES, valid_rows_of, widest_first
+from psaq_mm.quantization.observers import FACTORS, PERCENTILES, widest_first
 from psaq_mm.quantization.primitives import MIN_SCALE, qrange
+from psaq_mm.quantization.rows import valid_rows_of
 from psaq_mm.ranks import maximum_, minimum_
 
 
@@ -110,7 +111,7 @@ class ChannelMinMaxObserver:
 
         Args:
             x: ``(..., C)``, any floating dtype, always the same ``C``. Without elements it is skipped.
-            valid: Mask of the rows that take part, see :func:`.observers.valid_rows_of`.
+            valid: Mask of the rows that take part, see :func:`.rows.valid_rows_of`.
 
         Raises:
             DataError: NaN or infinity among what takes part, another number of channels than before, or a mask that

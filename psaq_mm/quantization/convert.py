@@ -1,20 +1,19 @@
 """Conversion of a model in place, and what is done to all its quantizers at once."""
 
 import re
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.errors import DataError, SpecError
+from psaq_mm.errors import DataError, SpecError, similar
 from psaq_mm.quantization.layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
 from psaq_mm.quantization.precision import use_full_float32
 from psaq_mm.quantization.quantizers import STATE_NAMES, Quantizer, check_mode
 from psaq_mm.quantization.reduction import reduce_observers
 from psaq_mm.quantization.reparam import ReparameterizedQuantizer, fold_, folded_weight, folding_of
-from psaq_mm.quantization.spec import Override, QuantSpec, names_asked, nearest
+from psaq_mm.quantization.spec import AdapterSpec, QuantSpec
 
 # Quantizers that the row of their layer or product speaks for.
 _LAYER_QUANTIZERS = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rhs_quantizer')
@@ -22,28 +21,27 @@ _LAYER_QUANTIZERS = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rh
 _QUANTIZER_KEY = re.compile(r'(^|\.)\w+_quantizer\.(' + '|'.join(STATE_NAMES) + r')$')
 
 FilterFn = Callable[[str, nn.Module], bool]
+ConvertFn = Callable[[nn.Module, str, AdapterSpec], nn.Module]
 
 
 class Adapter(NamedTuple):
     """How one kind of composite module (attention) is converted."""
 
     matcher: Callable[[nn.Module], bool]
-    convert: Callable[[nn.Module, str, QuantSpec], nn.Module]
+    convert: ConvertFn
 
 
 ADAPTERS: List[Adapter] = []
 
 
-def register_adapter(
-    matcher: Callable[[nn.Module], bool], convert: Callable[[nn.Module, str, QuantSpec], nn.Module]
-) -> None:
+def register_adapter(matcher: Callable[[nn.Module], bool], convert: ConvertFn) -> None:
     """Teach :func:`quantize_` a composite module.
 
     Args:
         matcher: Whether a module is of the kind; must be False for a converted one.
-        convert: Takes the module, its dotted name and the spec, returns the converted module. Linear and convolution
-            layers inside are converted afterwards, as anywhere; products of activations are the adapter's
-            (:class:`.layers.QuantMatMul`).
+        convert: Takes the module, its dotted name and the spec (:class:`.spec.AdapterSpec`), returns the converted
+            module. Linear and convolution layers inside are converted afterwards, as anywhere; products of activations
+            are the adapter's (:class:`.layers.QuantMatMul`).
     """
     ADAPTERS.append(Adapter(matcher, convert))
 
@@ -108,7 +106,7 @@ class _Conversion:
 
     def __init__(self, model: nn.Module, spec: QuantSpec, filter_fn: Optional[FilterFn], first_layer: Optional[str]):
         self.model = model
-        self.spec = spec
+        self.spec = AdapterSpec(spec)
         self.accept = filter_fn or (lambda name, module: True)
         self.first_layer = first_layer
         self.report = ConversionReport()
@@ -116,13 +114,11 @@ class _Conversion:
     def run(self) -> ConversionReport:
         composites = self._find_composites()
         self._check_names(composites)
-        with names_asked() as names:
-            self._convert_composites(composites)
-            self._convert_layers()
+        self._convert_composites(composites)
+        self._convert_layers()
         self._report_edges()
-        self._check_overrides(
-            [*names, *(row.name for row in self.report.floats), *(name for name, _, _ in composites.values())]
-        )
+        floats = (row.name for row in self.report.floats)
+        self._check_overrides([*self.spec.asked, *floats, *(name for name, _, _ in composites.values())])
         for name, quantizer in quantizers(self.model):
             quantizer.name = name
         return self.report
@@ -158,10 +154,8 @@ class _Conversion:
         for key, (name, module, adapter) in composites.items():
             # Adapted even where its products stay float: adapters also see to what is not quantization, such as which
             # rows are padding.
-            spec = self.spec
-            if spec.points == 'linear' or spec.resolve(name) is None:
-                spec = replace(spec, overrides=(*spec.overrides, Override(f'{name}.*', float_=True)))
-            new[key] = adapter.convert(module, name, spec)
+            excluded = self.spec.points == 'linear' or self.spec.resolve(name) is None
+            new[key] = adapter.convert(module, name, self.spec.excluded() if excluded else self.spec)
         if id(self.model) in new and new[id(self.model)] is not self.model:
             raise SpecError(
                 f'{type(self.model).__name__} is converted as a whole and cannot be exchanged in place: '
@@ -220,7 +214,7 @@ class _Conversion:
 def _hint(name: str, known: List[str]) -> str:
     if not known:
         return ': no layer of the model can be quantized.'
-    near = nearest(name, known, count=3) or tuple(known[:3])
+    near = similar(name, known, count=3) or known[:3]
     return f': layers are called, for example, {", ".join(map(repr, near))}.'
 
 

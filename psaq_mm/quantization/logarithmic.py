@@ -19,8 +19,9 @@ from torch import Tensor
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
 from psaq_mm.quantization.histograms import Histogram
-from psaq_mm.quantization.observers import PERCENTILES, valid_rows_of, widest_first
+from psaq_mm.quantization.observers import PERCENTILES, widest_first
 from psaq_mm.quantization.primitives import MIN_SCALE, memory_order, qrange
+from psaq_mm.quantization.rows import valid_rows_of
 
 # The least normal float32. Whether a smaller number is itself or 0 depends on the machine and the runtime: here it is
 # 0.
@@ -203,7 +204,7 @@ class LogObserver:
 
         Args:
             x: Any shape and floating dtype; ``(..., D)`` where ``valid`` is given. Without elements it is skipped.
-            valid: Row mask, see :func:`.observers.valid_rows_of`.
+            valid: Row mask, see :func:`.rows.valid_rows_of`.
 
         Raises:
             DataError: NaN or infinity among what takes part, or a mask that does not fit.

@@ -15,6 +15,7 @@ from torch import Tensor
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
 from psaq_mm.quantization.histograms import Histogram, refuse_non_finite
 from psaq_mm.quantization.primitives import choose_qparams, fake_quantize, memory_order, qrange
+from psaq_mm.quantization.rows import valid_rows_of
 from psaq_mm.ranks import maximum_, minimum_
 
 PERCENTILES = (0.999, 0.9999, 0.99999, 1.0)
@@ -27,38 +28,6 @@ def widest_first(candidates: Sequence[float], above: float, what: str) -> Tuple[
         if not above < value <= 1:
             raise SpecError(f'The {what} {value!r} is out of range: choose {what}s above {above} and up to 1.')
     return tuple(sorted(candidates, reverse=True))
-
-
-def valid_rows_of(x: Tensor, valid: Optional[Tensor]) -> Tensor:
-    """Rows (last dimension) of ``x`` that take part.
-
-    Args:
-        x: ``(..., D)``.
-        valid: None, or a bool mask that broadcasts to ``x.shape[:-1]``. A mask whose first dimension divides that of
-            ``x`` is repeated along it: ``(windows, tokens)`` serves ``(images * windows, tokens, D)``.
-
-    Returns:
-        ``x`` itself without a mask, else ``(rows, D)``.
-
-    Raises:
-        DataError: The mask is not bool or does not fit.
-    """
-    if valid is None:
-        return x
-    if valid.dtype != torch.bool:
-        raise DataError(f'The row mask has dtype {valid.dtype}: give a bool tensor, True for rows that take part.')
-    rows = x.shape[:-1]
-    valid = valid.to(x.device)
-    if valid.dim() == len(rows) > 0 and 1 < valid.shape[0] < rows[0] and rows[0] % valid.shape[0] == 0:
-        valid = valid.repeat(rows[0] // valid.shape[0], *[1] * (valid.dim() - 1))
-    try:
-        mask = valid.expand(rows).reshape(-1)
-    except RuntimeError as error:
-        raise DataError(
-            f'A row mask of shape {tuple(valid.shape)} does not fit the rows {tuple(rows)} of the '
-            'tensor: it must broadcast to them.'
-        ) from error
-    return x.reshape(-1, x.shape[-1])[mask]
 
 
 class Observer:
@@ -76,7 +45,7 @@ class Observer:
 
         Args:
             x: Any shape and floating dtype; ``(..., D)`` where ``valid`` is given.
-            valid: Row mask, see :func:`valid_rows_of`; per tensor only.
+            valid: Row mask, see :func:`.rows.valid_rows_of`; per tensor only.
 
         Raises:
             DataError: NaN or infinity among what takes part, or a mask that does not fit.

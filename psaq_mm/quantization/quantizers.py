@@ -74,7 +74,7 @@ class Quantizer(nn.Module):
 
         Args:
             x: Any shape; channels on ``channel_axis`` if there is one.
-            valid: Row mask for observing, see :func:`.observers.valid_rows_of`; without effect in the other modes.
+            valid: Row mask for observing, see :func:`.rows.valid_rows_of`; without effect in the other modes.
 
         Returns:
             ``x`` itself in the modes ``'off'`` and ``'observe'``, else a new tensor of its shape and dtype.

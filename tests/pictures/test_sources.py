@@ -315,7 +315,7 @@ def test_a_source_of_ones_own_is_a_picture_in_standard_units():
 @pytest.mark.parametrize(
     'given, error, match',
     [
-        ('pnk', ConfigError, "did you mean 'pink'"),
+        ('pnk', ConfigError, "did you mean pink"),
         (dict(exponent=1), ConfigError, 'lacks its type'),
         (dict(type='psaq_mm.PinkNois'), ConfigError, 'did you mean PinkNoise'),
         (dict(type='PinkNoise', spectrum=1), ConfigError, 'spectrum'),

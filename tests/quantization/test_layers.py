@@ -381,8 +381,7 @@ def test_layer_masks_rows():
     quantized = QuantLinear.from_float(nn.Linear(2, 2), LayerSpec())
     quantized.weight_quantizer.mode = 'off'
     quantized.input_quantizer.begin_observing()
-    quantized.valid_rows = torch.tensor([True, False])
-    quantized(torch.tensor([[[255.0, 0.0], [999.0, 999.0]]]))
+    quantized(torch.tensor([[[255.0, 0.0], [999.0, 999.0]]]), torch.tensor([True, False]))
     quantized.input_quantizer.finish_observing()
     assert quantized.input_quantizer.scale == 1
 
