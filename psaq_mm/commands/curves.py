@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Agreement with full precision while the student trains, measured and drawn: ``tools/compare.py --train --curve 8``."""
+"""Agreement with full precision while the student trains, and its chart: ``tools/compare.py --train --curve 8``."""
 
 import functools
 import statistics
