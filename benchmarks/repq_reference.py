@@ -183,7 +183,8 @@ def main() -> int:
     from psaq_mm.commands.quiet import silence
     from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import load_weights, read_checkpoint
-    from psaq_mm.engine.real_images import training_images
+    from psaq_mm.engine.samples import build_source
+    from psaq_mm.pictures import ImageSpec, SampleStream
     from psaq_mm.quantization import is_quantizer_key, set_mode
 
     config = load_config(args.config)
@@ -219,7 +220,8 @@ def main() -> int:
         for name in ('reference', 'ours'):
             rows = []
             for seed in args.seeds:
-                images = training_images(config, float_model, tuple(batches[0].shape[-2:]), seed)(args.images)
+                source = build_source('real', float_model, config, seed)
+                images = SampleStream(source, tuple(batches[0].shape[-2:]), ImageSpec(), seed).take(args.images)
                 begun = time.perf_counter()
                 made = (
                     reference(plain, images, bits, args.integer_zero_point)

@@ -33,7 +33,7 @@ from psaq_mm.commands.quiet import silence  # noqa: E402
 from psaq_mm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from psaq_mm.files import write_whole  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
-from psaq_mm.pictures import SOURCES  # noqa: E402
+from psaq_mm.pictures import SampleStream, source_of  # noqa: E402
 from psaq_mm.tables import text_table  # noqa: E402
 from psaq_mm.visualization import (  # noqa: E402
     STYLES,
@@ -265,7 +265,7 @@ def measure(
     shown: Sequence[Tuple[int, str]],
 ) -> Source:
     """Density, table row and pictures of normalized samples, (n, C, H, W)."""
-    from psaq_mm.engine.samples import reads_rgb
+    from psaq_mm.models.task import reads_rgb
 
     blocks = similarity_densities(teacher.model, samples, drop_tokens=teacher.prefix_tokens)
     count = len(blocks)
@@ -276,7 +276,7 @@ def measure(
     pictures: List[Tuple[np.ndarray, str]] = []
     if shown:
         pixels = to_pixels(samples[[number for number, _ in shown]], teacher.image_spec)
-        pixels = pixels if reads_rgb(getattr(teacher.model, 'data_preprocessor', None)) else pixels[..., ::-1]
+        pixels = pixels if reads_rgb(teacher.model) else pixels[..., ::-1]
         pictures = [(np.ascontiguousarray(picture), caption) for picture, (_, caption) in zip(pixels, shown)]
     return Source(
         name,
@@ -319,8 +319,7 @@ def measure_all(
     """
     from mmengine.runner import set_random_seed
 
-    from psaq_mm.engine.real_images import training_images
-    from psaq_mm.engine.samples import load_samples
+    from psaq_mm.engine.samples import build_source, load_samples
 
     if rows < 1 or (real is not None and real < 1):
         raise ConfigError(f'--rows {rows} and --real {real} must be at least 1: give greater numbers')
@@ -335,13 +334,13 @@ def measure_all(
         found.append(measure(teacher, name, style, samples, labels, shown)._replace(student=learned.get(name, '')))
     for name in sources:
         title = TITLES[name]
-        noise = SOURCES[name](max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
+        noise = source_of(name)(max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
         say(f'{title}: {len(noise)} made')
         seen = measure(teacher, title, FIXED_STYLES[title], noise, None, picked(len(noise), None, rows, (), title))
         found.append(seen._replace(student=learned.get(name, '')))
     if real:
         set_random_seed(seed)  # the training pipeline crops and flips at random
-        images = training_images(config, teacher.model, size, seed)(real)
+        images = SampleStream(build_source('real', teacher.model, config, seed), size, spec, seed).take(real)
         say(f'{REAL}: {real} of the training set')
         found.append(
             measure(teacher, REAL, FIXED_STYLES[REAL], images, None, ())._replace(student=learned.get('real', ''))
