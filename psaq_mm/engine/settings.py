@@ -6,9 +6,7 @@ A config gives them flat, such as ``dfq = dict(iters=200, rounding='auto')``. Ea
 
 import contextlib
 import dataclasses
-from typing import Any, ClassVar, Dict, Iterator, Mapping, Optional, Sequence, Tuple
-
-from mmengine.logging import print_log
+from typing import Any, ClassVar, Iterator, Optional, Sequence, Tuple
 
 from psaq_mm.calibration import CalibrationSettings, TrainingSettings
 from psaq_mm.errors import ConfigError
@@ -23,8 +21,6 @@ __all__ = [
     'PictureSettings',
     'RunSettings',
     'named_dfq',
-    'read_fresh',
-    'without_removed',
 ]
 
 
@@ -42,16 +38,15 @@ class PictureSettings(Settings):
         '(low, high): what pictures hold as they are loaded, before mean and std; each a number, or a list of one per '
         'channel. None: 0 to 255, refused where mean, std or the pipeline contradict it.',
     )
-    source: str = setting('generated', 'Name of a source of pictures; all but generated need no synthesis.')
     samples: Any = setting(
-        None,
-        'A source as a dict or a list of dicts (a mixture), in place of one named by source; or the path of a '
-        'samples.pt or of a folder of images, which are the first pictures.',
+        'generated',
+        'Source of the pictures: a name such as generated, pink, dead_leaves, scenes or real; a dict; a list of them (a '
+        'mixture); or the path of a samples.pt or of a folder of images, which are the first pictures.',
     )
-    fresh: Any = setting(
+    fresh: bool = setting(
         False,
         "Whether each of the student's batches is made anew, by the sources that need no synthesis, instead of drawn "
-        'from the pool; or a source for it alone.',
+        'from the pool.',
     )
     save_samples: bool = setting(False, 'Whether the first pictures are kept: samples.pt and samples/NNNN.png.')
 
@@ -134,27 +129,6 @@ LOOP_GROUPS = (PictureSettings, CalibrationSettings, TrainingSettings, Synthesis
 GROUPS = (*LOOP_GROUPS, OptimizerSettings, HookSettings)
 """All groups. No key stands in two of them. ``method``, ``generator`` and ``teacher`` are beside them."""
 
-_REMOVED: Dict[str, Tuple[Any, str]] = dict(
-    joint_lr=(0.0, "samples no longer move in the student's own steps, which did not pay: rounds of synthesis do")
-)
-"""Settings of earlier releases: what switched each off, and what became of it."""
-
-
-def without_removed(dfq: Mapping[str, Any]) -> Dict[str, Any]:
-    """``dfq`` without the settings of earlier releases that are gone.
-
-    One that was switched off is dropped with a line of the log.
-
-    Raises:
-        ConfigError: One of them is in use.
-    """
-    for name, (off, reason) in _REMOVED.items():
-        if name in dfq and dfq[name] != off:
-            raise ConfigError(f'dfq.{name}={dfq[name]!r} is no setting any more ({reason}); leave it out')
-        if name in dfq:
-            print_log(f'dfq.{name} is no setting any more and is ignored', 'current')
-    return {name: value for name, value in dfq.items() if name not in _REMOVED}
-
 
 @contextlib.contextmanager
 def named_dfq() -> Iterator[None]:
@@ -164,29 +138,3 @@ def named_dfq() -> Iterator[None]:
     except ConfigError as error:
         text = str(error)
         raise ConfigError(text if text.startswith('dfq.') else f'dfq.{text}') from error
-
-
-def read_fresh(fresh: Any) -> Any:
-    """``dfq.fresh``: False, True, or the config of a source for the student's batches alone.
-
-    Earlier releases took a share: 0 and 1 are False and True, and ``dict(share=1, samples=...)`` is its source.
-
-    Raises:
-        ConfigError: A share in between, or a key that is not known.
-    """
-    if isinstance(fresh, Mapping) and not fresh.get('type'):
-        settings = dict(fresh)
-        share, source = settings.pop('share', 1), settings.pop('samples', None)
-        if settings:
-            raise ConfigError(
-                f'dfq.fresh has the key {next(iter(settings))!r}, which is not known: give True, False or a source'
-            )
-        fresh = share if source is None or share != 1 else source
-    if not isinstance(fresh, (bool, int, float)):
-        return fresh
-    if fresh not in (0, 1):
-        raise ConfigError(
-            f"dfq.fresh={fresh!r} is no share of the student's batches any more: use True to make each batch anew, "
-            "False to draw it from the pool, or a source such as dict(type='psaq_mm.PinkNoise')"
-        )
-    return bool(fresh)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from psaq_mm.calibration import find_attention
 from psaq_mm.contexts import frozen
 from psaq_mm.errors import DataError
-from psaq_mm.pictures import SOURCES, ImageSpec, Source, source_of
+from psaq_mm.pictures import ImageSpec, Source, source_names, source_of
 from psaq_mm.psaq_vit.priors import VARIATION_RANGE, variation_prior
 from psaq_mm.psaq_vit.similarity import patch_similarity_entropy
 from psaq_mm.psaq_vit.taps import AttentionTap, AttentionTaps
@@ -175,7 +175,7 @@ class SampleGenerator:
     Args:
         size: (height, width) of the samples in pixels, where :meth:`generate` is given no first images.
         batch_size: Number of samples made together.
-        init: Source of the first images: a name of :data:`~psaq_mm.pictures.SOURCES` such as 'gaussian', 'pink' and
+        init: Source of the first images: a name of :func:`~psaq_mm.pictures.source_names` such as 'gaussian', 'pink' and
             'dead_leaves', or what :func:`~psaq_mm.pictures.source_of` takes, such as
             ``dict(type='psaq_mm.DeadLeaves')``.
         seed: Seed of a run that is given no random generator.
@@ -328,9 +328,9 @@ class SampleGenerator:
 
 def _procedural(init: Union[str, Source, Mapping, Sequence]) -> Source:
     """The source that a synthesis begins with."""
-    if isinstance(init, str) and init not in SOURCES:
+    if isinstance(init, str) and init not in source_names():
         raise DataError(
-            f'init={init!r} must be one of {sorted(SOURCES)}, or a source; pass a tensor to generate() instead'
+            f'init={init!r} must be one of {source_names()}, or a source; pass a tensor to generate() instead'
         )
     source = source_of(init)
     if not source.procedural:

@@ -91,7 +91,7 @@ def test_logits_are_learned_beside_the_blocks():
         (dict(size=(3, 3)), r'dfq.size=\(3, 3\) is smaller than one attention window'),
         (dict(classes='cats'), "dfq.classes='cats'"),
         (dict(pool_size=1, iters=1), 'dfq.pool_size=1 is smaller than'),
-        (dict(joint_lr=0.05), 'dfq.joint_lr=0.05 is no setting any more'),
+        (dict(joint_lr=0.05), 'dfq.joint_lr=0.05 is no longer supported'),
     ],
 )
 def test_settings_out_of_range_are_named_as_the_user_gives_them(tmp_path, capsys, settings, match):

@@ -18,12 +18,15 @@ from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, r
 from psaq_mm.engine.device import leave_device_without_float64
 from psaq_mm.engine.inputs import set_input_
 from psaq_mm.engine.optim import follow_schedule
+from psaq_mm.engine.presets import current_names
 from psaq_mm.engine.runner.clock import RunClock
-from psaq_mm.engine.runner.pictures import RunPictures, built_source
-from psaq_mm.engine.settings import LOOP_GROUPS, named_dfq, without_removed
+from psaq_mm.engine.runner.pictures import RunPictures
+from psaq_mm.engine.samples import build_source
+from psaq_mm.engine.settings import LOOP_GROUPS, named_dfq
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
 from psaq_mm.pictures import Generated
+from psaq_mm.plain import to_plain
 from psaq_mm.psaq_vit import CoEvolution, Synthesis
 from psaq_mm.quantization import QuantSpec, set_mode, update_ranges_, use_full_float32
 from psaq_mm.ranks import ranks, sum_gradients_
@@ -50,15 +53,6 @@ def _tune(model: nn.Module) -> nn.Module:
     """Eval mode throughout: no DropPath, no BatchNorm updates; gradients flow all the same."""
     model.eval()  # returns None in the libraries' backbones
     return model
-
-
-def _plain(config: Any) -> Any:
-    """A config of sources in JSON types."""
-    if isinstance(config, Mapping):
-        return {str(k): _plain(v) for k, v in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [_plain(v) for v in config]
-    return config if config is None or isinstance(config, (bool, int, float, str)) else repr(config)
 
 
 @LOOPS.register_module()
@@ -114,7 +108,7 @@ class DataFreeTrainLoop(BaseLoop):
         self.teacher_config, self.generator_config = dict(teacher or {}), dict(generator or {})
         self.model_config = model_config
         with named_dfq():
-            groups = read_groups(without_removed(settings), *LOOP_GROUPS)
+            groups = read_groups(current_names(settings), *LOOP_GROUPS)
         self.picture_settings, self.calibration_settings, self.training_settings = groups[:3]
         self.synthesis_settings, self.settings = groups[3:]
         self.distil = self.settings.distil
@@ -215,7 +209,7 @@ class DataFreeTrainLoop(BaseLoop):
         random = torch.Generator().manual_seed(seed)
         self.calibration = Calibration(student, self.calibration_settings, scope=scope, random=random)
         pictures = RunPictures(self.picture_settings, self.runner.cfg, self.teacher, seed)
-        if pictures.synthesized and (pictures.path is None or self._max_iters):
+        if pictures.synthesized and (self._max_iters or not pictures.saved):
             self.synthesis = self._build_synthesis(random, pictures)
         if self._max_iters:
             self.training = self._build_training(pictures)
@@ -227,8 +221,8 @@ class DataFreeTrainLoop(BaseLoop):
     def _build_synthesis(self, random: torch.Generator, pictures: RunPictures) -> Synthesis:
         settings = dict(self.generator_config, type=self.generator_config.get('type', 'SampleGenerator'))
         if isinstance(settings.get('init'), (Mapping, list, tuple)):
-            settings['init'] = built_source(settings['init'], self.runner.cfg, self.model)
-        if self.synthesis_settings.classes and self.teacher.num_classes is None and pictures.path is None:
+            settings['init'] = build_source(settings['init'], self.model, self.runner.cfg, self.settings.seed)
+        if self.synthesis_settings.classes and self.teacher.num_classes is None and not pictures.saved:
             print_log(f'{type(self.teacher.model).__name__} is no classifier: samples are made class-free', 'current')
         return Synthesis(
             self.teacher,
@@ -499,7 +493,7 @@ class DataFreeTrainLoop(BaseLoop):
             self.synthesis_settings,
             self.settings,
         )
-        settings = {name: _plain(value) for group in groups for name, value in group.to_dict().items()}
+        settings = {name: to_plain(value) for group in groups for name, value in group.to_dict().items()}
         if self._first is not None:
             settings['calibration_samples'] = len(self._first)
         return dict(
@@ -520,7 +514,7 @@ class DataFreeTrainLoop(BaseLoop):
         if self.synthesis is None:
             return {}
         generator = self.synthesis.generator
-        settings = _plain(generator.settings())
+        settings = to_plain(generator.settings())
         if settings['drop_tokens'] is None:
             settings['drop_tokens'] = self.teacher.prefix_tokens
         return dict(settings, lr=generator.rate_for(self.teacher.model))
