@@ -15,7 +15,7 @@ from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.commands.test import main as evaluate_command
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.models import TaskModel
-from psaq_mm.pictures import ImageSpec, PinkNoise, SampleStream, source_of
+from psaq_mm.pictures import ImageSpec, SampleStream, Source, source_of
 from psaq_mm.psaq_vit import CoEvolution, SampleGenerator, Synthesis, SynthesisSettings
 from psaq_mm.quantization import set_mode
 from psaq_mm.ranks import ranks, sum_gradients_
@@ -47,7 +47,7 @@ CASES = dict(
     compensated=dict(rounding='compensated', source='pink'),
     guided=dict(rounding='guided', source='pink'),
     few=dict(calibration_samples=1, evolve_samples=1),
-    real=dict(source='real'),
+    real=dict(),
     mixture=dict(),
     accumulated=dict(),
     uneven=dict(source='pink', calibration_samples=3, pool_size=3, evolve_samples=1),
@@ -58,20 +58,11 @@ BATCHES = ('accumulated', 'uneven')
 """Cases whose steps are made of two batches each."""
 
 
-class Pictures:
+class Pictures(Source):
     """Stands for a training set: picture by number."""
 
-    def __init__(self):
-        self.position = 0
-
-    def take(self, count, only=None):
-        numbers = [self.position + place for place in (range(count) if only is None else only)]
-        self.position += count
-        made = [torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(n)) for n in numbers]
-        return torch.stack(made) if made else torch.empty(0)
-
-    def state_dict(self):
-        return dict(position=self.position)
+    def draw(self, numbers, size, image_spec, seed=0, generated=None):
+        return torch.stack([torch.randn(3, *size, generator=torch.Generator().manual_seed(n)) for n in numbers])
 
 
 def in_double(model):
@@ -101,12 +92,11 @@ def evolution_of(case):
     settings, training = read_groups({**common, **steps, **given}, CalibrationSettings, TrainingSettings)
     random = torch.Generator().manual_seed(0)
     calibration = Calibration(student, settings, scope='full', random=random)
-    if case == 'real':
-        return StudentTraining(teacher, calibration, Pictures(), training, fresh=Pictures())
-    source = source_of(['pink', 'generated'] if case == 'mixture' else source)
+    sources = dict(mixture=['pink', 'generated'], real=Pictures())
+    source = source_of(sources.get(case, source))
     stream = SampleStream(source, SIZE, ImageSpec(), 0)
     if source.procedural:
-        fresh = SampleStream(PinkNoise(), SIZE, ImageSpec(), 0, 'fresh') if case == 'compensated' else None
+        fresh = SampleStream(source, SIZE, ImageSpec(), 0, 'fresh') if case in ('real', 'compensated') else None
         return StudentTraining(teacher, calibration, stream, training, fresh=fresh)
     maker = SampleGenerator(size=SIZE, batch_size=batch, steps=2, jitter=4)
     synthesis = Synthesis(teacher, maker, SIZE, classes, random=random)
