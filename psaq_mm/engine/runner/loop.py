@@ -59,9 +59,8 @@ def _tune(model: nn.Module) -> nn.Module:
 class DataFreeTrainLoop(BaseLoop):
     """Calibrates a student on pictures of a source, then trains it, as an iteration loop of MMEngine.
 
-    What a run needs is made for it and no more: without student steps there is a :class:`Calibration` alone; steps
-    add a :class:`StudentTraining`; sources that are synthesized add a :class:`Synthesis`, and both together are
-    PSAQ-ViT V2's :class:`CoEvolution`.
+    A run has the parts that it needs: a :class:`Calibration` always, a :class:`StudentTraining` for student steps, a
+    :class:`Synthesis` for samples that are synthesized. Training with synthesis is PSAQ-ViT V2's :class:`CoEvolution`.
 
     In a distributed run each rank works on its part of every batch, and the loop itself reduces what couples the batch:
     statistics of samples, ranges, gradients. The forward of a DistributedDataParallel around the model is not called.
