@@ -26,6 +26,7 @@ __all__ = [
     'Saved',
     'SavedSamples',
     'build_source',
+    'is_named',
     'is_path',
     'load_samples',
     'procedural_of',
@@ -322,6 +323,11 @@ class Saved(_Files, Generated):
     def read(self, size: Tuple[int, int], image_spec: ImageSpec) -> SavedSamples:
         """All samples of the file or folder, as :func:`load_samples`."""
         return _load(Path(self.path), tuple(size), image_spec, self.rgb is not False)
+
+
+def is_named(config: SourceConfig) -> bool:
+    """Whether a config of a source is the name of one."""
+    return isinstance(config, str) and config in SOURCES
 
 
 def is_path(config: SourceConfig) -> bool:

@@ -129,6 +129,7 @@ LOOP_GROUPS = (PictureSettings, CalibrationSettings, TrainingSettings, Synthesis
 GROUPS = (*LOOP_GROUPS, OptimizerSettings, HookSettings)
 """All groups. No key stands in two of them. ``method``, ``generator`` and ``teacher`` are beside them."""
 
+
 @contextlib.contextmanager
 def named_dfq() -> Iterator[None]:
     """Messages of lower floors, which begin with the name of a setting, name it as the user does: ``dfq.NAME``."""
