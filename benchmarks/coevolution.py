@@ -41,7 +41,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, in_turn, ratio_of, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, in_turn, ratio_of, row, run_script  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 BOUND = 1.5
 
@@ -148,7 +149,7 @@ def rows(quick: bool, device: str) -> List[Row]:
             (f'default preset: student + {share:g} sample + ranges', amortised),
         )
     ]
-    print(table((what, 'seconds', 'over plain'), lines), flush=True)
+    print(markdown_table((what, 'seconds', 'over plain'), lines), flush=True)
     return [row(f'co-evolution step of {what}, over one of a full-precision student', ratio_of(both, control), BOUND)]
 
 

@@ -226,9 +226,9 @@ class Demo:
 
     def _section(self, task: Task, results: Mapping[str, Result], loop):
         from predictions import BACKGROUND, build, ground_truth, normalized, predict, scenes_of, side_by_side
+        from report import ModelReport, Run, ShownMetric
 
         from psaq_mm.engine.checkpoint import read_checkpoint
-        from psaq_mm.visualization import ModelReport, Run, Scene, ShownMetric
 
         shown = (
             ('full_precision', 'Full precision', 'w8a8'),
@@ -246,7 +246,7 @@ class Demo:
                 self.config(task, bits, 'pictures'), read_checkpoint(source), str(source), key == 'full_precision'
             )
             columns.append((label, predict(model, drawn, meta)))
-        rows = [Scene(side_by_side(i, [(label, found[i]) for label, found in columns])) for i in range(len(drawn))]
+        rows = [side_by_side(i, [(label, predicted[i]) for label, predicted in columns]) for i in range(len(drawn))]
         labels = dict(full_precision='Full precision', **{v.key: v.label for v in VARIANTS})
         bits_free = [v.key for v in VARIANTS if v.data_free]
         samples, densities = self._samples(task, loop, normalized(loop.teacher.model, scenes))
@@ -269,10 +269,9 @@ class Demo:
         from psaq_mm.pictures import GaussianNoise
         from psaq_mm.visualization import Picture, sample_sheet, similarity_densities
 
-        spec, made = loop.teacher.image_spec, loop.training.pool.samples[:16]
-        noise = GaussianNoise()(
-            len(made), tuple(made.shape[-2:]), spec, generator=torch.Generator().manual_seed(self.seed)
-        )
+        spec, samples = loop.teacher.image_spec, loop.training.pool.samples[:16]
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = GaussianNoise()(len(samples), tuple(samples.shape[-2:]), spec, generator)
         sheets = [
             Picture(sample_sheet(noise, spec), 'Gaussian noise, the control.', 'Sheet of noise without any structure')
         ]
@@ -296,7 +295,7 @@ class Demo:
             )
         teacher, prefix = loop.teacher.model, loop.teacher.prefix_tokens
         densities = {
-            'generated samples': similarity_densities(teacher, made, drop_tokens=prefix),
+            'generated samples': similarity_densities(teacher, samples, drop_tokens=prefix),
             'Gaussian noise': similarity_densities(teacher, noise, drop_tokens=prefix),
             'held-out scenes (only to compare)': similarity_densities(teacher, real, drop_tokens=prefix),
         }
@@ -346,15 +345,22 @@ def _plan(tasks: Sequence[Task], quick: bool) -> List[Tuple[str, float]]:
 
 
 def _table(summary: Mapping[str, Mapping[str, Mapping]], tasks: Sequence[Task]) -> str:
+    from psaq_mm.tables import text_table
+
     labels = dict(full_precision='full precision', **{v.key: v.label for v in VARIANTS})
-    lines = []
+    tables = []
     for task in tasks:
-        head = f'{task.name:<34}' + ''.join(f'{label:>16}' for _, label, _ in task.metrics) + f'{"seconds":>10}'
-        lines += ['', head, '-' * len(head)]
-        for key, entry in summary[task.name].items():
-            numbers = ''.join(f'{_shown(entry.get(metric), factor):>16}' for metric, _, factor in task.metrics)
-            lines.append(f'{labels[key]:<34}{numbers}{entry["seconds"]:>10.0f}')
-    return '\n'.join(lines[1:])
+        head = (task.name, *(label for _, label, _ in task.metrics), 'seconds')
+        rows = [
+            (
+                labels[key],
+                *(_shown(entry.get(metric), factor) for metric, _, factor in task.metrics),
+                f'{entry["seconds"]:.0f}',
+            )
+            for key, entry in summary[task.name].items()
+        ]
+        tables.append(text_table(head, rows, 'l' + 'r' * (len(head) - 1)))
+    return '\n\n'.join(tables)
 
 
 def _versions() -> Dict[str, str]:
@@ -405,9 +411,10 @@ def _lead(count: int) -> List[str]:
 def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, quick: bool, console) -> Path:
     """Everything; returns the page's path. Results are written at the end, whole."""
     from progress import Progress, clock
+    from report import write_report
     from scenes import make_scenes
 
-    from psaq_mm.visualization import write_report, write_whole
+    from psaq_mm.files import write_whole
 
     progress = Progress(_plan(tasks, quick), console)
     # Quick runs have scenes of their own: the evaluators count what is missing of a whole set as missed.
@@ -420,7 +427,7 @@ def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, qui
     for task in tasks:
         summary[task.name], section = demo.run(task)
         sections.append(section)
-    write_whole((json.dumps(summary, indent=2, allow_nan=False) + '\n').encode(), out / 'summary.json')
+    write_whole(out / 'summary.json', json.dumps(summary, indent=2, allow_nan=False) + '\n')
     page = out / 'index.html'
     write_report(
         page,

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from psaq_mm.quantization import padded
+
 
 class Attention(nn.Module):
     def __init__(self, channels: int, num_heads: int) -> None:
@@ -44,9 +46,9 @@ class Block(nn.Module):
         rows, columns = x.shape[1] // side, x.shape[2] // side
         real = torch.zeros(rows * side, columns * side, dtype=torch.bool)
         real[:height, :width] = True
-        self.attn.valid_rows = real.view(rows, side, columns, side).transpose(1, 2).reshape(-1, side**2)
         x = x.view(batch, rows, side, columns, side, channels).transpose(2, 3).reshape(-1, side**2, channels)
-        x = self.attn(x).view(batch, rows, columns, side, side, channels).transpose(2, 3)
+        with padded(self.attn, real.view(rows, side, columns, side).transpose(1, 2).reshape(-1, side**2)):
+            x = self.attn(x).view(batch, rows, columns, side, side, channels).transpose(2, 3)
         return x.reshape(batch, rows * side, columns * side, channels)[:, :height, :width]
 
 

@@ -27,6 +27,7 @@ from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
 from psaq_mm.errors import ConfigError, DataError, PsaqError, nearest
 from psaq_mm.files import file_sha256, write_whole
+from psaq_mm.plain import to_plain
 from psaq_mm.quantization import QuantSpec
 
 __all__ = ['main', 'compare', 'plan', 'Run', 'Wanted']
@@ -116,19 +117,8 @@ class Shown:
 
 
 # ---------------------------------------------------------------------- keys
-def _plain(value: Any) -> Any:
-    """JSON types only, the same for equal settings in every process."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return f'{value.__module__}.{value.__qualname__}' if hasattr(value, '__qualname__') else str(value)
-
-
 def _key(settings: Mapping) -> str:
-    return hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(to_plain(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Contents:
@@ -413,7 +403,7 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
             found['curve'] = curve.curve
         runner.train()
         loop = runner.train_loop
-        seconds, samples = time.perf_counter() - begun - loop.seconds_paused, _samples_used(loop.summary())
+        seconds, samples = time.perf_counter() - begun - loop.clock.paused_seconds, _samples_used(loop.summary())
         found['iters'] = loop.iter
         del runner, loop  # before another model takes its place on the device
         gc.collect()

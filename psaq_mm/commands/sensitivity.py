@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
-from psaq_mm.commands.metrics import scalars, to_json
+from psaq_mm.commands.metrics import scalars
 from psaq_mm.commands.sensitivity_report import mixed_precision_config, sensitivity_page, to_text
 from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.files import write_whole
+from psaq_mm.plain import to_plain
 
 __all__ = ['main', 'analyse']
 
@@ -222,7 +223,7 @@ def _keep(report: Mapping, rows: Sequence, folder: Path) -> None:
 
 
 def _write_report(report: Mapping, folder: Path) -> None:
-    write_whole(Path(folder) / 'sensitivity.json', json.dumps(to_json(report), indent=2, allow_nan=False))
+    write_whole(Path(folder) / 'sensitivity.json', json.dumps(to_plain(report, nan=False), indent=2, allow_nan=False))
 
 
 def _parser() -> argparse.ArgumentParser:

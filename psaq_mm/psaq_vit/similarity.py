@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from psaq_mm.errors import DataError
+from psaq_mm.quantization import RowMask
 
 __all__ = ['patch_similarity_entropy', 'patch_similarity_density', 'SimilarityDensity']
 
@@ -188,9 +189,7 @@ class _Plan:
                     f'valid of shape {tuple(valid.shape)} and type {valid.dtype} must be boolean, '
                     f'({groups}, {length}) or with fewer rows that divide {groups}'
                 )
-            if len(valid) != groups:
-                valid = valid.repeat(groups // len(valid), 1)
-            valid = None if bool(valid.all()) else valid.to(tokens.device)
+            valid = None if bool(valid.all()) else RowMask(valid).rows(tokens)
         if chunk is None:
             # A few buffers of this many values stay in the cache of the cores that share the work.
             chunk = (1 << 16) * max(2, torch.get_num_threads()) if tokens.device.type == 'cpu' else 1 << 23

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from psaq_mm.calibration.attention import find_attention
 from psaq_mm.errors import DataError, UnsupportedModelError
+from psaq_mm.quantization import RowMask, row_mask_of
 
 __all__ = ['AttentionTap', 'AttentionTaps']
 
@@ -36,8 +37,8 @@ class AttentionTaps:
     recorded forward pass, as activation checkpointing does it, is not recorded.
 
     Args:
-        model: Model with attention as :func:`is_attention` tells it. Its ``valid_rows`` attribute, where an attention
-            module has one, is a boolean tensor (windows, N), False for padded queries.
+        model: Model with attention as :func:`is_attention` tells it. Padded queries are those that the mask of an
+            attention module tells (:func:`psaq_mm.quantization.padded`).
         drop_tokens: Leading tokens of each group to leave out: 1 for a class token, 2 with a distillation token.
 
     Raises:
@@ -92,7 +93,7 @@ class AttentionTaps:
             # run. Checkpointing compares the tensors a block saves with those of its recomputation, which runs without
             # the hook: it must not count these.
             with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-                calls.append(self._tap(name, module, output, getattr(module, 'valid_rows', None), batch))
+                calls.append(self._tap(name, module, output, row_mask_of(module), batch))
 
         try:
             for name, module in self.attention:
@@ -118,7 +119,7 @@ class AttentionTaps:
                 'checkpointing cuts it off; use torch.utils.checkpoint with use_reentrant=False, or with_cp=False'
             )
 
-    def _tap(self, name: str, module: nn.Module, output: Tensor, valid: Optional[Tensor], batch: int) -> AttentionTap:
+    def _tap(self, name: str, module: nn.Module, output: Tensor, mask: Optional[RowMask], batch: int) -> AttentionTap:
         groups, length, channels = output.shape
         if groups % batch:
             raise DataError(f'attention {name!r} saw {groups} groups, which do not divide by the batch of {batch}')
@@ -126,7 +127,7 @@ class AttentionTaps:
             raise DataError(f'attention {name!r} has {length} tokens, none is left with drop_tokens={self.drop_tokens}')
         heads = output.reshape(groups, length, module.num_heads, -1)[:, self.drop_tokens :]
         tokens = heads.sum(2) / module.num_heads  # a mean would keep the heads for its backward pass
-        return AttentionTap(name, tokens, None if valid is None else valid[:, self.drop_tokens :], groups // batch)
+        return AttentionTap(name, tokens, None if mask is None else mask.valid[:, self.drop_tokens :], groups // batch)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import DataError
 from psaq_mm.quantization.layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
-from psaq_mm.quantization.observers import valid_rows_of
+from psaq_mm.quantization.rows import row_mask_given, valid_rows_of
 from psaq_mm.ranks import sum_
 
 __all__ = ['RowImportance', 'row_importance']
@@ -129,10 +129,10 @@ class _Calls:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def hook(self, layer: nn.Module, args: Tuple, output: Tensor) -> None:
-        valid, images = layer.valid_rows, isinstance(layer, QuantConv2dMixin)
+        valid, images = row_mask_given(args), isinstance(layer, QuantConv2dMixin)
         if torch._C._current_graph_task_id() == -1:
             rows = (output[..., :1, :, :] if images else output[..., :1]).detach()
-            rows = rows if valid is None or images else valid_rows_of(rows, valid)
+            rows = valid_rows_of(rows, valid)
             call = _Call(self.passes.forward(), rows.numel(), not output.requires_grad)
             self.made.append(call)
         else:
@@ -144,8 +144,7 @@ class _Calls:
             self.passes.backward()
             # In float64: squares of small gradients are beyond float32.
             energy = gradient.double().pow(2).sum(-3 if images else -1)
-            energy = valid_rows_of(energy[..., None], valid) if valid is not None and not images else energy
-            energy = energy.reshape(-1)
+            energy = valid_rows_of(energy[..., None], valid).reshape(-1)
             call.energy = energy if call.energy is None else call.energy + energy
 
         output.register_hook(keep)

@@ -29,12 +29,9 @@ class _QuantizedWeightLayer(nn.Module):
         input_quantizer: Asymmetric, per tensor.
         weight_quantizer: Per output channel.
         output_quantizer: Asymmetric, per tensor; None unless every edge is quantized (``points='all'``).
-        valid_rows: None, or a bool mask over the rows of the input (``x.shape[:-1]``); rows where it is False take no
-            part in calibration. Whoever calls the layer sets it.
     """
 
     output_axis = 0  # of the weight
-    valid_rows: Optional[Tensor] = None
     _weight_cache: Optional[Tuple] = None
     _weight_is_held = False
 
@@ -65,9 +62,8 @@ class _QuantizedWeightLayer(nn.Module):
         if output is not None and not getattr(self, 'output_feeds_activation', False):
             self.output_quantizer = AffineQuantizer(output.a_bits, observer=output.a_observer).to(device)
 
-    def _finish(self, out: Tensor) -> Tensor:
-        # The row mask of the input fits the output of a Linear; a convolution has none.
-        return apply_edge(self.output_quantizer, out, self.valid_rows)
+    def _finish(self, out: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+        return apply_edge(self.output_quantizer, out, valid)
 
     @classmethod
     def from_float(cls, layer: nn.Module, spec: LayerSpec) -> nn.Module:
@@ -128,8 +124,7 @@ class _QuantizedWeightLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self.drop_weight_cache()
-        folded = isinstance(self.input_quantizer, ReparameterizedQuantizer)
-        if folded and f'{prefix}weight' in state_dict and f'{prefix}input_quantizer.fill' not in state_dict:
+        if f'{prefix}weight' in state_dict and f'{prefix}input_quantizer.fill' not in state_dict:
             self.input_quantizer.forget_folding()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -172,25 +167,24 @@ class QuantLinearMixin(_QuantizedWeightLayer):
 
     def full_bias(self) -> Optional[Tensor]:
         """The bias the product is shifted by: the layer's own, and what reparameterization moved into it."""
-        folded = getattr(self.input_quantizer, 'folded_bias', None)
-        if folded is None:
-            return self.bias
-        folded = folded.to(self.weight.dtype)
-        return folded if self.bias is None else self.bias + folded
+        return self.input_quantizer.shifted(self.bias, self.weight.dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._finish(
-            F.linear(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.full_bias())
-        )
+    def forward(self, input: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+        """Product with the weight.
+
+        Args:
+            input: ``(..., in_features)``.
+            valid: None, or a mask of the rows that take part in calibration (:class:`.RowMask`).
+        """
+        out = F.linear(self.input_quantizer(input, valid), self.quantized_weight(), self.full_bias())
+        return self._finish(out, valid)
 
 
 class QuantConv2dMixin(_QuantizedWeightLayer):
     """Forward of a quantized convolution: input ``(N, C, H, W)``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._finish(
-            self._conv_forward(self.input_quantizer(input, self.valid_rows), self.quantized_weight(), self.bias)
-        )
+        return self._finish(self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias))
 
 
 class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
@@ -208,7 +202,7 @@ class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
         )
         return self._finish(
             F.conv_transpose2d(
-                self.input_quantizer(input, self.valid_rows),
+                self.input_quantizer(input),
                 self.quantized_weight(),
                 self.bias,
                 self.stride,
@@ -287,21 +281,20 @@ class QuantMatMul(nn.Module):
             return cls(None, None)
         return cls(spec.a_bits if quantize_lhs else None, spec.a_bits, spec.a_observer, lhs_kind, symmetric=symmetric)
 
-    def forward(self, a: Tensor, b: Tensor, valid_rows: Optional[Tensor] = None) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         """``a @ b``.
 
         Args:
             a: ``(..., N, K)``.
             b: ``(..., K, M)``.
-            valid_rows: None, or a bool mask that broadcasts to ``a.shape[:-1]``; rows of ``a`` where it is False take
-                no part in calibration.
+            valid: None, or a mask of the rows of ``a`` that take part in calibration (:class:`.RowMask`).
 
         Returns:
             ``(..., N, M)``.
         """
-        a = apply_edge(self.lhs_quantizer, a, valid_rows)
+        a = apply_edge(self.lhs_quantizer, a, valid)
         b = apply_edge(self.rhs_quantizer, b)
-        return apply_edge(self.output_quantizer, a @ b, valid_rows)
+        return apply_edge(self.output_quantizer, a @ b, valid)
 
 
 def attention_products(spec: QuantSpec, name: str) -> Tuple[QuantMatMul, QuantMatMul]:
@@ -336,6 +329,11 @@ def edge_quantizer(spec: QuantSpec, name: str) -> Optional[AffineQuantizer]:
     """
     found = spec.resolve(name) if spec.points == 'all' else None
     return None if found is None else AffineQuantizer(found.a_bits, observer=found.a_observer)
+
+
+def apply_layer(layer: nn.Module, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+    """``layer(x, valid)`` where the layer is quantized and there is a mask, else ``layer(x)``."""
+    return layer(x, valid) if valid is not None and is_quantized_layer(layer) else layer(x)
 
 
 def apply_edge(quantizer: Optional[Quantizer], x: Tensor, valid: Optional[Tensor] = None) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import DataError
 from psaq_mm.quantization.layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
-from psaq_mm.quantization.observers import valid_rows_of
 from psaq_mm.quantization.primitives import fake_quantize
+from psaq_mm.quantization.rows import row_mask_given, valid_rows_of
 from psaq_mm.ranks import broadcast_, maximum_, sum_
 
 __all__ = ['RoundedLayer', 'compensated_rounding', 'round_weights_']
@@ -316,8 +316,7 @@ def _reduced(layers: List[Tuple[str, nn.Module]], grams: Dict[str, Tensor]) -> D
 def _gram_hook(grams: Dict[str, Tensor], name: str, layer: nn.Module, weights: Optional[_Weights]):
 
     def hook(quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
-        valid = args[1] if len(args) > 1 else None
-        rows = output if isinstance(layer, QuantConv2dMixin) or valid is None else valid_rows_of(output, valid)
+        rows = valid_rows_of(output, row_mask_given(args))
         if weights is not None:
             weights.begin(_count(layer, rows))
         # sums of thousands of products are no numbers of eight bits

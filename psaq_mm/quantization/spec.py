@@ -1,16 +1,13 @@
 """What to quantize and to how many bits: frozen dataclasses, checked when built, with a JSON round trip."""
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterable, Optional, Set, Tuple, Union
 
-from psaq_mm.errors import SpecError
+from psaq_mm.errors import SpecError, nearest
 from psaq_mm.quantization.observers import OBSERVERS
 from psaq_mm.quantization.primitives import MAX_BITS, MIN_BITS
 
@@ -43,27 +40,6 @@ FEW_BITS: Dict[str, Dict[str, Any]] = {'psaq_v2': dict(w_symmetric=False)}
 
 _PRESET = re.compile(r'(?:(\w+?)_)?w(\d+)a(\d+)', re.IGNORECASE)
 
-_asked: ContextVar[Optional[Set[str]]] = ContextVar('names asked of a spec', default=None)
-
-
-@contextmanager
-def names_asked() -> Iterator[Set[str]]:
-    """Collect every name that :meth:`QuantSpec.resolve` is asked for inside the block.
-
-    Adapters name the edges they make; only so is it known whether an override's pattern matches one of them.
-    """
-    names: Set[str] = set()
-    token = _asked.set(names)
-    try:
-        yield names
-    finally:
-        _asked.reset(token)
-
-
-def nearest(name: Any, known: Iterable[str], count: int = 1) -> Tuple[str, ...]:
-    """Names that look most like ``name``, best first; empty where none is near."""
-    return tuple(difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.4))
-
 
 def _check_bits(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
@@ -73,9 +49,7 @@ def _check_bits(key: str, value: Any) -> None:
 def _check_choice(key: str, value: Any, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
-        near = nearest(value, allowed)
-        hint = f'did you mean {near[0]!r}? Allowed are' if near else 'choose one of'
-        raise SpecError(f'{key}={value!r} is not known: {hint} {", ".join(map(repr, allowed))}.')
+        raise SpecError(f'{key}={value!r} is not known: {nearest(value, allowed)}.')
 
 
 def _check_bool(key: str, value: Any) -> None:
@@ -87,9 +61,7 @@ def _check_keys(what: str, given: Mapping, known: Iterable[str]) -> None:
     known = tuple(known)
     for key in given:
         if key not in known:
-            near = nearest(key, known)
-            hint = f'did you mean {near[0]!r}? Known are' if near else 'known are'
-            raise SpecError(f'{key!r} is no setting of {what}: {hint} {", ".join(map(repr, known))}.')
+            raise SpecError(f'{key!r} is no setting of {what}: {nearest(key, known)}.')
 
 
 def _without_idle_softmax(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
@@ -292,9 +264,6 @@ class QuantSpec:
         Returns:
             The layer's spec, or None where an override keeps it in floating point.
         """
-        asked = _asked.get()
-        if asked is not None:
-            asked.add(name)
         w_bits, a_bits, float_ = self.w_bits, self.input_bits if is_input else self.a_bits, False
         for override in self.overrides:
             if fnmatchcase(name, override.pattern):
@@ -375,9 +344,42 @@ class QuantSpec:
             )
         recipe = (match[1] or '').lower()
         if recipe and recipe not in RECIPES:
-            near = nearest(recipe, RECIPES)
-            hint = f'did you mean {near[0]!r}? Known are' if near else 'known are'
-            raise SpecError(f'{name!r} names no method that is known: {hint} {", ".join(map(repr, RECIPES))}.')
+            raise SpecError(f'{name!r} names no method that is known: {nearest(recipe, RECIPES)}.')
         w_bits = int(match[2])
         few = FEW_BITS.get(recipe, {}) if w_bits < 8 else {}
         return dict(RECIPES.get(recipe, {}), **few, w_bits=w_bits, a_bits=int(match[3]))
+
+
+class AdapterSpec:
+    """The spec of a conversion, as adapters get it: it records every name that is resolved.
+
+    Only adapters know the names of the products and edges that they add. The record tells which overrides match one.
+    All settings of the spec can be read here too, such as ``points``.
+
+    Args:
+        spec: The model's.
+        asked: Where names are recorded; a new set by default.
+        floating: Nothing is quantized: the adapter's module is excluded.
+
+    Attributes:
+        spec: The model's, without a record.
+        asked: Names resolved so far.
+    """
+
+    def __init__(self, spec: QuantSpec, asked: Optional[Set[str]] = None, floating: bool = False) -> None:
+        self.spec, self.floating = spec, floating
+        self.asked: Set[str] = set() if asked is None else asked
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'spec':  # not there yet, in a copy
+            raise AttributeError(name)
+        return getattr(self.spec, name)
+
+    def resolve(self, name: str, is_input: bool = False) -> Optional[LayerSpec]:
+        """As :meth:`QuantSpec.resolve`; None for everything below an excluded module."""
+        self.asked.add(name)
+        return None if self.floating else self.spec.resolve(name, is_input)
+
+    def excluded(self) -> 'AdapterSpec':
+        """The same record for a module whose parts all stay in floating point."""
+        return AdapterSpec(self.spec, self.asked, floating=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import DataError
 from psaq_mm.psaq_vit import AttentionTaps
+from psaq_mm.quantization import RowMask
 
 __all__ = ['BlockDensity', 'similarity_densities', 'pair_histogram']
 
@@ -69,7 +70,7 @@ def pair_histogram(tokens: Tensor, valid: Optional[Tensor], bins: int) -> Tensor
     unit = torch.nn.functional.normalize(tokens, dim=-1)
     pairs = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
     if valid is not None:
-        valid = valid.to(tokens.device).repeat(groups // len(valid), 1)
+        valid = RowMask(valid).rows(tokens)
     counts = torch.zeros(bins, dtype=torch.float64)
     step = max(1, _PAIRS // length**2)
     for begin in range(0, groups, step):
@@ -97,7 +98,8 @@ def similarity_densities(
 
     Args:
         model: A model with attention that :class:`psaq_mm.psaq_vit.AttentionTaps` finds. Rows of padded queries take
-            no part where its attention tells them (``valid_rows``), as quantized models' does, quantizers on or off.
+            no part where its attention tells them (:func:`psaq_mm.quantization.padded`), as quantized models' does,
+            quantizers on or off.
         samples: Normalized images, shape (n, C, H, W), on any device.
         forward: Runs the blocks. Defaults to None: ``model.backbone``, or ``model`` where it is a backbone.
         bins: Equal bins of -1 .. 1.

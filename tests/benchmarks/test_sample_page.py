@@ -80,7 +80,7 @@ def test_real_images_are_a_curve_and_nothing_else(made, project):
     assert len(photographs) == 6
     for picture in shown:
         assert min(np.abs(picture.astype(int) - photograph).mean() for photograph in photographs) > 20
-    assert page.count('<polyline class="c2 line"') == 2  # in the chart and in its legend
+    assert page.count('stroke: var(--c2)') == 2  # in the chart and in its legend
     assert 'real images' in page and 'Of real images there is a curve only' in page
     assert [path.name for path in sorted(made.iterdir())] == ['index.html', 'samples.png']
 

@@ -123,7 +123,7 @@ def test_products_of_repq_quantize_softmax_on_a_log_scale():
 
 
 @pytest.mark.parametrize(
-    'text, message', [('repo_w4a4', "did you mean 'repq'"), ('w4', 'is no preset'), ('psaq_v1_w9a8', 'w_bits=9')]
+    'text, message', [('repo_w4a4', 'did you mean repq'), ('w4', 'is no preset'), ('psaq_v1_w9a8', 'w_bits=9')]
 )
 def test_wrong_presets(text, message):
     with pytest.raises(SpecError, match=message):

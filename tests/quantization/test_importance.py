@@ -95,10 +95,9 @@ def test_padding_is_left_out():
     calibrate(layer, lambda: layer(x))
     valid = torch.ones(3, 10, dtype=torch.bool)
     valid[:, 7:] = False
-    layer[0].valid_rows = valid
-    found = row_importance(layer, lambda: layer(x.clone().requires_grad_()).pow(2).sum().backward())
+    found = row_importance(layer, lambda: layer[0](x.clone().requires_grad_(), valid).pow(2).sum().backward())
     assert found['0'].shape == (21,)
-    round_weights_(layer, lambda: layer(x), importance=found)  # of the same rows
+    round_weights_(layer, lambda: layer[0](x, valid), importance=found)  # of the same rows
 
 
 def test_rounding_spares_the_rows_that_count(images):

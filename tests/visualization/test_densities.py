@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from psaq_mm.errors import DataError, UnsupportedModelError
+from psaq_mm.quantization import padded
 from psaq_mm.visualization import similarity_densities
 from psaq_mm.visualization.densities import pair_histogram
 
@@ -17,7 +18,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels, heads):
         super().__init__()
-        self.num_heads, self.valid_rows = heads, None
+        self.num_heads = heads
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
 
     def forward(self, tokens):
@@ -93,8 +94,8 @@ def test_tokens_of_padding_take_no_part():
 def test_the_rows_of_padded_queries_that_attention_names_take_no_part():
     model, images = Model(), _images(2)
     whole = similarity_densities(model, images)
-    model.first.valid_rows = torch.arange(20).view(1, -1) < 10
-    half = similarity_densities(model, images)
+    with padded(model.first, torch.arange(20).view(1, -1) < 10):
+        half = similarity_densities(model, images)
     assert not torch.equal(whole[0].density, half[0].density)
     assert torch.equal(whole[1].density, half[1].density)
 

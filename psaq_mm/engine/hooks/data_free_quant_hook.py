@@ -12,9 +12,10 @@ from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
-from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint, whole_file
+from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint
 from psaq_mm.engine.samples import save_samples
 from psaq_mm.engine.settings import HookSettings
+from psaq_mm.files import whole_file
 from psaq_mm.ranks import barrier
 from psaq_mm.registry import HOOKS
 from psaq_mm.visualization import sample_sheet, write_png
@@ -75,7 +76,7 @@ class DataFreeQuantHook(Hook):
     def before_train(self, runner) -> None:
         """What a run left that was killed while it wrote goes."""
         for name in ('iter_*.pth', 'student.pth', 'samples.pt', 'last_checkpoint'):
-            for partial in Path(runner.work_dir).glob(f'.{name}.partial'):
+            for partial in Path(runner.work_dir).glob(f'.{name}.*.partial'):
                 partial.unlink(missing_ok=True)
 
     @master_only

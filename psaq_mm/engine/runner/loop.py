@@ -26,6 +26,7 @@ from psaq_mm.engine.settings import LOOP_GROUPS, named_dfq
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
 from psaq_mm.pictures import Generated
+from psaq_mm.plain import to_plain
 from psaq_mm.psaq_vit import CoEvolution, Synthesis
 from psaq_mm.quantization import QuantSpec, set_mode, update_ranges_, use_full_float32
 from psaq_mm.ranks import ranks, sum_gradients_
@@ -52,15 +53,6 @@ def _tune(model: nn.Module) -> nn.Module:
     """Eval mode throughout: no DropPath, no BatchNorm updates; gradients flow all the same."""
     model.eval()  # returns None in the libraries' backbones
     return model
-
-
-def _plain(config: Any) -> Any:
-    """A config of sources in JSON types."""
-    if isinstance(config, Mapping):
-        return {str(k): _plain(v) for k, v in config.items()}
-    if isinstance(config, (list, tuple)):
-        return [_plain(v) for v in config]
-    return config if config is None or isinstance(config, (bool, int, float, str)) else repr(config)
 
 
 @LOOPS.register_module()
@@ -501,7 +493,7 @@ class DataFreeTrainLoop(BaseLoop):
             self.synthesis_settings,
             self.settings,
         )
-        settings = {name: _plain(value) for group in groups for name, value in group.to_dict().items()}
+        settings = {name: to_plain(value) for group in groups for name, value in group.to_dict().items()}
         if self._first is not None:
             settings['calibration_samples'] = len(self._first)
         return dict(
@@ -522,7 +514,7 @@ class DataFreeTrainLoop(BaseLoop):
         if self.synthesis is None:
             return {}
         generator = self.synthesis.generator
-        settings = _plain(generator.settings())
+        settings = to_plain(generator.settings())
         if settings['drop_tokens'] is None:
             settings['drop_tokens'] = self.teacher.prefix_tokens
         return dict(settings, lr=generator.rate_for(self.teacher.model))

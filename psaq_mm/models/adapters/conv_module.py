@@ -3,17 +3,17 @@
 
 from torch import nn
 
-from psaq_mm.models.adapters.match import class_named
-from psaq_mm.quantization import feeds_activation, register_adapter
+from psaq_mm.models.adapters.match import adapt
+from psaq_mm.quantization import AdapterSpec, feeds_activation
 
 _CONV_MODULE = ('mmcv.cnn.bricks.conv_module.ConvModule',)
 
 
-def _convert(module: nn.Module, name: str, spec) -> nn.Module:
+def _convert(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
     # Batch normalization is folded into the convolution at export, and nothing must stand between the two.
     if module.with_norm or module.with_activation:
         feeds_activation(module.conv)
     return module
 
 
-register_adapter(lambda m: class_named(m, _CONV_MODULE) is not None, _convert)
+adapt(_CONV_MODULE, _convert)

@@ -1,16 +1,34 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What adapters tell of a transformer beyond its attention: which LayerNorm feeds which Linear, and which sums are
-edges.
-"""
+"""Which LayerNorm of a transformer block feeds which Linear, and which sums are edges."""
 
-from typing import Iterable, Optional
+from typing import Iterable, List, NamedTuple, Optional, Tuple
 
 from torch import nn
 
 from psaq_mm.models.adapters.match import class_named
-from psaq_mm.quantization import edge_quantizer, feeds_activation, norm_feeds, quantize_output_
+from psaq_mm.quantization import (
+    AdapterSpec,
+    ConvertFn,
+    adopt,
+    edge_quantizer,
+    feeds_activation,
+    norm_feeds,
+    quantize_output_,
+)
 
-__all__ = ['SEQUENTIAL_FFN', 'TIMM_MLP', 'add_residual_edges', 'join', 'mark_ffn', 'mark_norm', 'quantize_outputs']
+__all__ = [
+    'BlockParts',
+    'SEQUENTIAL_FFN',
+    'TIMM_MLP',
+    'add_residual_edges',
+    'adopt_block',
+    'first_layers',
+    'join',
+    'mark_ffn',
+    'mark_norm',
+    'outputs_are_edges',
+    'quantize_outputs',
+]
 
 SEQUENTIAL_FFN = ('mmcv.cnn.bricks.transformer.FFN', 'mmpretrain.models.backbones.deit3.DeiT3FFN')
 _PACKED_GATE = ('mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN', 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFNFused')
@@ -18,15 +36,44 @@ TIMM_MLP = ('timm.layers.mlp.Mlp',)
 _TIMM_PACKED_GATE = ('timm.layers.mlp.GluMlp',)
 
 
+class BlockParts(NamedTuple):
+    """Parts of a transformer block: ``norm1`` feeds the attention's ``qkv``, ``norm2`` the first layer of ``ffn``.
+
+    Attributes:
+        norm1: LayerNorm before the attention.
+        attention: Has ``qkv`` and ``proj``.
+        norm2: LayerNorm before the feed-forward network.
+        ffn: Feed-forward network.
+    """
+
+    norm1: nn.Module
+    attention: nn.Module
+    norm2: nn.Module
+    ffn: nn.Module
+
+
 def join(name: str, child: str) -> str:
     """Dotted name of a child; the model itself is called ``''``."""
     return f'{name}.{child}' if name else child
 
 
-def add_residual_edges(block: nn.Module, name: str, spec) -> nn.Module:
-    """Give a transformer block a quantizer for each of its two residual sums, None where the spec has no such points;
-    the block.
+def adopt_block(block: nn.Module, mixin: type, parts: BlockParts, name: str, spec: AdapterSpec) -> nn.Module:
+    """Make a transformer block an instance of ``mixin`` too, with what its norms feed and its residual sums; the block.
+
+    Args:
+        block: Of a library.
+        mixin: Its forward applies ``residual1_quantizer`` and ``residual2_quantizer``.
+        parts: Of the block.
+        name: Its dotted name.
+        spec: As an adapter gets it.
     """
+    mark_norm(parts.norm1, parts.attention.qkv)
+    mark_ffn(parts.ffn, parts.norm2)
+    return add_residual_edges(adopt(block, mixin), name, spec)
+
+
+def add_residual_edges(block: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    """Give a transformer block a quantizer for each residual sum, None where the spec quantizes none; the block."""
     block.residual1_quantizer = edge_quantizer(spec, join(name, 'residual1'))
     block.residual2_quantizer = edge_quantizer(spec, join(name, 'residual2'))
     return block
@@ -38,35 +85,41 @@ def mark_norm(norm: nn.Module, layer: nn.Module) -> None:
         norm_feeds(norm, layer)
 
 
-def mark_ffn(ffn: nn.Module, norm: Optional[nn.Module] = None) -> None:
-    """Tell which Linear layers of a feed-forward network go straight to an activation, and which one its LayerNorm
-    feeds.
+def first_layers(ffn: nn.Module) -> Tuple[Optional[nn.Module], List[nn.Module]]:
+    """The layer of a feed-forward network that reads its input, and the layers that go straight to an activation.
 
-    A gated one (``SwiGLU``) multiplies half of its first layer's output with the activation of the other half: that
+    A gated network (``SwiGLU``) multiplies half of its first layer's output with the activation of the other half: that
     output stays an edge of its own. Two layers side by side (timm's unpacked ``SwiGLU``) share their LayerNorm, whose
-    scales can then not be folded into one of them. Nothing is told of a class that is not known.
+    scales cannot be folded into one of them. Of these, and of unknown classes, there is no first layer.
 
     Args:
         ffn: Feed-forward network of mmcv, mmpretrain or timm.
-        norm: LayerNorm whose output goes to the network alone, or None.
     """
-    first, hidden = None, []
     if class_named(ffn, SEQUENTIAL_FFN):
         hidden = [layer[0] for layer in ffn.layers if isinstance(layer, nn.Sequential)]
-        first = hidden[0]
-    elif class_named(ffn, TIMM_MLP):
-        first, hidden = ffn.fc1, [ffn.fc1]
-    elif class_named(ffn, _TIMM_PACKED_GATE):
-        first = ffn.fc1
-    elif class_named(ffn, _PACKED_GATE):
-        first = ffn.w12
+        return hidden[0], hidden
+    if class_named(ffn, TIMM_MLP):
+        return ffn.fc1, [ffn.fc1]
+    if class_named(ffn, _TIMM_PACKED_GATE):
+        return ffn.fc1, []
+    return (ffn.w12 if class_named(ffn, _PACKED_GATE) else None), []
+
+
+def mark_ffn(ffn: nn.Module, norm: Optional[nn.Module] = None) -> None:
+    """Tell which layers of a feed-forward network go straight to an activation, and which one ``norm`` feeds.
+
+    Args:
+        ffn: Feed-forward network; nothing is told of a class that is not known.
+        norm: LayerNorm whose output goes to the network alone, or None.
+    """
+    first, hidden = first_layers(ffn)
     for layer in hidden:
         feeds_activation(layer)
     if norm is not None and first is not None:
         mark_norm(norm, first)
 
 
-def quantize_outputs(module: nn.Module, name: str, spec, children: Iterable[str]) -> None:
+def quantize_outputs(module: nn.Module, name: str, spec: AdapterSpec, children: Iterable[str]) -> None:
     """Make the outputs of some children edges; those that are missing, None or an Identity are left out.
 
     Args:
@@ -81,3 +134,13 @@ def quantize_outputs(module: nn.Module, name: str, spec, children: Iterable[str]
             child = getattr(child, part, None)
         if isinstance(child, nn.Module) and not isinstance(child, nn.Identity):
             quantize_output_(child, join(name, path), spec)
+
+
+def outputs_are_edges(*children: str) -> ConvertFn:
+    """The adapter of a module that only needs :func:`quantize_outputs` of these children."""
+
+    def convert(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+        quantize_outputs(module, name, spec, children)
+        return module
+
+    return convert

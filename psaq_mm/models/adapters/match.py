@@ -6,7 +6,9 @@ from typing import Collection, List, NamedTuple, Optional, Tuple
 
 from torch import nn
 
-__all__ = ['Architecture', 'qualified_name', 'class_named']
+from psaq_mm.quantization import ConvertFn, register_adapter
+
+__all__ = ['Architecture', 'adapt', 'class_named', 'qualified_name']
 
 
 def qualified_name(cls: type) -> str:
@@ -37,6 +39,11 @@ def class_named(module: object, names: Collection[str], method: str = 'forward')
     return None
 
 
+def adapt(names: Collection[str], convert: ConvertFn) -> None:
+    """Register an adapter of the classes ``names``; see :func:`.convert.register_adapter`."""
+    register_adapter(lambda module: class_named(module, names) is not None, convert)
+
+
 class Architecture(NamedTuple):
     """A kind of backbone whose blocks the adapters know.
 
@@ -58,18 +65,18 @@ class Architecture(NamedTuple):
         Such an attention would stay in floating point without a word: a parallel block, or attention that pools the
         tokens.
         """
-        found = []
-        inside = ()
+        strangers: List[Tuple[str, nn.Module]] = []
+        inside: Tuple[str, ...] = ()
         for name, module in backbone.named_modules():
             if re.fullmatch(self.block_path, name):
                 inside = (name + '.',)
                 if not class_named(module, self.blocks):
-                    found.append((name, module))
+                    strangers.append((name, module))
                 elif not class_named(module.attn, self.attention):
-                    found.append((f'{name}.attn', module.attn))
+                    strangers.append((f'{name}.attn', module.attn))
             elif isinstance(getattr(module, 'num_heads', None), int) and not name.startswith(inside):
-                found.append((name, module))
-        return found
+                strangers.append((name, module))
+        return strangers
 
     def has_blocks(self, backbone: nn.Module) -> bool:
         """Whether ``backbone`` has any transformer block where this architecture has them."""

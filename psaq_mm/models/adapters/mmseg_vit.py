@@ -9,17 +9,15 @@ quantized, calibrated and tapped as any other, while every parameter keeps its p
 from typing import Optional, Tuple
 
 import torch.nn.functional as F
-import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.models.adapters.edges import add_residual_edges, join, mark_ffn, mark_norm, quantize_outputs
-from psaq_mm.models.adapters.match import Architecture, class_named
+from psaq_mm.models.adapters.attention import CheckpointedBlockMixin, adopt_attention, attend
+from psaq_mm.models.adapters.edges import BlockParts, adopt_block, join, outputs_are_edges
+from psaq_mm.models.adapters.match import Architecture, adapt, class_named
 from psaq_mm.quantization import (
-    ReparameterizedQuantizer,
-    adopt,
+    AdapterSpec,
     apply_edge,
-    attention_products,
     is_quantized_layer,
     register_adapter,
 )
@@ -103,62 +101,41 @@ class QuantPackedAttentionMixin:
                 'VisionTransformer: leave them None'
             )
         x = query if self.batch_first else query.transpose(0, 1)
-        B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]
-
-        attn = self.matmul_qk(q / self.head_dim**0.5, k.transpose(-2, -1)).softmax(dim=-1)
-        attn = F.dropout(attn, self.dropout, self.training)
-
-        x = self.out_proj(self.matmul_av(attn, v).transpose(1, 2).reshape(B, N, C))
+        x, _ = attend(
+            self,
+            x,
+            lambda q, k: (q / self.head_dim**0.5, k),
+            lambda scores: F.dropout(scores.softmax(dim=-1), self.dropout, self.training),
+        )
+        x = self.out_proj(x)
         return (x if self.batch_first else x.transpose(0, 1)), None
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        quantizer = self.qkv.input_quantizer if is_quantized_layer(self.qkv) else None
-        if isinstance(quantizer, ReparameterizedQuantizer):
-            # The projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
-            if f'{prefix}in_proj_weight' in state_dict and f'{prefix}qkv.input_quantizer.fill' not in state_dict:
-                quantizer.forget_folding()
+        # The projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
+        if f'{prefix}in_proj_weight' in state_dict and f'{prefix}qkv.input_quantizer.fill' not in state_dict:
+            if is_quantized_layer(self.qkv):
+                self.qkv.input_quantizer.forget_folding()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class QuantMMSegEncoderLayerMixin:
-    """A transformer layer whose two residual sums are edges, and whose checkpointing keeps the graph of what hooks see.
+class QuantMMSegEncoderLayerMixin(CheckpointedBlockMixin):
+    """A transformer layer whose two residual sums are edges."""
 
-    The library's ``with_cp`` uses reentrant checkpointing, under which tapped attention arrives detached, and twice.
-    """
-
-    def _layer(self, x: Tensor) -> Tensor:
+    def _block(self, x: Tensor) -> Tensor:
         x = apply_edge(self.residual1_quantizer, self.attn(self.norm1(x), identity=x))
         return apply_edge(self.residual2_quantizer, self.ffn(self.norm2(x), identity=x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._layer, x, use_reentrant=False)
-        return self._layer(x)
 
-
-def _convert_layer(module: nn.Module, name: str, spec) -> nn.Module:
-    module = adopt(module, QuantMMSegEncoderLayerMixin)
-    attention = adopt(module.attn.attn, QuantPackedAttentionMixin)
-    attention.matmul_qk, attention.matmul_av = attention_products(spec, join(name, 'attn.attn'))
+def _convert_layer(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    attention = adopt_attention(module.attn.attn, QuantPackedAttentionMixin, join(name, 'attn.attn'), spec)
     attention.qkv = PackedProjection(attention)
     # torch's own class for it is a Linear in all but name: the name keeps torch's converters away, as nobody calls it.
     attention.out_proj.__class__ = nn.Linear
-    mark_norm(module.norm1, attention.qkv)
-    mark_ffn(module.ffn, module.norm2)
-    return add_residual_edges(module, name, spec)
-
-
-def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
-    quantize_outputs(
-        module, name, spec, ('patch_embed.norm', 'drop_after_pos') + (('pre_ln',) if module.pre_norm else ())
-    )
-    return module
+    parts = BlockParts(module.norm1, attention, module.norm2, module.ffn)
+    return adopt_block(module, QuantMMSegEncoderLayerMixin, parts, name, spec)
 
 
 register_adapter(
     lambda m: class_named(m, _LAYER) is not None and class_named(m.attn, _WRAPPER) is not None, _convert_layer
 )
-register_adapter(lambda m: class_named(m, _BACKBONE) is not None, _convert_backbone)
+adapt(_BACKBONE, outputs_are_edges('patch_embed.norm', 'drop_after_pos', 'pre_ln'))

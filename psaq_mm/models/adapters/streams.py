@@ -10,11 +10,10 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from torch import nn
 
-from psaq_mm.models.adapters.edges import SEQUENTIAL_FFN, TIMM_MLP
+from psaq_mm.models.adapters import swin, timm_vit, vit
+from psaq_mm.models.adapters.edges import SEQUENTIAL_FFN, TIMM_MLP, BlockParts, first_layers
 from psaq_mm.models.adapters.match import class_named
-from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.adapters.timm_swin import TIMM_SWIN
-from psaq_mm.models.adapters.timm_vit import TIMM_VIT_BACKBONES
 from psaq_mm.quantization import StreamReader
 
 __all__ = ['Stream', 'is_identity', 'streams_of']
@@ -64,11 +63,11 @@ def streams_of(model: nn.Module, backbone: nn.Module) -> Tuple[List[Stream], Lis
         model: Detector, segmentor or classifier.
         backbone: Its network that does the work.
     """
-    if class_named(backbone, TIMM_VIT_BACKBONES):
+    if class_named(backbone, timm_vit.TIMM_VIT_BACKBONES):
         parts = [('the stream', lambda: _timm_vit(backbone))]
     elif class_named(backbone, _VITS):
         parts = [('the stream', lambda: _vit(model, backbone))]
-    elif class_named(backbone, SWIN_BACKBONES):
+    elif class_named(backbone, swin.SWIN_BACKBONES):
         parts = [
             (f'the stream of stage {i + 1}', lambda i=i: _swin_stage(model, backbone, i))
             for i in range(len(backbone.stages))
@@ -99,31 +98,24 @@ def is_identity(*modules: object) -> bool:
     return all(module is None or isinstance(module, nn.Identity) for module in modules)
 
 
-def _ffn(ffn: nn.Module) -> Tuple[nn.Module, nn.Module]:
-    """First and last layer of a feed-forward network."""
+def _last_layer(ffn: nn.Module) -> nn.Module:
+    """The layer of a feed-forward network whose output is added to the stream."""
     if class_named(ffn, TIMM_MLP):
-        return ffn.fc1, ffn.fc2
+        return ffn.fc2
     _need(
         class_named(ffn, SEQUENTIAL_FFN) and is_identity(getattr(ffn, 'gamma2', None)),
         'a feed-forward network of another kind, or with a LayerScale',
     )
-    linears = [layer for layer in ffn.layers.modules() if isinstance(layer, nn.Linear)]
-    return linears[0], linears[-1]
+    return [layer for layer in ffn.layers.modules() if isinstance(layer, nn.Linear)][-1]
 
 
-def _add_block(
-    writers: List[nn.Module],
-    readers: List[StreamReader],
-    norm1: nn.Module,
-    attention: nn.Module,
-    norm2: nn.Module,
-    ffn: nn.Module,
-    padded: bool = False,
-) -> None:
-    """What a block adds to both lists; ``padded``: windows are, between the first norm and its projection."""
-    first, last = _ffn(ffn)
-    readers += [StreamReader(norm1, (attention.qkv,), padded=padded), StreamReader(norm2, (first,))]
-    writers += [attention.proj, last]
+def _add_block(writers: List[nn.Module], readers: List[StreamReader], parts: BlockParts, padded: bool = False) -> None:
+    """Add the writers and readers of a block; ``padded``: its windows are, between the first norm and ``qkv``."""
+    writers += [parts.attention.proj, _last_layer(parts.ffn)]
+    readers += [
+        StreamReader(parts.norm1, (parts.attention.qkv,), padded=padded),
+        StreamReader(parts.norm2, (first_layers(parts.ffn)[0],)),
+    ]
 
 
 def _stream(channels: int, writers: List[nn.Module], tokens: List[nn.Parameter], readers: List[StreamReader]) -> Stream:
@@ -151,7 +143,7 @@ def _timm_vit(net: nn.Module) -> Stream:
     writers, readers = [net.patch_embed.proj], [StreamReader(norms[0], heads)]
     for block in net.blocks:
         _need(is_identity(block.ls1, block.ls2), 'a LayerScale')
-        _add_block(writers, readers, block.norm1, block.attn, block.norm2, block.mlp)
+        _add_block(writers, readers, timm_vit.block_parts(block))
     tokens = [getattr(net, name, None) for name in ('pos_embed', 'cls_token', 'dist_token', 'reg_token')]
     return _stream(net.embed_dim, writers, [token for token in tokens if token is not None], readers)
 
@@ -175,7 +167,7 @@ def _vit(model: nn.Module, net: nn.Module) -> Stream:
             is_identity(layer.attn.gamma1) and not layer.attn.v_shortcut,
             'a LayerScale or a shortcut around the attention',
         )
-        _add_block(writers, readers, layer.ln1, layer.attn, layer.ln2, layer.ffn)
+        _add_block(writers, readers, vit.block_parts(layer))
     tokens = [getattr(net, name, None) for name in ('pos_embed', 'cls_token', 'dist_token')]
     return _stream(net.embed_dims, writers, [token for token in tokens if token is not None], readers)
 
@@ -186,7 +178,7 @@ def _swin_stage(model: nn.Module, net: nn.Module, number: int) -> Stream:
     _need(not getattr(net, 'out_after_downsample', False), 'outputs after the patch merging')
     stage, writers, readers = net.stages[number], [net.stages[number - 1].downsample.reduction], []
     for block in stage.blocks:
-        _add_block(writers, readers, block.norm1, block.attn.w_msa, block.norm2, block.ffn, padded=True)
+        _add_block(writers, readers, swin.block_parts(block), padded=True)
     if stage.downsample is not None:
         readers.append(StreamReader(stage.downsample.norm, (stage.downsample.reduction,), tokens=4, interleaved=True))
     if number in net.out_indices:
@@ -201,7 +193,7 @@ def _timm_swin_stage(net: nn.Module, number: int) -> Stream:
     stage, readers = net.layers[number], []
     writers = [stage.downsample.reduction]
     for block in stage.blocks:
-        _add_block(writers, readers, block.norm1, block.attn, block.norm2, block.mlp, padded=True)
+        _add_block(writers, readers, timm_vit.block_parts(block), padded=True)
     if number + 1 < len(net.layers):
         merging = net.layers[number + 1].downsample
         readers.append(StreamReader(merging.norm, (merging.reduction,), tokens=4))

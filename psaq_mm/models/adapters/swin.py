@@ -10,18 +10,20 @@ from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint as cp
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.edges import add_residual_edges, join, mark_ffn, mark_norm
-from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.attention import CheckpointedBlockMixin, adopt_attention, attend
+from psaq_mm.models.adapters.edges import BlockParts, adopt_block, join, mark_norm, outputs_are_edges
+from psaq_mm.models.adapters.match import adapt
 from psaq_mm.quantization import (
+    AdapterSpec,
     adopt,
     apply_edge,
-    attention_products,
+    apply_layer,
     edge_quantizer,
-    quantize_output_,
-    register_adapter,
+    is_quantized_layer,
+    padded,
+    row_mask_of,
 )
 
 __all__ = [
@@ -95,15 +97,11 @@ def fill_padding(x: Tensor, valid: Tensor, qkv: nn.Module) -> Tensor:
         valid: bool (windows * B, N), False for padding.
         qkv: The projection that reads them.
     """
-    fill = getattr(getattr(qkv, 'input_quantizer', None), 'fill', None)
-    return x if fill is None else torch.where(valid.unsqueeze(-1), x, fill.to(x.dtype))
+    return qkv.input_quantizer.fill_padding(x, valid) if is_quantized_layer(qkv) else x
 
 
 class QuantWindowMSAMixin:
     """Window attention whose two matrix products are :class:`QuantMatMul`, and which knows its padded rows."""
-
-    valid_rows: Optional[Tensor] = None
-    """bool (windows, tokens) of the current input, or None: set by the shifting module around it."""
 
     def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Attention inside windows.
@@ -115,27 +113,27 @@ class QuantWindowMSAMixin:
         Returns:
             (windows * B, N, C).
         """
-        B, N, _ = x.shape
-        valid = self.valid_rows
+        padding = row_mask_of(self)
+        valid = None if padding is None else padding.rows(x)
         if valid is not None:
-            valid = valid.repeat(B // valid.shape[0], 1)
             x = fill_padding(x, valid, self.qkv)
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        x, _ = attend(
+            self,
+            x,
+            lambda q, k: (q * self.scale, k),
+            lambda scores: self._attention_weights(scores, mask, valid),
+            valid,
+        )
+        return self.proj_drop(apply_layer(self.proj, x, valid))
 
-        heads_valid = None if valid is None else valid[:, None]
-        self.proj.valid_rows = valid
-
-        attn = self.matmul_qk(q * self.scale, k.transpose(-2, -1), valid_rows=heads_valid)
+    def _attention_weights(self, scores: Tensor, mask: Optional[Tensor], valid: Optional[Tensor]) -> Tensor:
+        """Softmax of the scores (windows * B, heads, N, N) with position bias and mask."""
         # Before the mask: its -100 would stretch the range over nothing.
-        attn = apply_edge(self.scores_quantizer, attn + self._position_bias(), heads_valid)
+        scores = scores + self._position_bias()
+        scores = apply_edge(self.scores_quantizer, scores, None if valid is None else valid[:, None])
         if mask is not None:
-            windows = mask.shape[0]
-            attn = attn.view(B // windows, windows, self.num_heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
-            attn = attn.view(-1, self.num_heads, N, N)
-        attn = self.attn_drop(self.softmax(attn))
-
-        x = self.matmul_av(attn, v, valid_rows=heads_valid).transpose(1, 2).reshape(B, N, -1)
-        return self.proj_drop(self.proj(x))
+            scores = (scores.unflatten(0, (-1, len(mask))) + mask[None, :, None]).flatten(0, 1)
+        return self.attn_drop(self.softmax(scores))
 
     def _position_bias(self) -> Tensor:
         """What is added to the scores for the relative position of two tokens, (1, heads, N, N)."""
@@ -154,64 +152,45 @@ class QuantShiftWindowMSAMixin:
         # mmpretrain does not shift where one window holds the whole map; mmdet and mmseg always do.
         if not getattr(self, 'pad_small_map', True) and min(height, width) == self.window_size:
             shift = 0
-        self.w_msa.valid_rows = valid_query_rows(height, width, self.window_size, shift, query.device)
-        return super().forward(query, hw_shape)
+        with padded(self.w_msa, valid_query_rows(height, width, self.window_size, shift, query.device)):
+            return super().forward(query, hw_shape)
 
 
-class QuantSwinBlockMixin:
-    """A Swin block whose activation checkpointing keeps the graph of what hooks see inside it.
-
-    The libraries' ``with_cp`` uses reentrant checkpointing, under which a tapped attention output arrives detached, and
-    twice: the gradient of the patch similarity entropy would vanish silently.
-    """
+class QuantSwinBlockMixin(CheckpointedBlockMixin):
+    """A Swin block whose two residual sums are edges."""
 
     def _block(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
-        identity = x
-        x = self.norm1(x)
-        x = self.attn(x, hw_shape)
-        x = apply_edge(self.residual1_quantizer, x + identity)
-        identity = x
-        x = self.norm2(x)
-        return apply_edge(self.residual2_quantizer, self.ffn(x, identity=identity))
-
-    def forward(self, x: Tensor, hw_shape: Tuple[int, int]) -> Tensor:
-        """(B, H * W, C) to (B, H * W, C)."""
-        if self.with_cp and x.requires_grad:
-            return cp.checkpoint(self._block, x, hw_shape, use_reentrant=False)
-        return self._block(x, hw_shape)
+        x = apply_edge(self.residual1_quantizer, self.attn(self.norm1(x), hw_shape) + x)
+        return apply_edge(self.residual2_quantizer, self.ffn(self.norm2(x), identity=x))
 
 
-def convert_window_attention(module: nn.Module, name: str, spec, mixin: type = QuantWindowMSAMixin) -> nn.Module:
+def block_parts(block: nn.Module) -> BlockParts:
+    """Parts of a Swin block."""
+    return BlockParts(block.norm1, block.attn.w_msa, block.norm2, block.ffn)
+
+
+def convert_window_attention(
+    module: nn.Module, name: str, spec: AdapterSpec, mixin: type = QuantWindowMSAMixin
+) -> nn.Module:
     """Adopt window attention as ``mixin``, with its products and the edge of its scores."""
-    module = adopt(module, mixin)
-    module.matmul_qk, module.matmul_av = attention_products(spec, name)
+    module = adopt_attention(module, mixin, name, spec)
     module.scores_quantizer = edge_quantizer(spec, join(name, 'scores'))
     return module
 
 
-def _convert_block(module: nn.Module, name: str, spec) -> nn.Module:
-    module = adopt(module, QuantSwinBlockMixin)
-    mark_norm(module.norm1, module.attn.w_msa.qkv)
-    mark_ffn(module.ffn, module.norm2)
-    return add_residual_edges(module, name, spec)
-
-
-def _convert_merging(module: nn.Module, name: str, spec) -> nn.Module:
+def convert_merging(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    """Patch merging: its LayerNorm feeds its reduction."""
     mark_norm(module.norm, module.reduction)
     return module
 
 
-def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
-    # What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is
-    # one.
-    quantize_output_(module.drop_after_pos, join(name, 'drop_after_pos'), spec)
-    return module
+def _convert_block(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    return adopt_block(module, QuantSwinBlockMixin, block_parts(module), name, spec)
 
 
-register_adapter(lambda m: class_named(m, _WINDOW_MSA) is not None, convert_window_attention)
-register_adapter(
-    lambda m: class_named(m, _SHIFT_WINDOW_MSA) is not None, lambda m, name, spec: adopt(m, QuantShiftWindowMSAMixin)
-)
-register_adapter(lambda m: class_named(m, _SWIN_BLOCK) is not None, _convert_block)
-register_adapter(lambda m: class_named(m, _PATCH_MERGING) is not None, _convert_merging)
-register_adapter(lambda m: class_named(m, SWIN_BACKBONES) is not None, _convert_backbone)
+adapt(_WINDOW_MSA, convert_window_attention)
+adapt(_SHIFT_WINDOW_MSA, lambda module, name, spec: adopt(module, QuantShiftWindowMSAMixin))
+adapt(_SWIN_BLOCK, _convert_block)
+adapt(_PATCH_MERGING, convert_merging)
+# What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is one.
+adapt(SWIN_BACKBONES, outputs_are_edges('drop_after_pos'))

@@ -8,10 +8,16 @@ own unfused attention to the last bit.
 
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.edges import add_residual_edges, mark_ffn, mark_norm
-from psaq_mm.models.adapters.match import Architecture, class_named
-from psaq_mm.models.adapters.swin import QuantWindowMSAMixin, convert_window_attention, valid_query_rows
-from psaq_mm.quantization import adopt, apply_edge, register_adapter
+from psaq_mm.models.adapters.edges import adopt_block
+from psaq_mm.models.adapters.match import Architecture, adapt, class_named
+from psaq_mm.models.adapters.swin import (
+    QuantWindowMSAMixin,
+    convert_merging,
+    convert_window_attention,
+    valid_query_rows,
+)
+from psaq_mm.models.adapters.timm_vit import block_parts
+from psaq_mm.quantization import AdapterSpec, apply_edge, padded, register_adapter
 
 __all__ = ['TIMM_SWIN', 'TIMM_SWIN_ARCHITECTURES', 'QuantTimmWindowAttentionMixin', 'QuantTimmSwinBlockMixin']
 
@@ -39,8 +45,8 @@ class QuantTimmSwinBlockMixin:
     """A Swin block whose two residual sums are edges, and which tells its attention which rows are padding."""
 
     def _attn(self, x: Tensor) -> Tensor:
-        self.attn.valid_rows = valid_query_rows(x.shape[1], x.shape[2], self.window_size, device=x.device)
-        return super()._attn(x)
+        with padded(self.attn, valid_query_rows(x.shape[1], x.shape[2], self.window_size, device=x.device)):
+            return super()._attn(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
@@ -51,26 +57,18 @@ class QuantTimmSwinBlockMixin:
         return x.reshape(B, H, W, C)
 
 
-def _convert_attention(module: nn.Module, name: str, spec) -> nn.Module:
+def _convert_attention(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
     return convert_window_attention(module, name, spec, QuantTimmWindowAttentionMixin)
 
 
-def _convert_block(module: nn.Module, name: str, spec) -> nn.Module:
-    module = adopt(module, QuantTimmSwinBlockMixin)
-    mark_norm(module.norm1, module.attn.qkv)
-    mark_ffn(module.mlp, module.norm2)
-    return add_residual_edges(module, name, spec)
-
-
-def _convert_patch_merging(module: nn.Module, name: str, spec) -> nn.Module:
-    mark_norm(module.norm, module.reduction)
-    return module
+def _convert_block(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    return adopt_block(module, QuantTimmSwinBlockMixin, block_parts(module), name, spec)
 
 
 def _is_block(module: nn.Module) -> bool:
     return class_named(module, _BLOCK) is not None and class_named(module, _BLOCK, '_attn') is not None
 
 
-register_adapter(lambda m: class_named(m, _ATTENTION) is not None, _convert_attention)
+adapt(_ATTENTION, _convert_attention)
 register_adapter(_is_block, _convert_block)
-register_adapter(lambda m: class_named(m, _PATCH_MERGING) is not None, _convert_patch_merging)
+adapt(_PATCH_MERGING, convert_merging)

@@ -9,9 +9,10 @@ from typing import Optional
 
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
-from psaq_mm.models.adapters.match import Architecture, class_named
-from psaq_mm.quantization import adopt, apply_edge, attention_products, register_adapter
+from psaq_mm.models.adapters.attention import adopt_attention, attend
+from psaq_mm.models.adapters.edges import BlockParts, adopt_block, outputs_are_edges, quantize_outputs
+from psaq_mm.models.adapters.match import Architecture, adapt
+from psaq_mm.quantization import AdapterSpec, apply_edge
 
 __all__ = ['TIMM_VIT_ARCHITECTURES', 'TIMM_VIT_BACKBONES', 'QuantTimmAttentionMixin', 'QuantTimmBlockMixin']
 
@@ -37,20 +38,14 @@ class QuantTimmAttentionMixin:
         Returns:
             (B, N, C).
         """
-        B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-
-        attn = self.matmul_qk(q * self.scale, k.transpose(-2, -1))
-        if attn_mask is not None:
-            attn = attn + attn_mask
-        attn = self.attn_drop(attn.softmax(dim=-1))
-
-        x = self.matmul_av(attn, v).transpose(1, 2).reshape(B, N, -1)
+        x, _ = attend(
+            self,
+            x,
+            lambda q, k: (self.q_norm(q) * self.scale, self.k_norm(k)),
+            lambda scores: self.attn_drop((scores if attn_mask is None else scores + attn_mask).softmax(dim=-1)),
+        )
         norm = getattr(self, 'norm', None)  # newer versions of timm
-        if norm is not None:
-            x = norm(x)
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(x if norm is None else norm(x)))
 
 
 class QuantTimmBlockMixin:
@@ -64,31 +59,21 @@ class QuantTimmBlockMixin:
         return apply_edge(self.residual2_quantizer, x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
-def _convert_attention(module: nn.Module, name: str, spec) -> nn.Module:
-    module = adopt(module, QuantTimmAttentionMixin)
-    module.matmul_qk, module.matmul_av = attention_products(spec, name)
+def block_parts(block: nn.Module) -> BlockParts:
+    """Parts of a block of timm's VisionTransformer or SwinTransformer."""
+    return BlockParts(block.norm1, block.attn, block.norm2, block.mlp)
+
+
+def _convert_attention(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
     quantize_outputs(module, name, spec, ('q_norm', 'k_norm'))
-    return module
+    return adopt_attention(module, QuantTimmAttentionMixin, name, spec)
 
 
-def _convert_block(module: nn.Module, name: str, spec) -> nn.Module:
-    module = adopt(module, QuantTimmBlockMixin)
-    mark_norm(module.norm1, module.attn.qkv)
-    mark_ffn(module.mlp, module.norm2)
-    return add_residual_edges(module, name, spec)
+def _convert_block(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    return adopt_block(module, QuantTimmBlockMixin, block_parts(module), name, spec)
 
 
-def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
-    quantize_outputs(module, name, spec, ('pos_drop', 'norm_pre'))
-    return module
-
-
-def _convert_patch_embed(module: nn.Module, name: str, spec) -> nn.Module:
-    quantize_outputs(module, name, spec, ('norm',))
-    return module
-
-
-register_adapter(lambda m: class_named(m, _ATTENTION) is not None, _convert_attention)
-register_adapter(lambda m: class_named(m, _BLOCK) is not None, _convert_block)
-register_adapter(lambda m: class_named(m, TIMM_VIT_BACKBONES) is not None, _convert_backbone)
-register_adapter(lambda m: class_named(m, _PATCH_EMBED) is not None, _convert_patch_embed)
+adapt(_ATTENTION, _convert_attention)
+adapt(_BLOCK, _convert_block)
+adapt(TIMM_VIT_BACKBONES, outputs_are_edges('pos_drop', 'norm_pre'))
+adapt(_PATCH_EMBED, outputs_are_edges('norm'))

@@ -9,9 +9,10 @@ every zoo model).
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.edges import add_residual_edges, mark_ffn, mark_norm, quantize_outputs
-from psaq_mm.models.adapters.match import Architecture, class_named
-from psaq_mm.quantization import adopt, apply_edge, attention_products, register_adapter
+from psaq_mm.models.adapters.attention import adopt_attention, attend
+from psaq_mm.models.adapters.edges import BlockParts, add_residual_edges, adopt_block, mark_ffn, outputs_are_edges
+from psaq_mm.models.adapters.match import Architecture, adapt
+from psaq_mm.quantization import AdapterSpec, adopt, apply_edge
 
 __all__ = ['VIT_ARCHITECTURES', 'QuantMultiheadAttentionMixin', 'QuantEncoderLayerMixin', 'QuantDeiT3EncoderLayerMixin']
 
@@ -31,16 +32,14 @@ class QuantMultiheadAttentionMixin:
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, input_dims) to (B, N, embed_dims)."""
-        B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dims).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv[0], qkv[1], qkv[2]
-
         # Given a qk_scale, whatever its value, the library divides by head_dims ** -0.5.
         divisor = getattr(self.scaled_dot_product_attention, 'keywords', {}).get('scale', self.head_dims**0.5)
-        attn = self.matmul_qk(q / divisor, k.transpose(-2, -1)).softmax(dim=-1)
-        attn = F.dropout(attn, self.attn_drop, self.training)
-
-        x = self.matmul_av(attn, v).transpose(1, 2).reshape(B, N, self.embed_dims)
+        x, v = attend(
+            self,
+            x,
+            lambda q, k: (q / divisor, k),
+            lambda scores: F.dropout(scores.softmax(dim=-1), self.attn_drop, self.training),
+        )
         x = self.out_drop(self.gamma1(self.proj_drop(self.proj(x))))
         return v.squeeze(1) + x if self.v_shortcut else x
 
@@ -64,29 +63,26 @@ class QuantDeiT3EncoderLayerMixin(QuantEncoderLayerMixin):
     ffn_norm = 'ln1'
 
 
-def _convert_attention(module: nn.Module, name: str, spec) -> nn.Module:
-    module = adopt(module, QuantMultiheadAttentionMixin)
-    module.matmul_qk, module.matmul_av = attention_products(spec, name)
-    return module
+def block_parts(layer: nn.Module) -> BlockParts:
+    """Parts of a layer of mmpretrain's VisionTransformer."""
+    return BlockParts(layer.ln1, layer.attn, layer.ln2, layer.ffn)
 
 
-def _convert_layer(module: nn.Module, name: str, spec) -> nn.Module:
-    if class_named(module, _DEIT3_LAYER):
-        # ln1 feeds two layers, so that its scales cannot be folded into either.
-        module = adopt(module, QuantDeiT3EncoderLayerMixin)
-        mark_ffn(module.ffn)
-    else:
-        module = adopt(module, QuantEncoderLayerMixin)
-        mark_norm(module.ln1, module.attn.qkv)
-        mark_ffn(module.ffn, module.ln2)
-    return add_residual_edges(module, name, spec)
+def _convert_attention(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    return adopt_attention(module, QuantMultiheadAttentionMixin, name, spec)
 
 
-def _convert_backbone(module: nn.Module, name: str, spec) -> nn.Module:
-    quantize_outputs(module, name, spec, ('patch_embed.norm', 'drop_after_pos', 'pre_norm'))
-    return module
+def _convert_layer(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    return adopt_block(module, QuantEncoderLayerMixin, block_parts(module), name, spec)
 
 
-register_adapter(lambda m: class_named(m, _ATTENTION) is not None, _convert_attention)
-register_adapter(lambda m: class_named(m, _LAYER + _DEIT3_LAYER) is not None, _convert_layer)
-register_adapter(lambda m: class_named(m, _BACKBONES) is not None, _convert_backbone)
+def _convert_deit3_layer(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    # ln1 feeds two layers, so that its scales cannot be folded into either.
+    mark_ffn(module.ffn)
+    return add_residual_edges(adopt(module, QuantDeiT3EncoderLayerMixin), name, spec)
+
+
+adapt(_ATTENTION, _convert_attention)
+adapt(_LAYER, _convert_layer)
+adapt(_DEIT3_LAYER, _convert_deit3_layer)
+adapt(_BACKBONES, outputs_are_edges('patch_embed.norm', 'drop_after_pos', 'pre_norm'))
