@@ -20,7 +20,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 @register_source('mixture')
 class Mixture(Source):
-    """Each picture from one of several sources, in the proportions of their weights.
+    """Each picture from one of several sources, by their weights; by default half 1/f noise, half dead leaves.
 
     The picture's number decides which one. Multiples of the golden ratio fall evenly into 0 .. 1, so that a batch has
     the proportions too, to about one picture.
@@ -115,7 +115,10 @@ class Mixture(Source):
 
 @register_source('generated')
 class Generated(Source):
-    """Samples that are synthesized out of the teacher (:class:`~psaq_mm.psaq_vit.SampleGenerator`)."""
+    """Samples that are synthesized out of the teacher.
+
+    The run makes them: see :class:`psaq_mm.psaq_vit.SampleGenerator`.
+    """
 
     @property
     def procedural(self) -> bool:
