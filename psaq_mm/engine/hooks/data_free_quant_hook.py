@@ -5,7 +5,7 @@ asked.
 
 import re
 from pathlib import Path
-from typing import List
+from typing import List, Union
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process, master_only
@@ -30,13 +30,13 @@ _OF_A_STUDENT = ('custom_imports', 'test_pipeline', 'test_dataloader')
 project of its own is not found by an inferencer that builds from the checkpoint alone."""
 
 
-def checkpoints_in(work_dir: str) -> List[Path]:
+def checkpoints_in(work_dir: Union[str, Path]) -> List[Path]:
     """``iter_N.pth`` of a folder, oldest first."""
     return sorted((p for p in Path(work_dir).glob('iter_*.pth') if _NAME.fullmatch(p.name)), key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(_NAME.fullmatch(checkpoint.name).group(1))
+    return int(checkpoint.stem.partition('_')[2])
 
 
 @HOOKS.register_module()
