@@ -77,9 +77,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row to be: a config with quantizer, source and seed set, and the key that stands for all that its numbers
-    rest on.
-    """
+    """One row to be: a config with quantizer, source and seed set, and a key of all that its numbers depend on."""
 
     path: str
     config: Any
@@ -107,8 +105,8 @@ class Shown:
 
     Args:
         points: Evaluations of the student on the way, see :class:`psaq_mm.commands.curves.CurveHook`; 0: none.
-        pictures: Of the test set, that these evaluations see.
-        rows: JSON file that the rows are merged into, see :func:`psaq_mm.commands.sample_rows.merge_rows`; None: none.
+        pictures: How many pictures of the test set these evaluations see.
+        rows: JSON file that the rows are merged into, see :func:`psaq_mm.commands.sample_rows.merge_rows`. None: none.
     """
 
     points: int = 0
@@ -183,9 +181,7 @@ def _contents_of(samples: Any, content: Callable[[str], str]) -> Any:
 
 # ---------------------------------------------------------------------- plan
 def _quant_name(config) -> str:
-    """The preset's name, and what a table must not mix: the scope where it is not the backbone, and a reduced range of
-    weights.
-    """
+    """Name of the preset, with what a table must not mix: another scope than the backbone, a reduced weight range."""
     from psaq_mm.engine.config import quant_holder
 
     quant = quant_holder(config.model).get('quant', 'w8a8')
@@ -291,7 +287,7 @@ def _runs_of(path: str, given, wanted: Wanted, content: _Contents) -> Iterator[R
             test = dict(
                 _test_settings(plain), checkpoint=content(checkpoint), model=full_precision_model_config(config.model)
             )
-            rests_on = dict(
+            depends_on = dict(
                 test,
                 loop=_settings_that_count(free.train_cfg),
                 optimizer=free.optim_wrapper,
@@ -308,7 +304,7 @@ def _runs_of(path: str, given, wanted: Wanted, content: _Contents) -> Iterator[R
                 seed,
                 free.train_cfg.max_iters,
                 checkpoint,
-                _key(rests_on),
+                _key(depends_on),
                 _key(test),
                 _label(source, method, dfq, wanted),
                 bits_of(quant_name, spec.label),

@@ -54,7 +54,11 @@ def reference() -> str:
     lines += _table(('`--method`', 'what it does', 'student', 'quantizer', 'paper'), methods)
     lines += ['## Sources of samples', '']
     lines += _table(('`dfq.samples`, `--samples`', 'type', 'pictures'), sources)
-    lines += ['## Settings', '', f'Beside these, `dfq.generator` (default `{DFQ_DEFAULTS["generator"]}`) holds those of']
+    lines += [
+        '## Settings',
+        '',
+        f'Beside these, `dfq.generator` (default `{DFQ_DEFAULTS["generator"]}`) holds those of',
+    ]
     lines += ['the synthesis, and `dfq.teacher` the full-precision checkpoint and its SHA-256.', '']
     for group in GROUPS:
         lines += _settings(group, 'dfq.')

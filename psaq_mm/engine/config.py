@@ -103,7 +103,7 @@ def quant_holder(model: Mapping) -> Any:
 
 
 def preset_of(quant: Any, method: Optional[str]) -> Any:
-    """A preset such as ``'w4a8'`` with a method's recipe before it. A preset with a recipe, and a dict, stay the same."""
+    """A preset such as ``'w4a8'`` with a method's recipe before it. A preset with a recipe, or a dict, stays."""
     plain = re.fullmatch(r'w\d+a(\d+)', quant, re.IGNORECASE) if isinstance(quant, str) else None
     return f'{method_of(method).recipe_for(int(plain[1]))}_{quant}' if method and plain else quant
 
@@ -283,7 +283,7 @@ def _set_optimizer(config: Config, settings: OptimizerSettings, amp: Optional[st
 
 
 def _by_iteration(log_processor: Mapping) -> ConfigDict:
-    """A log processor for an iteration loop. It refuses windows of an epoch, which become windows of all steps so far."""
+    """A log processor for an iteration loop, which has no epochs: their windows become windows of all steps so far."""
     processor = ConfigDict({**copy.deepcopy(dict(log_processor)), 'type': 'LogProcessor', 'by_epoch': False})
     if not isinstance(processor.get('window_size', 1), int):
         processor.pop('window_size')

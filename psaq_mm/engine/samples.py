@@ -15,7 +15,7 @@ from psaq_mm.engine.checkpoint import load_restricted, save_atomic
 from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.models.task import reads_rgb
-from psaq_mm.pictures import SOURCES, Generated, ImageSpec, Mixture, Source, SourceConfig, register_source, source_of
+from psaq_mm.pictures import SOURCES, Generated, ImageSpec, Source, SourceConfig, register_source, source_of
 from psaq_mm.pictures.base import Make, checked_size, mixed
 from psaq_mm.pictures.image_spec import EIGHT_BITS
 from psaq_mm.registry import TASK_UTILS
@@ -27,9 +27,7 @@ __all__ = [
     'SavedSamples',
     'build_source',
     'is_named',
-    'is_path',
     'load_samples',
-    'procedural_of',
     'samples_of',
     'save_samples',
 ]
@@ -326,13 +324,8 @@ class Saved(_Files, Generated):
 
 
 def is_named(config: SourceConfig) -> bool:
-    """Whether a config of a source is the name of one."""
+    """Whether a config of a source is the name of one; any other string is a path."""
     return isinstance(config, str) and config in SOURCES
-
-
-def is_path(config: SourceConfig) -> bool:
-    """Whether a config of a source is a path, and not the name of a source."""
-    return isinstance(config, str) and config not in SOURCES
 
 
 def build_source(
@@ -362,12 +355,5 @@ def build_source(
 
 def samples_of(config: SourceConfig, model: nn.Module, run: Mapping, seed: int = 0) -> Source:
     """The source that ``dfq.samples`` names: as :func:`build_source`, but a path gives the first samples alone."""
-    saved = isinstance(config, str) and is_path(config) and Path(config).exists()
+    saved = isinstance(config, str) and not is_named(config) and Path(config).exists()
     return build_source(dict(type=Saved, path=config) if saved else config, model, run, seed)
-
-
-def procedural_of(source: Source) -> Optional[Source]:
-    """The part of a source that needs no synthesis; None if all of it does."""
-    if isinstance(source, Mixture):
-        return source.procedural_part()
-    return source if source.procedural else None

@@ -80,7 +80,7 @@ class Mixture(Source):
         for source in self.sources:
             source.open(model, config, seed)
 
-    def procedural_part(self) -> Optional['Mixture']:
+    def procedural_part(self) -> Optional[Source]:
         """The members that need no synthesis, at their weights; None if there are none, or all have weight 0."""
         kept = [(s, w) for s, w in zip(self.sources, self.weights) if s.procedural and w > 0]
         return Mixture([s for s, _ in kept], [w for _, w in kept], self.seed) if kept else None
