@@ -14,6 +14,7 @@ from psaq_mm.engine.methods import method_of
 from psaq_mm.engine.pipelines import image_sizes
 from psaq_mm.engine.presets import preset_name, resolve_dfq, with_method
 from psaq_mm.engine.pure_python import with_named_types
+from psaq_mm.engine.samples import reads_training_set
 from psaq_mm.engine.settings import LOOP_GROUPS, HookSettings, OptimizerSettings
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
@@ -201,7 +202,8 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     """
     config = copy.deepcopy(with_named_types(config))
     dfq = resolve_dfq(config.get('dfq'))
-    if dfq['samples'] == 'real':  # while the config still has its validation set, and before anything is written
+    if reads_training_set(dfq['samples']):
+        # While the config still has its validation set, and before anything is written.
         check_no_overlap(config)
     config.model = quantized_model_config(config, quant)
     check_preprocessor(config)

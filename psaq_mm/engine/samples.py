@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from psaq_mm.engine import real_images  # noqa: F401  registers the source 'real'
 from psaq_mm.engine.checkpoint import load_restricted, save_atomic
 from psaq_mm.engine.data_overlap import check_folder
+from psaq_mm.engine.real_images import TrainingImages
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.models.task import reads_rgb
 from psaq_mm.pictures import SOURCES, Generated, ImageSpec, Source, SourceConfig, register_source, source_of
@@ -28,6 +28,7 @@ __all__ = [
     'build_source',
     'is_named',
     'load_samples',
+    'reads_training_set',
     'samples_of',
     'save_samples',
 ]
@@ -351,6 +352,14 @@ def build_source(
     if model is not None:
         source.open(model, run or {}, seed)
     return source
+
+
+def reads_training_set(config: SourceConfig) -> bool:
+    """Whether a config of a source takes images of the training set, in a mixture too."""
+    if isinstance(config, str) and not is_named(config):
+        return False
+    source = build_source(config)
+    return any(isinstance(member, TrainingImages) for member in getattr(source, 'sources', [source]))
 
 
 def samples_of(config: SourceConfig, model: nn.Module, run: Mapping, seed: int = 0) -> Source:

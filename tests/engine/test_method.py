@@ -137,8 +137,10 @@ def test_a_training_set_that_is_evaluated_is_refused_before_anything_is_built(tm
     )
     assert to_data_free(config).train_cfg.samples == 'real'
     config.train_dataloader.dataset.data_root = twin
-    with pytest.raises(ConfigError, match='the set that is evaluated'):
-        to_data_free(config)
+    for samples in ('real', ['pink', dict(type='psaq_mm.TrainingImages')]):
+        config.dfq.samples = samples
+        with pytest.raises(ConfigError, match='the set that is evaluated'):
+            to_data_free(config)
     config.dfq.samples = 'generated'
     assert to_data_free(config).train_cfg.samples == 'generated'
 
