@@ -44,7 +44,7 @@ def test_psaq_v1_is_the_released_method():
     assert (dfq['iters'], dfq['evolve_every'], dfq['calibration_samples']) == (0, 0, 32)
     assert dfq['samples'] == 'generated' and dfq['classes'] == 'random' and dfq['size'] is None
     generator = generator_of('psaq_v1')
-    assert {k: generator.settings[k] for k in V1_GENERATOR} == V1_GENERATOR
+    assert {k: generator.settings()[k] for k in V1_GENERATOR} == V1_GENERATOR
     assert generator.rate_for(ToyTransformer()) == 0.20
     assert generator.rate_for(build_backbone('mmdet')) == 0.25
 
