@@ -40,7 +40,7 @@ def zero_code_of(bits: int) -> int:
 def _unclamped_codes(x: Tensor, delta: Tensor, per_octave: int) -> Tensor:
     """``round(-m log2(x / delta))`` in a new float32 tensor; infinite where the ratio is not above ``LEAST``."""
     # As in primitives.py, a division and not a product with the inverse: an exported model decides ties the same way.
-    return F.threshold_(torch.div(x.float(), delta), LEAST, 0).log2_().mul_(-per_octave).round_()
+    return F.threshold(torch.div(x.float(), delta), LEAST, 0, inplace=True).log2_().mul_(-per_octave).round_()
 
 
 def _to_real(codes: Tensor, delta: Tensor, zero_code: int, per_octave: int) -> Tensor:

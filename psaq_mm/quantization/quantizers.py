@@ -84,11 +84,6 @@ class Quantizer(nn.Module):
         # Reading the buffer in every forward would make the host wait for the device.
         self._ready = False
 
-    @property
-    def state_names(self) -> Tuple[str, ...]:
-        """Names of this quantizer's buffers."""
-        return tuple(self._buffers)
-
     def forward(self, x: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         """Record ``x`` while observing, else apply the current mode.
 
