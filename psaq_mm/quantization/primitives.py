@@ -281,7 +281,7 @@ class Rounded(NamedTuple):
 
     Attributes:
         values: Without gradient.
-        clipped: Where the gradient is 0: a bool mask, False where it is, or the recorded positions, or None for nowhere.
+        clipped: Where the gradient is 0: a bool mask that is False there, the recorded positions, or None for nowhere.
     """
 
     values: Tensor

@@ -25,7 +25,7 @@ from psaq_mm.quantization.grids import ChannelGrid
 from psaq_mm.quantization.observers import FeatureObserver, Observer, build_rule
 from psaq_mm.quantization.quantizers import AffineQuantizer, Range
 
-# Least ratio of a channel's scale. Without it a channel that hardly varies on the samples would get a huge gain, and any
+# Least ratio of a channel's scale. Without it a channel that hardly varies on the samples would get a huge gain, and a
 # value that varies more would be clipped.
 MIN_RATIO = 1e-4
 
