@@ -77,8 +77,10 @@ import sys
 sys.modules['torch'] = None
 import nncf, numpy, openvino
 graph, images, out = sys.argv[1:]
-data = nncf.Dataset([{'images': image[None]} for image in numpy.load(images)])
-model = nncf.quantize(openvino.Core().read_model(graph), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(numpy.load(images)))
+images = numpy.load(images)
+data = nncf.Dataset([{'images': image[None]} for image in images])
+model = openvino.Core().read_model(graph)
+model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
 openvino.save_model(model, out, compress_to_fp16=False)
 """
 

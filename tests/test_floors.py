@@ -49,7 +49,9 @@ def imports_of(path: Path) -> set:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f'{path}: imports are absolute here'
             # `from psaq_mm import ranks` names a module, `from psaq_mm.ranks import own_part` does too.
-            names |= {f'{node.module}.{alias.name}' for alias in node.names} if node.module == 'psaq_mm' else {node.module}
+            names |= (
+                {f'{node.module}.{alias.name}' for alias in node.names} if node.module == 'psaq_mm' else {node.module}
+            )
     return names
 
 

@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from psaq_mm.commands.common import load_config, merge_options, run_command
-from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown, write_whole
+from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown
 from psaq_mm.commands.metrics import other_metrics, scalars
 from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
 from psaq_mm.errors import ConfigError, DataError, PsaqError, nearest
+from psaq_mm.files import write_whole
+from psaq_mm.pictures import SOURCES as PROCEDURAL
 from psaq_mm.plain import to_plain
-from psaq_mm.psaq_vit.coevolution import SOURCES
 from psaq_mm.quantization import QuantSpec
 
 __all__ = ['main', 'compare', 'plan', 'Run']
 
+SOURCES = ('generated', *PROCEDURAL, 'real')
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _SILENT = ('log_interval', 'dropped_hooks', 'teacher')
 """Settings of the loop that change no number; the checkpoint counts by its content."""
@@ -220,7 +222,7 @@ def plan(
 
     Args:
         configs: Loaded configs by their paths.
-        sources: Out of :data:`psaq_mm.psaq_vit.coevolution.SOURCES`, or paths of folders of images.
+        sources: Out of :data:`SOURCES`, or paths of folders of images.
         seeds: One row each.
         quants: Presets; None is the config's own.
         train: Whether the config's own training runs on the samples, else ranges alone are calibrated.

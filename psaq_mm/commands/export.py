@@ -154,9 +154,9 @@ def _pictures(size: Tuple[int, int], number: int, image_spec):
     """
     import torch
 
-    from psaq_mm.pictures import DeadLeaves, pink_noise
+    from psaq_mm.pictures import DeadLeaves, PinkNoise
 
-    kinds = pink_noise, DeadLeaves()
+    kinds = PinkNoise(), DeadLeaves()
     kinds = kinds if size[0] * size[1] <= _FEW_PIXELS else kinds[number % 2 : number % 2 + 1]
     return torch.cat([kind(1, size, image_spec, torch.Generator().manual_seed(number)) for kind in kinds])
 

@@ -19,10 +19,10 @@ from psaq_mm.commands.common import (
     run_command,
     runnable_config,
 )
-from psaq_mm.commands.compare_rows import write_whole
 from psaq_mm.commands.metrics import RESULTS, before_after_table, plain_metrics
 from psaq_mm.engine.data_overlap import dataset_leaves
 from psaq_mm.errors import CheckpointError, ConfigError, DataError, PsaqError
+from psaq_mm.files import write_whole
 from psaq_mm.plain import to_plain
 from psaq_mm.ranks import ranks
 from psaq_mm.runtime import RUNTIMES

@@ -21,7 +21,7 @@ from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.network import find_backbone
-from psaq_mm.models.task import turns_channels
+from psaq_mm.models.task import reads_rgb
 from psaq_mm.models.tasks import task_of
 from psaq_mm.runtime.bundle import write_bundle
 
@@ -246,10 +246,13 @@ def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Di
 
 
 def _image_settings(model: nn.Module) -> Dict[str, Any]:
-    spec, turned = TaskModel(model).image_spec, bool(turns_channels(model))
+    spec = TaskModel(model).image_spec
     # mmseg turns pictures of three channels alone, the others no picture of another number.
     return dict(
-        channels=spec.channels, mean=list(spec.mean), std=list(spec.std), reverse_channels=turned and spec.channels == 3
+        channels=spec.channels,
+        mean=list(spec.mean),
+        std=list(spec.std),
+        reverse_channels=reads_rgb(model) and spec.channels == 3,
     )
 
 

@@ -15,7 +15,7 @@ from psaq_mm.models.network import find_backbone, is_timm, network_of
 from psaq_mm.models.tasks import task_of
 from psaq_mm.pictures import ImageSpec
 
-__all__ = ['ModelInput', 'TaskModel', 'TaskOutputs', 'PARTS', 'default_parts', 'input_channels', 'turns_channels']
+__all__ = ['ModelInput', 'TaskModel', 'TaskOutputs', 'PARTS', 'default_parts', 'input_channels', 'reads_rgb']
 
 PARTS = ('blocks', 'backbone', 'neck', 'head')
 """Parts whose outputs can be distilled. ``blocks``: the tokens of every few transformer blocks, for backbones without
@@ -84,6 +84,16 @@ def turns_channels(model: nn.Module) -> Optional[bool]:
     if not flags and not (known and known.turned):
         return None
     return any(flags) != bool(known and known.turned)
+
+
+def reads_rgb(model: nn.Module) -> bool:
+    """Whether a model takes its channels as RGB: its pipeline or preprocessor turns what the libraries load, blue first.
+
+    A model without a data preprocessor is none of OpenMMLab's and takes RGB.
+    """
+    if getattr(model, 'data_preprocessor', None) is None:
+        return turns_channels(model) is not False
+    return bool(turns_channels(model))
 
 
 def _tensors(outputs) -> List[Tensor]:
