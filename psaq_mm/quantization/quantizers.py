@@ -198,7 +198,7 @@ class Quantizer(nn.Module):
         return bias
 
     def fill_padding(self, x: Tensor, valid: Tensor) -> Tensor:
-        """The input ``x``, ``(..., C)``, whose padding (``valid`` is False, ``(...)``) gets the value that 0 has now."""
+        """The input ``x``, ``(..., C)``, whose padding (``valid``, ``(...)``, is False) gets the value of 0 now."""
         return x
 
     def forget_folding(self) -> None:
