@@ -291,22 +291,22 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
     """Set all ranges: weights from the tensors, activations from one full-precision run.
 
     Where a layer's input is reparameterized (:attr:`.QuantSpec.reparameterize`), its LayerNorm and weight change as
-    :class:`.reparam.Folding` says. While ``run`` is under way nothing is quantized, so the ranges do not depend
-    on the order of the layers. In a distributed run each rank puts samples of its own through, and all get the ranges
-    of all samples. Quantizers that are switched off stay so. All ranges are found before the first is set: after an
-    error the model is as before.
+    :class:`.reparam.Folding` says. Nothing is quantized during ``run``, so the ranges do not depend on the order of the
+    layers. In a distributed run each rank passes its own samples, and all ranks get the ranges of all samples.
+    Quantizers that are switched off stay so. All ranges are known before the first is set: after an error the model is
+    as before.
 
     Args:
         model: Quantized model.
-        run: Puts the calibration samples through the model; called once, without gradients.
-        allow_unseen: Let quantizers that saw no data be; they raise NotCalibratedError when used, unless an earlier
-            calibration gave them a range.
+        run: Passes the calibration samples through the model; called once, without gradients.
+        allow_unseen: Accept quantizers that saw no data. They keep their range of an earlier calibration, or raise
+            NotCalibratedError when used.
 
     Raises:
         DataError: A weight or an activation holds NaN or infinity (names the layer), or a quantizer saw no data.
     """
     active = [(name, quantizer) for name, quantizer in quantizers(model) if quantizer.mode != 'off']
-    owner_of = {child: parent for parent in model.modules() for child in parent.children()}
+    owner_of = {model: model, **{child: parent for parent in model.modules() for child in parent.children()}}
     layers = {module.weight_quantizer: module for module in model.modules() if is_quantized_layer(module)}
     weights = [quantizer for _, quantizer in active if quantizer in layers]
     activations = {name: quantizer for name, quantizer in active if quantizer not in layers}
@@ -320,9 +320,9 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
         _check_seen([name for name, quantizer in activations.items() if not quantizer.saw_data], allow_unseen)
         for quantizer in activations.values():
             if quantizer.saw_data:
-                ranges.update((found.quantizer, found) for found in quantizer.finish(owner_of[quantizer]))
-        for found in ranges.values():
-            found.set()
+                ranges.update((result.quantizer, result) for result in quantizer.finish(owner_of[quantizer]))
+        for result in ranges.values():
+            result.set()
 
 
 def _check_seen(unseen: List[str], allow_unseen: bool) -> None:
