@@ -328,9 +328,8 @@ class CoEvolution:
             self.rounded = round_weights_(
                 self.student.model,
                 self._passing(self.latest),
-                self.settings.damping,
+                self.settings.prior_rows or 32.0,
                 importance=importance,
-                prior_rows=self.settings.prior_rows,
             )
 
     def _has_few_bits(self) -> bool:

@@ -1,17 +1,17 @@
-"""How much each row of a layer's output matters to what a model finally says.
+"""Importance of each row of a layer's output for the outputs of the model.
 
-Tokens are not alike: in the last block of a classifier only the class token is read, and background says less than
-objects. The squared gradient of a loss with respect to a layer's output, a row at a time, is the weight under which the
-layer's own squared error approximates what the model's outputs make of it (a block of the Gauss-Newton matrix;
+Tokens differ: in the last block of a classifier only the class token is read, and background counts less than objects.
+The squared gradient of a loss with respect to a row of a layer's output is the weight of that row: under these weights
+the layer's squared error approximates the error of the model's outputs (a block of the Gauss-Newton matrix;
 GuidedQuant, arXiv 2505.07004, section 3, with all channels of a layer in one group).
 """
 
-import contextlib
 from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
+from psaq_mm.contexts import hooked
 from psaq_mm.errors import DataError
 from psaq_mm.quantization.layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
 from psaq_mm.quantization.rows import row_mask_given, valid_rows_of
@@ -53,34 +53,33 @@ def row_importance(model: nn.Module, run: Callable[[], None]) -> RowImportance:
         DataError: Reentrant activation checkpointing runs a layer several times in a pass, and it is not known which is
             which.
     """
-    layers = [
-        (n, m)
-        for n, m in model.named_modules()
-        if is_quantized_layer(m) and isinstance(m, (QuantLinearMixin, QuantConv2dMixin))
-    ]
     passes = _Passes()
-    seen = {name: _Calls(name, passes) for name, _ in layers}
-    with contextlib.ExitStack() as hooks:
-        hooks.enter_context(full_precision_weights(model))
-        for name, layer in layers:
-            hooks.callback(layer.register_forward_hook(seen[name].hook).remove)
+    calls_of: Dict[nn.Module, _Calls] = {
+        layer: _Calls(name, passes)
+        for name, layer in model.named_modules()
+        if is_quantized_layer(layer) and isinstance(layer, (QuantLinearMixin, QuantConv2dMixin))
+    }
+    with (
+        full_precision_weights(model),
+        hooked(calls_of, lambda layer: layer.register_forward_hook(calls_of[layer].hook)),
+    ):
         run()
-    found = RowImportance()
-    for name, calls in seen.items():
+    importance = RowImportance()
+    for calls in calls_of.values():
         rows = calls.rows()
         total, count = sum_(torch.tensor([float(rows.sum()), float(len(rows))], dtype=torch.float64)).tolist()
         if total > 0:
-            found[name] = (rows * (count / total)).float()
-            if len({call.number for call in calls.made}) < len(calls.made):
-                found.calls[name] = tuple(call.count for call in calls.made)
-    return found
+            importance[calls.name] = (rows * (count / total)).float()
+            if len({call.number for call in calls.recorded}) < len(calls.recorded):
+                importance.calls[calls.name] = tuple(call.count for call in calls.recorded)
+    return importance
 
 
 class _Passes:
-    """Which pass a run is in: one begins with the first call after a backward pass.
+    """Counts the passes of a run: a pass begins with the first call after a backward pass.
 
     Attributes:
-        number: Of the pass.
+        number: Of the current pass.
     """
 
     def __init__(self) -> None:
@@ -91,7 +90,7 @@ class _Passes:
         self._went_back = True
 
     def forward(self) -> int:
-        """A layer was called, outside of a backward pass: the number of its pass."""
+        """A layer is called outside of a backward pass; the number of its pass."""
         if self._went_back:
             self.number, self._went_back = self.number + 1, False
         return self.number
@@ -103,8 +102,8 @@ class _Call:
     Attributes:
         number: Of the pass.
         count: Rows that take part.
-        open: Whether activation checkpointing may compute it again, and have its gradient then.
-        energy: Squared gradient of each row, (count,), float64; None where none has come.
+        open: Whether activation checkpointing may compute it again; its gradient comes then.
+        energy: Squared gradient of each row, (count,), float64; None before a gradient came.
     """
 
     def __init__(self, number: int, count: int, open_: bool) -> None:
@@ -113,28 +112,28 @@ class _Call:
 
 
 class _Calls:
-    """The calls of a layer, and the gradients that reach them."""
+    """The calls of a layer, and the gradients of their outputs."""
 
     def __init__(self, name: str, passes: _Passes) -> None:
         self.name, self.passes = name, passes
-        self.made: List[_Call] = []
+        self.recorded: List[_Call] = []
 
     def rows(self) -> Tensor:
-        """(rows,), float64, on the device of the gradients."""
-        device = next((call.energy.device for call in self.made if call.energy is not None), None)
+        """Squared gradients of all rows, (rows,), float64, on the device of the gradients."""
+        device = next((call.energy.device for call in self.recorded if call.energy is not None), None)
         parts = [
             torch.zeros(call.count, dtype=torch.float64, device=device) if call.energy is None else call.energy
-            for call in self.made
+            for call in self.recorded
         ]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
     def hook(self, layer: nn.Module, args: Tuple, output: Tensor) -> None:
+        """Forward hook of the layer."""
         valid, images = row_mask_given(args), isinstance(layer, QuantConv2dMixin)
         if torch._C._current_graph_task_id() == -1:
-            rows = (output[..., :1, :, :] if images else output[..., :1]).detach()
-            rows = valid_rows_of(rows, valid)
-            call = _Call(self.passes.forward(), rows.numel(), not output.requires_grad)
-            self.made.append(call)
+            rows = valid_rows_of((output[..., :1, :, :] if images else output[..., :1]).detach(), valid)
+            self.recorded.append(_Call(self.passes.forward(), rows.numel(), not output.requires_grad))
+            call: Optional[_Call] = self.recorded[-1]
         else:
             call = self._computed_again()
         if call is None or not output.requires_grad:
@@ -154,13 +153,12 @@ class _Calls:
         reentrant).
         """
         self.passes.backward()
-        waiting = [call for call in self.made if call.open and call.number == self.passes.number]
+        waiting = [call for call in self.recorded if call.open and call.number == self.passes.number]
         if len(waiting) > 1:
             raise DataError(
                 f'Layer {self.name!r} is called {len(waiting)} times in a pass under reentrant activation '
-                f'checkpointing, which '
-                'does not tell which call has which gradient: use torch.utils.checkpoint with use_reentrant=False, or '
-                'with_cp=False'
+                'checkpointing, which does not tell which call has which gradient: use torch.utils.checkpoint with '
+                'use_reentrant=False, or with_cp=False'
             )
         for call in waiting:
             call.open = False

@@ -1,13 +1,12 @@
-"""Weights rounded one input at a time, each error carried over into the inputs that are still to come.
+"""Compensated rounding: weights are rounded input by input, and each error is carried into the inputs after it.
 
-Rounding every weight to its nearest code is the best there is only if the inputs of a layer are uncorrelated; those of
-a transformer are anything but. With the Gram matrix of the layer's inputs the error of one weight can be made up for by
-the weights after it: optimal brain compression (Frantar & Alistarh, arXiv 2208.11580) in the order and with the
-Cholesky form of GPTQ (Frantar et al., arXiv 2210.17323, section 3). Scales and codes stay those of the weight's own
-quantizer: what runs afterwards is the same integer model with better codes in it.
+The nearest code of every weight is the best choice only where the inputs of a layer are uncorrelated, and those of a
+transformer are not. With the Gram matrix of the layer's inputs, later weights can compensate the error of one weight:
+optimal brain compression (Frantar & Alistarh, arXiv 2208.11580) in the order and with the Cholesky form of GPTQ
+(Frantar et al., arXiv 2210.17323, section 3). Scales and the code range of the weight's quantizer stay: the result is
+the same integer model with better codes.
 """
 
-import contextlib
 import math
 from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psaq_mm.contexts import hooked
 from psaq_mm.errors import DataError
 from psaq_mm.quantization.layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
 from psaq_mm.quantization.primitives import fake_quantize
@@ -24,10 +24,12 @@ from psaq_mm.ranks import broadcast_, maximum_, sum_
 __all__ = ['RoundedLayer', 'compensated_rounding', 'round_weights_']
 
 BLOCK = 128
-"""Columns that are worked through before the rest of the matrix hears of their errors (GPTQ's lazy batch)."""
+"""Columns that are rounded before their errors are carried into the rest of the matrix (GPTQ's lazy batch)."""
 
 STRIP = 1 << 26
 """Bytes of a convolution's inputs that are unfolded at a time."""
+
+NamedLayer = Tuple[str, nn.Module]
 
 
 class LowRankError(DataError):
@@ -111,10 +113,10 @@ def _ordered(gram: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of ``gram`` in an order, as a new float64 matrix; a strip of rows at a time, so that there is
     one copy alone.
     """
-    found = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
-    for rows, part in zip(found.split(BLOCK), order.split(BLOCK)):
+    ordered = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    for rows, part in zip(ordered.split(BLOCK), order.split(BLOCK)):
         rows.copy_(gram[part][:, order])
-    return found
+    return ordered
 
 
 def _inverse_factor_(gram: Tensor, shift: float, damping: float) -> Tensor:
@@ -129,8 +131,8 @@ def _inverse_factor_(gram: Tensor, shift: float, damping: float) -> Tensor:
         if bool(failed):
             raise LowRankError(
                 f'damping={damping:g} is too little: the inputs of the layer span fewer directions than it has inputs, '
-                f'and '
-                'nothing tells how to share errors among the others; give more damping, or more samples'
+                'and nothing tells how to share errors among the others; give more damping (in a config, '
+                'dfq.prior_rows), or more samples'
             )
     return gram
 
@@ -139,11 +141,10 @@ def _inverse_factor_(gram: Tensor, shift: float, damping: float) -> Tensor:
 def round_weights_(
     model: nn.Module,
     run: Callable[[], None],
-    damping: float = 0.1,
+    prior_rows: float = 32.0,
     memory: int = 2**30,
     max_inputs: int = 8192,
     importance: Optional[Mapping[str, Tensor]] = None,
-    prior_rows: Optional[float] = None,
 ) -> List[RoundedLayer]:
     """Round the weights of every quantized Linear and convolution to codes that fit the layer's own quantized inputs,
     in place.
@@ -163,21 +164,20 @@ def round_weights_(
         model: Calibrated quantized model.
         run: Puts the samples through the model; called once a pass, without gradients. In a distributed run each rank
             puts samples of its own through, and all round alike.
-        damping: See :func:`compensated_rounding`.
+        prior_rows: Damping of a layer, as a number of rows: as if so many more rows of uncorrelated inputs of the mean
+            energy had been seen, beside its effective number of rows, (sum w)^2 / sum w^2 under the weights of
+            ``importance``, and the number of its rows without. A layer with few rows that matter is trusted less
+            (shrinkage, Ledoit & Wolf, J. Multivariate Analysis 88, 2004). Positive.
         memory: Bytes for the Gram matrices of one pass.
         max_inputs: Layers with more inputs (channels times kernel) stay at their nearest codes: time grows with the
             third power.
         importance: By layer name, the weight of each row that ``run`` sends through, as :func:`.row_importance` finds
             it: errors are made small where outputs matter. Rows of layers that are missing weigh alike.
-        prior_rows: Damping of the layers with ``importance``, in place of ``damping``: as if so many rows more of
-            uncorrelated inputs of the mean energy had been seen, beside the effective number of rows under those
-            weights, (sum w)^2 / sum w^2. The fewer rows matter, the less they are trusted (shrinkage, Ledoit & Wolf, J.
-            Multivariate Analysis 88, 2004). Positive.
 
     Returns:
-        One entry a layer whose weight is quantized, its errors under those weights. A layer that compensation would not
-        help stays as it was, and so does one whose inputs are of too low a rank for the damping: its ``reason`` says
-        so.
+        One entry for each layer whose weight is quantized, its errors under those weights. A layer that compensation
+        would not help stays as it was, and so does one whose inputs are of too low a rank for the damping: its
+        ``reason`` says so.
 
     Raises:
         DataError: An input holds NaN or infinity, ``importance`` is of other rows than ``run`` sends (names the layer),
@@ -187,45 +187,24 @@ def round_weights_(
         >>> calibrate(model, lambda: model(samples))
         >>> report = round_weights_(model, lambda: model(samples))
     """
-    dampings = {} if prior_rows is None else _shrinkage(importance or {}, prior_rows)
-    done: Dict[str, RoundedLayer] = {}
-    waiting: List[Tuple[str, nn.Module]] = []
+    if not 0 < prior_rows < math.inf:
+        raise DataError(f'prior_rows={prior_rows} must be positive and finite: 32 is the usual value')
     layers = [(n, m) for n, m in model.named_modules() if is_quantized_layer(m) and m.weight_quantizer.mode == 'on']
-    for name, layer in layers:
-        reason = _reason_to_leave(layer, max_inputs)
-        if reason:
-            done[name] = RoundedLayer(name, math.nan, math.nan, reason)
-        else:
-            waiting.append((name, layer))
-    while waiting:
-        batch, used = [], 0
-        while waiting and (not batch or used + 4 * _inputs(waiting[0][1]) ** 2 <= memory):
-            used += 4 * _inputs(waiting[0][1]) ** 2
-            batch.append(waiting.pop(0))
+    reasons = {name: _reason_to_leave(layer, max_inputs) for name, layer in layers}
+    reports = {name: RoundedLayer(name, math.nan, math.nan, reason) for name, reason in reasons.items()}
+    for batch in _batches([(name, layer) for name, layer in layers if not reasons[name]], memory):
         with full_precision_weights(model):
             grams = _gather(batch, run, importance or {})
         for name, layer in batch:
             gram = grams.pop(name, None)
             if gram is None:
-                done[name] = RoundedLayer(name, math.nan, math.nan, 'no sample went through it')
+                reports[name] = RoundedLayer(name, math.nan, math.nan, 'no sample went through it')
                 continue
             try:
-                done[name] = _round_layer(name, layer, gram, dampings.get(name, damping))
+                reports[name] = _round_layer(name, layer, gram.matrix, gram.damping(prior_rows))
             except DataError as error:
                 raise DataError(f'Layer {name!r}: {error}') from error
-    return [done[name] for name, _ in layers]
-
-
-def _shrinkage(importance: Mapping[str, Tensor], prior_rows: float) -> Dict[str, float]:
-    """By layer name, the damping that so many rows more come to."""
-    if not 0 < prior_rows < math.inf:
-        raise DataError(f'prior_rows={prior_rows} must be positive and finite: 32 is the usual value')
-    found = {}
-    for name, weights in importance.items():
-        weights = weights.double()
-        total, squares = sum_(torch.stack([weights.sum(), weights.pow(2).sum()])).tolist()
-        found[name] = prior_rows * squares / total**2
-    return found
+    return [reports[name] for name, _ in layers]
 
 
 def _inputs(layer: nn.Module) -> int:
@@ -233,6 +212,7 @@ def _inputs(layer: nn.Module) -> int:
 
 
 def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
+    """Why a layer cannot be rounded; empty where it can."""
     if isinstance(layer, QuantConv2dMixin):
         if layer.groups != 1:
             return f'{layer.groups} groups'
@@ -243,22 +223,40 @@ def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
     return f'{_inputs(layer)} inputs, more than {max_inputs}' if _inputs(layer) > max_inputs else ''
 
 
+def _batches(layers: Sequence[NamedLayer], memory: int) -> Iterator[List[NamedLayer]]:
+    """Layers in order, as many at a time as have Gram matrices within ``memory`` bytes, and at least one."""
+    batch: List[NamedLayer] = []
+    used = 0
+    for name, layer in layers:
+        needed = 4 * _inputs(layer) ** 2
+        if batch and used + needed > memory:
+            yield batch
+            batch, used = [], 0
+        batch.append((name, layer))
+        used += needed
+    if batch:
+        yield batch
+
+
 def _gather(
-    layers: List[Tuple[str, nn.Module]], run: Callable[[], None], importance: Mapping[str, Tensor]
-) -> Dict[str, Tensor]:
-    """Gram matrices of the quantized inputs of ``layers`` over one run."""
-    grams: Dict[str, Tensor] = {}
+    layers: Sequence[NamedLayer], run: Callable[[], None], importance: Mapping[str, Tensor]
+) -> Dict[str, '_Gram']:
+    """Gram matrices of the quantized inputs of ``layers`` over one run of all ranks, of those that samples reach."""
     calls = getattr(importance, 'calls', {})
-    weights = {name: _Weights(name, importance[name], calls.get(name)) for name, _ in layers if name in importance}
-    with contextlib.ExitStack() as hooks:
-        for name, layer in layers:
-            # On the input's quantizer: layers whose owner multiplies for them (packed projections) are seen as well.
-            handle = layer.input_quantizer.register_forward_hook(_gram_hook(grams, name, layer, weights.get(name)))
-            hooks.callback(handle.remove)
+    # Hooks are on the input quantizers: layers whose owner multiplies for them (packed projections) are seen as well.
+    grams = {
+        layer.input_quantizer: _Gram(
+            layer, _Weights(name, importance[name], calls.get(name)) if name in importance else None
+        )
+        for name, layer in layers
+    }
+    with hooked(grams, lambda quantizer: quantizer.register_forward_hook(grams[quantizer].add)):
         run()
-    for given in weights.values():
-        given.close()
-    return _reduced(layers, grams)
+    for gram in grams.values():
+        if gram.weights is not None:
+            gram.weights.close()
+    rows = sum_(torch.tensor([gram.rows for gram in grams.values()], dtype=torch.float64)).tolist()
+    return {name: gram.summed(count) for (name, _), gram, count in zip(layers, grams.values(), rows) if count}
 
 
 class _Weights:
@@ -270,21 +268,21 @@ class _Weights:
         calls: How many of them each call had, see :class:`.RowImportance`; None where their order says enough.
     """
 
-    def __init__(self, name: str, values: Tensor, calls: Optional[Sequence[int]] = None):
+    def __init__(self, name: str, values: Tensor, calls: Optional[Sequence[int]] = None) -> None:
         self.name, self.values, self.calls = name, values, calls
-        self.used = self.made = 0
+        self.used = self.calls_begun = 0
 
     def begin(self, count: int) -> None:
         """A call of so many rows follows."""
-        if self.calls is not None and self.calls[self.made : self.made + 1] != (count,):
+        index = self.calls_begun
+        if self.calls is not None and self.calls[index : index + 1] != (count,):
             raise DataError(
                 f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit. It is called several times in a '
-                f'pass, '
-                f'call {self.made + 1} has {count} rows, and the weights are of calls of '
-                f'{", ".join(map(str, self.calls[:8]))} '
-                'rows: put the same samples through in the same batches both times.'
+                f'pass, call {index + 1} has {count} rows, and the weights are of calls of '
+                f'{", ".join(map(str, self.calls[:8]))} rows: put the same samples through in the same batches both '
+                'times.'
             )
-        self.made += 1
+        self.calls_begun += 1
 
     def next(self, count: int) -> Tensor:
         """(count, 1)."""
@@ -298,39 +296,65 @@ class _Weights:
         if self.used != len(self.values):
             raise DataError(
                 f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit {self.used} rows: take both from '
-                f'the '
-                'same samples, in the same order.'
+                'the same samples, in the same order.'
             )
 
 
-def _reduced(layers: List[Tuple[str, nn.Module]], grams: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Gram matrices of the samples of all ranks; a rank may have sent none through a layer."""
-    seen = maximum_(torch.tensor([name in grams for name, _ in layers], dtype=torch.int32))
-    for (name, layer), anywhere in zip(layers, seen.tolist()):
-        if anywhere:
-            inputs = _inputs(layer)
-            sum_(grams.setdefault(name, torch.zeros(inputs, inputs, device=layer.weight.device)))
-    return grams
+class _Gram:
+    """Gram matrix of the inputs of a layer, summed over the calls of its input quantizer.
 
+    Args:
+        layer: Whose inputs they are.
+        weights: Of the rows, or None where all weigh alike.
 
-def _gram_hook(grams: Dict[str, Tensor], name: str, layer: nn.Module, weights: Optional[_Weights]):
+    Attributes:
+        matrix: (inputs, inputs), float32.
+        rows: How many rows it is the sum of.
+    """
 
-    def hook(quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
+    def __init__(self, layer: nn.Module, weights: Optional[_Weights] = None) -> None:
+        self.layer, self.weights = layer, weights
+        self.sum: Optional[Tensor] = None
+        self.rows = 0.0
+
+    @property
+    def matrix(self) -> Tensor:
+        """What is summed so far; 0 before the first row."""
+        if self.sum is None:
+            inputs = _inputs(self.layer)
+            self.sum = torch.zeros(inputs, inputs, device=self.layer.weight.device)
+        return self.sum
+
+    def add(self, quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
+        """Hook of the layer's input quantizer."""
         rows = valid_rows_of(output, row_mask_given(args))
-        if weights is not None:
-            weights.begin(_count(layer, rows))
-        # sums of thousands of products are no numbers of eight bits
+        count = _count(self.layer, rows)
+        self.rows += count
+        if self.weights is not None:
+            self.weights.begin(count)
+        # Sums of thousands of products need more than the 8 bits that autocast may leave.
         with torch.autocast(output.device.type, enabled=False):
-            for part in _rows(layer, rows.float()):
-                if weights is not None:
-                    part = part * weights.next(len(part)).sqrt()
-                found = grams.get(name)
-                if found is None:
-                    grams[name] = part.t() @ part
+            for part in _rows(self.layer, rows.float()):
+                if self.weights is not None:
+                    part = part * self.weights.next(len(part)).sqrt()
+                if self.sum is None:
+                    self.sum = part.t() @ part
                 else:
-                    found.addmm_(part.t(), part)
+                    self.sum.addmm_(part.t(), part)
 
-    return hook
+    def summed(self, rows: float) -> '_Gram':
+        """Sum the matrix over the ranks, which saw ``rows`` rows together; itself."""
+        self.rows = rows
+        sum_(self.matrix)
+        return self
+
+    def damping(self, prior_rows: float) -> float:
+        """``prior_rows`` as a multiple of the mean energy; after :meth:`summed`."""
+        if self.weights is None:
+            return prior_rows / self.rows
+        values = self.weights.values.double()
+        total, squares = sum_(torch.stack([values.sum(), values.pow(2).sum()])).tolist()
+        return prior_rows * squares / total**2
 
 
 def _places(layer: nn.Module, x: Tensor) -> Tuple[int, int]:
