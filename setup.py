@@ -137,7 +137,8 @@ setup(
     # Only files that stand inside the package; configs and tools are laid in by BuildWithConfigs.
     package_data={'psaq_mm': ['**/*.json', '**/*.html', '**/*.css', '**/*.js']},
     include_package_data=False,
-    install_requires=['torch>=2.1', 'numpy'],
+    # filelock: locks; jinja2: pages; rich: tables. All three are pure Python.
+    install_requires=['torch>=2.1', 'numpy', 'filelock', 'jinja2', 'rich'],
     extras_require=EXTRAS,
     entry_points={
         'console_scripts': [

@@ -26,7 +26,8 @@ from typing import List, Optional, Sequence
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, begin, table  # noqa: E402
+from benchmarks.measuring import Row, begin  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 SCRIPTS = (
     'startup',
@@ -67,7 +68,7 @@ def collect(scripts: Sequence[str], quick: bool, device: str) -> List[Row]:
 
 def shown(rows: Sequence[Row]) -> str:
     """The table of all claims; a script that failed has its error in place of figures."""
-    return table(
+    return markdown_table(
         ('claim', 'ratio', 'bound', 'holds'),
         [
             (

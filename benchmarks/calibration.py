@@ -25,7 +25,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, in_turn, peak_apart, ratio_of, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, in_turn, peak_apart, ratio_of, row, run_script  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 PARTS = ('time', 'memory')
 BOUNDS = dict(minmax=1.15, percentile=1.5)
@@ -95,7 +96,7 @@ def time_rows(quick: bool, device: str) -> List[Row]:
     lines = [
         (name, sorted(found)[len(found) // 2], ratio_of(found, seconds['float'])) for name, found in seconds.items()
     ]
-    print(table((f'Swin-S, {what}', 'seconds', 'over float'), lines), flush=True)
+    print(markdown_table((f'Swin-S, {what}', 'seconds', 'over float'), lines), flush=True)
     return [
         row(
             f'calibration of Swin-S, {observer}, {what}: time over the float forward',
@@ -127,7 +128,7 @@ def memory_rows(quick: bool, device: str) -> List[Row]:
                 1.05,
             )
         )
-    print(table((f'Swin-S, {size[0]} x {size[1]}', 'images', 'MiB grown'), lines), flush=True)
+    print(markdown_table((f'Swin-S, {size[0]} x {size[1]}', 'images', 'MiB grown'), lines), flush=True)
     return found
 
 

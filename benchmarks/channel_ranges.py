@@ -5,7 +5,7 @@ What calibration for RepQ-ViT's reparameterization spends on one LayerNorm::
 
     python benchmarks/channel_ranges.py --threads 1 [--quick] [--images 8 --tokens 3136 --channels 384]
 
-- ``ours``: ``ChannelPercentileObserver``, updated image by image.
+- ``ours``: ``FeatureObserver`` with the rule ``Percentile``, updated image by image.
 - ``loop``: all images' tokens side by side, then for each channel one ``torch.quantile`` for all candidates (one sort),
   and each candidate's squared error on the channel's values.
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import Row, row  # noqa: E402
-from psaq_mm.quantization.channel_observers import ChannelPercentileObserver  # noqa: E402
+from psaq_mm.quantization import ChannelGrid, FeatureObserver, Percentile  # noqa: E402
 
 CANDIDATES = (1.0, 0.99999, 0.9999, 0.999)
 ERROR = 0.01
@@ -61,10 +61,10 @@ def layer_norm_outputs(images: int, tokens: int, channels: int) -> List[Tensor]:
 
 
 def ours(images: List[Tensor], bits: int) -> QParams:
-    observer = ChannelPercentileObserver(CANDIDATES)
+    observer = FeatureObserver(Percentile(CANDIDATES))
     for image in images:
-        observer.update(image)
-    return observer.qparams(bits)
+        observer.observe(image)
+    return observer.qparams(ChannelGrid(bits))
 
 
 def error_of(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -14,18 +14,15 @@ Adam. The pieces, each timed in turn with the others:
   similarity, total variation and discrepancy, the gradient to the pixels, and the pixels' optimizer.
 - ``plain sample``: its control: teacher and full-precision student forward, the discrepancy alone, and its gradient to
   the pixels.
-- ``joint``: a step of samples and student together (``dfq.joint_lr``): teacher and quantized student forward, patch
-  similarity and total variation, one backward pass for weights and pixels, the student's optimizer, and the samples'
-  step back into the pool.
 - ``ranges``: the student's ranges anew on one batch, as after each round.
 
-A step of the co-evolution is one step of the samples and one of the student. Judged at 1.5: joint / plain.
+A step of the co-evolution is one step of the samples and one of the student. Judged at 1.5: (sample + student) / (plain
+sample + plain), which is what patch similarity, prior and quantizers add.
 
-Measured beside it, where samples evolve in rounds: (sample + student) / (plain sample + plain), what patch similarity,
-prior and quantizers add; (sample + student) / plain; and the same a student step of the default preset, whose rounds
-are ``evolve_samples / batch_size * steps`` steps of the samples, and new ranges on ``calibration_samples``, every
-``evolve_every`` steps of the student. In rounds a step of the samples goes through teacher and student forward and
-backward, which is what a plain step costs already.
+Measured beside it: (sample + student) / plain; and the same a student step of the default preset, whose rounds are
+``evolve_samples / batch_size * steps`` steps of the samples, and new ranges on ``calibration_samples``, every
+``evolve_every`` steps of the student. A step of the samples goes through teacher and student forward and backward,
+which is what a plain step costs already.
 
 The process keeps freed memory as the commands do (``psaq_mm/commands/allocator.py``), for all pieces alike; any setting
 of malloc in the environment, such as glibc's own ``MALLOC_ARENA_TEST=8``, leaves it as it is.
@@ -34,7 +31,6 @@ of malloc in the environment, such as glibc's own ``MALLOC_ARENA_TEST=8``, leave
 """
 
 import copy
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -45,7 +41,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, in_turn, ratio_of, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, in_turn, ratio_of, row, run_script  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 BOUND = 1.5
 
@@ -66,9 +63,10 @@ def frozen(net: nn.Module) -> nn.Module:
 
 def pieces(batch: int, size: Tuple[int, int], device: str) -> Dict[str, Callable[[], Any]]:
     """The four steps, by name."""
-    from psaq_mm.calibration import normalized_l1
+    from psaq_mm.calibration import Calibration, CalibrationSettings, TrainingSettings, normalized_l1
     from psaq_mm.models import TaskModel, quantize_model_
-    from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, SampleGenerator
+    from psaq_mm.pictures import Generated, SampleStream
+    from psaq_mm.psaq_vit import CoEvolution, SampleGenerator, Synthesis
     from psaq_mm.quantization import set_mode
 
     base = swin_tiny().to(device)
@@ -81,14 +79,12 @@ def pieces(batch: int, size: Tuple[int, int], device: str) -> Dict[str, Callable
         TaskModel, (frozen(teacher), student, frozen(copy.deepcopy(base)), base)
     )
     generator = SampleGenerator(size=size, batch_size=batch, steps=1, init='pink')
-    settings = CoEvolutionSettings(
-        size=size, batch_size=batch, calibration_samples=batch, pool_size=2 * batch, evolve_samples=batch
-    )
-    evolution = CoEvolution(teacher, student, generator, settings)
+    calibration = Calibration(student, CalibrationSettings(batch_size=batch, calibration_samples=batch))
+    synthesis = Synthesis(teacher, generator, size, random=calibration.random)
+    stream = SampleStream(Generated(), size, teacher.image_spec)
+    settings = TrainingSettings(pool_size=2 * batch, evolve_samples=batch)
+    evolution = CoEvolution(teacher, calibration, stream, synthesis, settings)
     evolution.prepare()
-    joint = CoEvolution(teacher, student, generator, dataclasses.replace(settings, joint_lr=0.05))
-    joint.pool.add(evolution.pool.samples)
-    joint.draw()
     images = evolution.draw()
     optimizer = torch.optim.Adam(student.model.parameters(), lr=1e-6)
     float_optimizer = torch.optim.Adam(float_student.model.parameters(), lr=1e-6)
@@ -105,13 +101,8 @@ def pieces(batch: int, size: Tuple[int, int], device: str) -> Dict[str, Callable
         float_optimizer.step()
         float_optimizer.zero_grad()
 
-    def joint_step() -> None:
-        joint.learn(images, Tensor.backward)
-        optimizer.step()
-        optimizer.zero_grad()
-
     def sample_step() -> None:
-        evolution.make_samples(batch, compete=True)
+        synthesis.make(batch, student)
 
     def plain_sample() -> None:
         pixels = images.clone().requires_grad_()
@@ -121,10 +112,9 @@ def pieces(batch: int, size: Tuple[int, int], device: str) -> Dict[str, Callable
     return {
         'plain': plain_step,
         'student': student_step,
-        'joint': joint_step,
         'plain sample': plain_sample,
         'sample': sample_step,
-        'ranges': lambda: evolution.observe(images.cpu()),
+        'ranges': lambda: calibration.observe(images.cpu()),
     }
 
 
@@ -159,18 +149,8 @@ def rows(quick: bool, device: str) -> List[Row]:
             (f'default preset: student + {share:g} sample + ranges', amortised),
         )
     ]
-    print(table((what, 'seconds', 'over plain'), lines), flush=True)
-    print(
-        f'in rounds, sample + student over the same of a full-precision student: {ratio_of(both, control):.2f}',
-        flush=True,
-    )
-    return [
-        row(
-            f'co-evolution step of {what}: samples and student together, over plain distillation',
-            ratio_of(seconds['joint'], seconds['plain']),
-            BOUND,
-        )
-    ]
+    print(markdown_table((what, 'seconds', 'over plain'), lines), flush=True)
+    return [row(f'co-evolution step of {what}, over one of a full-precision student', ratio_of(both, control), BOUND)]
 
 
 if __name__ == '__main__':

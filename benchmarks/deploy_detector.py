@@ -15,6 +15,7 @@ Example:
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -29,24 +30,23 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from psaq_mm.commands.common import load_config  # noqa: E402
 from psaq_mm.commands.export import default_sizes  # noqa: E402
+from psaq_mm.contexts import replaced  # noqa: E402
 from psaq_mm.deploy import export_model  # noqa: E402
 from psaq_mm.deploy.serving import deploy_model_  # noqa: E402
+from psaq_mm.engine.building import build_model  # noqa: E402
 from psaq_mm.engine.checkpoint import load_weights, read_checkpoint  # noqa: E402
-from psaq_mm.engine.config import drop_pretrained, full_precision_model_config, quantized_model_config  # noqa: E402
+from psaq_mm.engine.config import full_precision_model_config, quantized_model_config  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
-from psaq_mm.pictures import pink_noise  # noqa: E402
+from psaq_mm.pictures import PinkNoise  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
-from psaq_mm.runtime.deployed import RUNTIMES  # noqa: E402
+from psaq_mm.runtime import RUNTIMES  # noqa: E402
+from psaq_mm.tables import text_table  # noqa: E402
 
 
 def build(config, settings, checkpoint):
     """A model of the config in evaluation mode; random weights without a checkpoint."""
-    from mmengine.registry import MODELS, init_default_scope
-
-    init_default_scope(config.get('default_scope', 'mmengine'))
-    drop_pretrained(settings)
     torch.manual_seed(0)
-    model = MODELS.build(settings)
+    model = build_model(config, settings)
     if checkpoint:
         load_weights(model, read_checkpoint(checkpoint), checkpoint)
     model.eval()
@@ -93,20 +93,17 @@ def without_thresholds(settings):
 
 def boxes_of(model, image, kind):
     """How many boxes a model has on an image."""
-    seen = []
-    hooked = getattr(model, 'roi_head', None)
-    if hooked is not None:
-        library = hooked.predict
+    proposals, head = [], getattr(model, 'roi_head', None)
+    library = getattr(head, 'predict', None)
 
-        def predict(levels, proposals, *args, **kwargs):
-            seen.extend(len(found) for found in proposals)
-            return library(levels, proposals, *args, **kwargs)
+    def predict(levels, of_images, *args, **kwargs):
+        proposals.extend(map(len, of_images))
+        return library(levels, of_images, *args, **kwargs)
 
-        hooked.predict = predict
-    found = model.predict(image, samples(kind, tuple(image.shape[-2:])))[0]
-    if hooked is not None:
-        del hooked.predict
-    return Boxes(seen[0] if seen else None, len(found.pred_instances) if 'pred_instances' in found else None)
+    with contextlib.nullcontext() if head is None else replaced(head, 'predict', predict):
+        sample = model.predict(image, samples(kind, tuple(image.shape[-2:])))[0]
+    detections = len(sample.pred_instances) if 'pred_instances' in sample else None
+    return Boxes(proposals[0] if proposals else None, detections)
 
 
 def check_boxes(name, found, wanted):
@@ -145,7 +142,7 @@ def main():
     size = tuple(args.size or default_sizes(config)[0])
     wanted = without_thresholds(config.model)
     student = build(config, quantized_model_config(config), args.checkpoint)
-    image = pink_noise(1, size, TaskModel(student).image_spec)
+    image = PinkNoise()(1, size, TaskModel(student).image_spec)
     calibrate(
         student, lambda: TaskModel(student).calibration_forward(image, student.quant_spec.scope), allow_unseen=True
     )
@@ -160,7 +157,6 @@ def main():
                 runtime,
                 args.threads,
             )
-        del student
         with torch.no_grad():
             for name, model in models.items():
                 check_boxes(name, boxes_of(model, image, kind), wanted)
@@ -180,11 +176,10 @@ def main():
     )
     if wanted.detections is not None:
         print(f'{wanted.detections} detections' + (f' of {wanted.proposals} proposals' if wanted.proposals else ''))
-    print(f'{"model":<24}  {"images/s":>8}  {"ms":>9}  {"speed-up":>8}')
-    first = statistics.median(seconds['PyTorch float32'])
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        print(f'{name:<24}  {1 / median:>8.2f}  {1e3 * median:>9.1f}  {first / median:>8.2f}')
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    first = medians['PyTorch float32']
+    rows = [(name, f'{1 / m:.2f}', f'{1e3 * m:.1f}', f'{first / m:.2f}') for name, m in medians.items()]
+    print(text_table(('model', 'images/s', 'ms', 'speed-up'), rows, 'lrrr', rule=False))
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from psaq_mm.deploy import export_model, load  # noqa: E402
 from psaq_mm.models import quantize_model_  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
-from psaq_mm.runtime.deployed import RUNTIMES, start  # noqa: E402
+from psaq_mm.runtime import RUNTIMES, start  # noqa: E402
 
 SIZES = ((224, 224), (800, 1216))
 SWIN_T = dict(
@@ -77,8 +77,10 @@ import sys
 sys.modules['torch'] = None
 import nncf, numpy, openvino
 graph, images, out = sys.argv[1:]
-data = nncf.Dataset([{'images': image[None]} for image in numpy.load(images)])
-model = nncf.quantize(openvino.Core().read_model(graph), data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(numpy.load(images)))
+images = numpy.load(images)
+data = nncf.Dataset([{'images': image[None]} for image in images])
+model = openvino.Core().read_model(graph)
+model = nncf.quantize(model, data, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
 openvino.save_model(model, out, compress_to_fp16=False)
 """
 

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, in_turn, ratio_of, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, in_turn, ratio_of, row, run_script  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 PARTS = ('network', 'compile')
 BOUND = 1.25
@@ -137,7 +138,7 @@ def network_rows(quick: bool, device: str) -> List[Row]:
             if spec != 'float'
         ]
     print(
-        table(
+        markdown_table(
             (f'Swin-T, {size} x {size}', 'forward s', 'ratio', 'backward s', 'ratio', 'forward, weights held'), lines
         ),
         flush=True,
@@ -186,7 +187,8 @@ def compare_compiled(device: str) -> None:
         for name, call in calls.items()
     ]
     print(
-        table((f'{x.shape[0]} x {x.shape[1]}, without gradient', 'ns a value', 'values that differ'), lines), flush=True
+        markdown_table((f'{x.shape[0]} x {x.shape[1]}, without gradient', 'ns a value', 'values that differ'), lines),
+        flush=True,
     )
 
 

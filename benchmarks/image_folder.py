@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import List, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from psaq_mm.files import write_whole  # noqa: E402
 
 _NAME = re.compile(r'(\d+)_.+\.(jpe?g|png)', re.IGNORECASE)
 
@@ -25,12 +28,8 @@ def labelled(folder: Path) -> List[Tuple[str, int]]:
     Raises:
         SystemExit: There are none.
     """
-    found = (
-        [(path.name, _NAME.fullmatch(path.name)) for path in sorted(Path(folder).iterdir())]
-        if Path(folder).is_dir()
-        else []
-    )
-    images = [(name, int(match[1])) for name, match in found if match]
+    names = sorted(path.name for path in Path(folder).iterdir()) if Path(folder).is_dir() else []
+    images = [(name, int(match[1])) for name in names if (match := _NAME.fullmatch(name))]
     if not images:
         raise SystemExit(f'{folder} holds no images called <class index>_<name>.jpg: give another folder')
     return images
@@ -49,19 +48,28 @@ def write_config(folder: Path, checkpoint: Path, model: str, out: Path) -> Path:
     if not Path(checkpoint).is_file():
         raise SystemExit(f'there is no checkpoint {checkpoint}: check the path')
     images, out = labelled(folder), Path(out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
     for part, name in ((0, 'calibration'), (1, 'evaluation')):
         lines = [f'{file} {label}' for file, label in images if label % 2 == part]
-        (out / f'{name}.txt').write_text('\n'.join(lines) + '\n')
+        write_whole(out / f'{name}.txt', '\n'.join(lines) + '\n')
     path = out / f'{model}.py'
-    path.write_text(f"""_base_ = [{str(base)!r}]
+    write_whole(
+        path,
+        f"""_base_ = [{str(base)!r}]
 load_from = {str(Path(checkpoint).resolve())!r}
-dataset = dict(type='CustomDataset', data_root={str(Path(folder).resolve())!r}, pipeline={{{{_base_.pipeline}}}}, _delete_=True)
-train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(ann_file={str(out / 'calibration.txt')!r}, **dataset))
-test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(ann_file={str(out / 'evaluation.txt')!r}, **dataset))
+dataset = dict(
+    type='CustomDataset', data_root={str(Path(folder).resolve())!r}, pipeline={{{{_base_.pipeline}}}}, _delete_=True)
+train_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(ann_file={str(out / 'calibration.txt')!r}, **dataset))
+test_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(ann_file={str(out / 'evaluation.txt')!r}, **dataset))
 val_dataloader = test_dataloader
 del dataset
-""")
+""",
+    )
     return path
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from psaq_mm.commands.common import add_config_arguments, load_config, run_command  # noqa: E402
 from psaq_mm.commands.compare import compare, plan  # noqa: E402
 from psaq_mm.commands.sample_rows import principal_metrics  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 LOGITS = '*head.output'
 KINDS = ('quantized', 'float')
@@ -49,21 +50,19 @@ def table(entries: Sequence[Dict[str, Any]]) -> str:
     """Markdown out of the comparison's entries, whose configs are called ``MODEL, logits KIND``."""
     full = next((e['full_precision'] for e in entries if e.get('full_precision')), {})
     metric = principal_metrics(full)[0] if full else 'top-1'
-    lines = [f'| logits | calibrated on | seeds | {metric} | difference | agreement |', '|---' * 6 + '|']
+    lines = []
     if full:
-        lines.append(f'| full precision | - | - | {full[metric]:.2f} | - | 1 |')
+        lines.append(('full precision', '-', '-', f'{full[metric]:.2f}', '-', '1'))
     for entry in entries:
         logits = entry['config'].rpartition(' ')[2]
         if not entry.get('metrics'):
-            lines.append(f'| {logits} | {entry["source"]} | failed | - | - | - |')
+            lines.append((logits, entry['source'], 'failed', '-', '-', '-'))
             continue
         value, difference = entry['metrics'][metric]['mean'], entry.get('difference')
         paired = f'{difference["mean"]:+.2f} ± {entry["difference_se"]["mean"]:.2f}' if difference else '-'
-        lines.append(
-            f'| {logits} | {entry["source"]} | {len(entry["seeds"])} | {value:.2f} | {paired} | '
-            f'{entry["agreement"]["mean"]:.3f} |'
-        )
-    return '\n'.join(lines)
+        seeds, agreement = str(len(entry['seeds'])), f'{entry["agreement"]["mean"]:.3f}'
+        lines.append((logits, entry['source'], seeds, f'{value:.2f}', paired, agreement))
+    return markdown_table(('logits', 'calibrated on', 'seeds', metric, 'difference', 'agreement'), lines)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from psaq_mm.commands.allocator import keep_freed_memory  # noqa: E402
 from psaq_mm.quantization import use_full_float32  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 Row = Dict[str, Any]
 
@@ -176,25 +177,9 @@ def row(name: str, ratio: float, bound: float, **more: Any) -> Row:
     return dict(name=name, ratio=round(float(ratio), 4), bound=bound, ok=bool(ratio <= bound), **more)
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """Markdown; numbers are aligned to the right."""
-    texts = [
-        [cell if isinstance(cell, str) else f'{cell:.3f}' if isinstance(cell, float) else str(cell) for cell in line]
-        for line in lines
-    ]
-    widths = [max(len(text[i]) for text in [list(header), *texts]) for i in range(len(header))]
-    numeric = [bool(lines) and all(not isinstance(line[i], str) for line in lines) for i in range(len(header))]
-
-    def shown(cells: Sequence[str]) -> str:
-        return '| ' + ' | '.join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric)) + ' |'
-
-    rule = '|' + '|'.join('-' * (w + 1) + ':' if n else '-' * (w + 2) for w, n in zip(widths, numeric)) + '|'
-    return '\n'.join([shown(list(header)), rule, *map(shown, texts)])
-
-
 def table_of(rows: Sequence[Row]) -> str:
     """The rows alone: name, ratio, bound, and whether it holds."""
-    return table(
+    return markdown_table(
         ('claim', 'ratio', 'bound', 'holds'),
         [(r['name'], r['ratio'], f'{r["bound"]:g}', 'yes' if r['ok'] else 'no') for r in rows],
     )

@@ -25,7 +25,8 @@ from typing import List, NamedTuple, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, row, run_script  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 
 class Workload(NamedTuple):
@@ -129,7 +130,7 @@ def rows(quick: bool, device: str) -> List[Row]:
                 lines.append((name, peak, BOUNDS[with_cp], round(seconds)))
                 found.append(row(f'memory of the whole run, {name} (GiB)', peak, BOUNDS[with_cp]))
                 print(f'{name}: {peak:.2f} GiB in {seconds:.0f} s', file=sys.stderr, flush=True)
-    print(table(('whole data-free run', 'peak GiB', 'bound', 'seconds'), lines))
+    print(markdown_table(('whole data-free run', 'peak GiB', 'bound', 'seconds'), lines))
     return found
 
 

@@ -177,20 +177,21 @@ def main() -> int:
     parser.add_argument('--integer-zero-point', action='store_true')
     args = parser.parse_args()
 
-    from mmengine.registry import DATASETS, MODELS, init_default_scope
+    from mmengine.registry import DATASETS
 
     from psaq_mm.commands.common import load_config
     from psaq_mm.commands.quiet import silence
+    from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import load_weights, read_checkpoint
-    from psaq_mm.engine.real_images import training_images
+    from psaq_mm.engine.samples import build_source
+    from psaq_mm.pictures import ImageSpec, SampleStream
     from psaq_mm.quantization import is_quantizer_key, set_mode
 
     config = load_config(args.config)
-    init_default_scope(config.get('default_scope', 'mmpretrain'))
     checkpoint = read_checkpoint(config.load_from)
 
     def build(quant) -> nn.Module:
-        model = MODELS.build(dict(copy.deepcopy(config.model), quant=quant))
+        model = build_model(config, dict(config.model, quant=quant))
         load_weights(model, checkpoint, config.load_from)
         return model.eval()
 
@@ -219,7 +220,8 @@ def main() -> int:
         for name in ('reference', 'ours'):
             rows = []
             for seed in args.seeds:
-                images = training_images(config, float_model, tuple(batches[0].shape[-2:]), seed)(args.images)
+                source = build_source('real', float_model, config, seed)
+                images = SampleStream(source, tuple(batches[0].shape[-2:]), ImageSpec(), seed).take(args.images)
                 begun = time.perf_counter()
                 made = (
                     reference(plain, images, bits, args.integer_zero_point)

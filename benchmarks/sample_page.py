@@ -18,7 +18,7 @@ import io
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -31,10 +31,20 @@ sys.path.insert(0, str(ROOT))
 from psaq_mm.commands.common import add_config_arguments, load_config, run_command  # noqa: E402
 from psaq_mm.commands.quiet import silence  # noqa: E402
 from psaq_mm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
+from psaq_mm.files import write_whole  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
-from psaq_mm.pictures import SOURCES  # noqa: E402
-from psaq_mm.visualization import BlockDensity, Curve, Picture, area_chart, similarity_densities, to_pixels, write_whole  # noqa: E402
-from psaq_mm.visualization.page import legend, page, picture_grid, table, text  # noqa: E402
+from psaq_mm.pictures import SampleStream, source_of  # noqa: E402
+from psaq_mm.tables import text_table  # noqa: E402
+from psaq_mm.visualization import (  # noqa: E402
+    STYLES,
+    BlockDensity,
+    Line,
+    Picture,
+    area_chart,
+    render,
+    similarity_densities,
+    to_pixels,
+)
 
 COLUMNS = 3  # pictures side by side, and classes shown
 TITLES = dict(
@@ -61,17 +71,6 @@ FIXED_STYLES = {
 SAMPLE_STYLES = (0, 4, 5, 6, 7)
 """Numbers in the page's style sheet: procedural sources and real images look the same on every page; samples take what
 is free."""
-LINES = (
-    ('#0b62c4', '-'),
-    ('#b4480a', (0, (5, 3))),
-    ('#4a7a2a', (0, (1.5, 2))),
-    ('#8a3fa0', (0, (8, 3, 1.5, 3))),
-    ('#00807a', '-'),
-    ('#b0286a', (0, (9, 3))),
-    ('#8a6a00', (0, (3, 3))),
-    ('#5f6a75', '-'),
-)
-"""The same styles in the PNG."""
 
 
 class Source(NamedTuple):
@@ -97,6 +96,14 @@ class Source(NamedTuple):
     spread: float
     agreement: Optional[float]
     student: str = ''
+
+    @property
+    def figures(self) -> List[Picture]:
+        """Pictures of the page."""
+        return [
+            Picture(picture, caption, f'{self.name}, picture {number + 1}{", " + caption if caption else ""}')
+            for number, (picture, caption) in enumerate(self.pictures)
+        ]
 
     @property
     def numbers(self) -> List[str]:
@@ -258,7 +265,7 @@ def measure(
     shown: Sequence[Tuple[int, str]],
 ) -> Source:
     """Density, table row and pictures of normalized samples, (n, C, H, W)."""
-    from psaq_mm.engine.samples import reads_rgb
+    from psaq_mm.models.task import reads_rgb
 
     blocks = similarity_densities(teacher.model, samples, drop_tokens=teacher.prefix_tokens)
     count = len(blocks)
@@ -269,7 +276,7 @@ def measure(
     pictures: List[Tuple[np.ndarray, str]] = []
     if shown:
         pixels = to_pixels(samples[[number for number, _ in shown]], teacher.image_spec)
-        pixels = pixels if reads_rgb(getattr(teacher.model, 'data_preprocessor', None)) else pixels[..., ::-1]
+        pixels = pixels if reads_rgb(teacher.model) else pixels[..., ::-1]
         pictures = [(np.ascontiguousarray(picture), caption) for picture, (_, caption) in zip(pixels, shown)]
     return Source(
         name,
@@ -300,7 +307,8 @@ def measure_all(
         config: A quantized config.
         paths: Samples by name.
         real: Images of the training set that are measured; None: none.
-        rows, classes: Pictures shown of each, see :func:`picked`.
+        rows: Rows of pictures shown of each, see :func:`picked`.
+        classes: Classes shown of labelled samples, see :func:`picked`.
         seed: Of procedural sources and of the choice of real images.
         say: Called with a line of progress.
         sources: Names of :data:`TITLES`.
@@ -311,8 +319,7 @@ def measure_all(
     """
     from mmengine.runner import set_random_seed
 
-    from psaq_mm.engine.real_images import training_images
-    from psaq_mm.engine.samples import load_samples
+    from psaq_mm.engine.samples import build_source, load_samples
 
     if rows < 1 or (real is not None and real < 1):
         raise ConfigError(f'--rows {rows} and --real {real} must be at least 1: give greater numbers')
@@ -327,13 +334,13 @@ def measure_all(
         found.append(measure(teacher, name, style, samples, labels, shown)._replace(student=learned.get(name, '')))
     for name in sources:
         title = TITLES[name]
-        noise = SOURCES[name](max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
+        noise = source_of(name)(max(NOISE_COUNT, COLUMNS * rows), size, spec, torch.Generator().manual_seed(seed))
         say(f'{title}: {len(noise)} made')
         seen = measure(teacher, title, FIXED_STYLES[title], noise, None, picked(len(noise), None, rows, (), title))
         found.append(seen._replace(student=learned.get(name, '')))
     if real:
         set_random_seed(seed)  # the training pipeline crops and flips at random
-        images = training_images(config, teacher.model, size, seed)(real)
+        images = SampleStream(build_source('real', teacher.model, config, seed), size, spec, seed).take(real)
         say(f'{REAL}: {real} of the training set')
         found.append(
             measure(teacher, REAL, FIXED_STYLES[REAL], images, None, ())._replace(student=learned.get('real', ''))
@@ -348,63 +355,19 @@ HEAD = ('Source', 'Images', 'Mean', 'Spread', 'Entropy', 'As labelled')
 def page_of(sources: Sequence[Source], model: str) -> str:
     """The whole page, HTML, with everything inside."""
     blocks = sources[0].density.name
-    curves = [Curve(s.name, s.density.centers.tolist(), s.density.density.tolist(), s.style) for s in sources]
-    chart = area_chart(
-        f'Patch similarity, {blocks}', curves, (-1, 1), (-1, -0.5, 0, 0.5, 1), floor=FLOOR, size=(360, 240)
-    )
-    taught = any(source.student for source in sources)
-    head = [text(name) for name in HEAD] + (['Student'] if taught else [])
-    rows = [
-        [text(source.name), *source.numbers, *([text(source.student or '\u2013')] if taught else [])]
-        for source in sources
-    ]
-    panels = ''.join(
-        f'<div><h3>{text(s.name)}</h3>'
-        + (f'<p class="soft">{text(s.student)}</p>' if s.student else '')
-        + picture_grid(
-            [
-                Picture(picture, caption, f'{s.name}, picture {number + 1}{", " + caption if caption else ""}')
-                for number, (picture, caption) in enumerate(s.pictures)
-            ],
-            'three',
-        )
-        + '</div>'
-        for s in sources
-        if s.pictures
-    )
-    measured = (
-        ' Of real images there is a curve only; none is on this page.' if any(s.name == REAL for s in sources) else ''
-    )
-    return page(
-        'Samples and their patch similarity',
-        '\n'.join(
-            [
-                '<h1>Samples and their patch similarity</h1>',
-                f'<p>Samples beside noise without any model in it; {text(model)} at full precision looks at all of '
-                f'them.{measured}</p>',
-                f'<div class="grid two panels">{panels}</div>',
-                '<h2>How alike the patches of an image are to the model</h2>',
-                legend([(s.name, s.style) for s in sources]),
-                f'<div class="chart">{chart}</div>',
-                table(head, rows, 'Patch similarity by source'),
-                '<p class="soft">Horizontal: cosine similarity of two patches in the output of an attention block. '
-                'Vertical: the density of the '
-                f'pairs that have it, {blocks}, on a logarithmic scale from {FLOOR:g} up. In the table, mean, spread '
-                f'(standard deviation) and '
-                'entropy (of the density, in nats, at most +0.69) of the similarity are taken in each block and '
-                'averaged over the blocks; as '
-                'labelled: the share of samples that the model classifies as what they were made for. Captions are '
-                'indices of classes.'
-                + (
-                    ' Student: what a quantized student reached on the test set after calibration or training on such '
-                    'samples; agreement is '
-                    'that with full precision.'
-                    if taught
-                    else ''
-                )
-                + '</p>',
-            ]
-        ),
+    lines = [Line(s.name, s.density.centers.tolist(), s.density.density.tolist(), style=s.style) for s in sources]
+    ticks = (-1, -0.5, 0, 0.5, 1)
+    return render(
+        Path(__file__).parent / 'sample_page.html',
+        model=model,
+        sources=sources,
+        lines=lines,
+        chart=area_chart(f'Patch similarity, {blocks}', lines, (-1, 1), ticks, floor=FLOOR, size=(360, 240)),
+        columns=HEAD,
+        blocks=blocks,
+        floor=FLOOR,
+        real=any(source.name == REAL for source in sources),
+        taught=any(source.student for source in sources),
     )
 
 
@@ -490,14 +453,14 @@ def _chart(figure, sources: Sequence[Source], box: Tuple[int, int, int, int], he
         ((left + 46) / WIDTH, 1 - (top + high - 40) / height, (wide - 52) / WIDTH, (high - 40 - above) / height)
     )
     for source in sources:
-        colour, dashes = LINES[source.style]
+        colour, dashes = STYLES[source.style]
         x, y = source.density.centers.numpy(), source.density.density.numpy()
         seen = np.where(y > 0, np.maximum(y, FLOOR / 10), np.nan)  # goes down to the axis and ends there
         axes.plot(
             x,
             seen,
             color=colour,
-            linestyle=dashes,
+            linestyle=(0, dashes) if dashes else '-',
             linewidth=1.8,
             label=source.name + (' (never shown)' if source.name == REAL else ''),
         )
@@ -539,7 +502,7 @@ def _drawn_colours() -> List[int]:
     pictures.
     """
     exact = [
-        [int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in (INK, SOFT, *(colour for colour, _ in LINES))
+        [int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in (INK, SOFT, *(colour for colour, _ in STYLES))
     ]
     return [255] * 3 + [
         round(255 + (value - 255) * share) for share in (1, 0.5, 0.12) for colour in exact for value in colour
@@ -565,9 +528,9 @@ def encode(picture: np.ndarray, kilobytes: float) -> bytes:
     )
 
 
-def write(content: bytes, path: Path) -> None:
+def write(content: Union[str, bytes], path: Path) -> None:
     try:
-        write_whole(content, path)
+        write_whole(path, content)
     except OSError as error:
         raise DataError(f'{path} cannot be written ({error.strerror}): give another folder') from error
 
@@ -617,11 +580,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         )
         picture = encode(draw(sources), args.kilobytes)
         html, png = args.out / 'index.html', args.png or args.out / 'samples.png'
-        write(page_of(sources, Path(args.config).stem).encode(), html)
+        write(page_of(sources, Path(args.config).stem), html)
         write(picture, png)
-        print('\n' + '  '.join(f'{name:<24}' if name == HEAD[0] else f'{name:>15}' for name in HEAD))
-        for source in sources:
-            print('  '.join([f'{source.name:<24}', *(f'{number:>15}' for number in source.numbers)]))
+        print('\n' + text_table(HEAD, [(source.name, *source.numbers) for source in sources], 'lrrrrr'))
         print(f'\nThe page is {html}, the picture {png} ({len(picture) / 1000:.0f} kB)')
 
     return run_command(command, parser, argv)

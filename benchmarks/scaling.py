@@ -30,13 +30,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, in_turn, peak_apart, peak_of, row, run_script, table  # noqa: E402
-from psaq_mm.psaq_vit import (  # noqa: E402
-    CoEvolution,
-    CoEvolutionSettings,
-    SampleGenerator,  # noqa: E402
-)
+from benchmarks.measuring import Row, in_turn, peak_apart, peak_of, row, run_script  # noqa: E402
+from psaq_mm.calibration import Calibration, CalibrationSettings, TrainingSettings  # noqa: E402
+from psaq_mm.pictures import Generated, SampleStream  # noqa: E402
+from psaq_mm.psaq_vit import CoEvolution, SampleGenerator, Synthesis  # noqa: E402
 from psaq_mm.ranks import sum_gradients_  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 SWIN_TINY = dict(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24])
 SMALL = dict(embed_dims=32, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8])
@@ -88,24 +87,20 @@ def steps_of(point: Point, device: str) -> Dict[str, Callable[[], None]]:
     teacher = copy.deepcopy(student)
     set_mode(teacher, 'off')
     teacher.requires_grad_(False)
-    settings = CoEvolutionSettings(
-        size=point.size,
-        batch_size=point.batch,
-        calibration_samples=point.batch,
-        pool_size=2 * point.batch,
-        evolve_samples=point.batch,
+    teacher, size = TaskModel(teacher.to(device)), point.size
+    calibration = Calibration(
+        TaskModel(student.to(device)), CalibrationSettings(batch_size=point.batch, calibration_samples=point.batch)
     )
-    evolution = CoEvolution(
-        TaskModel(teacher.to(device)),
-        TaskModel(student.to(device)),
-        SampleGenerator(size=point.size, batch_size=point.batch, steps=1),
-        settings,
-    )
+    generator = SampleGenerator(size=size, batch_size=point.batch, steps=1)
+    synthesis = Synthesis(teacher, generator, size, random=calibration.random)
+    settings = TrainingSettings(pool_size=2 * point.batch, evolve_samples=point.batch)
+    stream = SampleStream(Generated(), size, teacher.image_spec)
+    evolution = CoEvolution(teacher, calibration, stream, synthesis, settings)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     evolution.prepare(torch.randn(2 * point.batch, 3, *point.size, generator=torch.Generator().manual_seed(0)))
 
     def synthesis() -> None:
-        evolution.make_samples(settings.batch_size * _world(), compete=False)
+        synthesis.make(point.batch * _world())
 
     def learn() -> None:
         optimizer.zero_grad()
@@ -240,7 +235,7 @@ def rows(quick: bool, device: str, plot: Optional[Path] = None) -> List[Row]:
             for what, value in (('time', lambda cost: cost.seconds), ('memory', lambda cost: cost.bytes)):
                 slope = exponent(pixels, [value(cost[name]) for _, cost in series[title]])
                 found.append(row(f'scaling, exponent of {what} in pixels, {name} step by {title}', slope, EXPONENT))
-    print(table(('by', 'images', 'step', 'seconds', 'us a pixel', 'peak MiB', 'KiB a pixel'), lines))
+    print(markdown_table(('by', 'images', 'step', 'seconds', 'us a pixel', 'peak MiB', 'KiB a pixel'), lines))
     if torch.device(device).type == 'cpu':
         found += _rank_rows(Point(swin, 8, (224, 224)), repeats + 1)
     if plot is not None:
@@ -252,7 +247,7 @@ def rows(quick: bool, device: str, plot: Optional[Path] = None) -> List[Row]:
 def _rank_rows(point: Point, repeats: int) -> List[Row]:
     one, two = (on_ranks(world, point, repeats, 2) for world in (1, 2))
     print(
-        table(
+        markdown_table(
             ('ranks', 'step', 'seconds', 'peak MiB a rank'),
             [
                 (world, name, cost[name].seconds, cost[name].bytes / 2**20)

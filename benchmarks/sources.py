@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measuring import Row, row  # noqa: E402
 from psaq_mm.engine.presets import resolve_dfq  # noqa: E402
 from psaq_mm.pictures import DeadLeaves, GaussianNoise, ImageSpec, PinkNoise, Scenes, Source, source_of  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 LIMIT = 5.0
 """Per cent."""
@@ -117,15 +118,14 @@ def measure(workload: Workload, repeats: int) -> Tuple[float, Dict[str, float]]:
 
 def table(found: Sequence[Tuple[Workload, float, Dict[str, float]]]) -> str:
     """Markdown: one line a workload and source."""
-    lines = ["| workload | source | a picture | a batch | student's step | share of a run |", '|---' * 6 + '|']
+    lines = []
     for workload, step, seconds in found:
         shown = f'{workload.name}, {workload.batch} x 3 x {workload.size[0]} x {workload.size[1]}'
         for name, made in seconds.items():
-            lines.append(
-                f'| {shown} | {name} | {1000 * made / workload.batch:.1f} ms | {made:.3f} s | {step:.2f} s | '
-                f'{share_of(made, step):.1f} % |'
-            )
-    return '\n'.join(lines)
+            each, share = f'{1000 * made / workload.batch:.1f} ms', f'{share_of(made, step):.1f} %'
+            lines.append((shown, name, each, f'{made:.3f} s', f'{step:.2f} s', share))
+    head = ('workload', 'source', 'a picture', 'a batch', "student's step", 'share of a run')
+    return markdown_table(head, lines, 'llrrrr')
 
 
 def share_of(made: float, step: float) -> float:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from psaq_mm.commands.common import run_command  # noqa: E402
 from psaq_mm.commands.sample_rows import read_rows  # noqa: E402
 from psaq_mm.errors import ConfigError  # noqa: E402
-from psaq_mm.visualization import write_whole  # noqa: E402
+from psaq_mm.files import write_whole  # noqa: E402
 
 WIDTH, ACROSS = 1500, 3
 OURS, CONTROL, REAL = '#0b62c4', '#5f6a75', '#b4480a'
@@ -124,7 +124,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise ConfigError(
                 f'{args.rows} has no two of the sources {", ".join(titles)} for one model and precision: it has {known}'
             )
-        write_whole(draw(found, titles), args.png)
+        write_whole(args.png, draw(found, titles))
         print(f'{args.png}: {len(found)} panels')
 
     return run_command(command, parser, argv)

@@ -18,7 +18,8 @@ from typing import List, Tuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, row, run_script  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 PARTS = (
     'psaq_mm.quantization',
@@ -65,7 +66,7 @@ def rows(quick: bool, device: str) -> List[Row]:
         if modules == ('psaq_mm',):
             found.append(row('import psaq_mm beyond import torch (s)', seconds, SECONDS))
     found.append(row('libraries of OpenMMLab loaded before a config asks', len(loaded), 0))
-    print(table(('imported after torch', 'torch s', 'beyond it s'), lines))
+    print(markdown_table(('imported after torch', 'torch s', 'beyond it s'), lines))
     return found
 
 

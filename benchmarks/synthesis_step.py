@@ -26,9 +26,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import Row, forget_peak, in_turn, peak_apart, peak_of, resident, row, run_script, table  # noqa: E402
+from benchmarks.measuring import Row, forget_peak, in_turn, peak_apart, peak_of, resident, row, run_script  # noqa: E402
 from psaq_mm.pictures import ImageSpec  # noqa: E402
 from psaq_mm.psaq_vit import SampleGenerator  # noqa: E402
+from psaq_mm.tables import markdown_table  # noqa: E402
 
 IMAGENET = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 TIME_BOUND, MEMORY_BOUND = 1.25, 1.2
@@ -187,7 +188,7 @@ def rows(quick: bool, device: str) -> List[Row]:
         ]
         print(f'{workload.title}: measured', file=sys.stderr, flush=True)
     header = ('workload', 'what runs', 's a step', 'time / teacher', 'peak MiB', 'memory / teacher')
-    print(table(header + (('share outside the network',) if on_gpu else ()), lines))
+    print(markdown_table(header + (('share outside the network',) if on_gpu else ()), lines))
     return found
 
 

@@ -4,6 +4,7 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
+from drawing import draw_detections, draw_label_map
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from psaq_mm.engine.building import build_model, set_scope
 from psaq_mm.engine.checkpoint import load_weights
 from psaq_mm.engine.config import full_precision_model_config
-from psaq_mm.visualization import Picture, draw_detections, draw_label_map
+from psaq_mm.visualization import Picture
 
 SCORE = 0.5  # detections less certain than this are not drawn
 BACKGROUND = 'background'  # the class that is not painted

@@ -134,7 +134,7 @@ class Demo:
     def config(self, task: Task, bits: str, purpose: str, data_free: bool = True):
         """The leaf config of a model at some bits, with its own work folder, log and data-free settings."""
         from psaq_mm.commands.common import load_config
-        from psaq_mm.engine.presets import DFQ_PRESETS
+        from psaq_mm.engine.methods import METHODS
 
         config = load_config(str(ROOT / 'configs' / 'demo' / f'{task.name}_{bits}.py'))
         config.work_dir = str(self.out / task.name / purpose)
@@ -150,7 +150,7 @@ class Demo:
         settings = {**config.dfq, **(QUICK if self.quick else {}), 'seed': self.seed}
         if not data_free:
             # The control differs from the method in these alone: as many samples, from noise, and nothing is trained.
-            settings.update(DFQ_PRESETS['gaussian'], preset='gaussian')
+            settings.update(METHODS['gaussian'].settings, preset='gaussian')
         config.dfq = settings
         return config
 
@@ -199,7 +199,7 @@ class Demo:
                 spent['training the student'] = loop.seconds['student']
             spent['loading and saving'] = made - begun - sum(spent.values())
             spent['evaluation'] = time.perf_counter() - made
-        return self._result(task, metrics, spent, student), loop.evolution
+        return self._result(task, metrics, spent, student), loop
 
     def _result(
         self, task: Task, metrics: Mapping[str, float], seconds: Mapping[str, float], checkpoint: Path
@@ -215,20 +215,20 @@ class Demo:
     def run(self, task: Task):
         """Everything for one model: its entry of the summary, and its section of the page."""
         results = {'full_precision': self.full_precision(task)}
-        evolutions = {}
+        loops = {}
         for variant in VARIANTS:
-            results[variant.key], evolution = self.variant(task, variant)
+            results[variant.key], loop = self.variant(task, variant)
             if variant.data_free:
-                evolutions[variant.key] = evolution
+                loops[variant.key] = loop
         with self.progress.step():
-            section = self._section(task, results, evolutions['data_free_w8a8'])
+            section = self._section(task, results, loops['data_free_w8a8'])
         return {key: _entry(result) for key, result in results.items()}, section
 
-    def _section(self, task: Task, results: Mapping[str, Result], evolution):
+    def _section(self, task: Task, results: Mapping[str, Result], loop):
         from predictions import BACKGROUND, build, ground_truth, normalized, predict, scenes_of, side_by_side
+        from report import ModelReport, Run, ShownMetric
 
         from psaq_mm.engine.checkpoint import read_checkpoint
-        from psaq_mm.visualization import ModelReport, Run, Scene, ShownMetric
 
         shown = (
             ('full_precision', 'Full precision', 'w8a8'),
@@ -246,14 +246,14 @@ class Demo:
                 self.config(task, bits, 'pictures'), read_checkpoint(source), str(source), key == 'full_precision'
             )
             columns.append((label, predict(model, drawn, meta)))
-        rows = [Scene(side_by_side(i, [(label, found[i]) for label, found in columns])) for i in range(len(drawn))]
+        rows = [side_by_side(i, [(label, predicted[i]) for label, predicted in columns]) for i in range(len(drawn))]
         labels = dict(full_precision='Full precision', **{v.key: v.label for v in VARIANTS})
         bits_free = [v.key for v in VARIANTS if v.data_free]
-        samples, densities = self._samples(task, evolution, normalized(evolution.teacher.model, scenes))
+        samples, densities = self._samples(task, loop, normalized(loop.teacher.model, scenes))
         return ModelReport(
             name=task.name,
             heading=task.heading,
-            description=_description(task, evolution),
+            description=_description(task, loop),
             runs=[Run(labels[k], r.metrics, r.seconds, k in bits_free) for k, r in results.items()],
             shown=[ShownMetric(*metric) for metric in task.metrics],
             scenes=rows,
@@ -263,23 +263,22 @@ class Demo:
             densities=densities,
         )
 
-    def _samples(self, task: Task, evolution, real):
+    def _samples(self, task: Task, loop, real):
         import torch
 
-        from psaq_mm.pictures import gaussian_noise
+        from psaq_mm.pictures import GaussianNoise
         from psaq_mm.visualization import Picture, sample_sheet, similarity_densities
 
-        spec, made = evolution.teacher.image_spec, evolution.pool.samples[:16]
-        noise = gaussian_noise(
-            len(made), tuple(made.shape[-2:]), spec, generator=torch.Generator().manual_seed(self.seed)
-        )
+        spec, samples = loop.teacher.image_spec, loop.training.pool.samples[:16]
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = GaussianNoise()(len(samples), tuple(samples.shape[-2:]), spec, generator)
         sheets = [
             Picture(sample_sheet(noise, spec), 'Gaussian noise, the control.', 'Sheet of noise without any structure')
         ]
         for key, words in (('data_free_w8a8', 'W8A8'), ('data_free_w4a8', 'W4A8')):
             files = sorted((self.out / task.name / key / 'samples').glob('*.png'))
             if key == 'data_free_w8a8':
-                start = START[evolution.generator.init]
+                start = START[loop.synthesis.generator.init]
                 sheets.append(
                     Picture(
                         _read(files[0]),
@@ -294,9 +293,9 @@ class Demo:
                     f'Sheet of the last samples of the {words} run',
                 )
             )
-        teacher, prefix = evolution.teacher.model, evolution.teacher.prefix_tokens
+        teacher, prefix = loop.teacher.model, loop.teacher.prefix_tokens
         densities = {
-            'generated samples': similarity_densities(teacher, made, drop_tokens=prefix),
+            'generated samples': similarity_densities(teacher, samples, drop_tokens=prefix),
             'Gaussian noise': similarity_densities(teacher, noise, drop_tokens=prefix),
             'held-out scenes (only to compare)': similarity_densities(teacher, real, drop_tokens=prefix),
         }
@@ -320,12 +319,13 @@ def _entry(result: Result) -> Dict[str, Optional[float]]:
     return dict(result.metrics, seconds=round(sum(seconds.values()), 2), seconds_of=seconds)
 
 
-def _description(task: Task, evolution) -> str:
-    settings, height, width = evolution.settings, *evolution.settings.size
+def _description(task: Task, loop) -> str:
+    height, width = loop.picture_settings.size
+    first, later = loop.calibration_settings.calibration_samples, loop.training_settings.evolve_samples
     return (
         f'Trained at full precision on drawn scenes; its backbone is quantized: weights to 8 or 4 bits, one scale an '
         f'output channel, activations to 8 bits, one scale a tensor. Samples are {height} x {width} pixels: '
-        f'{settings.calibration_samples} set the ranges, {settings.evolve_samples} more join at each round.'
+        f'{first} set the ranges, {later} more join at each round.'
     )
 
 
@@ -345,15 +345,22 @@ def _plan(tasks: Sequence[Task], quick: bool) -> List[Tuple[str, float]]:
 
 
 def _table(summary: Mapping[str, Mapping[str, Mapping]], tasks: Sequence[Task]) -> str:
+    from psaq_mm.tables import text_table
+
     labels = dict(full_precision='full precision', **{v.key: v.label for v in VARIANTS})
-    lines = []
+    tables = []
     for task in tasks:
-        head = f'{task.name:<34}' + ''.join(f'{label:>16}' for _, label, _ in task.metrics) + f'{"seconds":>10}'
-        lines += ['', head, '-' * len(head)]
-        for key, entry in summary[task.name].items():
-            numbers = ''.join(f'{_shown(entry.get(metric), factor):>16}' for metric, _, factor in task.metrics)
-            lines.append(f'{labels[key]:<34}{numbers}{entry["seconds"]:>10.0f}')
-    return '\n'.join(lines[1:])
+        head = (task.name, *(label for _, label, _ in task.metrics), 'seconds')
+        rows = [
+            (
+                labels[key],
+                *(_shown(entry.get(metric), factor) for metric, _, factor in task.metrics),
+                f'{entry["seconds"]:.0f}',
+            )
+            for key, entry in summary[task.name].items()
+        ]
+        tables.append(text_table(head, rows, 'l' + 'r' * (len(head) - 1)))
+    return '\n\n'.join(tables)
 
 
 def _versions() -> Dict[str, str]:
@@ -404,9 +411,10 @@ def _lead(count: int) -> List[str]:
 def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, quick: bool, console) -> Path:
     """Everything; returns the page's path. Results are written at the end, whole."""
     from progress import Progress, clock
+    from report import write_report
     from scenes import make_scenes
 
-    from psaq_mm.visualization import write_report, write_whole
+    from psaq_mm.files import write_whole
 
     progress = Progress(_plan(tasks, quick), console)
     # Quick runs have scenes of their own: the evaluators count what is missing of a whole set as missed.
@@ -419,7 +427,7 @@ def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, qui
     for task in tasks:
         summary[task.name], section = demo.run(task)
         sections.append(section)
-    write_whole((json.dumps(summary, indent=2, allow_nan=False) + '\n').encode(), out / 'summary.json')
+    write_whole(out / 'summary.json', json.dumps(summary, indent=2, allow_nan=False) + '\n')
     page = out / 'index.html'
     write_report(
         page,

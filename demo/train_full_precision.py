@@ -18,6 +18,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 from psaq_mm.commands.common import load_config
+from psaq_mm.files import whole_file, write_whole
 
 # What a checkpoint's meta keeps: nothing in it names a machine or holds a class that `weights_only` loading refuses.
 META_KEYS = ('dataset_meta', 'cfg', 'iter', 'seed', 'mmengine_version', 'experiment_name')
@@ -51,16 +52,6 @@ def strip(checkpoint: Dict) -> Dict:
     return dict(meta=meta, state_dict=weights)
 
 
-def _replace(path: Path, write) -> None:
-    """Call ``write`` with a name beside ``path`` and move the result there, so that ``path`` is never half a file."""
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def train(cfg: Config, out: Path) -> Dict:
     """Train, then write ``out`` (weights only) and ``out`` with the suffix ``.log.json``.
 
@@ -75,12 +66,12 @@ def train(cfg: Config, out: Path) -> Dict:
     runner.train()
     last = Path(runner.work_dir, 'last_checkpoint').read_text(encoding='utf-8').strip()
     records = read_log(Path(runner.log_dir, 'vis_data', 'scalars.json'))
-    out.parent.mkdir(parents=True, exist_ok=True)
     # weights_only=False: this training wrote the file a moment ago, with mmengine's own classes in its message hub
     trained = strip(torch.load(last, map_location='cpu', weights_only=False))
-    _replace(out, lambda path: torch.save(trained, path))
+    with whole_file(out) as partial:
+        torch.save(trained, partial)
     text = '[\n' + ',\n'.join(json.dumps(record) for record in records) + '\n]\n'
-    _replace(out.with_suffix('.log.json'), lambda path: path.write_text(text, encoding='utf-8'))
+    write_whole(out.with_suffix('.log.json'), text)
     metrics = [record for record in records if 'loss' not in record]
     return metrics[-1] if metrics else {}
 

@@ -6,7 +6,7 @@ psaq_mm.
 """
 
 import difflib
-from typing import Iterable
+from typing import Iterable, List, Sequence
 
 
 class PsaqError(Exception):
@@ -37,6 +37,11 @@ class DataError(PsaqError, ValueError):
     """A tensor is empty, not finite, or of a shape that does not fit."""
 
 
+def similar(name: object, known: Iterable[str], count: int = 1) -> List[str]:
+    """Known names that look most like ``name``, best first; none where no one is near."""
+    return difflib.get_close_matches(str(name), list(known), count, cutoff=0.4)
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """The hint of a message about an unknown name: the most similar known one, and the list of all.
 
@@ -45,5 +50,16 @@ def nearest(name: object, known: Iterable[str]) -> str:
         "the method 'bset' is not known: did you mean best? Known are fast, best"
     """
     names = list(known)
-    near = difflib.get_close_matches(str(name), names, 1)
+    near = similar(name, names)
     return f'did you mean {near[0]}? Known are {", ".join(names)}' if near else f'use one of {", ".join(names)}'
+
+
+def first_of(names: Sequence[str], count: int = 3) -> str:
+    """The first names of a list that may be long, for a message.
+
+    Example:
+        >>> first_of(['a', 'b', 'c', 'd', 'e'])
+        'a, b, c and 2 more'
+    """
+    rest = f' and {len(names) - count} more' if len(names) > count else ''
+    return ', '.join(names[:count]) + rest

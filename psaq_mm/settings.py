@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Dict, Mapping, Optional, Tuple, Type, TypeVar
 
 from psaq_mm.errors import ConfigError, nearest
 
-__all__ = ['Settings', 'setting']
+__all__ = ['Settings', 'read_groups', 'setting']
 
 S = TypeVar('S', bound='Settings')
 
@@ -65,3 +65,19 @@ class Settings:
     def to_dict(self) -> Dict[str, Any]:
         """Settings by name; groups inside stay groups."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def read_groups(flat: Mapping[str, Any], *groups: Type[Settings]) -> Tuple[Any, ...]:
+    """One instance of each group out of settings that a config gives flat: each group takes the keys of its fields.
+
+    Raises:
+        ConfigError: No group has the key (the message names the most similar one), or a value is out of range.
+
+    Example:
+        >>> loss, schedule = read_groups(dict(prior_weight=0.1, steps=50), Loss, Schedule)
+    """
+    known = [name for group in groups for name in group.names()]
+    for name in flat:
+        if name not in known:
+            raise ConfigError(f'{groups[0].prefix}{name} is no setting: {nearest(name, known)}')
+    return tuple(group.from_dict({k: v for k, v in flat.items() if k in group.names()}) for group in groups)

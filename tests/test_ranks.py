@@ -10,15 +10,19 @@ from two_ranks import on_two_ranks
 from psaq_mm.errors import DataError
 from psaq_mm.psaq_vit import patch_similarity_entropy, variation_prior
 from psaq_mm.quantization import (
+    ChannelGrid,
+    FeatureObserver,
+    LogGrid,
     LogObserver,
-    build_channel_observer,
+    UniformGrid,
     build_observer,
+    build_rule,
     calibrate,
     compensated_rounding,
     quantize_,
+    reduce_observers,
     round_weights_,
 )
-from psaq_mm.quantization.reduction import reduce_observers
 from psaq_mm.ranks import WholeBatch, barrier, broadcast_, gathered, own_part, ranks, sum_, sum_gradients_
 
 NAMES = ('minmax', 'percentile', 'mse')
@@ -39,16 +43,13 @@ def batches():
 def observers():
     """One of each kind."""
     found = {f'tensor {name}': build_observer(name) for name in NAMES}
-    found.update({f'channel {name}': build_channel_observer(name) for name in NAMES})
+    found.update({f'channel {name}': FeatureObserver(build_rule(name)) for name in NAMES})
     return {**found, 'log': LogObserver()}
 
 
 def outcome(observer):
-    if isinstance(observer, LogObserver):
-        return observer.delta(4, 'log_sqrt2')
-    if hasattr(observer, 'qparams'):
-        return torch.stack([t.double() for t in observer.qparams(4)])
-    return torch.stack(observer.range(4, False))
+    grids = {LogObserver: LogGrid(4, 'log_sqrt2'), FeatureObserver: ChannelGrid(4)}
+    return torch.stack([t.double() for t in observer.qparams(grids.get(type(observer), UniformGrid(4)))])
 
 
 def observed(data, split):
@@ -58,7 +59,7 @@ def observed(data, split):
         made = observers()
         for observer in made.values():
             for batch in data[mine] if split else data:
-                observer.update(batch.abs() if isinstance(observer, LogObserver) else batch)
+                observer.observe(batch.abs() if isinstance(observer, LogObserver) else batch)
         if split:
             reduce_observers(list(made.values()))
         found[case] = {name: outcome(observer) for name, observer in made.items()}

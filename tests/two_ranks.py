@@ -121,7 +121,7 @@ def reached(moment):
 
 def audit(event, args):
     name = MOMENT.partition(' ')[2]
-    if event == 'open' and str(args[0]).endswith(f'.{name}.partial') and '+' in str(args[1]):
+    if event == 'open' and f'.{name}.' in str(args[0]) and str(args[0]).endswith('.partial') and '+' in str(args[1]):
         os.truncate(args[0], os.path.getsize(args[0]) // 2)  # what the disk holds in the midst of a write
         reached(f'writing {name}')
 

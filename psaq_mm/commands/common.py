@@ -39,14 +39,18 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     """``--quant`` and ``--method``: another precision, or another method, than the config's own."""
-    from psaq_mm.engine.presets import METHODS
+    from psaq_mm.engine.methods import METHODS
 
     parser.add_argument(
         '--quant',
         metavar='PRESET',
         help="such as w4a8: quantizes a full-precision config, or takes the place of the config's own; the scope stays",
     )
-    parser.add_argument('--method', choices=list(METHODS), help="a published method in place of the config's own")
+    parser.add_argument(
+        '--method',
+        metavar='NAME',
+        help=f"a method in place of the config's own: {', '.join(METHODS)}, or one that the config registers",
+    )
 
 
 def load_config(

@@ -6,7 +6,6 @@
 import argparse
 import copy
 import dataclasses
-import difflib
 import errno
 import gc
 import hashlib
@@ -22,16 +21,19 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 from psaq_mm.commands.common import load_config, merge_options, run_command
-from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown, write_whole
+from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown
 from psaq_mm.commands.metrics import other_metrics, scalars
 from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
-from psaq_mm.errors import ConfigError, DataError, PsaqError
-from psaq_mm.psaq_vit.coevolution import SOURCES
+from psaq_mm.errors import ConfigError, DataError, PsaqError, nearest
+from psaq_mm.files import write_whole
+from psaq_mm.pictures import SOURCES as PROCEDURAL
+from psaq_mm.plain import to_plain
 from psaq_mm.quantization import QuantSpec
 
 __all__ = ['main', 'compare', 'plan', 'Run']
 
+SOURCES = ('generated', *PROCEDURAL, 'real')
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _SILENT = ('log_interval', 'dropped_hooks', 'teacher')
 """Settings of the loop that change no number; the checkpoint counts by its content."""
@@ -94,19 +96,8 @@ class Shown:
 
 
 # ---------------------------------------------------------------------- keys
-def _plain(value: Any) -> Any:
-    """JSON types only, the same for equal settings in every process."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return f'{value.__module__}.{value.__qualname__}' if hasattr(value, '__qualname__') else str(value)
-
-
 def _key(settings: Mapping) -> str:
-    return hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(to_plain(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Contents:
@@ -209,10 +200,8 @@ def _label(source: str, method: Optional[str], dfq: Mapping, name: Optional[str]
 
 def _check_source(source: str) -> None:
     if source not in SOURCES and not os.path.exists(source):
-        near = difflib.get_close_matches(source, SOURCES, 1, cutoff=0.4)
-        hint = f'did you mean {near[0]}? Known are' if near else 'use some of'
         raise ConfigError(
-            f'--calibration {source} is no source of samples: {hint} {", ".join(SOURCES)}, or the path of a folder of '
+            f'--calibration {source} is no source of samples: {nearest(source, SOURCES)}, or the path of a folder of '
             'images'
         )
 
@@ -233,7 +222,7 @@ def plan(
 
     Args:
         configs: Loaded configs by their paths.
-        sources: Out of :data:`psaq_mm.psaq_vit.coevolution.SOURCES`, or paths of folders of images.
+        sources: Out of :data:`SOURCES`, or paths of folders of images.
         seeds: One row each.
         quants: Presets; None is the config's own.
         train: Whether the config's own training runs on the samples, else ranges alone are calibrated.

@@ -3,26 +3,19 @@
 
 import contextlib
 import json
-import os
 import re
 import statistics
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.files import locked
+from psaq_mm.files import PathLike, locked, write_whole
+from psaq_mm.tables import markdown_table
 
-__all__ = ['RowFile', 'alone_in', 'locked', 'summarize', 'to_markdown']
+__all__ = ['RowFile', 'alone_in', 'summarize', 'to_markdown']
 
 _DETAIL = re.compile(r'_(\d+|s|m|l)$')
 """Metrics at one overlap or object size: in the JSON file, not in the printed table."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    partial = path.with_name(f'.{path.name}.partial')
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager
@@ -52,13 +45,13 @@ class RowFile:
         DataError: It is no such file.
     """
 
-    def __init__(self, path: Union[str, os.PathLike]):
+    def __init__(self, path: PathLike):
         self.path = Path(path)
         self.rows: Dict[str, Dict] = {}
         self.table: List[Dict] = []
         if self.path.is_file():
             try:
-                content = json.loads(self.path.read_text())
+                content = json.loads(self.path.read_text(encoding='utf-8'))
                 self.rows, self.table = {row['key']: row for row in content['rows']}, content['table']
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
@@ -134,15 +127,15 @@ def to_markdown(table: Sequence[Mapping]) -> str:
     """
     parts = []
     for config in dict.fromkeys(entry['config'] for entry in table):
-        parts.append('\n'.join([f'## {config}', '', *_one_config([e for e in table if e['config'] == config])]))
+        parts.append(f'## {config}\n\n{_one_config([e for e in table if e["config"] == config])}')
     return '\n\n'.join(parts) + '\n'
 
 
-def _one_config(entries: Sequence[Mapping]) -> List[str]:
+def _one_config(entries: Sequence[Mapping]) -> str:
     full = next((e['full_precision'] for e in entries if e.get('full_precision')), {})
-    # full precision may have none, or not all
-    given = dict.fromkeys([*full, *(k for e in entries for k in e.get('metrics') or {})])
-    keys = [k for k in given if not _DETAIL.search(k)] or list(given)
+    # Full precision may have no metrics, or not all of them.
+    known = dict.fromkeys([*full, *(k for e in entries for k in e.get('metrics') or {})])
+    keys = [k for k in known if not _DETAIL.search(k)] or list(known)
     paired = any(e.get('difference') for e in entries)
     divergent = any(e.get('divergence') for e in entries)
     head = [
@@ -160,17 +153,11 @@ def _one_config(entries: Sequence[Mapping]) -> List[str]:
     ]
     # AP comes as a share, mIoU and top-1 in per cent.
     digits = {k: 3 if full.get(k) is None or abs(full[k]) <= 1 else 2 for k in keys}
-    first = [
-        'full precision',
-        '-',
-        '-',
-        '-',
-        *(f'{full[k]:.{digits[k]}f}' if full.get(k) is not None else '-' for k in keys),
-        '1.000',
-    ]
-    lines = (
-        [head, ['---'] * len(head), first + ['-'] * (len(head) - len(first))] if full else [head, ['---'] * len(head)]
-    )
+    lines = []
+    if full:
+        values = [f'{full[k]:.{digits[k]}f}' if full.get(k) is not None else '-' for k in keys]
+        first = ['full precision', '-', '-', '-', *values, '1.000']
+        lines.append(first + ['-'] * (len(head) - len(first)))
     for e in entries:
         metrics = e.get('metrics') or {}
         seeds = f'{len(e["seeds"])}' + (f' ({e["failed"]} failed)' if e['failed'] else '')
@@ -189,4 +176,4 @@ def _one_config(entries: Sequence[Mapping]) -> List[str]:
                 _cell(e.get('seconds'), 1),
             ]
         )
-    return ['| ' + ' | '.join(line) + ' |' for line in lines]
+    return markdown_table(head, lines)

@@ -7,6 +7,8 @@ from typing import List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
 from psaq_mm.errors import CheckpointError, ConfigError, PsaqError
+from psaq_mm.runtime import RUNTIMES, load
+from psaq_mm.runtime.registry import find_runtime
 
 __all__ = ['main', 'build_student', 'default_sizes', 'export']
 
@@ -152,9 +154,9 @@ def _pictures(size: Tuple[int, int], number: int, image_spec):
     """
     import torch
 
-    from psaq_mm.pictures import DeadLeaves, pink_noise
+    from psaq_mm.pictures import DeadLeaves, PinkNoise
 
-    kinds = pink_noise, DeadLeaves()
+    kinds = PinkNoise(), DeadLeaves()
     kinds = kinds if size[0] * size[1] <= _FEW_PIXELS else kinds[number % 2 : number % 2 + 1]
     return torch.cat([kind(1, size, image_spec, torch.Generator().manual_seed(number)) for kind in kinds])
 
@@ -203,7 +205,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         nargs='+',
         default=[],
         metavar='NAME',
-        help='openvino, onnxruntime: start the exported model there, and tell what it runs as integers',
+        help=f'{", ".join(RUNTIMES)}: start the exported model there, and tell what it runs as integers',
     )
     parser.add_argument(
         '--verify',
@@ -217,21 +219,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
     def command(args) -> None:
         from psaq_mm.deploy.report import summary
-        from psaq_mm.runtime.deployed import RUNTIMES, require_runtime
 
-        runtimes = list(args.runtime)
-        for runtime in runtimes:
-            require_runtime(runtime)
-        if args.verify and not runtimes:
-            runtimes = [name for name in RUNTIMES if _installed(name)]
-            if not runtimes:
-                raise ConfigError(
-                    '--verify needs a runtime and none is installed: pip install psaq_mm[deploy], which brings '
-                    f'{" and ".join(RUNTIMES)}'
-                )
         if args.dynamic and args.size:
             raise ConfigError('--size and --dynamic contradict each other: give sizes, or have one graph for all')
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
+        runtimes = _chosen_runtimes(args.runtime, args.verify)  # after the config, which may register one of its own
         model, exported = export(
             config,
             args.checkpoint,
@@ -252,10 +244,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return run_command(command, parser, argv)
 
 
-def _installed(runtime: str) -> bool:
-    import importlib.util
+def _chosen_runtimes(names: Sequence[str], verify: bool) -> List[str]:
+    """The runtimes that a command line names; to verify, all that are installed where it names none.
 
-    return importlib.util.find_spec(runtime) is not None
+    Raises:
+        ConfigError: One is not known or not installed, or there is none to verify with.
+    """
+    for name in names:
+        find_runtime(name)
+    if names or not verify:
+        return list(names)
+    installed = [name for name, runtime in RUNTIMES.items() if runtime.installed()]
+    if not installed:
+        raise ConfigError(
+            '--verify needs a runtime and none is installed: pip install psaq_mm[deploy], which brings '
+            f'{" and ".join(RUNTIMES)}'
+        )
+    return installed
 
 
 def size_line(model, exported) -> str:
@@ -271,7 +276,6 @@ def size_line(model, exported) -> str:
 
 def _execution(exported, runtime: str, threads: Optional[int]) -> str:
     from psaq_mm.deploy.report import execution
-    from psaq_mm.runtime.deployed import load
 
     deployed = load(exported.directory, runtime, threads)
     return execution(deployed, deployed.sizes[0])

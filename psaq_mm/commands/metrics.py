@@ -7,26 +7,20 @@ import math
 import statistics
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-__all__ = ['RESULTS', 'before_after_table', 'other_metrics', 'plain_metrics', 'scalars', 'to_json']
+from psaq_mm.plain import to_plain
+
+__all__ = ['RESULTS', 'before_after_table', 'other_metrics', 'plain_metrics', 'scalars']
 
 RESULTS = 'test_results.json'
 """File in the work dir that holds all metrics whole."""
 _ELSEWHERE = 'see file'
 
 
-def _plain(value: Any) -> Any:
-    """Tensors and arrays as lists, their numbers as Python's; a tensor of one number is that number."""
-    if hasattr(value, 'tolist'):
-        value = value.tolist()
-        while isinstance(value, list) and len(value) == 1:
-            value = value[0]
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (bool, int, float)):
-        return float(value)
-    return value if value is None or isinstance(value, str) else str(value)
+def _number(value: Any) -> Any:
+    """Numbers as floats; an array or tensor of one number is that number."""
+    if math.prod(getattr(value, 'shape', (0,))) == 1:
+        value = value.item()
+    return float(value) if isinstance(value, (bool, int, float)) else value
 
 
 def plain_metrics(found: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
@@ -35,21 +29,12 @@ def plain_metrics(found: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
     """
     flat: Dict[str, Any] = {}
     for key, value in (found or {}).items():
-        value = _plain(value)
+        value = to_plain(value, _number)
         if isinstance(value, dict):
             flat.update({f'{key}/{name}': v for name, v in plain_metrics(value).items()})
         else:
             flat[str(key)] = value
     return flat
-
-
-def to_json(value: Any) -> Any:
-    """NaN and infinity, which JSON has no word for, as None, at any depth."""
-    if isinstance(value, Mapping):
-        return {str(k): to_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finite(value: Any) -> bool:
@@ -79,7 +64,7 @@ def scalars(metrics: Mapping[str, Any]) -> Dict[str, Optional[float]]:
 
 def other_metrics(metrics: Mapping[str, Any]) -> Dict[str, Any]:
     """What :func:`scalars` leaves out or takes the mean of, in JSON types."""
-    return {k: to_json(v) for k, v in metrics.items() if not (v is None or isinstance(v, (int, float)))}
+    return {k: to_plain(v, nan=False) for k, v in metrics.items() if not (v is None or isinstance(v, (int, float)))}
 
 
 # ---------------------------------------------------------------------- table

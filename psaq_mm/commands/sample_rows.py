@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence
 
-from psaq_mm.commands.compare_rows import locked, write_whole
 from psaq_mm.errors import DataError
+from psaq_mm.files import locked, write_whole
 
 __all__ = ['DIVERGENCE', 'FIELDS', 'bits_of', 'merge_rows', 'principal_metrics', 'read_rows', 'rows_of']
 
@@ -72,7 +72,7 @@ def read_rows(path: Path) -> List[Dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(rows, list) or not all(isinstance(row, dict) and set(FIELDS) <= set(row) for row in rows):
             raise ValueError('rows lack a key')
     except ValueError as error:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
-from psaq_mm.commands.metrics import scalars, to_json
+from psaq_mm.commands.metrics import scalars
 from psaq_mm.commands.sensitivity_report import mixed_precision_config, sensitivity_page, to_text
 from psaq_mm.errors import CheckpointError, ConfigError
+from psaq_mm.files import write_whole
+from psaq_mm.plain import to_plain
 
 __all__ = ['main', 'analyse']
 
@@ -227,9 +229,7 @@ def _keep(report: Mapping, rows: Sequence, folder: Path) -> None:
 
 
 def _write_report(report: Mapping, folder: Path) -> None:
-    from psaq_mm.visualization import write_whole
-
-    write_whole(json.dumps(to_json(report), indent=2, allow_nan=False).encode(), Path(folder) / 'sensitivity.json')
+    write_whole(Path(folder) / 'sensitivity.json', json.dumps(to_plain(report, nan=False), indent=2, allow_nan=False))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,8 +266,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = _parser()
 
     def command(args) -> None:
-        from psaq_mm.visualization import write_whole
-
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
         folder = Path(args.work_dir or os.path.join('work_dirs', f'{Path(args.config).stem}_sensitivity'))
         asked = dict(weights=args.budget, activations=args.activation_budget)
@@ -287,12 +285,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         files: List[str] = ['sensitivity.json', 'sensitivity.html']
         _write_report(report, folder)
-        write_whole(sensitivity_page(report).encode(), folder / files[1])
+        write_whole(folder / files[1], sensitivity_page(report))
         if settings is not None:
             files.append('mixed_precision.py')
-            write_whole(
-                mixed_precision_config(args.config, config, settings, report, folder).encode(), folder / files[2]
-            )
+            write_whole(folder / files[2], mixed_precision_config(args.config, config, settings, report, folder))
         print('\n' + to_text(report, SHOWN))
         print(f'saved to {folder}: {", ".join(files)}')
 

@@ -9,8 +9,8 @@ import pprint
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
-from psaq_mm.visualization import Curve, area_chart
-from psaq_mm.visualization.page import page, table, text
+from psaq_mm.tables import text_table
+from psaq_mm.visualization import Line, area_chart, render
 
 __all__ = ['mixed_precision_config', 'sensitivity_page', 'to_text']
 
@@ -37,21 +37,21 @@ def _mixed_line(report: Mapping) -> str:
     )
 
 
-def to_text(report: Mapping, shown: int) -> str:
-    """The first rows of the ranking, for a terminal."""
-    layers = report['layers'][:shown]
+def to_text(report: Mapping, count: int) -> str:
+    """The first ``count`` rows of the ranking, for a terminal."""
+    layers = report['layers'][:count]
     metrics = sorted({key for layer in layers for key in layer['metrics']})
-    width = max(len(layer['name']) for layer in layers)
-    lines = [f'{"rank":>4}  {"layer":<{width}}  {"bits":>6}  {"error":>8}' + ''.join(f'  {key}' for key in metrics)]
-    for layer in layers:
-        values = ''.join(f'  {_value(layer["metrics"].get(key)):>{len(key)}}' for key in metrics)
-        lines.append(f'{layer["rank"]:>4}  {layer["name"]:<{width}}  {_bits(layer):>6}  {layer["error"]:>8.5f}{values}')
+    rows = [
+        (str(layer['rank']), layer['name'], _bits(layer), f'{layer["error"]:.5f}')
+        + tuple(_value(layer['metrics'].get(key)) for key in metrics)
+        for layer in layers
+    ]
+    align = 'rlrr' + 'r' * len(metrics)
+    lines = [text_table(('rank', 'layer', 'bits', 'error', *metrics), rows, align, rule=False)]
     lines.append(f'all {len(report["layers"])} layers together: {report["error"]:.5f}')
-    for name, found in report.get('metrics', {}).items():
-        lines.append(
-            f'{name}: '
-            + (', '.join(f'{key} {_value(value)}' for key, value in found.items()) or 'the evaluator gave no metrics')
-        )
+    for name, values in report.get('metrics', {}).items():
+        shown = ', '.join(f'{key} {_value(value)}' for key, value in values.items())
+        lines.append(f'{name}: {shown or "the evaluator gave no metrics"}')
     if 'mixed_precision' in report:
         lines.append(_mixed_line(report))
     return '\n'.join(lines)
@@ -61,61 +61,33 @@ def sensitivity_page(report: Mapping) -> str:
     """A page with the errors in the order of the network, and the ranking."""
     layers = report['layers']
     ordered = sorted(layers, key=lambda layer: layer['position'])
-    positive = [layer['error'] for layer in layers if layer['error'] > 0]
-    curves = [Curve('the layer alone', range(len(ordered)), [layer['error'] for layer in ordered], 0)]
-    for style, kind in enumerate(_TITLES, 1):
+    lines = [Line('the layer alone', range(len(ordered)), [layer['error'] for layer in ordered])]
+    for style, (kind, title) in enumerate(_TITLES.items(), 1):
         known = [layer for layer in ordered if kind in layer['parts']]
         if known:
-            curves.append(
-                Curve(
-                    _TITLES[kind],
-                    [layer['position'] for layer in known],
-                    [layer['parts'][kind] for layer in known],
-                    style,
-                )
-            )
+            positions, errors = zip(*((layer['position'], layer['parts'][kind]) for layer in known))
+            lines.append(Line(title, positions, errors, style=style))
     last = max(1, len(ordered) - 1)
     chart = area_chart(
         'Error of the outputs by layer, in the order of the network (logarithmic)',
-        curves,
+        lines,
         (0, last),
         (0, last),
-        floor=min(positive, default=0.0),
+        floor=min((layer['error'] for layer in layers if layer['error'] > 0), default=0.0),
         size=(640, 240),
     )
-    metrics = sorted({key for layer in layers for key in layer['metrics']})
-    rows = [
-        [
-            f'{layer["rank"]}. <code>{text(layer["name"])}</code>',
-            text(layer['kind']),
-            _bits(layer),
-            f'{layer["error"]:.5f}',
-        ]
-        + [_value(layer['metrics'][key]) if key in layer['metrics'] else '' for key in metrics]
-        for layer in layers
-    ]
-    raised = {override['pattern'] for override in report.get('mixed_precision', {}).get('overrides', ())}
-    marked = [number for number, layer in enumerate(layers) if layer['name'] in raised]
-    height, width = report['size']
-    body = [
-        f'<h1>What quantization hurts: {text(Path(report["config"]).name)}</h1>',
-        f'<p>Each layer quantized alone, on {report["samples"]} samples of {height} x {width} '
-        f'({text(report["source"])}). The '
-        'error is the mean absolute difference of the outputs from full precision, in units of their own spread.</p>',
-        f'<p>All {len(layers)} layers together: {report["error"]:.5f}.</p>',
-    ]
-    if raised:
-        body.append(f'<p>{text(_mixed_line(report))}; they stand out below.</p>')
-    body += [
-        f'<div class="chart">{chart}</div>',
-        table(
-            ['Layer', 'Kind', 'Bits', 'Error'] + [text(key) for key in metrics],
-            rows,
-            'Layers, the most sensitive first',
-            marked,
-        ),
-    ]
-    return page('Sensitivity of layers', '\n'.join(body))
+    return render(
+        Path(__file__).parent / 'templates' / 'sensitivity.html',
+        report=report,
+        name=Path(report['config']).name,
+        chart=chart,
+        lines=lines,
+        metrics=sorted({key for layer in layers for key in layer['metrics']}),
+        raised={override['pattern'] for override in report.get('mixed_precision', {}).get('overrides', ())},
+        mixed_line=_mixed_line(report) if 'mixed_precision' in report else '',
+        bits=_bits,
+        value=_value,
+    )
 
 
 def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping, folder: Path) -> str:

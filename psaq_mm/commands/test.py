@@ -19,11 +19,13 @@ from psaq_mm.commands.common import (
     run_command,
     runnable_config,
 )
-from psaq_mm.commands.compare_rows import write_whole
-from psaq_mm.commands.metrics import RESULTS, before_after_table, plain_metrics, to_json
+from psaq_mm.commands.metrics import RESULTS, before_after_table, plain_metrics
 from psaq_mm.engine.data_overlap import dataset_leaves
 from psaq_mm.errors import CheckpointError, ConfigError, DataError, PsaqError
+from psaq_mm.files import write_whole
+from psaq_mm.plain import to_plain
 from psaq_mm.ranks import ranks
+from psaq_mm.runtime import RUNTIMES
 
 __all__ = ['main', 'evaluate', 'check_test_set', 'before_after_table']
 
@@ -83,7 +85,7 @@ def evaluate(
         source: The checkpoint's path, for messages; an exported model's directory with ``runtime``.
         full_precision: Evaluate the library's own model type instead, with no quantizer in it.
         hooks: MMEngine hooks that see the run, such as :class:`psaq_mm.commands.agreement.RecordHook`.
-        runtime: Evaluate the exported model at ``source`` in ``'openvino'`` or ``'onnxruntime'``.
+        runtime: Evaluate the exported model at ``source`` in this runtime, one of :data:`psaq_mm.runtime.RUNTIMES`.
         threads: Of the runtime.
         failed: Takes a sentence for each evaluator that fails at the end, so that the metrics of the others are not
             lost. Defaults to None: the first failure is an error.
@@ -328,7 +330,7 @@ def _save(config, results: Mapping) -> Path:
     out = Path(config.work_dir) / RESULTS
     if not ranks()[0]:  # all have the same metrics
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(out, json.dumps(to_json(results), indent=2, allow_nan=False))
+        write_whole(out, json.dumps(to_plain(results, nan=False), indent=2, allow_nan=False))
     return out
 
 
@@ -368,7 +370,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument('--deployed', metavar='DIR', help='evaluate the integer model that tools/export.py wrote')
     parser.add_argument(
-        '--runtime', default='openvino', metavar='NAME', help='of --deployed: openvino (default) or onnxruntime'
+        '--runtime',
+        default='openvino',
+        metavar='NAME',
+        help=f'of --deployed: {", ".join(RUNTIMES)} (default: openvino)',
     )
     parser.add_argument('--threads', type=int, help='of the runtime; defaults to its own choice')
     add_quant_arguments(parser)

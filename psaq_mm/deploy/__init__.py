@@ -5,7 +5,7 @@
 needs PyTorch and onnx, and is imported when it is asked for.
 """
 
-from psaq_mm.runtime.deployed import RUNTIMES, DeployedModel, load
+from psaq_mm.runtime import RUNTIMES, DeployedModel, load
 
 __all__ = ['RUNTIMES', 'DeployedModel', 'export_model', 'load']
 

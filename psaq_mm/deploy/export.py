@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 import psaq_mm
 from psaq_mm.deploy.exportable import ExportableModel, make_exportable
-from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower
+from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower, rest_state, with_task_of_outputs
 from psaq_mm.deploy.symbols import DOMAIN
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.swin import SWIN_BACKBONES
-from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
-from psaq_mm.models.task import is_classifier, turns_channels
+from psaq_mm.models.network import find_backbone
+from psaq_mm.models.task import reads_rgb
+from psaq_mm.models.tasks import task_of
 from psaq_mm.runtime.bundle import write_bundle
 
 __all__ = ['ExportedModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
@@ -33,8 +34,6 @@ together."""
 OPSET = 17
 MIN_OPSET = 17
 """LayerNormalization came with 17."""
-
-_DEPTH = ('mmseg.models.segmentors.depth_estimator.DepthEstimator',)
 
 
 class ExportedModel(NamedTuple):
@@ -90,8 +89,7 @@ class _Graph(nn.Module):
         kept = [name for name, value in vars(head).items() if before.get(name, before) is not value]
         if kept:
             raise NotInGraph(f'{type(head).__name__} keeps {kept[0]} from its forward for later')
-        name = 'logits' if self.parts.task in ('classification', 'segmentation') else 'dense'
-        self.dense = self._name(outputs, name, found)
+        self.dense = self._name(outputs, self.parts.output, found)
 
     def _name(self, value: Any, name: str, found: List[Tensor]) -> Any:
         """Names in the place of the tensors of ``value``, which are added to ``found``."""
@@ -166,7 +164,7 @@ def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
             "points='all' does not export with a dynamic size, for which OpenVINO 2026.4 gives wrong results "
             '(seen: 17 % off): give the sizes, --size H W'
         )
-    if parts.task in ('classification', 'other'):
+    if parts.exact_size:
         raise UnsupportedModelError(f'{type(model).__name__} takes its exact size alone: export with --size H W')
 
 
@@ -230,14 +228,10 @@ def _settle(made: ExportableModel, parts: GraphParts, size: Tuple[int, int], **s
                 ) from error
             parts = less
             continue
-        if (
-            parts.task == 'classification'
-            and not is_classifier(made.model)
-            and [len(shape) for shape in shapes.values()] != [2]
-        ):
-            parts = parts._replace(task='other')  # the head of another kind of model, such as a pose estimator
-            continue
-        return graph, traced, shapes
+        known = with_task_of_outputs(parts, [len(shape) for shape in shapes.values()])
+        if known == parts:
+            return graph, traced, shapes
+        parts = known
 
 
 def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Dict[str, int]:
@@ -252,39 +246,19 @@ def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Di
 
 
 def _image_settings(model: nn.Module) -> Dict[str, Any]:
-    spec, turned = TaskModel(model).image_spec, bool(turns_channels(model))
+    spec = TaskModel(model).image_spec
     # mmseg turns pictures of three channels alone, the others no picture of another number.
     return dict(
-        channels=spec.channels, mean=list(spec.mean), std=list(spec.std), reverse_channels=turned and spec.channels == 3
+        channels=spec.channels,
+        mean=list(spec.mean),
+        std=list(spec.std),
+        reverse_channels=reads_rgb(model) and spec.channels == 3,
     )
-
-
-def _rest(model: nn.Module, parts: GraphParts) -> Dict[str, Any]:
-    """Weights that the graph does not hold and evaluation needs."""
-    if '' in parts.prefixes:
-        return {}
-    skipped = tuple(f'{p}.' for p in (*parts.prefixes, *TRAINING_ONLY))
-    return {k: v.detach().cpu().numpy() for k, v in model.state_dict().items() if not k.startswith(skipped)}
-
-
-def _labels(model: nn.Module, graph: _Graph, shapes: Mapping[str, Tuple[int, ...]]) -> Optional[Dict[str, Any]]:
-    """How a segmentor's logits become classes, as mmseg's ``postprocess_result`` has it; None where they do not."""
-    if (
-        graph.parts.task != 'segmentation'
-        or graph.dense != 'logits'
-        or class_named(model, _DEPTH, 'postprocess_result')
-    ):
-        return None
-    if shapes['logits'][1] > 1:
-        return dict(rule='argmax')
-    threshold = getattr(getattr(model, graph.parts.dense), 'threshold', None)
-    return None if threshold is None else dict(rule='threshold', threshold=float(threshold))
 
 
 def _interface(model: nn.Module, graph: _Graph) -> Dict[str, Any]:
     """What the manifest says of what goes into the graph and comes out of it."""
     parts = graph.parts
-    head = getattr(model, parts.dense) if parts.dense else None
     outputs = dict(
         names=list(graph.names),
         levels=[n for n in graph.names if n.startswith('level_')],
@@ -294,11 +268,10 @@ def _interface(model: nn.Module, graph: _Graph) -> Dict[str, Any]:
     return dict(
         task=parts.task,
         model=type(model).__name__,
-        exact_size=parts.task in ('classification', 'other'),
+        exact_size=parts.exact_size,
         outputs=outputs,
         dense_head=parts.dense,
         replaced=list(parts.prefixes),
-        align_corners=bool(getattr(head, 'align_corners', False)),
     )
 
 
@@ -360,7 +333,7 @@ def export_model(
     image = _image_settings(model)
     tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
     graph, traced, shapes = _settle(made, parts, sizes[0], **tracing)
-    labels = _labels(model, graph, shapes)
+    finish = task_of(model).finish_settings(model, graph.parts.dense, shapes)
     store, lowered, entries, strides = WeightStore(), {}, [], {}
     for size in sizes:
         if size != sizes[0]:
@@ -379,11 +352,12 @@ def export_model(
         classes=list(classes or ()),
         graphs=entries,
         strides=strides,
-        labels=labels,
         tensors=_rows(lowered[sizes[0]], made, report_of(model), graph.parts),
         **image,
         **_interface(model, graph),
+        **finish,
     )
     files = {entry['file']: lowered[tuple(entry['size'])].model.SerializeToString() for entry in entries}
-    directory = write_bundle(out, manifest, files, store.weights, _rest(model, graph.parts))
+    rest = {name: value.detach().cpu().numpy() for name, value in rest_state(model, graph.parts.prefixes).items()}
+    directory = write_bundle(out, manifest, files, store.weights, rest)
     return ExportedModel(directory, manifest, made, lowered, store.weights, graph.parts)

@@ -8,15 +8,15 @@ an operator that ONNX does not have.
 
 import copy
 import inspect
-from typing import Mapping, NamedTuple, Optional, Tuple
+from typing import Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.models.scope import TRAINING_ONLY, dense_head_name, find_backbone, is_query_based, takes_levels_alone
-from psaq_mm.models.task import is_classifier
+from psaq_mm.models.network import TRAINING_ONLY, find_backbone, takes_levels_alone
+from psaq_mm.models.tasks import Task, task_of, tasks
 
-__all__ = ['GraphParts', 'NotInGraph', 'graph_parts', 'narrower']
+__all__ = ['GraphParts', 'NotInGraph', 'graph_parts', 'narrower', 'rest_state', 'with_task_of_outputs']
 
 _LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain', 'mmpose')
 
@@ -29,12 +29,14 @@ class GraphParts(NamedTuple):
     """What of a model becomes the graph.
 
     Attributes:
-        task: ``'classification'``, ``'segmentation'``, ``'detection'``, ``'backbone'``, or ``'other'`` for a model that
-            is none of these.
+        task: Name of the model's task (:mod:`psaq_mm.models.tasks`): ``'other'`` where no task matches,
+            ``'backbone'`` where the model is one.
         dense: Name of the head inside the graph, or None.
         with_levels: Whether feature maps are outputs.
         prefixes: Names of the model's children that the graph replaces.
         outside: By the name of a neck or dense head that stays in PyTorch, why.
+        exact_size: Whether the graph takes images of exactly its size.
+        output: Name of the head's outputs.
     """
 
     task: str
@@ -42,6 +44,12 @@ class GraphParts(NamedTuple):
     with_levels: bool
     prefixes: Tuple[str, ...]
     outside: Mapping[str, str] = {}
+    exact_size: bool = False
+    output: str = 'dense'
+
+    def of_task(self, task: Task) -> 'GraphParts':
+        """The same parts of a model of another task."""
+        return self._replace(task=task.name, exact_size=task.exact_size, output=task.output)
 
 
 def graph_parts(model: nn.Module) -> GraphParts:
@@ -51,21 +59,43 @@ def graph_parts(model: nn.Module) -> GraphParts:
     backbone = find_backbone(model)
     if backbone is model:
         return GraphParts('backbone', None, True, ('',))
+    task = task_of(model)
     if getattr(model, 'model', None) is backbone:  # timm's whole network
-        return GraphParts('classification', None, False, ('model',))
-    dense, reason = dense_head_name(model), None
-    parts = GraphParts(
-        _task(model, dense),
-        dense,
-        _others_read_levels(model, dense),
-        tuple(n for n in ('backbone', 'neck', dense) if n and getattr(model, n, None) is not None),
-    )
+        return GraphParts('', None, False, ('model',)).of_task(task)
+    dense = task.dense_head(model)
+    prefixes = tuple(n for n in ('backbone', 'neck', dense) if n and getattr(model, n, None) is not None)
+    parts = GraphParts('', dense, _others_read_levels(model, task, dense), prefixes).of_task(task)
     if dense is not None:
-        reason = _why_apart(model, getattr(model, dense))
+        reason = _why_apart(model, task, getattr(model, dense))
         parts = _without(parts, dense, reason) if reason else parts
     reason = _why_neck_apart(model)
     last = 'neck' if 'neck' in parts.prefixes else parts.dense
     return _without(parts, last, reason) if last and reason else parts
+
+
+def with_task_of_outputs(parts: GraphParts, dimensions: Sequence[int]) -> GraphParts:
+    """The parts of a model of no known task, with the task that its outputs tell; else ``parts``.
+
+    Args:
+        parts: As traced.
+        dimensions: Numbers of dimensions of the outputs.
+    """
+    if parts.task != Task.name or parts.dense is None:
+        return parts
+    return next((parts.of_task(task) for task in tasks() if task.matches_outputs(dimensions)), parts)
+
+
+def rest_state(model: nn.Module, prefixes: Sequence[str]) -> Dict[str, Tensor]:
+    """Weights that evaluation needs beside the graph.
+
+    Args:
+        model: The model that was exported.
+        prefixes: Of :class:`GraphParts`; ``('',)`` is the whole model.
+    """
+    if '' in prefixes:
+        return {}
+    skipped = tuple(f'{name}.' for name in (*prefixes, *TRAINING_ONLY))
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)}
 
 
 def narrower(parts: GraphParts, reason: str) -> Optional[GraphParts]:
@@ -86,25 +116,14 @@ def _without(parts: GraphParts, name: str, reason: str) -> GraphParts:
     )
 
 
-def _task(model: nn.Module, dense: Optional[str]) -> str:
-    if isinstance(getattr(model, 'decode_head', None), nn.Module):  # or a cascade of them
-        return 'segmentation'
-    if is_classifier(model):
-        return 'classification'
-    of_mmdet = any(base.__module__.startswith('mmdet.models.detectors') for base in type(model).__mro__)
-    if of_mmdet or any(hasattr(model, name) for name in ('rpn_head', 'bbox_head', 'roi_head')):
-        return 'detection'
-    return 'classification' if dense == 'head' else 'other'  # the shape of the outputs decides
-
-
-def _others_read_levels(model: nn.Module, dense: Optional[str]) -> bool:
+def _others_read_levels(model: nn.Module, task: Task, dense: Optional[str]) -> bool:
     """Whether a model has parts beside the dense head, such as RoI, mask and semantic heads, which may read the levels,
     or predicts in a way of its own.
     """
     known = ('neck', dense, *TRAINING_ONLY)
     backbone = find_backbone(model)
     others = any(part is not backbone and name not in known for name, part in model.named_children())
-    return dense in (None, 'rpn_head') or others or _is_own(model, 'predict')
+    return dense is None or task.others_read_levels(model, dense) or others or _is_own(model, 'predict')
 
 
 def _is_own(model: nn.Module, method: str) -> bool:
@@ -123,10 +142,10 @@ def _why_neck_apart(model: nn.Module) -> Optional[str]:
     return None
 
 
-def _why_apart(model: nn.Module, head: nn.Module) -> Optional[str]:
+def _why_apart(model: nn.Module, task: Task, head: nn.Module) -> Optional[str]:
     """Why the dense head of a model cannot be in the graph; None where it can."""
     kind = type(head).__name__
-    if is_query_based(model):
+    if task.is_query_based(model):
         return f'{kind} reads queries, not the levels of the neck'
     if not takes_levels_alone(head):
         return f'{kind} needs more than the levels of the neck'

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Tuple
 
 from psaq_mm.deploy.exportable import ExportableModel
+from psaq_mm.errors import first_of
 from psaq_mm.quantization import ConversionReport
 from psaq_mm.runtime.bundle import REST
 from psaq_mm.runtime.kernels import EXPLAINED
@@ -111,7 +112,7 @@ def summary(rows: List[Dict[str, Any]]) -> str:
         if 'reason' in row:
             reasons.setdefault(row['reason'], []).append(row)
     for reason, found in reasons.items():
-        names = ', '.join(row['name'] for row in found[:3]) + (f' and {len(found) - 3} more' if len(found) > 3 else '')
+        names = first_of([row['name'] for row in found])
         lines.append(f'float: {names}: {reason}')
     return '\n'.join(lines)
 
@@ -128,58 +129,15 @@ def execution(deployed, size: Tuple[int, int]) -> str:
     """How a runtime executes the products of a graph: how many as integers, and which ones not.
 
     Args:
-        deployed: A :class:`.runtime.DeployedModel`.
+        deployed: A :class:`~psaq_mm.runtime.DeployedModel`.
         size: One of its sizes.
     """
     session = deployed.session(size)
-    rows = (
-        _openvino_products(session)
-        if deployed.runtime == 'openvino'
-        else _onnxruntime_products(session, deployed.graph(size))
-    )
-    counts = Counter(row[2] for row in rows)
-    told = [f'{counts["integer"]} of {len(rows)} products are integer']
-    told += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
-    told += [EXPLAINED[session.kernels]] if session.kernels != 'integer' else []
-    lines = [f'{deployed.runtime}, {size[0]} x {size[1]}: ' + ', '.join(told)]
-    lines += [f'  float: {name} ({kind})' for name, kind, how in rows if how == 'float']
+    products = session.products(deployed.graph(size))
+    counts = Counter(product.how for product in products)
+    facts = [f'{counts["integer"]} of {len(products)} products are integer']
+    facts += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
+    facts += [EXPLAINED[session.kernels]] if session.kernels != 'integer' else []
+    lines = [f'{deployed.runtime}, {size[0]} x {size[1]}: ' + ', '.join(facts)]
+    lines += [f'  float: {product.name} ({product.kind})' for product in products if product.how == 'float']
     return '\n'.join(lines)
-
-
-def _openvino_products(session) -> List[Tuple[str, str, str]]:
-    """Name, kind, and ``'integer'``, ``'float'`` or ``'fused'``, of each product in the compiled graph: the name of the
-    primitive ends in its precision.
-    """
-    rows = []
-    for node in session.compiled.get_runtime_model().get_ordered_ops():
-        info = {
-            key: value.astype(str)
-            for key, value in node.get_rt_info().items()
-            if key in ('layerType', 'primitiveType', 'originalLayersNames')
-        }
-        kind, primitive = info.get('layerType', ''), info.get('primitiveType', '')
-        if kind == 'Subgraph':
-            names = info.get('originalLayersNames', '').split(',')
-            if sum(name.rpartition('/')[2].startswith('MatMul') for name in names) > 1:
-                rows.append((node.get_friendly_name(), f'{kind}, {primitive}', 'fused'))
-        elif kind in ('MatMul', 'FullyConnected', 'Convolution', 'Deconvolution'):
-            how = 'integer' if primitive.lower().endswith(('i8', 'u8')) else 'float'
-            rows.append((node.get_friendly_name(), f'{kind}, {primitive}', how))
-    return rows
-
-
-def _onnxruntime_products(session, graph: bytes) -> List[Tuple[str, str, str]]:
-    import tempfile
-
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / 'optimized.onnx')
-        session.new_session(graph, None, session.way, path)
-        nodes = onnx.load(path).graph.node
-    integer = ('MatMulIntegerToFloat', 'MatMulInteger', 'QLinearMatMul', 'QLinearConv', 'ConvInteger', 'QGemm')
-    return [
-        (node.name, node.op_type, 'integer' if node.op_type in integer else 'float')
-        for node in nodes
-        if node.op_type in integer or node.op_type in (*_PRODUCTS, 'FusedMatMul', 'FusedConv', 'FusedGemm')
-    ]

@@ -2,12 +2,13 @@
 """An exported graph in the place of a model's own layers, so that the library's tools evaluate the integer model."""
 
 import os
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from psaq_mm.deploy.parts import rest_state
 from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.quantization import adopt
 from psaq_mm.registry import MODELS
@@ -37,7 +38,7 @@ class DeployedBackbone(nn.Module):
 
     Args:
         directory: As ``tools/export.py`` wrote it.
-        runtime: ``'openvino'`` or ``'onnxruntime'``.
+        runtime: Name of the runtime, one of :data:`psaq_mm.runtime.RUNTIMES`.
         threads: Of the runtime. Defaults to None, its own choice.
         init_cfg: Not used; OpenMMLab's configs give it to every backbone.
 
@@ -46,7 +47,8 @@ class DeployedBackbone(nn.Module):
         ConfigError: The runtime is not known or not installed.
 
     Example:
-        >>> model = dict(backbone=dict(_delete_=True, type='psaq_mm.DeployedBackbone', directory='work_dirs/deployed'), neck=None)
+        >>> backbone = dict(_delete_=True, type='psaq_mm.DeployedBackbone', directory='work_dirs/deployed')
+        >>> model = dict(backbone=backbone, neck=None)
     """
 
     def __init__(
@@ -105,7 +107,9 @@ def deploy_model_(
 
     Args:
         model: Built from the config that was exported; its weights need not be loaded.
-        directory, runtime, threads: See :class:`DeployedBackbone`.
+        directory: As ``tools/export.py`` wrote it.
+        runtime: ``'openvino'`` or ``'onnxruntime'``.
+        threads: Of the runtime. Defaults to None, its own choice.
 
     Returns:
         ``model``.
@@ -145,17 +149,12 @@ def _inherits(model: nn.Module, name: str) -> bool:
     return any(cls.__name__ == name for cls in type(model).__mro__)
 
 
-def _rest_names(model: nn.Module, replaced: Tuple[str, ...]) -> Dict[str, Tensor]:
-    skipped = tuple(f'{name}.' for name in (*replaced, 'data_preprocessor', 'auxiliary_head'))
-    return {k: v for k, v in model.state_dict().items() if not k.startswith(skipped)}
-
-
 def _load_rest(model: nn.Module, directory: PathLike, manifest: Mapping) -> None:
     path = os.path.join(directory, 'rest.npz')
     if manifest['task'] != 'detection' and not os.path.isfile(path):
         return
     rest = dict(np.load(path)) if os.path.isfile(path) else {}
-    own = _rest_names(model, tuple(manifest['replaced']))
+    own = rest_state(model, manifest['replaced'])
     odd = sorted(set(rest) ^ set(own)) or [k for k in own if tuple(own[k].shape) != rest[k].shape]
     if odd:
         raise CheckpointError(

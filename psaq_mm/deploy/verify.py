@@ -24,8 +24,9 @@ from psaq_mm.quantization import LogQuantizer, Quantizer, log_quantize, quantize
 from psaq_mm.quantization.logarithmic import BASES
 from psaq_mm.quantization.primitives import along
 from psaq_mm.runtime.bundle import read_manifest, read_weights
-from psaq_mm.runtime.deployed import DeployedModel, load, start
+from psaq_mm.runtime.deployed import DeployedModel, load
 from psaq_mm.runtime.kernels import EXPLAINED
+from psaq_mm.runtime.registry import start
 
 __all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
 
@@ -330,7 +331,7 @@ def verify(
         exported: What :func:`.export.export_model` returned.
         images: Normalized, (N, C, H, W), of an exported size; with a dynamic size, of the traced one, or of another one
             in multiples of :data:`.export.MULTIPLE`, whose outputs alone are compared.
-        runtime: ``'openvino'`` or ``'onnxruntime'``.
+        runtime: Name of the runtime, one of :data:`psaq_mm.runtime.RUNTIMES`.
         threads: Of the runtime.
         kernels: See :func:`.runtime.start`.
     """

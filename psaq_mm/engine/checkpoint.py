@@ -2,32 +2,34 @@
 """Checkpoints: read without running code, written whole or not at all."""
 
 import _compat_pickle
-import contextlib
-import errno
 import hashlib
 import http.client
 import os
 import pickle
 import re
+import shutil
 import types
 import urllib.parse
 import urllib.request
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import numpy as np
 import torch
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
+from rich.console import Console
+from rich.progress import wrap_file
 from torch import Tensor, nn
 
 import psaq_mm
-from psaq_mm.errors import CheckpointError, PsaqError
-from psaq_mm.files import file_sha256, locked
+from psaq_mm.errors import CheckpointError
+from psaq_mm.files import file_sha256, locked, whole_file
 from psaq_mm.models import spec_of
 from psaq_mm.models.loading import convert_timm_keys, match_names, unwrapped, whole_loading
+from psaq_mm.plain import to_plain
 from psaq_mm.quantization import is_quantizer_key
 
 __all__ = [
@@ -39,7 +41,6 @@ __all__ = [
     'RESTRICTED',
     'save_atomic',
     'student_checkpoint',
-    'whole_file',
     'dataset_meta_of',
 ]
 
@@ -177,59 +178,53 @@ def _is_own(content: Any) -> bool:
 
 
 def _downloaded(url: str) -> str:
-    """Where a URL's file lies in PyTorch's cache, after downloading it there if need be.
+    """Path of a URL's file in PyTorch's cache; it is downloaded if it is not there yet.
 
-    One process downloads it, and those that want it too, such as the other ranks of a machine, wait for it.
+    One process downloads. Others that want the file too, such as the other ranks of a machine, wait for it.
     """
-    from torch.hub import get_dir
-
     name = os.path.basename(urllib.parse.urlparse(url).path)
-    found = _CONTENT_HASH.search(name)
-    if not found:
-        # Many a model is called model.safetensors.
+    content_hash = _CONTENT_HASH.search(name)
+    if not content_hash:  # a name such as model.safetensors, which many models have
         name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}_{name}'
-    cached = Path(get_dir(), 'checkpoints', name)
+    cached = Path(torch.hub.get_dir(), 'checkpoints', name)
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         lock = cached.with_name(f'.{name}.lock')
         with locked(lock):
             try:
                 if not cached.is_file():
-                    _download(url, cached, found[1] if found and not _DATE.fullmatch(found[1]) else None)
+                    known = content_hash and not _DATE.fullmatch(content_hash[1])
+                    _download(url, cached, content_hash[1] if known else '')
             finally:
                 lock.unlink(missing_ok=True)
     return str(cached)
 
 
-def _download(url: str, path: Path, sha256: Optional[str]) -> None:
-    """Fetch a file, whole or not at all; ``sha256``, or what it begins with, is compared."""
-    from torch.hub import download_url_to_file
-
+def _download(url: str, path: Path, sha256: str) -> None:
+    """Fetch a file, whole or not at all. ``sha256`` is how its hash begins, or empty."""
     print(f'downloading {url} to {path}', flush=True)
-    partial = path.with_name(f'.{path.name}.partial')
+    for partial in path.parent.glob(f'.{path.name}.*.partial'):  # of a download that was killed
+        partial.unlink(missing_ok=True)
+    request = urllib.request.Request(url, headers={'User-Agent': 'torch.hub'})  # some hosts refuse Python's own
     try:
-        download_url_to_file(url, str(partial), hash_prefix=sha256, progress=True)
-        expected = None if sha256 else _length_of(url)  # a connection that ends early is no error to urllib
-        if expected not in (None, partial.stat().st_size):
-            raise OSError(f'{partial.stat().st_size} of {expected} bytes came')
-        os.replace(partial, path)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f'{url} is not what its name says, whose SHA-256 begins with {sha256} ({error}): try again, or give the '
-            'local path of a file that you trust'
-        ) from error
+        with whole_file(path) as partial:
+            with urllib.request.urlopen(request) as answer, open(partial, 'wb') as file:
+                length = int(answer.headers.get('Content-Length') or 0)
+                with wrap_file(answer, length, description=path.name, console=Console(stderr=True)) as reader:
+                    shutil.copyfileobj(reader, file, 1 << 20)
+            size = partial.stat().st_size
+            if length and size != length:  # urllib does not notice that a connection ended early
+                raise OSError(f'{size} of {length} bytes came')
+            digest = file_sha256(partial)
+            if not digest.startswith(sha256):
+                raise CheckpointError(
+                    f'{url} is not what its name says, whose SHA-256 begins with {sha256} and not with '
+                    f'{digest[: len(sha256)]}: try again, or give the local path of a file that you trust'
+                )
     except (OSError, http.client.HTTPException) as error:
         raise CheckpointError(
             f'{url} could not be downloaded ({error}): fetch it yourself and give its local path'
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _length_of(url: str) -> Optional[int]:
-    with urllib.request.urlopen(urllib.request.Request(url, headers={'User-Agent': 'torch.hub'})) as answer:
-        length = answer.headers.get('Content-Length')
-    return int(length) if length else None
 
 
 def load_restricted(path: PathLike) -> Any:
@@ -358,19 +353,7 @@ def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:
     In plain types: an array of NumPy in it would make a file that loading of weights alone refuses.
     """
     given = meta.get('dataset_meta') or {k: meta[k] for k in ('CLASSES', 'PALETTE') if meta.get(k) is not None}
-    return {str(k).lower() if k in ('CLASSES', 'PALETTE') else k: _plain(v) for k, v in dict(given).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {_plain(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted((_plain(v) for v in value), key=str)
-    if isinstance(value, (list, tuple)):
-        return (tuple if isinstance(value, tuple) else list)(_plain(v) for v in value)
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    return {k.lower() if k in ('CLASSES', 'PALETTE') else k: to_plain(v, tuples=True) for k, v in dict(given).items()}
 
 
 @CheckpointLoader.register_scheme(prefixes=RESTRICTED, force=True)
@@ -410,41 +393,8 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
         print_log(f'{source}: {note}', 'current')
 
 
-@contextlib.contextmanager
-def whole_file(path: PathLike) -> Iterator[Path]:
-    """Where to write a file, so that what stands at ``path`` is whole at every moment: beside it, to be moved there at
-    the end.
-
-    Raises:
-        OSError: The disk is full or not writable (it names ``path``); the partial file is removed and ``path`` is as it
-            was.
-
-    Example:
-        >>> with whole_file('student.pth') as partial:
-        ...     torch.save(content, partial)
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        yield partial
-        with open(partial, 'rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except PsaqError:
-        raise
-    except RuntimeError as error:  # torch reports a failed write of its zip archive so, without an errno
-        raise OSError(errno.ENOSPC, 'no space left or the write failed', str(path)) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(errno.ENOSPC, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_atomic(content: Dict, path: PathLike) -> None:
-    """Write ``content`` beside ``path`` and move it there, see :func:`whole_file`."""
+def save_atomic(content: Any, path: PathLike) -> None:
+    """``torch.save`` to a file that is whole at every moment, see :func:`psaq_mm.files.whole_file`."""
     with whole_file(path) as partial, open(partial, 'wb') as file:
         torch.save(content, file)
 
@@ -466,7 +416,7 @@ def student_checkpoint(
     spec = spec_of(model)
     meta = dict(
         cfg=config_text,
-        dataset_meta=_plain(dataset_meta or {}),
+        dataset_meta=to_plain(dataset_meta or {}, tuples=True),
         psaq_mm=dict(
             version=psaq_mm.__version__,
             label=spec.label,

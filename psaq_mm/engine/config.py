@@ -10,8 +10,9 @@ from mmengine.config import Config, ConfigDict
 
 from psaq_mm.engine.data_overlap import check_no_overlap
 from psaq_mm.engine.inputs import check_preprocessor
+from psaq_mm.engine.methods import method_of
 from psaq_mm.engine.pipelines import image_sizes
-from psaq_mm.engine.presets import preset_name, recipe_of, resolve_dfq, with_method
+from psaq_mm.engine.presets import preset_name, resolve_dfq, with_method
 from psaq_mm.engine.pure_python import with_named_types
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
@@ -63,8 +64,8 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
         config: A whole config.
         quant: A preset. On a config that is quantized already it takes the place of all but the scope, and
             ``w_reduce_range`` with 8 bits.
-        method: One of :data:`psaq_mm.engine.presets.METHODS`, whose quantizer's recipe is applied to the bits of
-            ``quant`` or of the config; a preset that names a recipe itself keeps its own.
+        method: Name of a registered method (:data:`psaq_mm.engine.methods.METHODS`). The recipe of its quantizer is
+            applied to the bits of ``quant`` or of the config; a preset that names a recipe itself keeps its own.
 
     Raises:
         ConfigError: No model in the config, or a full-precision one without ``quant``.
@@ -105,7 +106,7 @@ def preset_of(quant: Any, method: Optional[str]) -> Any:
     are.
     """
     plain = re.fullmatch(r'w\d+a(\d+)', quant, re.IGNORECASE) if isinstance(quant, str) else None
-    return f'{recipe_of(method, int(plain[1]))}_{quant}' if method and plain else quant
+    return f'{method_of(method).recipe_for(int(plain[1]))}_{quant}' if method and plain else quant
 
 
 def full_precision_model_config(model: Mapping) -> ConfigDict:
@@ -198,7 +199,7 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
     config = copy.deepcopy(with_named_types(config))
     given = config.get('dfq')
     dfq = resolve_dfq(given)
-    if dfq['source'] == 'real':  # while the config still has its validation set, and before anything is written
+    if dfq['samples'] == 'real':  # while the config still has its validation set, and before anything is written
         check_no_overlap(config)
     config.model = quantized_model_config(config, quant)
     check_preprocessor(config)

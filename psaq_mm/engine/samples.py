@@ -1,7 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Samples kept after a run and used again by another (``dfq.save_samples=True``, ``dfq.samples=PATH``), and sources of
-samples out of a config (``dfq.samples=dict(type='psaq_mm.PinkNoise')``).
-"""
+"""Sources of a run: the function that builds them, and those that read files (``dfq.samples=PATH``)."""
 
 import re
 from pathlib import Path
@@ -12,27 +10,27 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from psaq_mm.engine import real_images  # noqa: F401  registers the source 'real'
 from psaq_mm.engine.checkpoint import load_restricted, save_atomic
+from psaq_mm.engine.data_overlap import check_folder
 from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.models.task import turns_channels
-from psaq_mm.pictures import ImageSpec, Mixture, Source, source_of
+from psaq_mm.models.task import reads_rgb
+from psaq_mm.pictures import SOURCES, Generated, ImageSpec, Mixture, Source, SourceConfig, register_source, source_of
 from psaq_mm.pictures.base import Make, checked_size, mixed
 from psaq_mm.pictures.image_spec import EIGHT_BITS
-from psaq_mm.pictures.mixture import PLAIN
 from psaq_mm.registry import TASK_UTILS
-from psaq_mm.type_names import type_name
 from psaq_mm.visualization import write_png
 
 __all__ = [
     'Folder',
+    'Saved',
     'SavedSamples',
     'build_source',
-    'folders_in',
+    'is_path',
     'load_samples',
     'procedural_of',
-    'reads_rgb',
+    'samples_of',
     'save_samples',
-    'takes_rgb',
 ]
 
 _SHEET = re.compile(r'round_\d+_step_\d+\.png')
@@ -51,25 +49,6 @@ class SavedSamples(NamedTuple):
 
     samples: Tensor
     labels: Optional[Tensor]
-
-
-def reads_rgb(preprocessor: Any) -> bool:
-    """Whether a model takes its channels as RGB: the libraries load BGR, and their preprocessors turn it, or do not.
-
-    Args:
-        preprocessor: The model's ``data_preprocessor``; RGB where it says nothing.
-    """
-    for name in ('_channel_conversion', 'channel_conversion', 'to_rgb'):
-        if hasattr(preprocessor, name):
-            return bool(getattr(preprocessor, name))
-    return True
-
-
-def takes_rgb(model: nn.Module) -> bool:
-    """Whether a model takes its channels as RGB, its pipeline too considered where that is known
-    (:mod:`psaq_mm.engine.inputs`); RGB where nothing tells.
-    """
-    return turns_channels(model) is not False
 
 
 def save_samples(
@@ -97,7 +76,7 @@ def save_samples(
     Returns:
         Path of ``samples.pt``.
     """
-    folder, rgb = Path(folder), takes_rgb(model)
+    folder, rgb = Path(folder), reads_rgb(model)
     samples = samples.detach().cpu().float()
     spec = dict(
         mean=list(image_spec.mean),
@@ -144,7 +123,7 @@ def load_samples(path, size: Tuple[int, int], model: nn.Module, image_spec: Imag
         DataError: The folder has no images, or a file is damaged or none of ours.
         CheckpointError: The file would run code.
     """
-    return _load(Path(path), tuple(size), image_spec, takes_rgb(model))
+    return _load(Path(path), tuple(size), image_spec, reads_rgb(model))
 
 
 def _load(path: Path, size: Tuple[int, int], image_spec: ImageSpec, rgb: bool) -> SavedSamples:
@@ -246,29 +225,51 @@ def _read_picture(file: Path, size: Tuple[int, int], mode: str, image_spec: Imag
 
 
 # ---------------------------------------------------------------------- sources
-@TASK_UTILS.register_module()
-class Folder(Source):
-    """Images of a folder, or the samples of a ``samples.pt``, in an order of their own for each seed; then in another
-    one.
+class _Files(Source):
+    """A source that reads a folder of images, or a ``samples.pt``."""
 
-    Images are read when their number comes; of one larger than the samples, the centre is taken, as
+    def __init__(self, path: str, rgb: Optional[bool] = None, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.path, self.rgb = str(path), rgb
+        if not Path(path).exists():
+            raise ConfigError(f'the folder of samples {path} does not exist: check the path')
+
+    @property
+    def paths(self) -> List[str]:
+        """See :attr:`psaq_mm.pictures.Source.paths`."""
+        return [self.path]
+
+    def open(self, model: nn.Module, config: Mapping, seed: int) -> None:
+        """See :meth:`psaq_mm.pictures.Source.open`.
+
+        Raises:
+            ConfigError: A set that is evaluated reads the folder.
+        """
+        check_folder(config, self.path)
+        if self.rgb is None:
+            self.rgb = reads_rgb(model)
+
+
+@register_source()
+@TASK_UTILS.register_module()
+class Folder(_Files):
+    """All pictures of a folder or a ``samples.pt``, in a random order for each seed; then again in another order.
+
+    Images are read when their number comes. Of an image larger than the samples, the centre is taken, as
     :func:`load_samples` does.
 
     Args:
         path: A folder of images in any format that Pillow reads, or a file that ``dfq.save_samples=True`` wrote.
-        rgb: Whether the model takes its channels as RGB; :func:`build_source` fills it in.
+        rgb: Whether the model takes its channels as RGB. Defaults to None: :meth:`open` asks the model.
         seed: As for :class:`~psaq_mm.pictures.Source`.
 
     Raises:
         ConfigError: Nothing is there.
     """
 
-    def __init__(self, path: str, rgb: bool = True, seed: int = 0) -> None:
-        super().__init__(seed)
-        self.path, self.rgb = str(path), rgb
-        if not Path(path).exists():
-            raise ConfigError(f'the folder of samples {path} does not exist: check the path')
-        self._known: Dict[Tuple, Any] = {}
+    def __init__(self, path: str, rgb: Optional[bool] = None, seed: int = 0) -> None:
+        super().__init__(path, rgb, seed)
+        self._read: Dict[Tuple, Any] = {}
 
     def draw(
         self,
@@ -279,79 +280,88 @@ class Folder(Source):
         generated: Optional[Make] = None,
     ) -> Tensor:
         """See :meth:`psaq_mm.pictures.Source.draw`."""
-        size = checked_size(len(numbers), size)
+        size, rgb = checked_size(len(numbers), size), self.rgb is not False
         if Path(self.path).is_dir():
             files, mode = self._once((image_spec.channels,), lambda: _images_of(Path(self.path), image_spec))
             places = self._places(numbers, len(files), seed)
-            return _read_pictures([files[place] for place in places], size, mode, image_spec, self.rgb)
-        samples = self._once((size, image_spec), lambda: _load(Path(self.path), size, image_spec, self.rgb).samples)
+            return _read_pictures([files[place] for place in places], size, mode, image_spec, rgb)
+        samples = self._once((size, image_spec), lambda: _load(Path(self.path), size, image_spec, rgb).samples)
         return samples[self._places(numbers, len(samples), seed)]
 
     def _once(self, key: Tuple, read) -> Any:
-        if key not in self._known:
-            self._known = {key: read()}
-        return self._known[key]
+        if key not in self._read:
+            self._read = {key: read()}
+        return self._read[key]
 
     def _places(self, numbers: Sequence[int], count: int, seed: int) -> List[int]:
-        """Each image once among the first ``count`` numbers, once among the next, and so on."""
-        found, orders = [], {}
+        """Index of the image of each number: every image once in each turn of ``count`` numbers."""
+        places, orders = [], {}
         for number in numbers:
             turn = number // count
             if turn not in orders:
                 generator = torch.Generator().manual_seed(mixed(seed, self.seed, turn) % 2**32)
                 orders[turn] = torch.randperm(count, generator=generator).tolist()
-            found.append(orders[turn][number % count])
-        return found
+            places.append(orders[turn][number % count])
+        return places
 
 
-def build_source(given: Union[str, Mapping, Sequence, Source], rgb: bool = True) -> Source:
-    """A source out of what a config says, through the registry.
+@register_source()
+@TASK_UTILS.register_module()
+class Saved(_Files, Generated):
+    """The samples of a file or folder as the first ones of a run, in their order; later ones are synthesized.
 
     Args:
-        given: As for :func:`psaq_mm.pictures.source_of`; a type may be any that is registered in
-            :data:`psaq_mm.registry.TASK_UTILS`, and :class:`Folder`.
-        rgb: Whether the model takes its channels as RGB.
+        path: As for :class:`Folder`.
+        rgb: As for :class:`Folder`.
+        seed: As for :class:`~psaq_mm.pictures.Source`.
 
     Raises:
-        ConfigError: It is no source, or its type or a setting is not known.
-        DataError: A setting is out of range.
+        ConfigError: Nothing is there.
     """
 
-    def build(config: Mapping) -> Any:
-        settings = dict(config)
-        name = type_name(settings)
-        if settings['type'] == name:
-            settings['type'] = f'psaq_mm.{name}'
-        if isinstance(settings['type'], str) and TASK_UTILS.get(settings['type']) is None:
-            known = sorted({*PLAIN, 'Folder'})
-            raise ConfigError(
-                f'dfq.samples has type={config["type"]!r}, which is no source of samples: use one of '
-                f'{", ".join("psaq_mm." + one for one in known)}'
-            )
-        if name == 'Folder':
-            settings.setdefault('rgb', rgb)
-        try:
-            return TASK_UTILS.build(settings)
-        except TypeError as error:
-            raise ConfigError(f'dfq.samples: {error}; see the settings of {name}') from error
-
-    return source_of(given, build)
+    def read(self, size: Tuple[int, int], image_spec: ImageSpec) -> SavedSamples:
+        """All samples of the file or folder, as :func:`load_samples`."""
+        return _load(Path(self.path), tuple(size), image_spec, self.rgb is not False)
 
 
-def folders_in(given: Any) -> List[str]:
-    """Paths that a config of sources reads, in mixtures too; a path itself is one."""
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given, Mapping):
-        own = [str(given['path'])] if given.get('path') else []
-        return own + [path for one in given.get('sources') or () for path in folders_in(one)]
-    if isinstance(given, Sequence):
-        return [path for one in given for path in folders_in(one)]
-    return []
+def is_path(config: SourceConfig) -> bool:
+    """Whether a config of a source is a path, and not the name of a source."""
+    return isinstance(config, str) and config not in SOURCES
+
+
+def build_source(
+    config: SourceConfig,
+    model: Optional[nn.Module] = None,
+    run: Optional[Mapping] = None,
+    seed: int = 0,
+) -> Source:
+    """Build the source that a config names, and open it for a run.
+
+    Args:
+        config: As for :func:`psaq_mm.pictures.source_of`; a type may also be registered in
+            :data:`psaq_mm.registry.TASK_UTILS`.
+        model: The network that gets the pictures. Defaults to None: the source is not opened.
+        run: The run's config.
+        seed: The run's seed.
+
+    Raises:
+        ConfigError: It is no source, a type or a setting is unknown, or it reads pictures that are evaluated.
+        DataError: A setting is out of range, or files cannot be read.
+    """
+    source = source_of(config, TASK_UTILS.get)
+    if model is not None:
+        source.open(model, run or {}, seed)
+    return source
+
+
+def samples_of(config: SourceConfig, model: nn.Module, run: Mapping, seed: int = 0) -> Source:
+    """The source that ``dfq.samples`` names: as :func:`build_source`, but a path gives the first samples alone."""
+    saved = isinstance(config, str) and is_path(config) and Path(config).exists()
+    return build_source(dict(type=Saved, path=config) if saved else config, model, run, seed)
 
 
 def procedural_of(source: Source) -> Optional[Source]:
-    """What of a source needs no model; None where all of it does."""
+    """The part of a source that needs no synthesis; None if all of it does."""
     if isinstance(source, Mixture):
         return source.procedural_part()
     return source if source.procedural else None

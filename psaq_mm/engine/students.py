@@ -11,7 +11,7 @@ from typing import Any, Dict, Mapping, Optional
 from mmengine.config import Config
 
 from psaq_mm.engine.config import is_quantized_config, preset_of, quant_holder, quantized_model_config
-from psaq_mm.errors import CheckpointError, ConfigError
+from psaq_mm.errors import CheckpointError, ConfigError, first_of
 from psaq_mm.quantization import QuantSpec
 
 __all__ = ['config_of_student', 'spec_in']
@@ -68,7 +68,7 @@ def config_of_student(
 def _differences(made: QuantSpec, other: QuantSpec, whose: str = 'the config has') -> str:
     made, other = made.to_dict(), other.to_dict()
     odd = [f'{key}={made[key]!r} ({whose} {other[key]!r})' for key in made if made[key] != other[key]]
-    return ', '.join(odd[:3]) + (f' and {len(odd) - 3} more' if len(odd) > 3 else '')
+    return first_of(odd)
 
 
 def _check_stated(made: QuantSpec, source: str, quant: Optional[str], method: Optional[str], options: Mapping) -> None:

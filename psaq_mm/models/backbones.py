@@ -32,7 +32,7 @@ def _current_library(arguments: Mapping) -> str:
     )
 
 
-@MODELS.register_module()
+@MODELS.register_module()  # A function, named like a class: configs name it as their ``type``.
 def QuantSwinTransformer(quant: Union[Mapping, str] = 'w8a8', library: Optional[str] = None, **swin) -> nn.Module:
     """The library's own SwinTransformer, quantized as it is built.
 

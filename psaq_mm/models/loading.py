@@ -14,8 +14,9 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Named
 
 from torch import Tensor, nn
 
-from psaq_mm.errors import CheckpointError
-from psaq_mm.models.scope import TRAINING_ONLY, find_backbone
+from psaq_mm.contexts import hooked, replaced
+from psaq_mm.errors import CheckpointError, first_of
+from psaq_mm.models.network import TRAINING_ONLY, find_backbone
 from psaq_mm.quantization import is_quantizer_key
 
 __all__ = [
@@ -30,13 +31,6 @@ __all__ = [
     'whole_loading',
 ]
 
-_SHOWN = 3
-
-
-def _some(names: List[str]) -> str:
-    rest = f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''
-    return ', '.join(names[:_SHOWN]) + rest
-
 
 def _own_state(model: nn.Module) -> Dict[str, Tensor]:
     """A model's weights under the names that its modules have.
@@ -44,11 +38,8 @@ def _own_state(model: nn.Module) -> Dict[str, Tensor]:
     mmpretrain's TimmClassifier takes its prefix off in a hook when a state dict is made, and puts it on in another
     before one is loaded: where loading is checked, after that hook, both sides must have it.
     """
-    hooks, model._state_dict_hooks = model._state_dict_hooks, OrderedDict()
-    try:
+    with replaced(model, '_state_dict_hooks', OrderedDict()):
         return model.state_dict()
-    finally:
-        model._state_dict_hooks = hooks
 
 
 _RESIZERS = {
@@ -93,7 +84,7 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
     ]
     if wrong:
         raise CheckpointError(
-            f'the checkpoint does not fit the model: {_some(wrong)}; use the config that it was trained with'
+            f'the checkpoint does not fit the model: {first_of(wrong)}; use the config that it was trained with'
         )
     unneeded = absent_parts(own, given)
     missing = [
@@ -111,13 +102,13 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
             if alone
             else 'use the config that it was trained with, or convert its keys first'
         )
-        raise CheckpointError(f'the checkpoint lacks {len(missing)} weights of the model ({_some(missing)}): {way}')
+        raise CheckpointError(f'the checkpoint lacks {len(missing)} weights of the model ({first_of(missing)}): {way}')
     has_state = {k for k in given if is_quantizer_key(k)}
     wants_state = {k for k in own if is_quantizer_key(k)}
     if has_state and has_state != wants_state:
         odd = sorted(has_state ^ wants_state)
         raise CheckpointError(
-            f'the checkpoint was quantized under another spec ({_some(odd)} stand on one side only): '
+            f'the checkpoint was quantized under another spec ({first_of(odd)} stand on one side only): '
             'give the config the quant= that it was made with'
         )
 
@@ -162,15 +153,12 @@ def whole_loading(model: nn.Module) -> Iterator[None]:
         strangers = [k for k in state_dict if k[len(prefix) :] not in own and not k.endswith('num_batches_tracked')]
         if strangers:
             raise CheckpointError(
-                f'{len(strangers)} weights have no place in the model ({_some(strangers)}): '
+                f'{len(strangers)} weights have no place in the model ({first_of(strangers)}): '
                 'use the config that it was trained with'
             )
 
-    handle = model._register_load_state_dict_pre_hook(check, with_module=True)
-    try:
+    with hooked([model], lambda module: module._register_load_state_dict_pre_hook(check, with_module=True)):
         yield
-    finally:
-        handle.remove()
 
 
 def unwrapped(weights: Mapping[str, Any]) -> Dict[str, Any]:

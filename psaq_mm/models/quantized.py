@@ -14,12 +14,13 @@ from torch import nn
 
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.loading import guard_loading
-from psaq_mm.models.scope import check_backbone, find_backbone, first_layer_name, scope_filter
+from psaq_mm.models.network import find_backbone
+from psaq_mm.models.scope import check_backbone, first_layer_name, scope_filter
 from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_, use_full_float32
 from psaq_mm.registry import MODELS
 from psaq_mm.type_names import type_name
 
-__all__ = ['Quantized', 'quantize_model_', 'report_of', 'spec_of']
+__all__ = ['Quantized', 'quantize_model_', 'quantized_part', 'report_of', 'spec_of']
 
 
 def spec_of(model: nn.Module) -> QuantSpec:
@@ -28,7 +29,7 @@ def spec_of(model: nn.Module) -> QuantSpec:
     Raises:
         UnsupportedModelError: Neither is quantized.
     """
-    return _quantized_part(model).quant_spec
+    return quantized_part(model).quant_spec
 
 
 def report_of(model: nn.Module) -> ConversionReport:
@@ -37,16 +38,21 @@ def report_of(model: nn.Module) -> ConversionReport:
     Raises:
         UnsupportedModelError: Neither is quantized.
     """
-    return _quantized_part(model).quant_report
+    return quantized_part(model).quant_report
 
 
-def _quantized_part(model: nn.Module) -> nn.Module:
+def quantized_part(model: nn.Module) -> nn.Module:
+    """The model, or its backbone where that alone was quantized. Names in overrides are relative to it.
+
+    Raises:
+        UnsupportedModelError: Neither is quantized.
+    """
     for part in (model, find_backbone(model)):
         if getattr(part, 'quant_spec', None) is not None:
             return part
     raise UnsupportedModelError(
         f'{type(model).__name__} is not quantized, nor is its backbone: build it with '
-        "model = dict(type='psaq_mm.Quantized', ...), or call psaq_mm.models.quantize_model_"
+        "model = dict(type='psaq_mm.Quantized', ...), give --quant, or call psaq_mm.models.quantize_model_"
     )
 
 
@@ -75,7 +81,7 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
     return report
 
 
-@MODELS.register_module()
+@MODELS.register_module()  # A function, named like a class: configs name it as their ``type``.
 def Quantized(base_type: Union[str, type], quant: Union[Mapping, str] = 'w8a8', **model) -> nn.Module:
     """Build ``base_type`` and quantize it; a config needs no other change.
 

@@ -1,7 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which parts of a model a scope covers, and whether its backbone is one that can be quantized."""
 
-import inspect
 from typing import Callable, Iterator, List, Optional, Tuple
 
 from torch import nn
@@ -9,53 +8,23 @@ from torch import nn
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters import ARCHITECTURES, SUPPORTED_BACKBONES
 from psaq_mm.models.adapters.match import class_named, qualified_name
+from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, network_of
+from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
 
 __all__ = [
-    'scope_filter',
-    'find_backbone',
-    'first_layer_name',
     'check_backbone',
     'check_scope',
-    'dense_head_name',
-    'is_query_based',
+    'find_backbone',
+    'first_layer_name',
     'network_of',
-    'takes_levels_alone',
+    'scope_filter',
 ]
-
-TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
-"""Parts that are not used at test time: they stay float in every scope."""
 
 CLASSIFIER_HEADS = ('head', 'head_dist')
 """Parts of a timm network that are no backbone: OpenMMLab's backbones end before their head, timm's networks hold
 it."""
-
-DENSE_HEADS = ('rpn_head', 'decode_head', 'bbox_head', 'head')
-"""Heads that read all levels of the neck at once; a model has one of them."""
-
-_ROI_PARTS = ('bbox_head', 'mask_head', 'bbox_roi_extractor', 'mask_roi_extractor', 'shared_head')
-_DETECTION_TRANSFORMER = 'mmdet.models.detectors.base_detr.DetectionTransformer'
-
-_TIMM_CLASSIFIER = ('mmpretrain.models.classifiers.timm.TimmClassifier',)
-_TIMM_BACKBONE = ('mmpretrain.models.backbones.timm_backbone.TIMMBackbone',)
-_FEATURE_GETTER = ('timm.models._features.FeatureGetterNet',)
-
-
-def find_backbone(model: nn.Module) -> nn.Module:
-    """The backbone of a detector, segmentor or classifier, timm's whole network in a ``TimmClassifier``; the model
-    itself where it is a backbone.
-    """
-    if class_named(model, _TIMM_CLASSIFIER):
-        return model.model
-    return getattr(model, 'backbone', model)
-
-
-def network_of(backbone: nn.Module) -> nn.Module:
-    """The network that does the work: timm's, inside what mmpretrain and timm wrap around it."""
-    if class_named(backbone, _TIMM_BACKBONE):
-        backbone = backbone.timm_model
-    return backbone.model if class_named(backbone, _FEATURE_GETTER) else backbone
 
 
 def _backbone_path(model: nn.Module) -> str:
@@ -99,46 +68,24 @@ def check_backbone(model: nn.Module) -> None:
         )
 
 
-def is_query_based(model: nn.Module) -> bool:
-    """Whether a detector is one of the DETR family, whose head reads queries and not the levels of the neck."""
-    return any(qualified_name(base) == _DETECTION_TRANSFORMER for base in type(model).__mro__)
-
-
-def dense_head_name(model: nn.Module) -> Optional[str]:
-    """Which of :data:`DENSE_HEADS` a model has; several in a row (a cascade of decode heads) are none."""
-    for name in DENSE_HEADS:
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList):
-            return name
-    return None
-
-
-def takes_levels_alone(head: nn.Module) -> bool:
-    """Whether the forward of a head runs on the levels of the neck and on nothing else (texts, queries, data
-    samples).
-    """
-    if type(head).forward is nn.Module.forward:  # it has none of its own: something else calls its parts
-        return False
-    try:
-        inspect.signature(head.forward).bind(())
-    except TypeError:
-        return False
-    return True
-
-
 def _quantizable(part: nn.Module) -> bool:
     return any(quant_class_of(module)[0] is not None for module in part.modules())
 
 
 def _never_run(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
-    """Parts of a model, with layers to quantize, that a calibration of the full scope does not reach."""
-    reached = ('neck', dense_head_name(model), 'roi_head') + TRAINING_ONLY
+    """Parts of a model that a calibration of the full scope does not run."""
+    calibrated = task_of(model).calibrated_parts(model)
+    in_part = {name.split('.')[0] for name in calibrated if '.' in name}
     backbone = find_backbone(model)
     for name, part in model.named_children():
-        if part is not backbone and name not in reached:
+        if part is backbone or name in ('neck', *TRAINING_ONLY, *calibrated):
+            continue
+        if name not in in_part:
             yield name, part
-        if name == 'roi_head':
-            yield from ((f'{name}.{key}', child) for key, child in part.named_children() if key not in _ROI_PARTS)
+            continue
+        for key, child in part.named_children():
+            if f'{name}.{key}' not in calibrated:
+                yield f'{name}.{key}', child
 
 
 def _unknown_attention(model: nn.Module) -> Optional[str]:
@@ -163,10 +110,10 @@ def check_scope(model: nn.Module, scope: str) -> None:
         UnsupportedModelError: The detector is of the DETR family; a part of the model would see no sample; or an
             attention would stay in floating point without a word. The message names it.
     """
-    if scope == 'backbone' or find_backbone(model) is model or class_named(model, _TIMM_CLASSIFIER):
+    if scope == 'backbone' or find_backbone(model) is model or class_named(model, TIMM_CLASSIFIER):
         return
-    kind, way_out = type(model).__name__, "use scope='backbone' for this model"
-    if is_query_based(model):
+    task, kind, way_out = task_of(model), type(model).__name__, "use scope='backbone' for this model"
+    if task.is_query_based(model):
         raise UnsupportedModelError(
             f"scope='full' does not cover {kind}, whose encoder and decoder attend with layers that are not known "
             f'here and would stay in floating point: {way_out}'
@@ -183,20 +130,7 @@ def check_scope(model: nn.Module, scope: str) -> None:
             f'{attention} of {kind} is torch.nn.MultiheadAttention, which would stay in floating point under '
             f"scope='full': {way_out}"
         )
-    roi_head = getattr(model, 'roi_head', None)
-    if roi_head is not None and not hasattr(model, 'rpn_head'):
-        raise UnsupportedModelError(
-            f"scope='full' cannot run {kind}, whose RoI head has no RPN to give it boxes: {way_out}"
-        )
-    if roi_head is not None:
-        staged = () if getattr(roi_head, 'num_stages', None) is None else (0,)
-        try:
-            inspect.signature(roi_head._bbox_forward).bind(*staged, (), ())
-        except (AttributeError, TypeError) as error:
-            raise UnsupportedModelError(
-                f"scope='full' cannot run the RoI head {type(roi_head).__name__} of {kind}, whose boxes need more "
-                f'than levels and RoIs: {way_out}'
-            ) from error
+    task.check_full_scope(model)
 
 
 def scope_filter(model: nn.Module, scope: str) -> Callable[[str, nn.Module], bool]:

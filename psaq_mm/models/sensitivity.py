@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.calibration.discrepancy import normalized_l1
-from psaq_mm.errors import ConfigError, UnsupportedModelError
-from psaq_mm.models.scope import find_backbone
+from psaq_mm.contexts import hooked
+from psaq_mm.errors import ConfigError
+from psaq_mm.models.quantized import quantized_part
 from psaq_mm.models.task import TaskModel
 from psaq_mm.quantization import Override, Quantizer, QuantMatMul, QuantSpec, in_mode, quantizers
 
@@ -29,7 +30,6 @@ __all__ = [
     'measure_layers',
     'only_quantized',
     'outputs_to_compare',
-    'quantized_part',
     'with_overrides',
 ]
 
@@ -74,16 +74,6 @@ class Choice:
 
     overrides: Tuple[Override, ...]
     average: Dict[str, Tuple[float, float]]
-
-
-def quantized_part(model: nn.Module) -> nn.Module:
-    """What overrides' names are relative to: the model, or its backbone where that alone was built quantized."""
-    for part in (model, find_backbone(model)):
-        if getattr(part, 'quant_spec', None) is not None:
-            return part
-    raise UnsupportedModelError(
-        f'{type(model).__name__} is not quantized: give a config of a quantized model, or --quant'
-    )
 
 
 def layer_quantizers(model: nn.Module) -> Dict[str, Dict[str, List[Quantizer]]]:
@@ -148,12 +138,10 @@ def _count_activations(model: nn.Module, run: Callable[[], List], samples: int) 
     def count(module, inputs) -> None:
         counts[id(module)] = counts.get(id(module), 0) + inputs[0].numel()
 
-    handles = [quantizer.register_forward_pre_hook(count) for _, quantizer in quantizers(model)]
-    try:
+    with hooked(
+        (quantizer for _, quantizer in quantizers(model)), lambda quantizer: quantizer.register_forward_pre_hook(count)
+    ):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {key: value // samples for key, value in counts.items()}
 
 

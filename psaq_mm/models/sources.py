@@ -1,12 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Sample sources by name in a config: the floor below knows no registry, so they are registered here."""
+"""OpenMMLab's registry mirrors that of the sources, so that ``type='psaq_mm.PinkNoise'`` works in any config."""
 
-from psaq_mm.pictures.mixture import PLAIN
+from psaq_mm.pictures import SOURCES
 from psaq_mm.psaq_vit import SampleGenerator
 from psaq_mm.registry import TASK_UTILS
 
-__all__ = ['PLAIN', 'SampleGenerator']
+__all__ = ['SampleGenerator']
 
 TASK_UTILS.register_module(name='SampleGenerator', module=SampleGenerator)
-for _name, _source in PLAIN.items():
-    TASK_UTILS.register_module(name=_name, module=_source)
+for _source in dict.fromkeys(SOURCES.values()):
+    TASK_UTILS.register_module(module=_source)

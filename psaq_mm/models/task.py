@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from psaq_mm.calibration import find_attention
 from psaq_mm.calibration.blocks import BlockTaps
 from psaq_mm.errors import ConfigError, UnsupportedModelError
-from psaq_mm.models.scope import dense_head_name, find_backbone, is_query_based, takes_levels_alone
+from psaq_mm.models.network import find_backbone, is_timm, network_of
+from psaq_mm.models.tasks import task_of
 from psaq_mm.pictures import ImageSpec
 
-__all__ = ['ModelInput', 'TaskModel', 'TaskOutputs', 'PARTS', 'default_parts', 'input_channels', 'turns_channels']
+__all__ = ['ModelInput', 'TaskModel', 'TaskOutputs', 'PARTS', 'default_parts', 'input_channels', 'reads_rgb']
 
 PARTS = ('blocks', 'backbone', 'neck', 'head')
 """Parts whose outputs can be distilled. ``blocks``: the tokens of every few transformer blocks, for backbones without
@@ -47,18 +48,6 @@ class TaskOutputs(NamedTuple):
     logits: Optional[Tensor]
 
 
-def _is_timm(net: nn.Module) -> bool:
-    """Whether a network has timm's interface of a classifier."""
-    return hasattr(net, 'forward_features') and hasattr(net, 'forward_head')
-
-
-def is_classifier(model: nn.Module) -> bool:
-    """Whether a model is one of mmpretrain's classifiers, or timm's."""
-    # By module path: no library is imported to ask, and subclasses count.
-    known = any(base.__module__.startswith('mmpretrain.models.classifiers') for base in type(model).__mro__)
-    return known or _is_timm(find_backbone(model))
-
-
 def default_parts(model: nn.Module) -> Tuple[str, ...]:
     """The parts that the student learns where a config leaves it open.
 
@@ -71,7 +60,7 @@ def default_parts(model: nn.Module) -> Tuple[str, ...]:
     widths = {module.qkv.in_features for _, module in find_attention(backbone)}
     stages = getattr(backbone, 'out_indices', None)
     pyramid = (
-        len(widths) != 1 and not _is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
+        len(widths) != 1 and not is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
     )
     return ('backbone', 'neck') if pyramid else ('blocks',)
 
@@ -97,6 +86,16 @@ def turns_channels(model: nn.Module) -> Optional[bool]:
     return any(flags) != bool(known and known.turned)
 
 
+def reads_rgb(model: nn.Module) -> bool:
+    """Whether a model takes its channels as RGB: its pipeline or preprocessor turns what the libraries load, blue first.
+
+    A model without a data preprocessor is none of OpenMMLab's and takes RGB.
+    """
+    if getattr(model, 'data_preprocessor', None) is None:
+        return turns_channels(model) is not False
+    return bool(turns_channels(model))
+
+
 def _tensors(outputs) -> List[Tensor]:
     """The tensors of a nested tuple/list/dict, in order."""
     if isinstance(outputs, Tensor):
@@ -106,14 +105,6 @@ def _tensors(outputs) -> List[Tensor]:
     if isinstance(outputs, (tuple, list)) or hasattr(outputs, '__iter__'):
         return [t for o in outputs for t in _tensors(o)]
     return []
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The network itself: mmpretrain's TIMMBackbone holds timm's, and that may be wrapped to give features."""
-    backbone = find_backbone(model)
-    inner = getattr(backbone, 'timm_model', backbone)
-    wrapped = getattr(inner, 'model', None)
-    return wrapped if isinstance(wrapped, nn.Module) else inner
 
 
 def _logits(outputs: List[Tensor]) -> Tensor:
@@ -149,7 +140,8 @@ class TaskModel:
             raise ConfigError(
                 f'distil={list(parts)} names no part {unknown[0]!r} of a model: use some of {", ".join(PARTS)}'
             )
-        if 'head' in parts and is_query_based(model):
+        self.task = task_of(model)
+        if 'head' in parts and self.task.is_query_based(model):
             raise UnsupportedModelError(
                 f'distil={list(parts)} asks for the head of {type(model).__name__}, which reads queries and gives no '
                 'dense maps: distil its backbone and neck'
@@ -207,7 +199,7 @@ class TaskModel:
         timm's ViT and Swin refuse other sizes than the one they were built for; the Swin of mmdet and mmseg with an
         absolute position embedding adds it without resizing. ViT of mmpretrain and mmseg resize theirs.
         """
-        net = _inner(self.model)
+        net = network_of(find_backbone(self.model))
         embed = getattr(net, 'patch_embed', None)
         size = getattr(embed, 'img_size', None)
         if getattr(embed, 'strict_img_size', False) and size:
@@ -226,7 +218,7 @@ class TaskModel:
     @property
     def prefix_tokens(self) -> int:
         """Tokens before those of the patches: 0 for Swin, 1 for ViT and DeiT, 2 for a distilled DeiT."""
-        net = _inner(self.model)
+        net = network_of(find_backbone(self.model))
         for name in ('num_prefix_tokens', 'num_extra_tokens'):
             if isinstance(getattr(net, name, None), int):
                 return getattr(net, name)
@@ -237,11 +229,7 @@ class TaskModel:
     @property
     def num_classes(self) -> Optional[int]:
         """Classes of a classifier; None for every other task, and for a classifier without a head."""
-        if not is_classifier(self.model):
-            return None
-        net = find_backbone(self.model)
-        found = getattr(net if _is_timm(net) else getattr(self.model, 'head', None), 'num_classes', None)
-        return found if isinstance(found, int) and found > 0 else None
+        return self.task.num_classes(self.model)
 
     # ------------------------------------------------------------------ forwards
     def features(self, images: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
@@ -249,7 +237,7 @@ class TaskModel:
         one.
         """
         backbone = find_backbone(self.model)
-        stages = backbone.forward_features(images) if _is_timm(backbone) else backbone(images)
+        stages = backbone.forward_features(images) if is_timm(backbone) else backbone(images)
         stages = list(stages) if isinstance(stages, (tuple, list)) else [stages]
         neck = getattr(self.model, 'neck', None)
         if backbone is self.model or neck is None:
@@ -258,19 +246,7 @@ class TaskModel:
         return stages, list(levels) if isinstance(levels, (tuple, list)) else [levels]
 
     def _dense_head(self, levels: List[Tensor]) -> List[Tensor]:
-        backbone = find_backbone(self.model)
-        if _is_timm(backbone):
-            return _tensors(backbone.forward_head(levels[0]))
-        name = dense_head_name(self.model)
-        if name is None:
-            return []
-        head = getattr(self.model, name)
-        if not takes_levels_alone(head):
-            raise UnsupportedModelError(
-                f'{name} of {type(self.model).__name__} ({type(head).__name__}) needs more than the levels of the '
-                "neck: distil backbone and neck, and use scope='backbone'"
-            )
-        return _tensors(head(tuple(levels)))
+        return _tensors(self.task.dense_outputs(self.model, levels))
 
     def outputs(self, images: Tensor) -> List[Tensor]:
         """The tensors that the student learns from the teacher, coarse structure first: blocks, stages, neck levels,
@@ -308,72 +284,15 @@ class TaskModel:
         if scope == 'backbone':
             find_backbone(self.model)(images)  # a timm network holds its head: it runs too
             return
-        stages, levels = self.features(images)
-        roi_head = getattr(self.model, 'roi_head', None)
-        # A layer's rows are paired with those of another pass call by call (row_importance): the RPN runs once, for its
-        # proposals.
-        if roi_head is None or dense_head_name(self.model) != 'rpn_head':
-            self._dense_head(levels)
-        if roi_head is not None:
-            self._roi_forward(images, tuple(levels), roi_head, self._proposals(images, tuple(levels)))
+        self.task.run_heads(self.model, images, self.features(images)[1], self.max_proposals)
 
     # ------------------------------------------------------------------ RoI heads
-    def _proposals(self, images: Tensor, levels: Tuple[Tensor, ...]) -> List[Tensor]:
-        from mmdet.structures import DetDataSample
-
-        height, width = images.shape[-2:]
-        meta = dict(
-            img_shape=(height, width),
-            ori_shape=(height, width),
-            pad_shape=(height, width),
-            scale_factor=(1.0, 1.0),
-            batch_input_shape=(height, width),
-        )
-        samples = [DetDataSample(metainfo=meta) for _ in range(len(images))]
-        found = self.model.rpn_head.predict(levels, samples, rescale=False)
-        boxes = [r.bboxes[: self.max_proposals] for r in found]
-        boxes = [b.tensor if hasattr(b, 'tensor') else b for b in boxes]
-        whole = images.new_tensor([[0.0, 0.0, width, height]])
-        return [b if len(b) else whole for b in boxes]
-
     @torch.no_grad()
     def proposals(self, images: Tensor) -> Optional[List[Tensor]]:
         """The RPN's best boxes for ``images`` (B, C, H, W), (n, 4) an image; None without RoI heads."""
-        if getattr(self.model, 'roi_head', None) is None:
-            return None
-        return self._proposals(images, tuple(self.features(images)[1]))
+        return self.task.proposals(self.model, images, self.features(images)[1], self.max_proposals)
 
     @torch.no_grad()
     def roi_outputs(self, images: Tensor, proposals: List[Tensor]) -> List[Tensor]:
         """Class scores, box deltas and masks of every stage of the RoI heads on given boxes, one row a RoI."""
-        return self._roi_forward(images, tuple(self.features(images)[1]), self.model.roi_head, proposals)
-
-    def _roi_forward(
-        self, images: Tensor, levels: Tuple[Tensor, ...], roi_head: nn.Module, proposals: List[Tensor]
-    ) -> List[Tensor]:
-        from mmdet.structures.bbox import bbox2roi
-
-        rois = bbox2roi(proposals)
-        stages = getattr(roi_head, 'num_stages', None)
-        if not hasattr(roi_head, '_bbox_forward'):
-            raise UnsupportedModelError(
-                f"scope='full' cannot run the RoI head {type(roi_head).__name__}: "
-                "use scope='backbone' for this detector"
-            )
-        found: List[Tensor] = []
-        for stage in range(stages or 1):
-            which = () if stages is None else (stage,)
-            result = roi_head._bbox_forward(*which, levels, rois)
-            found += [result['cls_score'], result['bbox_pred']]
-            if roi_head.with_mask:
-                found.append(roi_head._mask_forward(*which, levels, rois)['mask_preds'])
-            if stages is not None:
-                rois = self._refine(roi_head.bbox_head[stage], rois, result, images.shape[-2:])
-        return found
-
-    @staticmethod
-    def _refine(head: nn.Module, rois: Tensor, result: dict, shape: Sequence[int]) -> Tensor:
-        """The next cascade stage's RoIs: the class with the best score moves its box (Cascade R-CNN, section 4)."""
-        labels = result['cls_score'][:, :-1].argmax(1)
-        boxes = head.regress_by_class(rois[:, 1:], labels, result['bbox_pred'], dict(img_shape=tuple(shape)))
-        return torch.cat([rois[:, :1], getattr(boxes, 'tensor', boxes)], 1)
+        return self.task.roi_outputs(self.model, images, self.features(images)[1], proposals)

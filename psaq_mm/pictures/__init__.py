@@ -1,15 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Pictures from nothing: where synthesis starts from, what it has to beat, and what a student can learn from without
-it.
-"""
+"""Sources of pictures: what synthesis starts from, what it is compared with, and what a student can learn from."""
 
-from typing import Dict
-
-from psaq_mm.pictures.base import Generated, SampleStream, Source, of_rank
+from psaq_mm.pictures.base import SampleStream, Source, of_rank
 from psaq_mm.pictures.image_spec import ImageSpec
 from psaq_mm.pictures.leaves import DeadLeaves
-from psaq_mm.pictures.mixture import NAMED, Mixture, source_of
-from psaq_mm.pictures.noise import GaussianNoise, PinkNoise, gaussian_noise, pink_noise
+from psaq_mm.pictures.mixture import Generated, Mixture
+from psaq_mm.pictures.noise import GaussianNoise, PinkNoise
+from psaq_mm.pictures.registry import SOURCES, SourceConfig, register_source, source_names, source_of
 from psaq_mm.pictures.scenes import Scenes
 
 __all__ = [
@@ -18,29 +15,14 @@ __all__ = [
     'Generated',
     'ImageSpec',
     'Mixture',
-    'NAMED',
     'PinkNoise',
     'SOURCES',
     'SampleStream',
     'Scenes',
     'Source',
-    'gaussian_noise',
+    'SourceConfig',
     'of_rank',
-    'pink_noise',
+    'register_source',
+    'source_names',
     'source_of',
 ]
-
-
-class _Sources(dict):
-    """Sources by name. One that is given itself stands for itself, so that nobody has to ask which of both a setting
-    holds.
-    """
-
-    def __missing__(self, key):
-        if isinstance(key, Source):
-            return key
-        raise KeyError(key)
-
-
-SOURCES: Dict[str, Source] = _Sources((name, make()) for name, make in NAMED.items() if make().procedural)
-"""Procedural sources by name, called as :func:`gaussian_noise` is."""

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What a source of samples is: pictures by number, each made from the seed and its number alone."""
+"""The interface of all sources of samples: pictures by number, each made from the seed and its number alone."""
 
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -9,16 +9,16 @@ from torch import Tensor
 from psaq_mm.errors import DataError
 from psaq_mm.pictures.image_spec import ImageSpec
 
-__all__ = ['Generated', 'SampleStream', 'Source', 'checked_size', 'mixed', 'number_seed', 'of_rank']
+__all__ = ['SampleStream', 'Source', 'checked_size', 'mixed', 'number_seed', 'of_rank']
 
 Make = Callable[[int], Tensor]
-"""A count to as many synthesized samples, (count, C, H, W)."""
+"""Makes ``count`` synthesized samples, (count, C, H, W)."""
 
 _MASK = (1 << 64) - 1
 
 
 def mixed(*parts: int) -> int:
-    """Integers to one of 64 bits in which every bit of each counts (the finalizer of SplitMix64)."""
+    """Hash integers to one of 64 bits (the finalizer of SplitMix64)."""
     value = 0
     for part in parts:
         value = (value + (int(part) & _MASK) + 0x9E3779B97F4A7C15) & _MASK
@@ -29,9 +29,7 @@ def mixed(*parts: int) -> int:
 
 
 def number_seed(seed: int, number: int) -> int:
-    """Seed of one sample, 32 bits: all that torch's generator on the CPU takes in. Of one ``seed`` no two numbers share
-    one.
-    """
+    """Seed of one sample: 32 bits, all that torch's CPU generator uses; different for every number of a seed."""
     value = (int(number) ^ mixed(seed)) & 0xFFFFFFFF
     # Murmur's finalizer: one to one on 32 bits.
     value = ((value ^ value >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
@@ -40,7 +38,7 @@ def number_seed(seed: int, number: int) -> int:
 
 
 def of_rank(numbers: Sequence[int], rank: int = 0, world_size: int = 1) -> Sequence[int]:
-    """The part of a batch that is one rank's; the parts of all ranks, one after the other, are the batch.
+    """One rank's part of a batch. The parts of all ranks, joined in order, are the batch.
 
     Raises:
         DataError: There is no such rank.
@@ -51,41 +49,60 @@ def of_rank(numbers: Sequence[int], rank: int = 0, world_size: int = 1) -> Seque
 
 
 def checked_size(batch: int, size: Tuple[int, int]) -> Tuple[int, int]:
-    """(height, width), where they and the number of pictures are positive."""
+    """Check that the number of pictures and (height, width) are positive; returns (height, width)."""
     height, width = size
     if batch < 1 or height < 1 or width < 1:
         raise DataError(f'batch={batch} and size={size} must be positive')
     return height, width
 
 
-def _drawn(generator: Optional[torch.Generator]) -> int:
-    return 0 if generator is None else int(torch.randint(0, 2**62, (), generator=generator))
-
-
 class Source:
     """Pictures by number. Number 7 of a seed is the same picture alone and in any batch, on one rank and on many.
 
-    A source of one's own has :meth:`picture`; one whose pictures are not made one by one has :meth:`pictures` instead.
+    A subclass has :meth:`picture`, or :meth:`pictures` where pictures are not made one by one. Register it with
+    :func:`psaq_mm.pictures.register_source`.
 
     Args:
-        seed: Beside the run's seed, for two sources of one kind that are to differ.
+        seed: Added to the run's seed, so that two sources of one class can differ.
     """
 
-    procedural = True
-    """Whether pictures are made without a model: such a source can make each of the student's batches anew."""
+    fixed: ClassVar[Tuple[str, ...]] = ()
+    """Former settings that are constants now: a config that gives one is refused with a message of its own."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def picture(self, size: Tuple[int, int], image_spec: ImageSpec, generator: torch.Generator) -> Tensor:
-        """One picture, (C, height, width), in standard units (:class:`~psaq_mm.pictures.ImageSpec`), range not yet
-        kept.
+    @property
+    def procedural(self) -> bool:
+        """Whether no synthesis is needed, so that every batch of the student can be made anew."""
+        return True
+
+    @property
+    def paths(self) -> List[str]:
+        """Files and folders that the source reads."""
+        return []
+
+    def open(self, model: Any, config: Any, seed: int) -> None:
+        """Prepare for a run; called once, before the first picture. Procedural sources need nothing.
+
+        Args:
+            model: The network that gets the pictures, with its ``data_preprocessor``.
+            config: The run's config.
+            seed: The run's seed.
         """
+
+    def picture(self, size: Tuple[int, int], image_spec: ImageSpec, generator: torch.Generator) -> Tensor:
+        """One picture (C, height, width) in standard units (:class:`~psaq_mm.pictures.ImageSpec`), not clamped yet."""
         raise NotImplementedError
 
     def pictures(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int) -> Tensor:
-        """The pictures of some numbers, (len(numbers), C, height, width), as :meth:`picture` makes one; ``seed`` is the
-        run's and the source's in one. Here each has a generator to itself, of its own seed.
+        """Pictures (len(numbers), C, height, width) in standard units; each has a random generator of its own.
+
+        Args:
+            numbers: As for :meth:`draw`.
+            size: As for :meth:`draw`.
+            image_spec: As for :meth:`draw`.
+            seed: The run's and the source's seed in one.
         """
         generator = torch.Generator()
         return torch.stack(
@@ -100,14 +117,14 @@ class Source:
         seed: int = 0,
         generated: Optional[Make] = None,
     ) -> Tensor:
-        """The pictures of some numbers.
+        """Pictures by their numbers.
 
         Args:
-            numbers: 0 or more, in any order, each 0 .. 2**32 - 1.
+            numbers: One or more numbers in any order, each 0 .. 2**32 - 1.
             size: (height, width) in pixels.
             image_spec: Channels and range of the model's input.
-            seed: Of the run.
-            generated: Makes synthesized samples, for sources that hold :class:`Generated`.
+            seed: Seed of the run.
+            generated: Makes synthesized samples, for sources that contain :class:`Generated`.
 
         Returns:
             Shape (len(numbers), C, height, width), float32, on the CPU, in the model's units and within its valid
@@ -127,60 +144,36 @@ class Source:
         generator: Optional[torch.Generator] = None,
         device: Union[str, torch.device, None] = None,
     ) -> Tensor:
-        """``batch`` pictures out of a random generator, as :func:`psaq_mm.pictures.gaussian_noise` is called: what a
-        synthesis begins with. Here the generator gives the seed, and the pictures are those of the numbers from 0 on.
+        """Pictures of the numbers from 0 on, under a seed that is drawn from ``generator``: the start of a synthesis.
+
+        Args:
+            batch: Number of pictures.
+            size: (height, width) in pixels.
+            image_spec: Channels and range of the model's input.
+            generator: Source of randomness, on the CPU. Defaults to None, the seed 0.
+            device: Device of the result.
+
+        Returns:
+            Shape (batch, C, height, width), float32, in the model's units and within its valid range.
         """
         checked_size(batch, size)
-        return self.draw(range(batch), size, image_spec, _drawn(generator)).to(device)
-
-    def _of(self, generator: Optional[torch.Generator]) -> Optional[torch.Generator]:
-        """The generator itself, or one of its own for a source that has a seed."""
-        return (
-            torch.Generator().manual_seed(number_seed(mixed(_drawn(generator), self.seed), 0))
-            if self.seed
-            else generator
-        )
+        seed = 0 if generator is None else int(torch.randint(0, 2**62, (), generator=generator))
+        return self.draw(range(batch), size, image_spec, seed).to(device)
 
     def __repr__(self) -> str:
         settings = ', '.join(f'{k}={v!r}' for k, v in vars(self).items() if not k.startswith('_'))
         return f'{type(self).__name__}({settings})'
 
 
-class Generated(Source):
-    """Samples out of the teacher (:class:`~psaq_mm.psaq_vit.SampleGenerator`), as a part of a mixture."""
-
-    procedural = False
-
-    def draw(
-        self,
-        numbers: Sequence[int],
-        size: Tuple[int, int],
-        image_spec: ImageSpec,
-        seed: int = 0,
-        generated: Optional[Make] = None,
-    ) -> Tensor:
-        """``generated(len(numbers))``: what is synthesized depends on the model and on the step, not on a number.
-
-        Raises:
-            DataError: No model is there to make them.
-        """
-        if generated is None:
-            raise DataError(
-                'generated samples are made by a run, which has the teacher: take a procedural source here, such as '
-                "dict(type='psaq_mm.PinkNoise')"
-            )
-        return generated(len(numbers))
-
-
 class SampleStream:
     """The pictures of a source in the order of their numbers, each once.
 
     Args:
-        source: Where they come from.
+        source: Source of the pictures.
         size: (height, width) in pixels.
         image_spec: Channels and range of the model's input.
-        seed: Of the run.
-        name: Two streams of one source and seed give other pictures where their names differ.
+        seed: Seed of the run.
+        name: Streams of one source and seed with different names give different pictures.
 
     Example:
         >>> stream = SampleStream(PinkNoise(), (224, 224), ImageSpec(), seed=0)
@@ -191,7 +184,8 @@ class SampleStream:
     def __init__(
         self, source: Source, size: Tuple[int, int], image_spec: ImageSpec, seed: int = 0, name: str = ''
     ) -> None:
-        self.source, self.size, self.image_spec = source, tuple(size), image_spec
+        self.source, self.image_spec = source, image_spec
+        self.size = (int(size[0]), int(size[1]))
         self.seed = mixed(seed, *name.encode())
         self.position = 0
 
@@ -203,17 +197,18 @@ class SampleStream:
         world_size: int = 1,
         only: Optional[Sequence[int]] = None,
     ) -> Tensor:
-        """The next ``count`` pictures, or one rank's part of them, as :func:`of_rank` has it, or some of them.
+        """The next ``count`` pictures, one rank's part of them (:func:`of_rank`), or some of them.
 
         Args:
-            count: Of all ranks together, 1 or more.
+            count: Pictures of all ranks together, 1 or more.
             generated: As for :meth:`Source.draw`.
-            rank, world_size: Every rank asks for the same counts, so that all go on at the same number.
-            only: Which of the ``count``, from 0, instead; may be none.
+            rank: The rank whose part is returned. Every rank asks for the same counts: positions stay equal.
+            world_size: Number of ranks.
+            only: Places among the ``count``, from 0, to return instead of a rank's part; may be empty.
         """
         if count < 1:
             raise DataError(f'{count} pictures cannot be taken from a source: take 1 or more')
-        numbers = range(self.position, self.position + count)
+        numbers: Sequence[int] = range(self.position, self.position + count)
         numbers = of_rank(numbers, rank, world_size) if only is None else [numbers[place] for place in only]
         self.position += count
         if not numbers:

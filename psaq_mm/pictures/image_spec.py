@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence, Tuple, Union
+from typing import Any, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class ImageSpec:
 
     mean: Tuple[float, ...] = ()
     std: Tuple[float, ...] = ()
-    channels: Optional[int] = None
+    channels: int = None  # type: ignore[assignment]  # __post_init__ makes it a number
     max_value: Union[float, Tuple[float, ...]] = 255.0
     min_value: Union[float, Tuple[float, ...]] = 0.0
 
@@ -86,7 +86,7 @@ class ImageSpec:
         if not mean or not std:
             return cls(channels=channels)
         # One value may stand for all channels.
-        spec = cls(mean, std, channels if len(mean) == 1 else None)
+        spec = cls(mean, std, channels if len(mean) == 1 else len(mean))
         if not fits_eight_bits(spec.mean, spec.std):
             raise ConfigError(
                 f'the data preprocessor has mean={_short(mean)} and std={_short(std)}, which are not of pictures with '

@@ -2,7 +2,7 @@
 """Dead leaves: pictures of shapes that hide each other, with sizes, edges and textures like those of a photograph."""
 
 import math
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple, Union
+from typing import Callable, ClassVar, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -10,20 +10,32 @@ from torch import Tensor
 from psaq_mm.errors import DataError
 from psaq_mm.pictures.base import Source, number_seed
 from psaq_mm.pictures.image_spec import ImageSpec
-from psaq_mm.pictures.noise import (
-    bounds,
-    check_correlation,
-    correlated,
-    odd_side,
-    power_law_noise,
-    softened,
-    uniform_in,
-)
+from psaq_mm.pictures.noise import correlated, odd_side, power_law_noise, softened, uniform_in
+from psaq_mm.pictures.registry import register_source
 
 __all__ = ['DeadLeaves', 'SHAPES', 'leaf_maps', 'mean_square', 'power_law']
 
 SHAPES = ('disc', 'rectangle', 'polygon')
 """Ellipses, rectangles, and polygons of 3, 5 or 6 corners; all turned and stretched."""
+
+COVERAGE = 3.0
+"""Total area of the leaves over that of the picture: about a twentieth of the picture stays uncovered."""
+SHAPE_WEIGHTS = (1.0, 1.0, 1.0)
+"""How often each of :data:`SHAPES` is drawn."""
+STRETCH = 0.4
+"""Least ratio of a leaf's short side to its long one."""
+TEXTURE = 0.6
+"""Greatest spread of a leaf's texture, in standard units: 1/f noise in half of the leaves, a grating in the others."""
+WAVELENGTH = (3.0, 24.0)
+"""(shortest, longest) period of the gratings, in pixels."""
+NOISE_EXPONENT = (0.6, 1.4)
+"""(least, greatest) fall of the noise's amplitude."""
+SHADING = 0.6
+"""Greatest difference of brightness from the middle of a leaf to its edge, in standard units."""
+CONTRAST = 1.0
+"""Spread of the leaves' colours, in standard units."""
+COLOR_CORRELATION = 0.8
+"""Correlation of a leaf's colour between any two channels."""
 
 _SIDES = (3, 5, 6)
 _CHUNK = 1 << 18  # pixels tested at a time: a few megabytes
@@ -52,81 +64,52 @@ def mean_square(low: float, high: float, exponent: float) -> float:
     return low**2 if low == high else integral(2 - exponent) / integral(-exponent)
 
 
+@register_source('dead_leaves')
 class DeadLeaves(Source):
     """Shapes of power-law sizes, laid over each other until they cover the picture, each shaded and textured.
 
-    Sizes that fall with the third power make the picture look alike at every scale, as natural ones are, and hiding
-    gives edges and corners, which noise lacks (Lee, Mumford and Huang, Occlusion models for natural images, IJCV 41,
-    2001). Shapes beside discs, shading and textures: this project's.
+    Sizes that fall with the third power make the picture look alike at every scale, as natural ones do. Occlusion gives
+    edges and corners, which noise lacks (Lee, Mumford and Huang, Occlusion models for natural images, IJCV 41, 2001).
+    Shapes other than discs, shading and textures are this project's.
 
-    The picture is periodic: what leaves it on one side comes in on the other. Behind the leaves, where none lies, is
-    1/f noise.
+    The picture is periodic: a leaf that crosses one side comes in on the opposite one. Where no leaf lies, 1/f noise is
+    seen.
 
     Args:
         exponent: Fall of the density of the radii.
         radius: (least, greatest) radius: the least in pixels, the greatest as a share of the shorter side, at most 0.5.
-        coverage: Total area of the leaves over that of the picture. At 3, about a twentieth of it stays uncovered.
-        shapes: Some of :data:`SHAPES`, equally often, or their weights by name.
-        stretch: Least ratio of a leaf's short to its long side.
-        texture: Spread of the texture in a leaf, in standard units, drawn for each leaf from 0 up to this: 1/f noise in
-            half of the leaves, a grating in the others.
-        wavelength: (shortest, longest) period of the gratings, in pixels.
-        noise_exponent: Fall of the noise's amplitude, a number or (least, greatest).
-        shading: Greatest difference of brightness from the middle of a leaf to its edge, in standard units.
-        contrast: Spread of the leaves' colours, in standard units.
-        color_correlation: Correlation of a leaf's colour between any two channels, 0 .. 1.
         color_blur: Side in pixels, odd, of the squares over which colour, not brightness, is averaged, twice; 1 leaves
-            it sharp. In photographs colour is coarser than brightness: sensors' mosaics and JPEG's subsampling see to
-            that.
+            it sharp. In photographs colour is coarser than brightness, because of the sensors' mosaics and JPEG's
+            subsampling.
         seed: As for :class:`Source`.
 
     Raises:
         DataError: A setting is out of range.
     """
 
+    fixed: ClassVar[Tuple[str, ...]] = (
+        'coverage',
+        'shapes',
+        'stretch',
+        'texture',
+        'wavelength',
+        'noise_exponent',
+        'shading',
+        'contrast',
+        'color_correlation',
+    )
+
     def __init__(
-        self,
-        exponent: float = 3.0,
-        radius: Tuple[float, float] = (3.0, 0.4),
-        coverage: float = 3.0,
-        shapes: Union[Sequence[str], Mapping[str, float]] = SHAPES,
-        stretch: float = 0.4,
-        texture: float = 0.6,
-        wavelength: Tuple[float, float] = (3.0, 24.0),
-        noise_exponent: Union[float, Sequence[float]] = (0.6, 1.4),
-        shading: float = 0.6,
-        contrast: float = 1.0,
-        color_correlation: float = 0.8,
-        color_blur: int = 1,
-        seed: int = 0,
+        self, exponent: float = 3.0, radius: Tuple[float, float] = (3.0, 0.4), color_blur: int = 1, seed: int = 0
     ) -> None:
         super().__init__(seed)
-        self.exponent, self.radius, self.coverage = float(exponent), tuple(radius), float(coverage)
-        self.shapes = _weights_of(shapes)
-        self.stretch, self.texture, self.wavelength = float(stretch), float(texture), tuple(wavelength)
-        self.noise_exponent = bounds('noise_exponent', noise_exponent, -4.0, 4.0)
-        self.shading, self.contrast = float(shading), float(contrast)
-        self.color_correlation, self.color_blur = (
-            check_correlation(color_correlation),
-            odd_side('color_blur', color_blur),
-        )
-        self._check()
-
-    def _check(self) -> None:
+        self.exponent, self.radius = float(exponent), tuple(radius)
+        self.color_blur = odd_side('color_blur', color_blur)
         if len(self.radius) != 2 or not self.radius[0] >= 0.5 or not 0 < self.radius[1] <= 0.5:
             raise DataError(
                 f'radius={self.radius} must be (least in pixels, 0.5 or more; greatest as a share of the shorter side, '
                 'at most 0.5)'
             )
-        if not 0 < self.coverage <= 50:
-            raise DataError(f'coverage={self.coverage} must be above 0 and at most 50')
-        if not 0 < self.stretch <= 1:
-            raise DataError(f'stretch={self.stretch} must be above 0 and at most 1')
-        if len(self.wavelength) != 2 or not 2 <= self.wavelength[0] <= self.wavelength[1]:
-            raise DataError(f'wavelength={self.wavelength} must be (shortest, longest) in pixels, 2 or more')
-        for name in ('texture', 'shading', 'contrast'):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise DataError(f'{name}={getattr(self, name)} must be 0 or more')
         if not 0 <= self.exponent <= 10:
             raise DataError(f'exponent={self.exponent} must be within 0 .. 10')
 
@@ -156,13 +139,13 @@ class DeadLeaves(Source):
         (height, width), (low, high), count = size, self._radii(size), self._count(size)
         long = power_law(count, low, high, self.exponent, generator)
         x, y, ratio, angle, kind, sides = torch.rand(6, count, generator=generator)
-        edges = torch.tensor(self.shapes).cumsum(0)
+        edges = torch.tensor(SHAPE_WEIGHTS).cumsum(0)
         shape = torch.searchsorted(edges / edges[-1], kind, right=True).clamp_(max=len(SHAPES) - 1)
         return dict(
             x=x * width,
             y=y * height,
             long=long,
-            short=long * (self.stretch + (1 - self.stretch) * ratio),
+            short=long * (STRETCH + (1 - STRETCH) * ratio),
             angle=angle * math.pi,
             shape=shape,
             sides=torch.tensor(_SIDES)[(sides * len(_SIDES)).long()],
@@ -173,38 +156,26 @@ class DeadLeaves(Source):
         return low, max(low, self.radius[1] * min(size))
 
     def _count(self, size: Tuple[int, int]) -> int:
-        """Leaves of a picture."""
-        return max(
-            1,
-            round(
-                self.coverage * size[0] * size[1] / (self._mean_area() * mean_square(*self._radii(size), self.exponent))
-            ),
-        )
-
-    def _mean_area(self) -> float:
-        """Mean area of a leaf of radius 1, over shapes and ratios of the sides."""
-        least, ratio = self.stretch, (1 + self.stretch) / 2
-        slim = 1.0 if least == 1 else math.log(2 / (1 + least**2)) / (1 - least)  # mean of 2 r / (1 + r^2)
-        corners = sum(n / 2 * math.sin(2 * math.pi / n) for n in _SIDES) / len(_SIDES)
-        areas = (math.pi * ratio, 2 * slim, corners * ratio)
-        return sum(weight * area for weight, area in zip(self.shapes, areas)) / sum(self.shapes)
+        """Number of leaves of a picture."""
+        mean_leaf = _mean_area() * mean_square(*self._radii(size), self.exponent)
+        return max(1, round(COVERAGE * size[0] * size[1] / mean_leaf))
 
     def _paints(self, size: Tuple[int, int], channels: int, generator: torch.Generator) -> 'Paints':
-        """Colours and textures: of what lies behind all leaves first, then one a leaf."""
+        """Colours and textures: the first is the background's, then one for each leaf."""
         height, width = size
-        field = power_law_noise(1, size, uniform_in(self.noise_exponent, generator), generator)[0]
+        field = power_law_noise(1, size, uniform_in(NOISE_EXPONENT, generator), generator)[0]
         count = 1 + self._count(size)
-        colour = self.contrast * correlated(torch.randn(channels, count, generator=generator), self.color_correlation)
+        colour = CONTRAST * correlated(torch.randn(channels, count, generator=generator), COLOR_CORRELATION)
         tint = 1 + 0.3 * torch.randn(channels, count, generator=generator)
         amount, kind, slope, light, turn, period, phase, down, right = torch.rand(9, count, generator=generator)
-        amount, grating = self.texture * amount, kind < 0.5
+        amount, grating = TEXTURE * amount, kind < 0.5
         amount[0], grating[0], slope[0] = 1.0, False, 0.0
-        short, long = self.wavelength
+        short, long = WAVELENGTH
         return Paints(
             field,
             colour,
             tint,
-            shade=self.shading * slope,
+            shade=SHADING * slope,
             light=2 * math.pi * light,
             wave=torch.where(grating, amount * 2**0.5, 0.0),
             number=2 * math.pi / (short * (long / short) ** period),
@@ -216,14 +187,18 @@ class DeadLeaves(Source):
 
 
 class Paints(NamedTuple):
-    """How the leaves of a picture look; per leaf, that behind all others first.
+    """Colours and textures of the background and of each leaf, in this order.
 
     Attributes:
         field: 1/f noise, (H, W), of which each leaf shows a part of its own.
-        colour: (C, n).
+        colour: Colour of each leaf, (C, n).
         tint: Strength of the texture in each channel, (C, n).
-        shade: Difference of brightness from the middle to the edge, towards the direction ``light`` (radians), (n,).
-        wave, number, turn, phase: Of a grating: amplitude, radians a pixel, direction and phase in radians, (n,).
+        shade: Difference of brightness from the middle to the edge, (n,).
+        light: Direction in which brightness rises, in radians, (n,).
+        wave: Amplitude of a leaf's grating, (n,).
+        number: Wave number of the grating, in radians a pixel, (n,).
+        turn: Direction of the grating, in radians, (n,).
+        phase: Phase of the grating, in radians, (n,).
         grain: Amplitude of the noise, (n,).
         offset: Where a leaf's part of the field begins, in the field laid out twice in each direction, (n,) int64.
     """
@@ -242,9 +217,7 @@ class Paints(NamedTuple):
 
 
 def _painted(ids: Tensor, leaves: Leaves, paints: Paints) -> Tensor:
-    """Colour, shading and texture of every pixel's leaf, (C, H, W) in standard units; ``ids`` as :func:`leaf_maps`
-    gives them.
-    """
+    """Picture (C, H, W) in standard units from the number of each pixel's leaf (:func:`leaf_maps`) and the paints."""
     height, width = ids.shape
     none, channels, ids = torch.zeros(1), len(paints.colour), ids.flatten()
     slope = paints.shade / torch.cat([none + 1, leaves['long']])
@@ -278,28 +251,22 @@ def _around(difference: Tensor, length: int) -> Tensor:
     return difference.sub_(torch.round(difference / length).mul_(length))
 
 
-def _weights_of(shapes: Union[Sequence[str], Mapping[str, float]]) -> Tuple[float, ...]:
-    given = (
-        shapes
-        if isinstance(shapes, Mapping)
-        else {name: 1.0 for name in ((shapes,) if isinstance(shapes, str) else shapes)}
-    )
-    unknown = [name for name in given if name not in SHAPES]
-    if unknown:
-        raise DataError(f'shapes={unknown[0]!r} is no shape of a leaf: use some of {", ".join(SHAPES)}')
-    weights = tuple(float(given.get(name, 0.0)) for name in SHAPES)
-    if min(weights) < 0 or not sum(weights) > 0:
-        raise DataError(f'shapes={dict(given)} must have weights of 0 or more, one of them above 0')
-    return weights
+def _mean_area() -> float:
+    """Mean area of a leaf of radius 1, over shapes and ratios of the sides."""
+    ratio = (1 + STRETCH) / 2
+    slim = math.log(2 / (1 + STRETCH**2)) / (1 - STRETCH)  # mean of 2 r / (1 + r^2)
+    corners = sum(n / 2 * math.sin(2 * math.pi / n) for n in _SIDES) / len(_SIDES)
+    areas = (math.pi * ratio, 2 * slim, corners * ratio)
+    return sum(weight * area for weight, area in zip(SHAPE_WEIGHTS, areas)) / sum(SHAPE_WEIGHTS)
 
 
 # ---------------------------------------------------------------------- which leaf is seen where
 def leaf_maps(pictures: Sequence[Leaves], size: Tuple[int, int]) -> Tensor:
     """Number of the leaf that is seen at each pixel, counted from 1; 0 where none lies.
 
-    Leaves of about one size, of all pictures, are tested together on squares that hold them. Of all that cover a pixel,
-    the greatest number wins, which is the foremost leaf's. Only sums, products and comparisons: the result is that of
-    each picture alone.
+    Leaves of about one size, of all pictures, are tested together on squares that hold them. The foremost leaf at a
+    pixel has the greatest number. Only sums, products and comparisons are used, so that each picture's result does not
+    depend on the other pictures.
 
     Args:
         pictures: One or more, as :meth:`DeadLeaves.leaves` gives them.
@@ -316,13 +283,13 @@ def leaf_maps(pictures: Sequence[Leaves], size: Tuple[int, int]) -> Tensor:
         held = (side > least) & (side <= most)
         for shape, inside in enumerate((_in_ellipse, _in_rectangle, _in_polygon)):
             chosen = (held & (table[4] == shape)).nonzero().flatten()
-            for some in chosen.split(max(1, _CHUNK // most**2)):
-                _lay(seen, table.index_select(1, some), most, inside, size)
+            for part in chosen.split(max(1, _CHUNK // most**2)):
+                _lay(seen, table.index_select(1, part), most, inside, size)
     return seen.view(len(pictures), height, width).long()
 
 
 def _classes(largest: int) -> Iterator[Tuple[int, int]]:
-    """Sides of squares, (that of the class before, own), four an octave from 8 on."""
+    """Sides of squares as (side before, side), four an octave from 8 on."""
     before, step = 0, 2
     while before < largest:
         side = 8 if not before else before + step
@@ -331,10 +298,10 @@ def _classes(largest: int) -> Iterator[Tuple[int, int]]:
 
 
 def _coefficients(leaves: Leaves, start: int) -> Tensor:
-    """What the tests below need of each leaf, a column each, float64 (its numbers and places are exact).
+    """Coefficients of the tests below, one column a leaf; float64, so that numbers and places are exact.
 
-    Rows: centre (x, y), reach, number, shape, first place of the picture, then three to fourteen numbers of the shape's
-    test.
+    Rows: centre (x, y), reach, number, shape, first place of the picture, then three to thirteen numbers of the test of
+    the shape.
     """
     cos, sin, long, short = leaves['angle'].cos(), leaves['angle'].sin(), leaves['long'], leaves['short']
     count = len(long)

@@ -1,34 +1,34 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Several sources as one, and sources out of what a config says."""
+"""Sources that draw from others: several sources as one, and synthesis."""
 
-import difflib
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from psaq_mm.errors import ConfigError, DataError
-from psaq_mm.pictures.base import Generated, Make, Source, checked_size, mixed
+from psaq_mm.errors import DataError
+from psaq_mm.pictures.base import Make, Source, checked_size, mixed
 from psaq_mm.pictures.image_spec import ImageSpec
 from psaq_mm.pictures.leaves import DeadLeaves
-from psaq_mm.pictures.noise import GaussianNoise, PinkNoise
-from psaq_mm.pictures.scenes import Scenes
-from psaq_mm.type_names import type_name
+from psaq_mm.pictures.noise import PinkNoise
+from psaq_mm.pictures.registry import register_source
 
-__all__ = ['Mixture', 'NAMED', 'PLAIN', 'source_of']
+__all__ = ['Generated', 'Mixture']
 
 _GOLDEN = (5**0.5 - 1) / 2
 
 
+@register_source('mixture')
 class Mixture(Source):
     """Each picture from one of several sources, in the proportions of their weights.
 
-    Which one, the picture's number decides: multiples of the golden ratio fall evenly into 0 .. 1, so that also a batch
-    has the proportions, to about one picture.
+    The picture's number decides which one. Multiples of the golden ratio fall evenly into 0 .. 1, so that a batch has
+    the proportions too, to about one picture.
 
     Args:
-        sources: One or more; a mixture among them is taken apart.
-        weights: One each, 0 or more. Defaults to None, all alike.
+        sources: One or more. The members of a mixture among them become members of this one. Defaults to None, 1/f
+            noise and dead leaves.
+        weights: One for each source, 0 or more. Defaults to None, equal weights.
         seed: As for :class:`Source`.
 
     Raises:
@@ -38,8 +38,14 @@ class Mixture(Source):
         >>> half_and_half = Mixture([PinkNoise(), DeadLeaves()])
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Optional[Sequence[float]] = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        sources: Optional[Sequence[Source]] = None,
+        weights: Optional[Sequence[float]] = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__(seed)
+        sources = [PinkNoise(), DeadLeaves()] if sources is None else sources
         weights = [1.0] * len(sources) if weights is None else [float(w) for w in weights]
         if not sources or len(weights) != len(sources):
             raise DataError(
@@ -53,21 +59,31 @@ class Mixture(Source):
         for source, weight in zip(sources, weights):
             if not isinstance(source, Source):
                 raise DataError(f'{source!r} is no source of samples: build it with psaq_mm.pictures.source_of first')
-            # Inside a mixture, the numbers that come to a member do not fall evenly any more.
-            inner = zip(source.sources, source.weights) if isinstance(source, Mixture) else [(source, 1.0)]
+            # Flattened, because the numbers that reach a member of a mixture no longer fall evenly.
+            inner: Any = zip(source.sources, source.weights) if isinstance(source, Mixture) else [(source, 1.0)]
             for member, part in inner:
                 self.sources.append(member)
                 self.weights.append(weight / sum(weights) * part)
 
     @property
     def procedural(self) -> bool:
-        """Whether no member needs a model."""
+        """Whether no member needs synthesis."""
         return all(source.procedural for source in self.sources)
 
+    @property
+    def paths(self) -> List[str]:
+        """See :attr:`Source.paths`."""
+        return [path for source in self.sources for path in source.paths]
+
+    def open(self, model: Any, config: Any, seed: int) -> None:
+        """See :meth:`Source.open`."""
+        for source in self.sources:
+            source.open(model, config, seed)
+
     def procedural_part(self) -> Optional['Mixture']:
-        """The members that need no model, at their weights; None where there are none, or all have weight 0."""
+        """The members that need no synthesis, at their weights; None if there are none, or all have weight 0."""
         kept = [(s, w) for s, w in zip(self.sources, self.weights) if s.procedural and w > 0]
-        return Mixture(*zip(*kept), seed=self.seed) if kept else None
+        return Mixture([s for s, _ in kept], [w for _, w in kept], self.seed) if kept else None
 
     def members(self, numbers: Sequence[int], seed: int = 0) -> Tensor:
         """Index of the source of each number, (len(numbers),)."""
@@ -86,95 +102,42 @@ class Mixture(Source):
     ) -> Tensor:
         """See :meth:`Source.draw`."""
         checked_size(len(numbers), size)
-        chosen, whole = self.members(numbers, seed), torch.empty(len(numbers), image_spec.channels, *size)
+        chosen, pictures = self.members(numbers, seed), torch.empty(len(numbers), image_spec.channels, *size)
         for index, source in enumerate(self.sources):
             places = (chosen == index).nonzero().flatten()
             if len(places):
-                own = [numbers[int(place)] for place in places]
-                whole[places] = source.draw(own, size, image_spec, mixed(seed, self.seed), generated).float().cpu()
-        return whole
+                part = source.draw(
+                    [numbers[int(place)] for place in places], size, image_spec, mixed(seed, self.seed), generated
+                )
+                pictures[places] = part.float().cpu()
+        return pictures
 
 
-PLAIN: Dict[str, Type[Source]] = {
-    cls.__name__: cls for cls in (GaussianNoise, PinkNoise, DeadLeaves, Scenes, Generated, Mixture)
-}
-"""Sources that need PyTorch alone, by the name that a config gives."""
+@register_source('generated')
+class Generated(Source):
+    """Samples that are synthesized out of the teacher (:class:`~psaq_mm.psaq_vit.SampleGenerator`)."""
 
-NAMED: Dict[str, Callable[[], Source]] = dict(
-    gaussian=GaussianNoise,
-    pink=PinkNoise,
-    dead_leaves=DeadLeaves,
-    scenes=Scenes,
-    mixture=lambda: Mixture([PinkNoise(), DeadLeaves()]),
-    generated=Generated,
-)
-"""Short names of sources with their default settings; ``mixture`` is half 1/f noise, half dead leaves."""
+    @property
+    def procedural(self) -> bool:
+        """See :attr:`Source.procedural`."""
+        return False
 
-Given = Union[str, Mapping, Sequence, Source]
+    def draw(
+        self,
+        numbers: Sequence[int],
+        size: Tuple[int, int],
+        image_spec: ImageSpec,
+        seed: int = 0,
+        generated: Optional[Make] = None,
+    ) -> Tensor:
+        """See :meth:`Source.draw`. What ``generated`` makes depends on the model and the step, not on the numbers.
 
-
-def _plain(config: Mapping) -> Source:
-    settings = dict(config)
-    name = settings.pop('type', '')
-    short = type_name(name)
-    if short not in PLAIN:
-        near = difflib.get_close_matches(short, PLAIN, 1)
-        hint = f'did you mean {near[0]}? Known are' if near else 'use one of'
-        raise ConfigError(f'type={name!r} is no source of samples: {hint} {", ".join(PLAIN)}')
-    try:
-        return PLAIN[short](**settings)
-    except TypeError as error:
-        raise ConfigError(f'{short} does not take these settings ({error}): see its documentation') from error
-
-
-def source_of(given: Given, build: Callable[[Mapping], Any] = _plain) -> Source:
-    """A source out of what a config says.
-
-    Args:
-        given: A name of :data:`NAMED`; ``dict(type='psaq_mm.PinkNoise', ...)``; a list of such, a mixture in which each
-            dict may hold its ``weight`` (1 without); or a source, which is returned.
-        build: Builds a dict that is no mixture. Defaults to the classes of :data:`PLAIN`; the engine gives the
-            registry's.
-
-    Raises:
-        ConfigError: It is none of these.
-        DataError: A setting of a source is out of range.
-
-    Example:
-        >>> source_of([dict(type='psaq_mm.PinkNoise', weight=3), dict(type='psaq_mm.DeadLeaves')]).weights
-        [0.75, 0.25]
-    """
-    if isinstance(given, Source):
-        return given
-    if isinstance(given, str):
-        if given not in NAMED:
-            near = difflib.get_close_matches(given, NAMED, 1)
-            hint = f'did you mean {near[0]!r}? Known are' if near else 'use one of'
-            raise ConfigError(
-                f'{given!r} names no source of samples: {hint} {", ".join(NAMED)}, or a dict such as '
+        Raises:
+            DataError: No model is there to make them.
+        """
+        if generated is None:
+            raise DataError(
+                'generated samples are made by a run, which has the teacher: take a procedural source here, such as '
                 "dict(type='psaq_mm.PinkNoise')"
             )
-        return NAMED[given]()
-    if isinstance(given, Mapping):
-        if not given.get('type'):
-            raise ConfigError(f"{dict(given)} is no source of samples: it lacks its type, such as 'psaq_mm.PinkNoise'")
-        settings = dict(given)
-        settings.pop('weight', None)
-        if type_name(settings) != 'Mixture':
-            found = build(settings)
-        else:
-            settings['sources'] = [source_of(one, build) for one in settings.get('sources') or ()]
-            found = _plain(settings)
-        if not isinstance(found, Source):
-            raise ConfigError(
-                f'type={given["type"]!r} is a {type(found).__name__} and no source of samples: use one of '
-                f'{", ".join(PLAIN)}, or Folder'
-            )
-        return found
-    if isinstance(given, Sequence):
-        weights = [one.get('weight', 1.0) if isinstance(one, Mapping) else 1.0 for one in given]
-        return Mixture([source_of(one, build) for one in given], weights)
-    raise ConfigError(
-        f"{given!r} is no source of samples: give a name, a dict such as dict(type='psaq_mm.PinkNoise'), or a list "
-        'of dicts'
-    )
+        return generated(len(numbers))

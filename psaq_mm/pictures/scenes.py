@@ -1,15 +1,12 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Scenes: a few large shapes with wavy outlines before a background, all clad in patterns that small random networks
-draw.
-"""
+"""Scenes: a few large shapes with wavy outlines before a background, covered with patterns of small random networks."""
 
 import math
-from typing import Callable, NamedTuple, Sequence, Tuple
+from typing import Callable, ClassVar, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from psaq_mm.errors import DataError
 from psaq_mm.pictures.base import Source, mixed, number_seed
 from psaq_mm.pictures.image_spec import ImageSpec
 from psaq_mm.pictures.noise import (
@@ -22,8 +19,22 @@ from psaq_mm.pictures.noise import (
     softened,
     uniform_in,
 )
+from psaq_mm.pictures.registry import register_source
 
 __all__ = ['Scenes', 'outline', 'pattern_maps']
+
+OBJECTS = (3, 16)
+"""(least, greatest) number of shapes."""
+ROUGHNESS = 0.5
+"""Greatest amplitude of an outline's waves, relative to its radius."""
+TEXTURE = (0.05, 0.8)
+"""(least, greatest) spread of a surface's pattern, in standard units."""
+SHADING = 0.8
+"""Greatest difference of brightness across half the picture, in standard units."""
+COLOR_CORRELATION = (0.3, 0.95)
+"""(least, greatest) correlation of a pattern's channels."""
+CONTRAST = (0.6, 1.3)
+"""(least, greatest) spread of the whole picture, in standard units."""
 
 _ACTIVATIONS: Tuple[Callable[[Tensor], Tensor], ...] = (
     torch.sin,
@@ -37,20 +48,23 @@ _ACTIVATIONS: Tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: x,
 )
 _WIDTH = 12
-"""Units of a layer."""
+"""Units of a layer of the random network."""
 _EXTENT = (0.8, 12.0)
-"""Of coordinates over the shorter side: the greater, the finer the pattern."""
+"""Range of the coordinates over the shorter side: the greater, the finer the pattern."""
 _SHARED = 16
-"""Pictures, by number, whose objects choose from the same surfaces: those are what takes time."""
+"""As many pictures, by number, share their surfaces, because surfaces take most of the time."""
 _NETWORKS = 4
-"""For as many pictures."""
+"""Random networks whose patterns those pictures share."""
 _ANGLES = 256
-"""Directions in which an outline is kept."""
+"""Directions in which the radius of an outline is stored."""
 
 
+@register_source('scenes')
 class Scenes(Source):
-    """Objects before a background. Dead leaves cover the whole picture with shapes of every size, and a classifier
-    takes them all for the same few classes; here a few objects stand out, with outlines and surfaces of many kinds.
+    """A few objects before a background, with outlines and surfaces of many kinds.
+
+    Dead leaves cover the whole picture with shapes of every size, and a classifier takes them all for the same few
+    classes.
 
     Surfaces are compositional patterns: a small network with random weights maps the coordinates of a pixel to its
     colour (Stanley, Compositional pattern producing networks, Genetic Programming and Evolvable Machines 8, 2007), here
@@ -58,13 +72,7 @@ class Scenes(Source):
     al., Procedural image programs for representation learning, arXiv 2211.16412. The composition is this project's.
 
     Args:
-        objects: (least, greatest) number of shapes.
         radius: (least, greatest) mean radius, as a share of the shorter side.
-        roughness: Greatest amplitude of an outline's waves, relative to its radius.
-        texture: (least, greatest) spread of a surface's pattern, in standard units.
-        shading: Greatest difference of brightness across half the picture, in standard units.
-        color_correlation: (least, greatest) correlation of a pattern's channels, 0 .. 1.
-        contrast: (least, greatest) spread of the whole picture, in standard units.
         color_blur: As for :class:`DeadLeaves`.
         seed: As for :class:`Source`.
 
@@ -76,52 +84,42 @@ class Scenes(Source):
         torch.Size([8, 3, 224, 224])
     """
 
-    def __init__(
-        self,
-        objects: Sequence[int] = (3, 16),
-        radius: Sequence[float] = (0.05, 0.4),
-        roughness: float = 0.5,
-        texture: Sequence[float] = (0.05, 0.8),
-        shading: float = 0.8,
-        color_correlation: Sequence[float] = (0.3, 0.95),
-        contrast: Sequence[float] = (0.6, 1.3),
-        color_blur: int = 1,
-        seed: int = 0,
-    ) -> None:
+    fixed: ClassVar[Tuple[str, ...]] = (
+        'objects',
+        'roughness',
+        'texture',
+        'shading',
+        'color_correlation',
+        'contrast',
+    )
+
+    def __init__(self, radius: Sequence[float] = (0.05, 0.4), color_blur: int = 1, seed: int = 0) -> None:
         super().__init__(seed)
-        self.objects = tuple(int(n) for n in objects) if isinstance(objects, Sequence) else ()
-        if len(self.objects) != 2 or not 0 <= self.objects[0] <= self.objects[1] <= 1000:
-            raise DataError(f'objects={objects} must be (least, greatest) number of shapes, 0 .. 1000')
         self.radius = bounds('radius', radius, 0.005, 1.0)
-        self.texture, self.contrast = bounds('texture', texture, 0.0, 10.0), bounds('contrast', contrast, 0.0, 10.0)
-        self.color_correlation = bounds('color_correlation', color_correlation, 0.0, 1.0)
-        self.roughness, self.shading = (
-            bounds('roughness', roughness, 0.0, 2.0)[1],
-            bounds('shading', shading, 0.0, 10.0)[1],
-        )
         self.color_blur = odd_side('color_blur', color_blur)
 
     def pictures(self, numbers: Sequence[int], size: Tuple[int, int], image_spec: ImageSpec, seed: int) -> Tensor:
         """See :meth:`Source.pictures`."""
         generator = torch.Generator()
-        whole = torch.empty(len(numbers), image_spec.channels, *size)
-        for wardrobe in sorted({number // _SHARED for number in numbers}):
+        pictures = torch.empty(len(numbers), image_spec.channels, *size)
+        for group in sorted({number // _SHARED for number in numbers}):
             surfaces = self._surfaces(
-                size, image_spec.channels, generator.manual_seed(number_seed(mixed(seed, 1), wardrobe))
+                size, image_spec.channels, generator.manual_seed(number_seed(mixed(seed, 1), group))
             )
             for place, number in enumerate(numbers):
-                if number // _SHARED == wardrobe:
+                if number // _SHARED == group:
                     scene = self._scene(surfaces, generator.manual_seed(number_seed(seed, number)))
-                    whole[place] = softened(scene, self.color_blur)
-        return whole
+                    pictures[place] = softened(scene, self.color_blur)
+        return pictures
 
     def _scene(self, surfaces: Tensor, generator: torch.Generator) -> Tensor:
         """One picture, (C, H, W), in standard units."""
-        size, least, most = surfaces.shape[2:], *self.objects
-        y, x = _coordinates(size)
-        whole = slice(0, size[0]), slice(0, size[1])
+        height, width = surfaces.shape[2:]
+        least, most = OBJECTS
+        y, x = _coordinates((height, width))
+        everywhere = slice(0, height), slice(0, width)
         picture = blurred(
-            self._clad(surfaces, y, x, whole, generator), 2 * int(torch.randint(8, (), generator=generator)) + 1
+            self._surface(surfaces, y, x, everywhere, generator), 2 * int(torch.randint(8, (), generator=generator)) + 1
         )
         for _ in range(least + int(torch.randint(most - least + 1, (), generator=generator))):
             shape = outline(
@@ -129,35 +127,34 @@ class Scenes(Source):
                 uniform_in((0, float(x[-1])), generator),
                 self._radius(generator),
                 uniform_in((0.35, 1.0), generator),
-                self.roughness,
+                ROUGHNESS,
                 generator,
             )
             rows, columns = (_reached(axis.flatten(), at, shape.reach) for axis, at in ((y, shape.y), (x, shape.x)))
-            surface = self._clad(surfaces, y, x, (rows, columns), generator)
+            surface = self._surface(surfaces, y, x, (rows, columns), generator)
             part = picture[:, rows, columns]
             part.copy_(torch.where(shape.covers(y[rows], x[columns]), surface, part))
         picture = blurred(picture, 3) if uniform_in((0, 1), generator) < 0.5 else picture
         picture = picture - row_means(picture).view(-1, 1, 1)
-        spread = row_means(picture.square().unsqueeze(0))[0].sqrt().clamp(min=0.01)  # of one colour, it stays so
-        return picture * (uniform_in(self.contrast, generator) / spread) + uniform_in((-0.6, 0.6), generator)
+        spread = row_means(picture.square().unsqueeze(0))[0].sqrt().clamp(min=0.01)  # a picture of one colour stays one
+        return picture * (uniform_in(CONTRAST, generator) / spread) + uniform_in((-0.6, 0.6), generator)
 
     def _radius(self, generator: torch.Generator) -> float:
         low, high = (math.log(r) for r in self.radius)
         return math.exp(uniform_in((low, high), generator))
 
     def _surfaces(self, size: Tuple[int, int], channels: int, generator: torch.Generator) -> Tensor:
-        """Patterns that the objects of some pictures share, (n, C, H, W), and noise among them; zero mean and unit
-        spread each.
-        """
-        patterns = [pattern_maps(size, 2, channels, self.color_correlation, generator) for _ in range(_NETWORKS)]
+        """Patterns and noise that the objects of some pictures share, (n, C, H, W); zero mean and unit spread each."""
+        patterns = [pattern_maps(size, 2, channels, COLOR_CORRELATION, generator) for _ in range(_NETWORKS)]
         grain = [power_law_noise(1, size, uniform_in((0.6, 1.6), generator), generator) for _ in range(2)]
         return torch.cat([*patterns, torch.stack(grain).expand(-1, channels, -1, -1)])
 
-    def _clad(
+    def _surface(
         self, surfaces: Tensor, y: Tensor, x: Tensor, part: Tuple[slice, slice], generator: torch.Generator
     ) -> Tensor:
-        """For some rows and columns of the picture a piece of a surface, in a colour of its own and shaded, (C, rows,
-        columns).
+        """A random piece of one of the surfaces for some rows and columns of the picture, (C, rows, columns).
+
+        It has a random colour, and light that falls off in a random direction.
         """
         colour = correlated(torch.randn(surfaces.shape[1], generator=generator), 0.75)
         which, *moved = torch.rand(3, generator=generator).tolist()
@@ -165,19 +162,19 @@ class Scenes(Source):
         for axis, (piece, share) in enumerate(zip(part, moved), 1):
             length = piece.stop - piece.start
             pattern = pattern.narrow(axis, int(share * (pattern.shape[axis] - length + 1)), length)
-        turn, slope = uniform_in((0, 2 * math.pi), generator), 2 * uniform_in((0, self.shading), generator)
+        turn, slope = uniform_in((0, 2 * math.pi), generator), 2 * uniform_in((0, SHADING), generator)
         light = (y[part[0]] - 0.5) * (slope * math.sin(turn)) + (x[part[1]] - 0.5) * (slope * math.cos(turn))
-        return (pattern * uniform_in(self.texture, generator)).add_(colour[:, None, None]).add_(light)
+        return (pattern * uniform_in(TEXTURE, generator)).add_(colour[:, None, None]).add_(light)
 
 
 def _coordinates(size: Tuple[int, int]) -> Tuple[Tensor, Tensor]:
-    """Y (H, 1) and x (1, W) of the pixels' middles, the shorter side from 0 to 1."""
+    """Coordinates y (H, 1) and x (W,) of the centres of the pixels; the shorter side goes from 0 to 1."""
     height, width = size
     return (torch.arange(height) + 0.5).unsqueeze(1) / min(size), (torch.arange(width) + 0.5) / min(size)
 
 
 def _reached(places: Tensor, middle: float, reach: float) -> slice:
-    """Which of the places, in order, are within ``reach`` of the middle."""
+    """Slice of the sorted coordinates that are within ``reach`` of the middle."""
     first, last = torch.searchsorted(places, torch.tensor([middle - reach, middle + reach])).tolist()
     return slice(first, last)
 
@@ -186,13 +183,13 @@ def _reached(places: Tensor, middle: float, reach: float) -> slice:
 def pattern_maps(
     size: Tuple[int, int], count: int, channels: int, color_correlation: Sequence[float], generator: torch.Generator
 ) -> Tensor:
-    """What a random network makes of coordinates, ``count`` ways of colouring its last layer.
+    """Patterns of one random network of the coordinates; each colours the units of its last layer in another way.
 
     Args:
         size: (height, width) in pixels.
-        count: Patterns.
-        channels: Of each.
-        color_correlation: (least, greatest) of any two channels.
+        count: Number of patterns.
+        channels: Channels of each.
+        color_correlation: (least, greatest) correlation of any two channels.
         generator: On the CPU.
 
     Returns:
@@ -212,28 +209,26 @@ def pattern_maps(
         units = weight @ units + torch.randn(_WIDTH, 1, generator=generator)
         kinds = torch.randint(len(_ACTIVATIONS), (_WIDTH,), generator=generator).tolist()
         units = _standard(torch.stack([_ACTIVATIONS[kind](row) for kind, row in zip(kinds, units)]))
-    found = []
+    coloured = []
     for _ in range(count):
         colours = correlated(
             torch.randn(channels, _WIDTH, generator=generator), uniform_in(color_correlation, generator)
         )
-        found.append(colours @ units / _WIDTH**0.5)
-    maps = torch.stack(found)
+        coloured.append(colours @ units / _WIDTH**0.5)
+    maps = torch.stack(coloured)
     maps = maps - row_means(maps.flatten(0, 1)).view(count, channels, 1)
     return (maps / row_means(maps.square()).view(count, 1, 1).sqrt().clamp(min=1e-6)).view(count, channels, *size)
 
 
 def _standard(rows: Tensor) -> Tensor:
-    """Zero mean; unit spread too, but for rows that hardly vary, which would be grain of floating-point numbers."""
+    """Rows of zero mean and unit spread; rows that hardly vary are not amplified, they would be rounding errors."""
     rows = rows - rows.mean(1, keepdim=True)
     return rows / rows.square().mean(1, keepdim=True).sqrt().clamp(min=0.1)
 
 
 # ---------------------------------------------------------------------- shapes
 class Outline(NamedTuple):
-    """A shape: its middle and its radius in :data:`_ANGLES` directions, in shares of the shorter side; turned and
-    squeezed.
-    """
+    """A shape: its middle and its radius in :data:`_ANGLES` directions, in shorter sides; turned, squeezed."""
 
     y: float
     x: float
@@ -243,7 +238,7 @@ class Outline(NamedTuple):
 
     @property
     def reach(self) -> float:
-        """Of its farthest point from the middle."""
+        """Distance of its farthest point from the middle."""
         return float(self.radii.max())
 
     def covers(self, y: Tensor, x: Tensor) -> Tensor:
@@ -256,7 +251,7 @@ class Outline(NamedTuple):
 
 
 def outline(y: float, x: float, radius: float, squeeze: float, roughness: float, generator: torch.Generator) -> Outline:
-    """A closed curve around (``y``, ``x``): a circle with two to eight waves on it, each weaker the shorter it is."""
+    """A closed curve around (``y``, ``x``): a circle with two to eight waves; shorter waves are weaker."""
     waves = int(torch.randint(2, 9, (), generator=generator))
     order = torch.arange(1.0, waves + 1).unsqueeze(1)
     phase, amount = torch.rand(2, waves, 1, generator=generator)

@@ -34,7 +34,7 @@ class AdaptiveWeight:
     Example:
         >>> weight = AdaptiveWeight()
         >>> weight.observe(0.2)   # after a step of the student
-        >>> weight(0.1) > 1.0     # samples too easy: seek the discrepancy more
+        >>> weight.follow(0.1) > 1.0   # samples too easy: seek the discrepancy more
         True
     """
 
@@ -58,13 +58,13 @@ class AdaptiveWeight:
         self.reference: Optional[float] = None
 
     def observe(self, discrepancy: float) -> None:
-        """Takes note of the student's discrepancy in one of its own steps."""
+        """Take note of the student's discrepancy in one of its own steps."""
         value = _checked(discrepancy)
         mixed = value if self.reference is None else self.momentum * self.reference + (1 - self.momentum) * value
         self.reference = mixed
 
-    def __call__(self, discrepancy: float) -> float:
-        """Weight for a step of the samples.
+    def follow(self, discrepancy: float) -> float:
+        """Move the weight for a step of the samples, and return it.
 
         Args:
             discrepancy: Value on the samples in this step. Before the first :meth:`observe` the weight stays.
@@ -81,7 +81,7 @@ class AdaptiveWeight:
         return dict(weight=self.weight, reference=self.reference)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave; a weight outside the bounds of now is moved into them."""
+        """Restore what :meth:`state_dict` gave; a weight outside the present bounds is moved into them."""
         missing = {'weight', 'reference'} - set(state)
         if missing:
             raise DataError(f'state of a weight lacks {sorted(missing)}; it was not saved by AdaptiveWeight')

@@ -2,12 +2,6 @@
 reparameterization.
 """
 
-from psaq_mm.quantization.channel_observers import (
-    ChannelMinMaxObserver,
-    ChannelMSEObserver,
-    ChannelPercentileObserver,
-    build_channel_observer,
-)
 from psaq_mm.quantization.convert import (
     ADAPTERS,
     Adapter,
@@ -18,11 +12,11 @@ from psaq_mm.quantization.convert import (
     calibrate,
     is_quantizer_key,
     quantize_,
-    quantizer_state_keys,
     quantizers,
     register_adapter,
     set_mode,
 )
+from psaq_mm.quantization.grids import ChannelGrid, Grid, LogGrid, UniformGrid
 from psaq_mm.quantization.importance import RowImportance, row_importance
 from psaq_mm.quantization.layers import (
     SAME_AS_CONV2D,
@@ -43,13 +37,26 @@ from psaq_mm.quantization.layers import (
     is_quantized_layer,
     quantize_output_,
 )
-from psaq_mm.quantization.logarithmic import LogObserver, fake_log_quantize, log2_form, log_dequantize, log_quantize
-from psaq_mm.quantization.observers import MinMaxObserver, MSEObserver, PercentileObserver, build_observer
+from psaq_mm.quantization.logarithmic import fake_log_quantize, log_dequantize, log_quantize
+from psaq_mm.quantization.observers import (
+    ChannelObserver,
+    FeatureObserver,
+    LogObserver,
+    MinMax,
+    Observer,
+    Percentile,
+    Rule,
+    Shrink,
+    TensorObserver,
+    build_observer,
+    build_rule,
+    reduce_observers,
+)
 from psaq_mm.quantization.precision import full_float32, use_full_float32
 from psaq_mm.quantization.primitives import choose_qparams, dequantize, fake_quantize, qrange, quantize
-from psaq_mm.quantization.quantizers import AffineQuantizer, LogQuantizer, Quantizer, in_mode
+from psaq_mm.quantization.quantizers import AffineQuantizer, LogQuantizer, Quantizer, Range, in_mode, observing
 from psaq_mm.quantization.ranges import learn_ranges_, learned_ranges, update_ranges_
-from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds, reparameterize_
+from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds
 from psaq_mm.quantization.rotation import StreamReader, random_rotation, rotate_heads_, rotate_stream_
 from psaq_mm.quantization.rounding import RoundedLayer, compensated_rounding, round_weights_
 from psaq_mm.quantization.rows import RowMask, padded, row_mask_given, row_mask_of
@@ -60,19 +67,21 @@ __all__ = [
     'Adapter',
     'AdapterSpec',
     'AffineQuantizer',
-    'ChannelMSEObserver',
-    'ChannelMinMaxObserver',
-    'ChannelPercentileObserver',
+    'ChannelGrid',
+    'ChannelObserver',
     'ConversionReport',
     'ConvertFn',
+    'FeatureObserver',
     'FloatLayer',
+    'Grid',
     'LayerSpec',
+    'LogGrid',
     'LogObserver',
     'LogQuantizer',
-    'MSEObserver',
-    'MinMaxObserver',
+    'MinMax',
+    'Observer',
     'Override',
-    'PercentileObserver',
+    'Percentile',
     'QuantConv2d',
     'QuantConvTranspose2d',
     'QuantLinear',
@@ -81,20 +90,25 @@ __all__ = [
     'QuantizedLayer',
     'Quantizer',
     'RECIPES',
+    'Range',
     'ReparameterizedQuantizer',
     'RoundedLayer',
     'RowImportance',
     'RowMask',
-    'StreamReader',
+    'Rule',
     'SAME_AS_CONV2D',
     'SAME_AS_CONVTRANSPOSE2D',
     'SAME_AS_LINEAR',
+    'Shrink',
+    'StreamReader',
+    'TensorObserver',
+    'UniformGrid',
     'adopt',
     'apply_edge',
     'apply_layer',
     'attention_products',
-    'build_channel_observer',
     'build_observer',
+    'build_rule',
     'calibrate',
     'choose_qparams',
     'compensated_rounding',
@@ -111,21 +125,20 @@ __all__ = [
     'is_quantizer_key',
     'learn_ranges_',
     'learned_ranges',
-    'log2_form',
     'log_dequantize',
     'log_quantize',
     'norm_before',
     'norm_feeds',
+    'observing',
     'padded',
     'qrange',
     'quantize',
     'quantize_',
     'quantize_output_',
-    'quantizer_state_keys',
     'quantizers',
     'random_rotation',
+    'reduce_observers',
     'register_adapter',
-    'reparameterize_',
     'rotate_heads_',
     'rotate_stream_',
     'round_weights_',

@@ -1,19 +1,17 @@
 """Conversion of a model in place, and functions over all its quantizers: modes, calibration, state-dict keys."""
 
-import difflib
 import re
 from fnmatch import fnmatchcase
 from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from psaq_mm.errors import DataError, SpecError
+from psaq_mm.errors import DataError, SpecError, similar
 from psaq_mm.quantization.layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
+from psaq_mm.quantization.observers import reduce_observers
 from psaq_mm.quantization.precision import use_full_float32
-from psaq_mm.quantization.quantizers import STATE_NAMES, Quantizer, check_mode
-from psaq_mm.quantization.reduction import reduce_observers
-from psaq_mm.quantization.reparam import ReparameterizedQuantizer, fold_, folded_weight, folding_of
+from psaq_mm.quantization.quantizers import STATE_NAMES, Quantizer, Range, check_mode, in_mode, observing
 from psaq_mm.quantization.spec import AdapterSpec, QuantSpec
 
 # Quantizers that have no row of their own in a report: the row of their layer or product covers them.
@@ -214,7 +212,7 @@ class _Conversion:
 def _hint(name: str, known: List[str]) -> str:
     if not known:
         return ': no layer of the model can be quantized.'
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+    near = similar(name, known, count=3) or known[:3]
     return f': layers are called, for example, {", ".join(map(repr, near))}.'
 
 
@@ -294,7 +292,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
     """Set all ranges: weights from the tensors, activations from one full-precision run.
 
     Where a layer's input is reparameterized (:attr:`.QuantSpec.reparameterize`), its LayerNorm and weight change as
-    :func:`.reparam.reparameterize_` says. While ``run`` is under way nothing is quantized, so the ranges do not depend
+    :class:`.reparam.Folding` says. While ``run`` is under way nothing is quantized, so the ranges do not depend
     on the order of the layers. In a distributed run each rank puts samples of its own through, and all get the ranges
     of all samples. Quantizers that are switched off stay so. All ranges are found before the first is set: after an
     error the model is as before.
@@ -308,43 +306,24 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
     Raises:
         DataError: A weight or an activation holds NaN or infinity (names the layer), or a quantizer saw no data.
     """
-    weights = {id(m.weight_quantizer): m for _, m in model.named_modules() if is_quantized_layer(m)}
-    active = [q for _, q in quantizers(model) if q.mode != 'off']
-    activations = [(n, q) for n, q in quantizers(model) if q.mode != 'off' and id(q) not in weights]
-    modes = [(q, q.mode) for q in active]
-    try:
-        ranges: Dict[Quantizer, Tuple[Tensor, Tensor]] = {}
-        with torch.no_grad():
-            for quantizer in active:
-                if id(quantizer) in weights:
-                    ranges[quantizer] = quantizer.qparams_of(weights[id(quantizer)].weight)
-                    quantizer.mode = 'off'
-                else:
-                    quantizer.begin_observing()
+    active = [(name, quantizer) for name, quantizer in quantizers(model) if quantizer.mode != 'off']
+    owner_of = {child: parent for parent in model.modules() for child in parent.children()}
+    layers = {module.weight_quantizer: module for module in model.modules() if is_quantized_layer(module)}
+    weights = [quantizer for _, quantizer in active if quantizer in layers]
+    activations = {name: quantizer for name, quantizer in active if quantizer not in layers}
+    with torch.no_grad(), observing(activations.values()):
+        ranges: Dict[Quantizer, Range] = {
+            quantizer: quantizer.range_of(layers[quantizer].weight) for quantizer in weights
+        }
+        with in_mode(weights, 'off'):
             run()
-        reduce_observers([q.observer for _, q in activations])
-        _check_seen([n for n, q in activations if not q.saw_data], allow_unseen)
-        ranges.update(
-            (q, q.checked(*q.observed_qparams()))
-            for _, q in activations
-            if q.saw_data and not isinstance(q, ReparameterizedQuantizer)
-        )
-        foldings = [
-            (layer, folding_of(layer))
-            for layer in weights.values()
-            if isinstance(layer.input_quantizer, ReparameterizedQuantizer) and layer.input_quantizer.saw_data
-        ]
-        for layer, folding in foldings:
-            if layer.weight_quantizer in ranges:  # of the weight that folding will make
-                ranges[layer.weight_quantizer] = layer.weight_quantizer.qparams_of(folded_weight(layer, folding))
-        for quantizer, found in ranges.items():
-            quantizer.set_qparams(*found)
-        for layer, folding in foldings:
-            fold_(layer, folding)
-    finally:
-        for quantizer, mode in modes:
-            quantizer.mode = 'on' if mode == 'observe' else mode
-            quantizer.observer = None
+        reduce_observers([q.observer for q in activations.values() if q.observer is not None])
+        _check_seen([name for name, quantizer in activations.items() if not quantizer.saw_data], allow_unseen)
+        for quantizer in activations.values():
+            if quantizer.saw_data:
+                ranges.update((found.quantizer, found) for found in quantizer.finish(owner_of[quantizer]))
+        for found in ranges.values():
+            found.set()
 
 
 def _check_seen(unseen: List[str], allow_unseen: bool) -> None:
@@ -364,13 +343,3 @@ def is_quantizer_key(key: str) -> bool:
         (True, False)
     """
     return _QUANTIZER_KEY.search(key) is not None
-
-
-def quantizer_state_keys(model: nn.Module) -> Set[str]:
-    """State-dict keys of all quantizers of a model, also under the second name of a shared module."""
-    return {
-        f'{name}.{state}'
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, Quantizer)
-        for state in module.state_names
-    }

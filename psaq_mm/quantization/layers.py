@@ -139,8 +139,7 @@ class _QuantizedWeightLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         self.drop_weight_cache()
-        folded = isinstance(self.input_quantizer, ReparameterizedQuantizer)
-        if folded and f'{prefix}weight' in state_dict and f'{prefix}input_quantizer.fill' not in state_dict:
+        if f'{prefix}weight' in state_dict and f'{prefix}input_quantizer.fill' not in state_dict:
             self.input_quantizer.forget_folding()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -180,11 +179,7 @@ class QuantLinearMixin(_QuantizedWeightLayer):
 
     def full_bias(self) -> Optional[Tensor]:
         """The layer's own bias plus the part that reparameterization folded into it."""
-        folded = getattr(self.input_quantizer, 'folded_bias', None)
-        if folded is None:
-            return self.bias
-        folded = folded.to(self.weight.dtype)
-        return folded if self.bias is None else self.bias + folded
+        return self.input_quantizer.shifted(self.bias, self.weight.dtype)
 
     def forward(self, input: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``.

@@ -11,17 +11,12 @@ tensor of codes says everything, and a table of ``2**bits + 1`` values decodes i
 All is computed in float32, also under autocast; rounding is half to even.
 """
 
-from typing import Optional, Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization.histograms import Histogram
-from psaq_mm.quantization.observers import PERCENTILES, widest_first
-from psaq_mm.quantization.primitives import MIN_SCALE, memory_order, qrange
-from psaq_mm.quantization.rows import valid_rows_of
+from psaq_mm.errors import DataError, SpecError
+from psaq_mm.quantization.primitives import qrange
 
 # The least normal float32. Whether a smaller number is itself or 0 depends on the machine and the runtime: here it is
 # 0.
@@ -30,13 +25,15 @@ LEAST = 2.0**-126
 BASES = {'log2': 1, 'log_sqrt2': 2}
 
 
-def _per_octave(base: str) -> int:
+def codes_per_octave(base: str) -> int:
+    """``m`` of a base; SpecError where the base is not known."""
     if base not in BASES:
         raise SpecError(f'The base {base!r} is not known: choose one of {", ".join(map(repr, BASES))}.')
     return BASES[base]
 
 
-def _zero_code(bits: int) -> int:
+def zero_code_of(bits: int) -> int:
+    """The code of zero; SpecError where ``bits`` is out of range."""
     return qrange(bits, symmetric=False)[1] + 1
 
 
@@ -73,7 +70,7 @@ def log_quantize(x: Tensor, delta: Tensor, bits: int, base: str) -> Tensor:
         >>> log_quantize(torch.tensor([1., .7, .13, .1, 0.]), torch.tensor(1.), bits=2, base='log2')
         tensor([0, 1, 3, 3, 4], dtype=torch.int32)
     """
-    codes = _unclamped_codes(x.detach(), delta, _per_octave(base)).clamp_(0, _zero_code(bits))
+    codes = _unclamped_codes(x.detach(), delta, codes_per_octave(base)).clamp_(0, zero_code_of(bits))
     if bool(torch.isnan(codes).any()):
         raise DataError('The tensor holds NaN, which has no integer code: look for the layer that produced it.')
     return codes.to(torch.int32)
@@ -94,31 +91,7 @@ def log_dequantize(code: Tensor, delta: Tensor, bits: int, base: str) -> Tensor:
     Raises:
         SpecError: ``bits`` or ``base`` is not supported.
     """
-    return _to_real(code.to(torch.float32, copy=True), delta, _zero_code(bits), _per_octave(base))
-
-
-def log2_form(code: Tensor, delta: Tensor, bits: int) -> Tensor:
-    """Real values of ``'log_sqrt2'`` codes by whole shifts, as an integer unit computes them (section 3.3).
-
-    ``delta * 2**-ceil(code / 2)``, times sqrt(2) where the code is odd: a scale for even codes, one for odd codes, and
-    a shift. Equals :func:`log_dequantize` up to float32 rounding.
-
-    Args:
-        code: As in :func:`log_dequantize`.
-        delta: float32, ``()``.
-        bits: As in :func:`log_quantize`.
-
-    Returns:
-        float32 tensor of the shape of ``code``.
-
-    Raises:
-        SpecError: ``bits`` is not supported.
-    """
-    code = code.to(torch.int32)
-    odd = torch.bitwise_and(code, 1)
-    scale = torch.where(odd == 1, delta * 2**0.5, delta)
-    shift = torch.bitwise_right_shift(code + 1, 1)
-    return (scale * torch.exp2(-shift.float())).masked_fill_(code == _zero_code(bits), 0)
+    return _to_real(code.to(torch.float32, copy=True), delta, zero_code_of(bits), codes_per_octave(base))
 
 
 class _FakeLogQuantize(torch.autograd.Function):
@@ -158,85 +131,9 @@ def fake_log_quantize(x: Tensor, delta: Tensor, bits: int, base: str) -> Tensor:
         >>> fake_log_quantize(torch.tensor([1.5, .7, .3, .01]), torch.tensor(1.), bits=2, base='log_sqrt2')
         tensor([1.0000, 0.7071, 0.3536, 0.0000])
     """
-    zero_code, per_octave = _zero_code(bits), _per_octave(base)
+    zero_code, per_octave = zero_code_of(bits), codes_per_octave(base)
     if x.requires_grad and torch.is_grad_enabled():
         return _FakeLogQuantize.apply(x, delta, zero_code, per_octave)
     return _to_real(_unclamped_codes(x, delta, per_octave).clamp_(0, zero_code), delta, zero_code, per_octave).to(
         x.dtype
     )
-
-
-class LogObserver:
-    """Finds delta: the quantile of all values, zeros included, whose log quantizer has the least squared error.
-
-    The values are kept as a :class:`.histograms.Histogram`, so memory does not grow with the data. After softmax its
-    bins are 2**-15 wide. Values span many more decades than that resolves, but those below a bin add next to nothing
-    to a squared error: on data whose squared values spread over many bins, the chosen delta's error is within 1 % of
-    the least one on the raw values.
-
-    Args:
-        candidates: The quantiles to choose from, each above 0.5; 1.0 is the maximum.
-
-    Raises:
-        SpecError: A candidate is out of range.
-    """
-
-    def __init__(self, candidates: Sequence[float] = PERCENTILES):
-        self.candidates = widest_first(candidates, 0.5, 'percentile')
-        self.histogram = Histogram()
-
-    @property
-    def saw_data(self) -> bool:
-        """Whether any value took part."""
-        return self.histogram.counts is not None
-
-    @property
-    def channels(self) -> int:
-        """0 for one range over everything, -1 before any data."""
-        return self.saw_data - 1
-
-    def reduce(self, channels: int) -> None:
-        """As :meth:`.observers.Observer.reduce`."""
-        self.histogram.reduce()
-
-    def update(self, x: Tensor, valid: Optional[Tensor] = None) -> None:
-        """Take in one tensor.
-
-        Args:
-            x: Any shape and floating dtype; ``(..., D)`` where ``valid`` is given. Without elements it is skipped.
-            valid: Row mask, see :func:`.rows.valid_rows_of`.
-
-        Raises:
-            DataError: NaN or infinity among what takes part, or a mask that does not fit.
-        """
-        x = valid_rows_of(x.detach(), valid)
-        data = x.permute(memory_order(x)).reshape(-1)
-        if data.numel():
-            self.histogram.update(data.float())
-
-    def delta(self, bits: int, base: str) -> Tensor:
-        """The greatest value that shall have a code.
-
-        Returns:
-            float32, ``()``, above 0; 1 where no value was.
-
-        Raises:
-            NotCalibratedError: Nothing was observed.
-            SpecError: ``bits`` or ``base`` is not supported.
-        """
-        zero_code, per_octave = _zero_code(bits), _per_octave(base)
-        if not self.saw_data:
-            raise NotCalibratedError('The observer saw no data: run at least one image through the layer.')
-        values = self.histogram.distribution()
-        greatest = values.high[0]
-        if not greatest > 0:
-            return torch.ones_like(greatest, dtype=torch.float32)
-        # Rising: where zero ends, the levels from the last to the first, the edges between them.
-        codes = torch.arange(zero_code, -1, -1, dtype=torch.float64, device=greatest.device)
-        levels = torch.exp2(-codes / per_octave).masked_fill_(codes == zero_code, 0)[None]
-        edges = torch.exp2(-(codes[:-1] - 0.5) / per_octave)[None]
-        # Most of a tensor may be 0, and a quantile with it.
-        found = values.quantiles(self.candidates)[:, 0]
-        deltas = [delta for delta, positive in zip(found, (found > 0).tolist()) if positive] or [greatest]
-        errors = torch.cat([values.squared_error(edges * delta, levels * delta) for delta in deltas])
-        return torch.stack(deltas)[errors.argmin()].clamp(min=MIN_SCALE).float()

@@ -1,294 +1,325 @@
-"""Observers: what a tensor's range is, found from the data of any number of updates.
+"""Observers: what a tensor's scale and zero point are, found from the data of any number of batches.
 
-Every observer has ``update(x, valid=None)`` and ``range(bits, symmetric) -> (min, max)``. With ``channel_axis=None`` a
-range has shape ``()``, else ``(C,)``. Empty input is skipped, NaN and infinity are refused.
+An observer puts three independent parts together:
 
-Per channel the searches keep all values, which is meant for weights; activations per channel have
-``channel_observers.py``.
+- what it watches, its class: a whole tensor (:class:`TensorObserver`, :class:`LogObserver`), each channel of a weight
+  (:class:`ChannelObserver`) or of an activation (:class:`FeatureObserver`);
+- how that becomes a range, its :class:`Rule`: :class:`MinMax`, :class:`Percentile` or :class:`Shrink`;
+- how a range becomes a scale and a zero point: the :class:`.grids.Grid` that :meth:`Observer.qparams` is given.
+
+Empty data is skipped, NaN and infinity are refused.
 """
 
-from typing import Iterator, Optional, Sequence, Tuple
+from abc import ABC, abstractmethod
+from typing import Dict, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import Tensor
 
-from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization.histograms import Histogram, refuse_non_finite
-from psaq_mm.quantization.primitives import choose_qparams, fake_quantize, memory_order, qrange
+from psaq_mm.errors import DataError, SpecError
+from psaq_mm.quantization.grids import Grid
+from psaq_mm.quantization.histograms import ChannelHistogram, Histogram
+from psaq_mm.quantization.primitives import memory_order
 from psaq_mm.quantization.rows import valid_rows_of
-from psaq_mm.ranks import maximum_, minimum_
+from psaq_mm.quantization.stores import AllValues, Ends, Store, Values
+from psaq_mm.ranks import maximum_, ranks
 
-PERCENTILES = (0.999, 0.9999, 0.99999, 1.0)
-FACTORS = tuple(1 - 0.02 * i for i in range(41))
+__all__ = [
+    'OBSERVERS',
+    'ChannelObserver',
+    'FeatureObserver',
+    'Shrink',
+    'LogObserver',
+    'MinMax',
+    'Observer',
+    'Percentile',
+    'Rule',
+    'TensorObserver',
+    'build_observer',
+    'build_rule',
+    'reduce_observers',
+]
 
 
-def widest_first(candidates: Sequence[float], above: float, what: str) -> Tuple[float, ...]:
-    """Candidates of a search in falling order; SpecError where one is not in ``(above, 1]``."""
-    for value in candidates:
-        if not above < value <= 1:
-            raise SpecError(f'The {what} {value!r} is out of range: choose {what}s above {above} and up to 1.')
-    return tuple(sorted(candidates, reverse=True))
+# ---------------------------------------------------------------------- how values become a range
+class Rule(ABC):
+    """Base of all rules: which ranges to choose from. The one with the least squared error is taken.
 
-
-class Observer:
-    """Base: selects rows, skips empty input, brings the channel to the front.
-
-    Args:
-        channel_axis: Axis that keeps its own range, or None for one range over everything.
+    Attributes:
+        needs_values: Whether it needs the distribution of the values, or their ends alone.
     """
 
-    def __init__(self, channel_axis: Optional[int] = None):
-        self.channel_axis = channel_axis
+    needs_values = True
 
-    def update(self, x: Tensor, valid: Optional[Tensor] = None) -> None:
-        """Take in one tensor.
-
-        Args:
-            x: Any shape and floating dtype; ``(..., D)`` where ``valid`` is given.
-            valid: Row mask, see :func:`.rows.valid_rows_of`; per tensor only.
-
-        Raises:
-            DataError: NaN or infinity among what takes part, or a mask that does not fit.
-        """
-        if self.channel_axis is None:
-            x = valid_rows_of(x.detach(), valid)
-            # In the order of memory, as far as it goes: which value is whose does not matter here.
-            data = x.permute(memory_order(x)).reshape(-1)
-        elif valid is not None:
-            raise DataError('A row mask cannot be combined with ranges per channel: drop one of the two.')
-        else:
-            data = x.detach().transpose(0, self.channel_axis).flatten(1) if x.dim() > 1 else x.detach()[:, None]
-        if data.numel() == 0:
-            return
-        self._update(data.float())
-
-    def range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
-        """Range to be covered by ``bits`` bits.
-
-        Returns:
-            ``(min, max)``, float32, shape ``()`` or ``(C,)``.
-
-        Raises:
-            NotCalibratedError: Nothing was observed.
-        """
-        if not self.saw_data:
-            raise NotCalibratedError('The observer saw no data: run at least one image through the layer.')
-        return self._range(bits, symmetric)
-
-    @property
-    def saw_data(self) -> bool:
-        """Whether any value took part."""
-        raise NotImplementedError
-
-    @property
-    def channels(self) -> int:
-        """How many ranges there are: 0 for one over everything, -1 before any data."""
-        raise NotImplementedError
-
-    def reduce(self, channels: int) -> None:
-        """Take in what this observer's namesakes on the other ranks saw; all ranks call it, see :mod:`.reduction`.
-
-        Args:
-            channels: Those of a rank that saw data.
-        """
-        raise NotImplementedError
-
-    def _update(self, data: Tensor) -> None:
-        raise NotImplementedError
-
-    def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def ranges(self, values: Values, grid: Grid) -> Tuple[Tensor, Tensor]:
+        """Lower and upper ends of ``K`` candidates, the widest first, each ``(K, C)``."""
 
 
-class MinMaxObserver(Observer):
-    """Least and greatest value of everything seen."""
+class MinMax(Rule):
+    """From the least to the greatest value."""
 
-    def __init__(self, channel_axis: Optional[int] = None):
-        super().__init__(channel_axis)
-        self.min: Optional[Tensor] = None
-        self.max: Optional[Tensor] = None
+    needs_values = False
 
-    @property
-    def saw_data(self) -> bool:
-        return self.min is not None
-
-    @property
-    def channels(self) -> int:
-        return len(self.min) if self.saw_data and self.min.dim() else self.saw_data - 1
-
-    def reduce(self, channels: int) -> None:
-        if not self.saw_data:
-            self.min = torch.full((channels,) if channels else (), torch.inf)
-            self.max = -self.min
-        minimum_(self.min)
-        maximum_(self.max)
-
-    def _update(self, data: Tensor) -> None:
-        # Of rows, torch.aminmax takes twenty times as long as the two apart.
-        low, high = torch.aminmax(data) if self.channel_axis is None else (data.amin(1), data.amax(1))
-        refuse_non_finite(low, high)
-        self.min = low if self.min is None else torch.minimum(self.min, low)
-        self.max = high if self.max is None else torch.maximum(self.max, high)
-
-    def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
-        return self.min, self.max
+    def ranges(self, values: Values, grid: Grid) -> Tuple[Tensor, Tensor]:
+        """None: the ends are what is taken without a candidate."""
+        return values.low.new_empty(0, len(values.low)), values.high.new_empty(0, len(values.high))
 
 
-class _HistogramData:
-    """Per-tensor data of a search: a histogram."""
-
-    def __init__(self):
-        self.histogram = Histogram()
-
-    @property
-    def saw_data(self) -> bool:
-        return self.histogram.counts is not None
-
-    @property
-    def channels(self) -> int:
-        return self.saw_data - 1
-
-    def reduce(self, channels: int) -> None:
-        self.histogram.reduce()
-
-    def add(self, data: Tensor) -> None:
-        self.histogram.update(data)
-
-    def quantiles(self, q: Sequence[float]) -> Tensor:
-        return self.histogram.quantiles(q)
-
-    def squared_errors(self, scale, zero_point, qmin, qmax) -> Tensor:
-        return self.histogram.squared_errors(scale, zero_point, qmin, qmax)
-
-
-class _ExactData:
-    """Per-channel data of a search: all values, ``(C, n)``. Meant for weights, which are seen once."""
-
-    def __init__(self):
-        self.values: Optional[Tensor] = None
-
-    @property
-    def saw_data(self) -> bool:
-        return self.values is not None
-
-    @property
-    def channels(self) -> int:
-        return len(self.values) if self.saw_data else -1
-
-    def reduce(self, channels: int) -> None:
-        raise SpecError(
-            'All values of each channel are kept for weights alone, which every rank has: for activations use the '
-            'observers of channel_observers.py.'
-        )
-
-    def add(self, data: Tensor) -> None:
-        refuse_non_finite(*torch.aminmax(data))
-        values = data if self.values is None else torch.cat([self.values, data], dim=1)
-        self.values = values.sort(dim=1).values
-
-    def quantiles(self, q: Sequence[float]) -> Tensor:
-        rank = torch.tensor(q, dtype=torch.float64, device=self.values.device) * (self.values.shape[1] - 1)
-        floor, ceil = rank.floor().long(), rank.ceil().long()
-        low, high = self.values[:, floor].double(), self.values[:, ceil].double()
-        return (low + (high - low) * (rank - floor)).float().T
-
-    def squared_errors(self, scale, zero_point, qmin, qmax) -> Iterator[Tensor]:
-        for one in zip(scale, zero_point):
-            error = fake_quantize(self.values, *one, qmin, qmax, axis=0).sub_(self.values)
-            yield error.square_().sum(dim=1, dtype=torch.float64)
-
-
-class _SearchObserver(Observer):
-    """Takes the candidate range whose fake quantization has the least squared error; the widest among equals."""
-
-    def __init__(self, channel_axis: Optional[int] = None):
-        super().__init__(channel_axis)
-        self.data = _HistogramData() if channel_axis is None else _ExactData()
-
-    @property
-    def saw_data(self) -> bool:
-        return self.data.saw_data
-
-    @property
-    def channels(self) -> int:
-        return self.data.channels
-
-    def reduce(self, channels: int) -> None:
-        self.data.reduce(channels)
-
-    def _update(self, data: Tensor) -> None:
-        self.data.add(data)
-
-    def _candidates(self) -> Tuple[Tensor, Tensor]:
-        """Ends of the candidate ranges, widest first, each ``(K,)`` or ``(K, C)``."""
-        raise NotImplementedError
-
-    def _range(self, bits: int, symmetric: bool) -> Tuple[Tensor, Tensor]:
-        qmin, qmax = qrange(bits, symmetric)
-        best, candidates = None, self._candidates()
-        # Of all candidates at once, and nothing in the loop asks for a value: the host would wait for the device each
-        # time.
-        errors = self.data.squared_errors(*choose_qparams(*candidates, bits, symmetric), qmin, qmax)
-        for error, low, high in zip(errors, *candidates):
-            if best is None:
-                best = error, low, high
-            else:
-                better = error < best[0]
-                best = tuple(torch.where(better, new, old) for new, old in zip((error, low, high), best))
-        return best[1], best[2]
-
-
-class PercentileObserver(_SearchObserver):
-    """Range between the quantiles 1 - p and p, p chosen by squared error (RepQ-ViT, arXiv 2212.08254, released code).
-
-    Per tensor the values are kept as a :class:`Histogram` of fixed size, per channel exactly.
+class Percentile(Rule):
+    """Between the quantiles 1 - p and p (RepQ-ViT, arXiv 2212.08254, released code).
 
     Args:
-        channel_axis: See :class:`Observer`.
         candidates: The p to choose from, each above 0.5; 1.0 is minimum and maximum.
 
     Raises:
         SpecError: A candidate is out of range.
     """
 
-    def __init__(self, channel_axis: Optional[int] = None, candidates: Sequence[float] = PERCENTILES):
-        super().__init__(channel_axis)
-        self.candidates = widest_first(candidates, 0.5, 'percentile')
+    def __init__(self, candidates: Sequence[float] = (0.999, 0.9999, 0.99999, 1.0)):
+        self.candidates = _widest_first(candidates, 0.5, 'percentile')
 
-    def _candidates(self) -> Tuple[Tensor, Tensor]:
-        return self.data.quantiles([*(1 - p for p in self.candidates), *self.candidates]).chunk(2)
+    def ranges(self, values: Values, grid: Grid) -> Tuple[Tensor, Tensor]:
+        """One for each p."""
+        return values.quantiles([1 - p for p in self.candidates]), values.quantiles(self.candidates)
 
 
-class MSEObserver(_SearchObserver):
-    """Range between minimum and maximum, both shrunk by the factor with the least squared error.
+class Shrink(Rule):
+    """Between minimum and maximum, both shrunk by one factor, see :meth:`.grids.Grid.shrunk`.
 
     Args:
-        channel_axis: See :class:`Observer`.
         factors: Shrink factors to choose from, in (0, 1].
 
     Raises:
         SpecError: A factor is out of range.
     """
 
-    def __init__(self, channel_axis: Optional[int] = None, factors: Sequence[float] = FACTORS):
-        super().__init__(channel_axis)
-        self.factors = widest_first(factors, 0, 'shrink factor')
+    def __init__(self, factors: Sequence[float] = tuple(1 - 0.02 * i for i in range(41))):
+        self.factors = _widest_first(factors, 0, 'shrink factor')
 
-    def _candidates(self) -> Tuple[Tensor, Tensor]:
-        low, high = self.data.quantiles([0.0, 1.0])
-        factors = torch.tensor(self.factors, device=low.device).reshape(-1, *[1] * low.dim())
-        return factors * low, factors * high
+    def ranges(self, values: Values, grid: Grid) -> Tuple[Tensor, Tensor]:
+        """One for each factor."""
+        return grid.shrunk(values.low, values.high, self.factors)
 
 
-OBSERVERS = dict(minmax=MinMaxObserver, percentile=PercentileObserver, mse=MSEObserver)
+def _widest_first(candidates: Sequence[float], above: float, what: str) -> Tuple[float, ...]:
+    for value in candidates:
+        if not above < value <= 1:
+            raise SpecError(f'The {what} {value!r} is out of range: choose {what}s above {above} and up to 1.')
+    return tuple(sorted(candidates, reverse=True))
 
 
-def build_observer(name: str, channel_axis: Optional[int] = None) -> Observer:
-    """Observer by name: ``'minmax'``, ``'percentile'`` or ``'mse'``.
+OBSERVERS: Dict[str, Type[Rule]] = dict(minmax=MinMax, percentile=Percentile, mse=Shrink)
+
+
+def build_rule(name: str) -> Rule:
+    """Rule by name: ``'minmax'``, ``'percentile'`` or ``'mse'``.
 
     Raises:
         SpecError: The name is not known.
     """
     if name not in OBSERVERS:
         raise SpecError(f'The observer {name!r} is not known: choose one of {", ".join(map(repr, OBSERVERS))}.')
-    return OBSERVERS[name](channel_axis)
+    return OBSERVERS[name]()
+
+
+# ---------------------------------------------------------------------- what is watched
+class Observer(ABC):
+    """Base of all observers.
+
+    Args:
+        rule: How the values become a range.
+        store: What is kept of the values.
+    """
+
+    def __init__(self, rule: Rule, store: Store):
+        self.rule, self.store = rule, store
+
+    def observe(self, x: Tensor, valid: Optional[Tensor] = None) -> None:
+        """Take in one tensor.
+
+        Args:
+            x: Any shape and floating dtype; ``(..., D)`` where ``valid`` is given. Without elements it is skipped.
+            valid: Mask of the rows that take part, see :func:`.rows.valid_rows_of`.
+
+        Raises:
+            DataError: NaN or infinity among what takes part, or a shape that does not fit.
+        """
+        data = self._data(x.detach(), valid)
+        if data.numel():
+            self.store.update(data)
+
+    @property
+    def saw_data(self) -> bool:
+        """Whether any value took part."""
+        return self.store.low is not None
+
+    @property
+    def channels(self) -> Optional[int]:
+        """How many ranges there are: None before any data, 0 for one over a whole tensor."""
+        low = self.store.low
+        if low is None:
+            return None
+        return len(low) if low.dim() else 0
+
+    def ends(self) -> Tuple[Tensor, Tensor]:
+        """Least and greatest value, float32, ``()`` or ``(C,)``; NotCalibratedError if nothing was observed."""
+        return self.store.ends()
+
+    def qparams(self, grid: Grid) -> Tuple[Tensor, Tensor]:
+        """Scale and zero point, ``()`` or ``(C,)``.
+
+        Args:
+            grid: Of the quantizer that shall have them.
+
+        Raises:
+            NotCalibratedError: Nothing was observed.
+        """
+        shape = self.ends()[0].shape
+        scales, zero_points = zip(*[self._search(values, grid) for values in self.store.parts()])
+        return torch.cat(scales).reshape(shape), torch.cat(zero_points).reshape(shape)
+
+    def reduce(self, channels: int) -> None:
+        """Take in what the other ranks' observers of the same quantizer saw, see :func:`reduce_observers`.
+
+        Args:
+            channels: Those of a rank that saw data.
+
+        Raises:
+            DataError: The ranks saw different numbers of channels.
+        """
+        if self.channels not in (None, channels):
+            raise DataError(
+                f'This rank observed {self.channels} channels and another one {channels}: all need the same model.'
+            )
+        self.store.reduce(channels)
+
+    @abstractmethod
+    def _data(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        """What takes part, as the store wants it."""
+
+    def _search(self, values: Values, grid: Grid) -> Tuple[Tensor, Tensor]:
+        """Scale and zero point of the candidate with the least squared error, the widest among equals."""
+        low, high = self.rule.ranges(values, grid)
+        # Of all candidates at once, and nothing in the loop asks for a value: the host would wait for the device each
+        # time. The ends come first: they are taken where no candidate is usable.
+        scale, zero_point = grid.qparams(torch.cat([values.low[None], low]), torch.cat([values.high[None], high]))
+        best = torch.full_like(values.low, torch.inf, dtype=torch.float64), scale[0], zero_point[0]
+        if len(low):
+            scale, zero_point = scale[1:], zero_point[1:]
+            errors = values.errors(grid, scale, zero_point)
+            for error, usable, *qparams in zip(errors, grid.usable(low, high), scale, zero_point):
+                error = torch.where(usable, error, torch.inf)
+                better = error < best[0]
+                best = tuple(torch.where(better, new, old) for new, old in zip((error, *qparams), best))
+        return best[1], best[2]
+
+
+class TensorObserver(Observer):
+    """Watches a whole tensor. A search keeps a histogram of fixed size.
+
+    Args:
+        rule: How the values become a range.
+        interpolate: See :class:`.histograms.Distribution`.
+    """
+
+    def __init__(self, rule: Rule, interpolate: bool = False):
+        super().__init__(rule, Histogram(interpolate) if rule.needs_values else Ends())
+
+    def _data(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        x = valid_rows_of(x, valid)
+        # In the order of memory, as far as it goes: which value is whose does not matter here.
+        return x.permute(memory_order(x)).reshape(-1)
+
+
+class LogObserver(TensorObserver):
+    """Watches a whole tensor that a logarithmic quantizer reads, see :class:`.grids.LogGrid`.
+
+    After softmax the bins of the histogram are 2**-15 wide. Values span many more decades than that resolves, but those
+    below a bin add next to nothing to a squared error: on data whose squared values spread over many bins, the chosen
+    delta's error is within 1 % of the least one on the raw values.
+
+    Args:
+        rule: Chooses delta, the upper end of the range; :class:`Percentile` if None. All values count, zeros included.
+    """
+
+    def __init__(self, rule: Optional[Rule] = None):
+        super().__init__(Percentile() if rule is None else rule, interpolate=True)
+
+
+class ChannelObserver(Observer):
+    """Watches each channel. A search keeps all values: meant for weights.
+
+    Args:
+        rule: How the values become a range.
+        channel_axis: Axis that keeps its own range.
+    """
+
+    def __init__(self, rule: Rule, channel_axis: int):
+        super().__init__(rule, AllValues() if rule.needs_values else Ends(dim=1))
+        self.channel_axis = channel_axis
+
+    def _data(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        if valid is not None:
+            raise DataError('A row mask cannot be combined with ranges per channel: drop one of the two.')
+        return x.transpose(0, self.channel_axis).flatten(1) if x.dim() > 1 else x[:, None]
+
+
+class FeatureObserver(Observer):
+    """Watches each channel of an activation, the last dimension. A search keeps a histogram of each.
+
+    It serves LayerNorm outputs before their channels are brought to one scale (RepQ-ViT, arXiv 2212.08254,
+    section 3.2), see :class:`.grids.ChannelGrid`.
+
+    Args:
+        rule: How the values become a range.
+
+    Example:
+        >>> observer = FeatureObserver(Percentile())
+        >>> observer.observe(torch.tensor([[0., 7.], [1., 7.], [3., 7.]]))
+        >>> observer.qparams(ChannelGrid(bits=2))
+        (tensor([1., 7.]), tensor([ 0, -1]))
+    """
+
+    def __init__(self, rule: Rule):
+        super().__init__(rule, ChannelHistogram() if rule.needs_values else Ends(dim=0))
+
+    def _data(self, x: Tensor, valid: Optional[Tensor]) -> Tensor:
+        if x.dim() == 0:
+            raise DataError('A number has no channels: give a tensor whose last dimension is the channel.')
+        if self.channels not in (None, x.shape[-1]):
+            raise DataError(
+                f'The tensor has {x.shape[-1]} channels in its last dimension where {self.channels} were '
+                'observed before: start over with a new observer.'
+            )
+        return valid_rows_of(x, valid).reshape(-1, x.shape[-1])
+
+
+def build_observer(name: str, channel_axis: Optional[int] = None) -> Observer:
+    """Observer of a whole tensor, or of each channel of a weight.
+
+    Args:
+        name: ``'minmax'``, ``'percentile'`` or ``'mse'``.
+        channel_axis: Axis that keeps its own range, or None for one range over everything.
+
+    Raises:
+        SpecError: The name is not known.
+    """
+    rule = build_rule(name)
+    return TensorObserver(rule) if channel_axis is None else ChannelObserver(rule, channel_axis)
+
+
+def reduce_observers(observers: Sequence[Observer]) -> None:
+    """Make every observer know what those of the same quantizer on the other ranks saw, as if one had seen all.
+
+    Args:
+        observers: In one order on all ranks, which all call this.
+    """
+    if ranks()[1] == 1:
+        return
+    # A rank may have seen nothing, such as a mask head without a box: it then learns from the others how many channels
+    # there are.
+    seen = [-1 if observer.channels is None else observer.channels for observer in observers]
+    for observer, channels in zip(observers, maximum_(torch.tensor(seen, dtype=torch.int64)).tolist()):
+        if channels >= 0:
+            observer.reduce(channels)

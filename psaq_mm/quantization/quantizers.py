@@ -1,24 +1,19 @@
 """The quantizer modules: a range as buffers, and the three things a quantizer can do with a tensor."""
 
 from contextlib import contextmanager
-from typing import Iterable, Iterator, Optional, Tuple
+from dataclasses import dataclass
+from typing import Iterable, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization.logarithmic import LogObserver, fake_log_quantize
-from psaq_mm.quantization.observers import build_observer
-from psaq_mm.quantization.primitives import (
-    Rounded,
-    choose_qparams,
-    fake_quantize,
-    learned_fake_quantize,
-    qrange,
-    round_once,
-)
+from psaq_mm.quantization.grids import Grid, LogGrid, UniformGrid
+from psaq_mm.quantization.logarithmic import fake_log_quantize
+from psaq_mm.quantization.observers import LogObserver, Observer, build_observer
+from psaq_mm.quantization.primitives import Rounded, fake_quantize, learned_fake_quantize, round_once
 
-MODES = ('on', 'observe', 'off')
+MODES = ('on', 'off')
 
 # What the buffer ``calibrated`` holds beside 0: of which kind of quantizer the range is. Older checkpoints have 1
 # (True) for each.
@@ -28,8 +23,28 @@ KINDS = {'affine': 2, 'log2': 3, 'log_sqrt2': 4}
 STATE_NAMES = ('scale', 'zero_point', 'calibrated', 'code_range', 'fill', 'folded_bias')
 
 
+@dataclass(frozen=True, eq=False)
+class Range:
+    """A scale and a zero point that calibration found for a quantizer and that are not set yet.
+
+    Raises:
+        DataError: The quantizer does not take them.
+    """
+
+    quantizer: 'Quantizer'
+    scale: Tensor
+    zero_point: Tensor
+
+    def __post_init__(self) -> None:
+        self.quantizer.check_qparams(self.scale, self.zero_point)
+
+    def set(self) -> None:
+        """Give them to the quantizer."""
+        self.quantizer.set_qparams(self.scale, self.zero_point)
+
+
 class Quantizer(nn.Module):
-    """What every quantizer is: buffers, a mode, and an observer while it observes.
+    """Base of all quantizers: buffers, a mode, and an observer inside :func:`observing`.
 
     The buffers ``scale`` (float32), ``zero_point`` (int32), both ``()`` or ``(C,)``, ``calibrated`` (uint8, 0 or a
     number of :data:`KINDS`) and ``code_range`` (int32, least and greatest code) are in the state dict. The last two are
@@ -38,23 +53,28 @@ class Quantizer(nn.Module):
     which fits every kind.
 
     Args:
-        bits: Width of a code, 2 to 8.
-        codes: Least and greatest code.
+        grid: Which values the codes stand for.
         shape: Of scale and zero point.
         kind: One of :data:`KINDS`.
 
     Attributes:
         name: What errors call this quantizer; set on conversion.
-        mode: ``'on'`` fake-quantizes, ``'observe'`` records and passes the input on, ``'off'`` passes it on.
+        mode: ``'on'`` fake-quantizes, ``'off'`` passes the input on.
+        observer: None, or what records the input, which is then passed on whatever the mode.
     """
 
-    def __init__(self, bits: int, codes: Tuple[int, int], shape: Tuple[int, ...] = (), kind: str = 'affine'):
+    scale: Tensor
+    zero_point: Tensor
+    calibrated: Tensor
+    code_range: Tensor
+
+    def __init__(self, grid: Grid, shape: Tuple[int, ...] = (), kind: str = 'affine'):
         super().__init__()
-        self.bits, self.kind = bits, kind
-        self.qmin, self.qmax = codes
+        self.grid, self.bits, self.kind = grid, grid.bits, kind
+        self.qmin, self.qmax = grid.qmin, grid.qmax
         self.name = ''
         self.mode = 'on'
-        self.observer = None
+        self.observer: Optional[Observer] = None
         self.register_buffer('scale', torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=torch.int32))
         # The kind is kept here and not under a key of its own: strict loading of checkpoints from before, and by code
@@ -70,24 +90,24 @@ class Quantizer(nn.Module):
         return tuple(self._buffers)
 
     def forward(self, x: Tensor, valid: Optional[Tensor] = None) -> Tensor:
-        """Apply the current mode.
+        """Record ``x`` while observing, else apply the current mode.
 
         Args:
             x: Any shape; channels on ``channel_axis`` if there is one.
-            valid: Row mask for observing, see :func:`.rows.valid_rows_of`; without effect in the other modes.
+            valid: Row mask for observing, see :func:`.rows.valid_rows_of`; without effect otherwise.
 
         Returns:
-            ``x`` itself in the modes ``'off'`` and ``'observe'``, else a new tensor of its shape and dtype.
+            ``x`` itself while observing and in the mode ``'off'``, else a new tensor of its shape and dtype.
 
         Raises:
             NotCalibratedError: The mode is ``'on'`` and no range was set.
             DataError: NaN or infinity was observed, or a shape does not fit.
         """
-        if self.mode == 'on':
+        if self.observer is not None:
+            self._observe(self.observer, x, valid)
+        elif self.mode == 'on':
             self.require_calibrated()
             return self.fake_quantize(x)
-        if self.mode == 'observe':
-            self._observe(x, valid)
         elif self.mode != 'off':
             raise SpecError(
                 f'mode={self.mode!r} of quantizer {self.name!r} is not known: choose one of '
@@ -113,25 +133,14 @@ class Quantizer(nn.Module):
         """Quantize and dequantize ``x`` with a straight-through gradient."""
         raise NotImplementedError
 
-    def new_observer(self):
+    def new_observer(self) -> Observer:
         """An observer that has seen nothing."""
         raise NotImplementedError
 
-    def observed_qparams(self) -> Tuple[Tensor, Tensor]:
-        """Scale and zero point for what the observer saw."""
-        raise NotImplementedError
-
     # ------------------------------------------------------------------ calibration
-    def begin_observing(self) -> None:
-        """Start over with a new observer; from now on inputs are recorded and passed on."""
-        self.observer = self.new_observer()
-        self.mode = 'observe'
-
-    def _observe(self, x: Tensor, valid: Optional[Tensor] = None) -> None:
-        if self.observer is None:
-            self.observer = self.new_observer()
+    def _observe(self, observer: Observer, x: Tensor, valid: Optional[Tensor] = None) -> None:
         try:
-            self.observer.update(x.detach(), valid)
+            observer.observe(x, valid)
         except DataError as error:
             raise DataError(f'Quantizer {self.name!r}: {error}') from error
 
@@ -140,46 +149,72 @@ class Quantizer(nn.Module):
         """Whether the current observer saw any value."""
         return self.observer is not None and self.observer.saw_data
 
-    def finish_observing(self) -> None:
-        """Set the range from what was observed, drop the observer and switch on.
+    def finish(self, owner: nn.Module) -> List[Range]:
+        """What follows from the observed data. Nothing is set yet.
+
+        Args:
+            owner: The module whose child this quantizer is.
+
+        Returns:
+            The range of this quantizer, and those of others that change with it.
 
         Raises:
             NotCalibratedError: Nothing was observed.
         """
-        if not self.saw_data:
+        return [Range(self, *self._observed().qparams(self.grid))]
+
+    def _observed(self) -> Observer:
+        if self.observer is None or not self.observer.saw_data:
             raise NotCalibratedError(
                 f'Quantizer {self.name!r} saw no data in calibration: run at least one image '
                 f"through it, or switch it off with set_mode(model, 'off', {self.name!r})."
             )
-        self.set_qparams(*self.observed_qparams())
-        self.observer = None
-        self.mode = 'on'
+        return self.observer
 
     def calibrate_from(self, x: Tensor) -> None:
-        """Set the range from one tensor (a weight), whatever was observed before; the mode stays.
+        """Set the range from one tensor (a weight).
 
         Raises:
             DataError: The tensor is empty or not finite.
         """
-        self.set_qparams(*self.qparams_of(x))
-        self.observer = None
+        self.range_of(x).set()
 
-    def qparams_of(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """Scale and zero point for one tensor, which are not set; what was observed stays.
+    def range_of(self, x: Tensor) -> Range:
+        """The range for one tensor (a weight), which is not set.
 
         Raises:
             DataError: The tensor is empty or not finite.
         """
-        kept, self.observer = self.observer, None
-        try:
-            self._observe(x)
-            if not self.saw_data:
-                raise DataError(
-                    f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a range from.'
-                )
-            return self.checked(*self.observed_qparams())
-        finally:
-            self.observer = kept
+        observer = self.new_observer()
+        self._observe(observer, x)
+        if not observer.saw_data:
+            raise DataError(
+                f'Quantizer {self.name!r}: a tensor of shape {tuple(x.shape)} has no value to take a range from.'
+            )
+        return Range(self, *observer.qparams(self.grid))
+
+    # ------------------------------------------------------------------ what folding into the input's norm changes
+    def shifted(self, bias: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+        """The bias of the layer that reads this quantizer's output: its own, and what was folded into it.
+
+        Args:
+            bias: The layer's own, or None.
+            dtype: Of its weight.
+        """
+        return bias
+
+    def fill_padding(self, x: Tensor, valid: Tensor) -> Tensor:
+        """``x``, ``(..., C)``, with rows of what 0 stands for where ``valid``, ``(...)``, is False and ``x`` is 0."""
+        return x
+
+    def forget_folding(self) -> None:
+        """Called when full-precision weights of the layer were loaded: what was folded into others goes with those."""
+
+    @torch.no_grad()
+    def forget_range(self) -> None:
+        """Mark the quantizer as not calibrated."""
+        self.calibrated.fill_(0)
+        self._ready = False
 
     @torch.no_grad()
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
@@ -192,15 +227,15 @@ class Quantizer(nn.Module):
         Raises:
             DataError: Shape or value does not fit.
         """
-        self.checked(scale, zero_point)
+        self.check_qparams(scale, zero_point)
         # In place: whoever holds the buffers (a DDP wrapper, an average of weights) keeps seeing the right ones.
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self.calibrated.fill_(KINDS[self.kind])
         self._ready = True
 
-    def checked(self, scale: Tensor, zero_point: Tensor) -> Tuple[Tensor, Tensor]:
-        """The two, as :meth:`set_qparams` takes them; DataError where it does not."""
+    def check_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Raise DataError where :meth:`set_qparams` does not take the two."""
         if scale.shape != self.scale.shape or zero_point.shape != self.scale.shape:
             raise DataError(
                 f'Quantizer {self.name!r} needs a scale of shape {tuple(self.scale.shape)}, not '
@@ -210,7 +245,6 @@ class Quantizer(nn.Module):
             raise DataError(f'Quantizer {self.name!r} needs a positive, finite scale, not {scale.min().item()}.')
         if not bool(((zero_point >= self.qmin) & (zero_point <= self.qmax)).all()):
             raise DataError(f'Quantizer {self.name!r} needs zero points from {self.qmin} to {self.qmax}.')
-        return scale, zero_point
 
     def _apply(self, fn, *args, **kwargs):
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
@@ -228,7 +262,7 @@ class Quantizer(nn.Module):
         problem = self._problem_of(state_dict.get(prefix + 'code_range'), state_dict.get(prefix + 'calibrated'))
         if problem:
             error_msgs.append(f'{prefix[:-1]} was saved {problem}')
-            self.calibrated.fill_(0)
+            self.forget_range()
         else:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -256,8 +290,8 @@ class Quantizer(nn.Module):
 
 
 def check_mode(mode: str) -> None:
-    """Refuse what is no mode that a caller sets; to observe is :func:`.convert.calibrate`'s."""
-    if mode not in ('on', 'off'):
+    """Raise SpecError where the mode is not known."""
+    if mode not in MODES:
         raise SpecError(f"mode={mode!r} is not known: choose 'on' or 'off'.")
 
 
@@ -281,6 +315,22 @@ def in_mode(chosen: Iterable[Quantizer], mode: str) -> Iterator[None]:
     finally:
         for quantizer, before in modes:
             quantizer.mode = before
+
+
+@contextmanager
+def observing(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Quantizers record their inputs inside the ``with`` block and pass them on as they are.
+
+    Each has a new observer, which is dropped in the end: :meth:`Quantizer.finish` is called inside the block.
+    """
+    watched = list(quantizers)
+    try:
+        for quantizer in watched:
+            quantizer.observer = quantizer.new_observer()
+        yield
+    finally:
+        for quantizer in watched:
+            quantizer.observer = None
 
 
 class AffineQuantizer(Quantizer):
@@ -325,8 +375,9 @@ class AffineQuantizer(Quantizer):
             raise SpecError(
                 f'channel_axis={channel_axis} and num_channels={num_channels} belong together: give both or neither.'
             )
-        super().__init__(bits, qrange(bits, symmetric), () if num_channels is None else (num_channels,))
-        self.symmetric, self.full_range = symmetric, full_range
+        grid = UniformGrid(bits, symmetric, full_range)
+        super().__init__(grid, () if num_channels is None else (num_channels,))
+        self.symmetric = symmetric
         self.channel_axis = channel_axis
         self.observer_name = observer
         build_observer(observer)  # a wrong name shall fail here, not in calibration
@@ -346,12 +397,9 @@ class AffineQuantizer(Quantizer):
         """See :func:`.primitives.round_once`; the quantizer has to be calibrated."""
         return round_once(x, self.scale, self.zero_point, self.qmin, self.qmax, self.channel_axis)
 
-    def new_observer(self):
+    def new_observer(self) -> Observer:
+        """As :meth:`Quantizer.new_observer`."""
         return build_observer(self.observer_name, self.channel_axis)
-
-    def observed_qparams(self) -> Tuple[Tensor, Tensor]:
-        low, high = self.observer.range(self.bits, self.symmetric)
-        return choose_qparams(low, high, self.bits, self.symmetric, self.full_range)
 
 
 class LogQuantizer(Quantizer):
@@ -369,9 +417,7 @@ class LogQuantizer(Quantizer):
     """
 
     def __init__(self, bits: int, base: str = 'log_sqrt2'):
-        if base not in ('log2', 'log_sqrt2'):
-            raise SpecError(f"base={base!r} is not known: choose 'log2' or 'log_sqrt2'.")
-        super().__init__(bits, qrange(bits, symmetric=False), kind=base)
+        super().__init__(LogGrid(bits, base), kind=base)
         self.base = base
 
     def extra_repr(self) -> str:
@@ -380,8 +426,6 @@ class LogQuantizer(Quantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         return fake_log_quantize(x, self.scale, self.bits, self.base)
 
-    def new_observer(self):
+    def new_observer(self) -> Observer:
+        """As :meth:`Quantizer.new_observer`."""
         return LogObserver()
-
-    def observed_qparams(self) -> Tuple[Tensor, Tensor]:
-        return self.observer.delta(self.bits, self.base), torch.zeros_like(self.zero_point)

@@ -14,14 +14,16 @@ integer kernel has.
 A channel that is constant on the samples has no scale. Its value goes into the bias as a whole: y' is 0 there.
 """
 
-from typing import NamedTuple, Optional, Tuple
+from dataclasses import dataclass
+from typing import List, Optional
 
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization.channel_observers import build_channel_observer
-from psaq_mm.quantization.quantizers import AffineQuantizer
+from psaq_mm.errors import DataError, SpecError
+from psaq_mm.quantization.grids import ChannelGrid
+from psaq_mm.quantization.observers import FeatureObserver, Observer, build_rule
+from psaq_mm.quantization.quantizers import AffineQuantizer, Range
 
 # A channel that hardly varies on the samples would get a gain out of float32's comfort, and clip all that varies more.
 MIN_RATIO = 1e-4
@@ -49,6 +51,42 @@ def norm_before(linear: nn.Module) -> Optional[nn.Module]:
     return getattr(linear, 'norm_before', (None,))[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Folding(Range):
+    """The range of a layer's input that holds once its channels are folded into LayerNorm and layer.
+
+    Attributes:
+        layer: The Linear whose input quantizer this is; its LayerNorm as :func:`norm_feeds` named it.
+        ratio: ``(in_features,)``, float64, see the top of this file.
+        shift: ``(in_features,)``, float64, see the top of this file.
+    """
+
+    layer: nn.Module
+    ratio: Tensor
+    shift: Tensor
+
+    def weight(self) -> Tensor:
+        """The layer's weight as it will be."""
+        weight = self.layer.weight.detach()
+        # float64: the product of a division and a multiplication has to give the weight back.
+        return (weight.double() * self.ratio).to(weight.dtype)
+
+    @torch.no_grad()
+    def set(self) -> None:
+        """Fold, in place.
+
+        In full precision LayerNorm and layer together give what they gave before, up to rounding. Folding a layer that
+        was folded before adds up.
+        """
+        super().set()
+        quantizer, norm, ratio, shift = self.layer.input_quantizer, norm_before(self.layer), self.ratio, self.shift
+        quantizer.folded_bias.copy_(quantizer.folded_bias.double() - self.layer.weight.double() @ shift)
+        quantizer.fill.copy_((quantizer.fill.double() + shift) / ratio)
+        self.layer.weight.copy_(self.weight())
+        norm.weight.copy_(norm.weight.double() / ratio)
+        norm.bias.copy_((norm.bias.double() + shift) / ratio)
+
+
 class ReparameterizedQuantizer(AffineQuantizer):
     """Input quantizer of a Linear after a LayerNorm: observes per channel, quantizes per tensor.
 
@@ -63,106 +101,69 @@ class ReparameterizedQuantizer(AffineQuantizer):
         observer: As for :class:`.AffineQuantizer`, here per channel.
     """
 
+    fill: Tensor
+    folded_bias: Tensor
+
     def __init__(self, bits: int, in_features: int, out_features: int, observer: str = 'percentile'):
         super().__init__(bits, observer=observer)
         self.register_buffer('fill', torch.zeros(in_features))
         self.register_buffer('folded_bias', torch.zeros(out_features))
 
-    def new_observer(self):
-        return build_channel_observer(self.observer_name)
+    def new_observer(self) -> Observer:
+        """As :meth:`.Quantizer.new_observer`, per channel."""
+        return FeatureObserver(build_rule(self.observer_name))
 
-    def observed_qparams(self) -> Tuple[Tensor, Tensor]:
-        raise SpecError(f'Quantizer {self.name!r} is calibrated with its layer: call calibrate(model, run).')
+    def finish(self, owner: nn.Module) -> List[Range]:
+        """As :meth:`.Quantizer.finish`: the :class:`Folding`, and the range of the weight that it will make.
+
+        Raises:
+            NotCalibratedError: Nothing was observed.
+            DataError: The channels of LayerNorm and layer differ, or the folded weight is not finite.
+        """
+        folding, weight_quantizer = self._folding(owner), owner.weight_quantizer
+        if weight_quantizer.mode == 'off':
+            return [folding]
+        return [folding, weight_quantizer.range_of(folding.weight())]
+
+    @torch.no_grad()
+    def _folding(self, layer: nn.Module) -> Folding:
+        observer, norm = self._observed(), norm_before(layer)
+        scale, zero_point = (t.double() for t in observer.qparams(ChannelGrid(self.bits)))
+        if not norm.weight.shape == scale.shape == (layer.weight.shape[1],):
+            raise DataError(
+                f'The LayerNorm before {self.name!r} has {norm.weight.numel()} channels and the layer '
+                f'{layer.weight.shape[1]}: name the LayerNorm that feeds it.'
+            )
+        low, high = observer.ends()
+        live = low != high  # a constant channel is one that a norm's weight of 0 makes, for example
+        if bool(live.any()):
+            one_scale = scale[live].mean()
+            one_zero = zero_point[live].mean().round().clamp(self.qmin, self.qmax)
+        else:
+            one_scale, one_zero = scale.new_ones(()), scale.new_zeros(())
+        floor = one_scale * MIN_RATIO
+        # Where the floor holds, the zero point moves with the scale: the middle of the range keeps its code.
+        middle = (self.qmax - self.qmin) / 2
+        center = (middle - zero_point) * scale
+        held = live & (scale < floor)
+        scale = torch.where(held, floor, scale)
+        zero_point = torch.where(held, (middle - center / scale).round(), zero_point)
+        ratio = torch.where(live, scale / one_scale, torch.ones_like(scale))
+        shift = torch.where(live, scale * (zero_point - one_zero), -low.double())
+        return Folding(self, one_scale.float(), one_zero.to(torch.int32), layer, ratio, shift)
+
+    def shifted(self, bias: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+        """As :meth:`.Quantizer.shifted`, with the folded bias."""
+        folded = self.folded_bias.to(dtype)
+        return folded if bias is None else bias + folded
+
+    def fill_padding(self, x: Tensor, valid: Tensor) -> Tensor:
+        """As :meth:`.Quantizer.fill_padding`: the image of 0 under the folding."""
+        return torch.where(valid.unsqueeze(-1), x, self.fill.to(x.dtype))
 
     @torch.no_grad()
     def forget_folding(self) -> None:
-        """Full-precision weights took the place of folded ones: what folding left behind goes with those."""
+        """As :meth:`.Quantizer.forget_folding`."""
         self.fill.zero_()
         self.folded_bias.zero_()
-        self.calibrated.fill_(0)
-        self._refresh()
-
-
-class Folding(NamedTuple):
-    """What folding the ranges of a layer's input into LayerNorm and layer comes to.
-
-    Attributes:
-        scale, zero_point: Of all channels from then on, ``()``, float32 and int32.
-        ratio, shift: Of each channel, (in_features,), float64; see the top of this file.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    ratio: Tensor
-    shift: Tensor
-
-
-@torch.no_grad()
-def folding_of(layer: nn.Module) -> Folding:
-    """What :func:`reparameterize_` would do; nothing is changed.
-
-    Raises:
-        As :func:`reparameterize_`.
-    """
-    quantizer, norm = layer.input_quantizer, norm_before(layer)
-    if not quantizer.saw_data:
-        raise NotCalibratedError(f'Quantizer {quantizer.name!r} saw no data: put samples through its layer first.')
-    scale, zero_point = (t.double() for t in quantizer.observer.qparams(quantizer.bits))
-    if not norm.weight.shape == scale.shape == (layer.weight.shape[1],):
-        raise DataError(
-            f'The LayerNorm before {quantizer.name!r} has {norm.weight.numel()} channels and the layer '
-            f'{layer.weight.shape[1]}: name the LayerNorm that feeds it.'
-        )
-    live, value = ~quantizer.observer.constant, quantizer.observer.low.double()
-    if bool(live.any()):
-        one_scale = scale[live].mean()
-        one_zero = zero_point[live].mean().round().clamp(quantizer.qmin, quantizer.qmax)
-    else:
-        one_scale, one_zero = scale.new_ones(()), scale.new_zeros(())
-    floor = one_scale * MIN_RATIO
-    # Where the floor holds, the zero point moves with the scale: the middle of the range keeps its code.
-    middle = (quantizer.qmax - quantizer.qmin) / 2
-    center = (middle - zero_point) * scale
-    held = live & (scale < floor)
-    scale = torch.where(held, floor, scale)
-    zero_point = torch.where(held, (middle - center / scale).round(), zero_point)
-    ratio = torch.where(live, scale / one_scale, torch.ones_like(scale))
-    shift = torch.where(live, scale * (zero_point - one_zero), -value)
-    return Folding(*quantizer.checked(one_scale.float(), one_zero.to(torch.int32)), ratio, shift)
-
-
-def folded_weight(layer: nn.Module, folding: Folding) -> Tensor:
-    """The layer's weight as it will be."""
-    # float64: the product of a division and a multiplication has to give the weight back.
-    return (layer.weight.detach().double() * folding.ratio).to(layer.weight.dtype)
-
-
-@torch.no_grad()
-def reparameterize_(layer: nn.Module) -> None:
-    """Fold the ranges that a layer's :class:`ReparameterizedQuantizer` observed into LayerNorm and layer, in place.
-
-    In full precision the two together give what they gave before, up to rounding. Folding a layer that was folded
-    before adds up. The layer's weight quantizer has to be calibrated anew afterwards.
-
-    Args:
-        layer: Quantized Linear; its LayerNorm as :func:`norm_feeds` named it.
-
-    Raises:
-        NotCalibratedError: The quantizer observed nothing.
-        DataError: The channels of LayerNorm and layer differ. Nothing is changed then.
-    """
-    fold_(layer, folding_of(layer))
-
-
-@torch.no_grad()
-def fold_(layer: nn.Module, folding: Folding) -> None:
-    """Do what :func:`folding_of` found."""
-    quantizer, norm, ratio, shift = layer.input_quantizer, norm_before(layer), folding.ratio, folding.shift
-    quantizer.folded_bias.copy_(quantizer.folded_bias.double() - layer.weight.double() @ shift)
-    quantizer.fill.copy_((quantizer.fill.double() + shift) / ratio)
-    layer.weight.copy_(folded_weight(layer, folding))
-    norm.weight.copy_(norm.weight.double() / ratio)
-    norm.bias.copy_((norm.bias.double() + shift) / ratio)
-    quantizer.set_qparams(folding.scale, folding.zero_point)
-    quantizer.observer = None
-    quantizer.mode = 'on'
+        self.forget_range()

@@ -1,19 +1,19 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""The directory of an exported model: what is in it, written whole or not at all, and checked when it is read.
+"""The directory of an exported model: its files, how it is written in one step, and how it is checked when it is read.
 
 ``manifest.json``
-    What the model is, what its graphs take and give, which tensors are integer, and the size and SHA-256 of every other
-    file.
+    What the model is, the inputs and outputs of its graphs, which tensors are integer, and the size and SHA-256 of
+    every other file.
 ``graph_<height>x<width>.onnx``
     One graph for each image size, without its larger weights.
 ``weights.bin``
-    The weights of all graphs, each once, end to end. Those of 4 bits and fewer stand two a byte, the first one in the
-    low half.
+    The weights of all graphs, each once, one after the other. Weights of 4 bits and fewer are packed, two in a byte,
+    the first one in the low half.
 ``rest.npz``
-    What a detector needs beside the graph (its RoI heads), for those who evaluate it with its library; absent where
-    there is no rest.
+    Weights that the graph does not hold (the RoI heads of a detector), for an evaluation with the model's own library.
+    The file is missing where there are none.
 
-NumPy and the standard library alone.
+It needs NumPy and the standard library only.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence, Union
+from typing import Any, BinaryIO, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -45,8 +45,8 @@ class Weight(NamedTuple):
 
     Attributes:
         array: As graphs read it.
-        low: Its least code where all codes fit into 4 bits and are to be packed, or one for each channel, in a shape
-            that broadcasts over the array; else None.
+        low: Its least code, or the least code of each channel (of a shape that broadcasts over the array), if its codes
+            fit into 4 bits and are to be packed; None if not.
     """
 
     array: np.ndarray
@@ -54,8 +54,8 @@ class Weight(NamedTuple):
 
 
 def pack(codes: np.ndarray, low: Union[int, np.ndarray]) -> bytes:
-    """Integer codes ``low .. low + 15``, two a byte, the first one in the low half; an odd one ends in a byte of its
-    own.
+    """Pack integer codes ``low .. low + 15``, two in a byte, the first one in the low half. The last one of an odd
+    number has a byte for itself.
     """
     nibbles = (codes.astype(np.int16) - np.asarray(low, np.int16)).reshape(-1).astype(np.uint8)
     if nibbles.size and nibbles.max() >> PACKED_BITS:
@@ -68,34 +68,37 @@ def pack(codes: np.ndarray, low: Union[int, np.ndarray]) -> bytes:
 
 
 def unpack(data: bytes, shape: Sequence[int], low: Union[int, np.ndarray], dtype: str) -> np.ndarray:
-    """Inverse of :func:`pack`: codes of a shape and dtype."""
+    """Unpack what :func:`pack` packed."""
     pairs = np.frombuffer(data, np.uint8)
     nibbles = np.stack([pairs & 0xF, pairs >> PACKED_BITS], axis=1).reshape(-1)[: int(np.prod(shape, dtype=np.int64))]
     return (nibbles.reshape(shape).astype(np.int16) + np.asarray(low, np.int16)).astype(dtype)
 
 
-def _write_weights(path: Path, weights: Mapping[str, Weight]) -> Iterable[Dict[str, Any]]:
-    rows, places = [], {}
+def _write_weights(path: Path, weights: Mapping[str, Weight]) -> List[Dict[str, Any]]:
+    """Write weights to a file; their rows of the manifest."""
+    rows: List[Dict[str, Any]] = []
+    row_by_content: Dict[Tuple, Dict[str, Any]] = {}
     with open(path, 'wb') as file:
         for name, (array, low) in weights.items():
-            more = {}
             content = array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest()
-            if low is None and content in places:  # under another name: it stands in the file once
-                rows.append(dict(places[content], name=name))
+            if low is None and content in row_by_content:  # the same content is in the file once
+                rows.append(dict(row_by_content[content], name=name))
                 continue
-            # a tensor of its own: in the manifest it would be larger than all the rest of it
-            if isinstance(low, np.ndarray):
-                more['packed_from'] = f'{name}.least'
-                rows.append(_written(file, more['packed_from'], low))
+            packed_from: Dict[str, Union[int, str]] = {}
+            if isinstance(low, np.ndarray):  # a tensor of its own: in the manifest it would be larger than all the rest
+                rows.append(_write_weight(file, f'{name}.least', low))
+                packed_from = dict(packed_from=f'{name}.least')
             elif low is not None:
-                more['packed_from'] = int(low)
-            rows.append(dict(_written(file, name, array, low), **more))
+                packed_from = dict(packed_from=int(low))
+            rows.append(dict(_write_weight(file, name, array, low), **packed_from))
             if low is None:
-                places[content] = rows[-1]
+                row_by_content[content] = rows[-1]
     return rows
 
 
-def _written(file: BinaryIO, name: str, array: np.ndarray, low: Union[int, np.ndarray, None] = None) -> Dict[str, Any]:
+def _write_weight(
+    file: BinaryIO, name: str, array: np.ndarray, low: Union[int, np.ndarray, None] = None
+) -> Dict[str, Any]:
     data, offset = np.ascontiguousarray(array).tobytes() if low is None else pack(array, low), file.tell()
     file.write(data)
     return dict(name=name, dtype=array.dtype.name, shape=list(array.shape), offset=offset, bytes=len(data))
@@ -108,17 +111,17 @@ def write_bundle(
     weights: Mapping[str, Weight],
     rest: Mapping[str, np.ndarray],
 ) -> Path:
-    """Write a directory beside ``out`` and move it there; an exported model that stood there before is replaced.
+    """Write a directory beside ``out`` and move it there. An exported model that is there already is replaced.
 
     Args:
         out: The directory.
-        manifest: What the model is; format, version, weights and files are added here.
+        manifest: What the model is; this function adds format, version, weights and files.
         graphs: Content of the graphs by file name.
-        weights: By the name that graphs know them by.
+        weights: By the name that the graphs have for them.
         rest: Arrays of :data:`REST`.
 
     Raises:
-        ConfigError: ``out`` is something else than an exported model.
+        ConfigError: ``out`` exists and is no exported model.
     """
     out = Path(out).absolute()
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
@@ -132,8 +135,8 @@ def write_bundle(
         if rest:
             np.savez(partial / REST, **rest)
         files = {p.name: dict(bytes=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(partial.iterdir())}
-        whole = dict(format=FORMAT, version=VERSION, **manifest, weights=rows, files=files)
-        (partial / MANIFEST).write_text(json.dumps(whole, indent=1), encoding='utf-8')
+        manifest = dict(format=FORMAT, version=VERSION, **manifest, weights=rows, files=files)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
         os.chmod(partial, 0o755)  # mkdtemp keeps others out
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f'.{out.name}.old.', dir=out.parent))
@@ -148,14 +151,14 @@ def write_bundle(
 
 
 def read_manifest(directory: PathLike, check: bool = True) -> Dict[str, Any]:
-    """The manifest of an exported model.
+    """Read the manifest of an exported model.
 
     Args:
         directory: As :func:`write_bundle` wrote it.
         check: Whether to compare size and SHA-256 of every file.
 
     Raises:
-        CheckpointError: It is no exported model, of a later version, or a file is absent, cut short or changed.
+        CheckpointError: It is no exported model, or of a later version; or a file is missing, cut short or changed.
     """
     directory = Path(directory)
     path = directory / MANIFEST
@@ -197,7 +200,7 @@ def _check_file(path: Path, expected: Mapping) -> None:
 def read_weights(
     directory: PathLike, manifest: Mapping, names: Optional[Iterable[str]] = None
 ) -> Dict[str, np.ndarray]:
-    """The weights of a graph, packed ones widened to whole bytes.
+    """Read the weights of a graph. Packed ones are widened to one byte each.
 
     Args:
         directory: As :func:`write_bundle` wrote it.

@@ -1,13 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Whether a runtime's integer kernels are exact on this processor: one small product of extreme codes, compared with
-exact integers.
+"""A test whether a runtime's integer kernels are exact on this processor: small products of extreme codes, compared
+with exact integers.
 
 x86 processors without VNNI have one instruction for products of 8-bit codes that adds two neighbours in 16 bits, where
-2 * 255 * 127 does not fit: it saturates. (Signed activations are made unsigned for it, by adding 128.) Which kernels a
-runtime takes follows from more than the processor's flags, so it is asked. NumPy alone.
+2 * 255 * 127 does not fit: it saturates. (Signed activations are made unsigned for it, by adding 128.) The flags of the
+processor alone do not say which kernels a runtime takes, so this is measured. It needs NumPy only.
 """
 
-from typing import Callable, Dict, List, Mapping, NamedTuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
@@ -16,30 +16,31 @@ from psaq_mm.runtime.wire import Node, small_model
 __all__ = ['EXPLAINED', 'KERNELS', 'NARROW', 'Probe', 'is_exact', 'make_probe']
 
 KERNELS = ('auto', 'integer', 'weights', 'float')
-"""What a graph is run with. ``'integer'``: a runtime's integer kernels wherever it has one. ``'weights'``: integer ones
-for products with weights, float ones for products of activations. ``'float'``: float kernels for all, on values that
-integers express. ``'auto'``: the first of these that is exact."""
+"""What a graph is run with. ``'integer'``: integer kernels wherever the runtime has one. ``'weights'``: integer kernels
+for products with weights, float kernels for products of activations. ``'float'``: float kernels for all products, on
+the values of the codes. ``'auto'``: the first of these that is exact."""
 
 EXPLAINED = dict(
     integer='integer kernels',
     weights='integer kernels, but float ones for products of activations',
     float='float kernels',
 )
-"""What ran, for people."""
+"""What messages call :data:`KERNELS`."""
 
 NARROW = 64
-"""Codes of weights of at most this magnitude (7 bits) saturate nowhere: 2 * 255 * 64 fits into 16 bits."""
+"""Weights whose codes have at most this magnitude (7 bits) never saturate: 2 * 255 * 64 fits into 16 bits."""
 
 _TOKENS, _CHANNELS, _SIDE = 48, 64, 9
 _TOLERANCE = 1e-4  # of the greatest output: sums of float32; what saturates is 10 % off and more
 
 
 class Probe(NamedTuple):
-    """A small graph and what it has to give.
+    """A small graph with inputs and the exact outputs.
 
     Attributes:
-        graph: ONNX file.
-        inputs, wanted: Arrays by name.
+        graph: Content of an ONNX file.
+        inputs: Arrays by name.
+        wanted: Exact outputs by name.
     """
 
     graph: bytes
@@ -48,13 +49,13 @@ class Probe(NamedTuple):
 
 
 class _Writer:
-    """A graph as exports write it; scales are 1."""
+    """A graph as exports write it, with all scales 1."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.nodes: List[Node] = []
         self.constants: Dict[str, np.ndarray] = {'one': np.ones((), np.float32)}
 
-    def node(self, kind: str, inputs, output: str, **attributes) -> str:
+    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes) -> str:
         self.nodes.append(Node(kind, list(inputs), output, attributes))
         return output
 
@@ -63,13 +64,13 @@ class _Writer:
         return name
 
     def codes(self, x: str, dtype: str) -> str:
-        """``x`` quantized and dequantized."""
+        """Quantize and dequantize ``x``."""
         zero = self.constant(f'zero.{dtype}', np.zeros((), dtype))
         codes = self.node('QuantizeLinear', [x, 'one', zero], f'{x}.codes.{dtype}')
         return self.node('DequantizeLinear', [codes, 'one', zero], f'{x}.value.{dtype}')
 
     def weight(self, name: str, codes: np.ndarray, axis: int) -> str:
-        """A weight that one product reads: ONNX Runtime may not start where several read it."""
+        """A weight for one product: ONNX Runtime may not start where several products read one."""
         count, codes = codes.shape[axis], codes.astype(np.int8)
         parameters = [
             self.constant(f'{name}.scale', np.ones(count, np.float32)),
@@ -81,20 +82,20 @@ class _Writer:
 
 
 def _convolved(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    views = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(2, 3))
+    views: np.ndarray = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(2, 3))  # type: ignore
     return np.einsum('nchwyx,ocyx->nohw', views, weight)
 
 
 def make_probe(greatest: int) -> Probe:
-    """Products of a weight and of activations, with unsigned and signed activations, and convolutions.
+    """Make products with a weight and of activations, with unsigned and signed activations, and convolutions.
 
     Args:
-        greatest: Magnitude of the weights' codes.
+        greatest: Greatest magnitude of the weights' codes.
     """
     rng, write = np.random.default_rng(0), _Writer()
 
     def extreme(shape, *codes) -> np.ndarray:
-        return rng.choice(np.float32(codes), shape)
+        return rng.choice(np.array(codes, np.float32), shape)
 
     ends = -greatest, 1 - greatest, greatest - 1, greatest
     tokens, image = (1, _TOKENS, _CHANNELS), (1, _CHANNELS // 2, _SIDE, _SIDE)
@@ -121,9 +122,9 @@ def make_probe(greatest: int) -> Probe:
             exact['image'], exact['kernel']
         ),
     }
-    # ONNX Runtime's integer convolution is one whose output is quantized.
+    # ONNX Runtime has an integer kernel for a convolution only where its output is quantized.
     greatest_map = np.abs(wanted['map']).max()
-    step = write.constant('step', np.float32(greatest_map / 100))
+    step = write.constant('step', np.array(greatest_map / 100, np.float32))
     again = write.node('Conv', [picture, write.weight('kernel.again', kernel, 0)], 'map.again')
     requantized = write.node('QuantizeLinear', [again, step, 'zero.int8'], 'map.codes')
     wanted[write.node('DequantizeLinear', [requantized, step, 'zero.int8'], 'coarse_map')] = wanted['map']
@@ -134,10 +135,10 @@ def make_probe(greatest: int) -> Probe:
 
 
 def is_exact(run: Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]], probe: Probe) -> bool:
-    """Whether a session gives a probe's outputs."""
-    found = run(probe.inputs)
+    """Whether a session computes the exact outputs of a probe."""
+    outputs = run(probe.inputs)
     for name, wanted in probe.wanted.items():
         allowed = (0.01 if name == 'coarse_map' else _TOLERANCE) * np.abs(wanted).max()  # a step is a hundredth
-        if not np.abs(found[name] - wanted).max() <= allowed:
+        if not np.abs(outputs[name] - wanted).max() <= allowed:
             return False
     return True

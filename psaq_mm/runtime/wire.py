@@ -1,13 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Tensors in the encoding of an ONNX file, without the onnx package.
 
-An ONNX file is one Protocol Buffers message. Of two such messages written one after the other, a reader makes their
-union: single fields of message type are merged, repeated ones joined (Protocol Buffers, "Encoding", section "Last One
-Wins"). So initializers become part of a graph by appending a second message that holds nothing else, and a loader can
-widen packed weights without knowing any more of the format than this file does.
+An ONNX file is one Protocol Buffers message. A reader merges two messages that are written one after the other: it
+merges fields that are messages and joins repeated fields (Protocol Buffers, "Encoding", section "Last One Wins"). So
+initializers are added to a graph by appending a second message that holds nothing else. A loader can widen packed
+weights and needs no more of the format than this file.
 """
 
-from typing import Dict, Iterable, Mapping, NamedTuple, Sequence, Tuple, Union
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def _blob(field: int, *parts: bytes) -> Iterable[bytes]:
 
 
 def append_initializers(model: bytes, tensors: Mapping[str, np.ndarray]) -> bytes:
-    """An ONNX file with more initializers.
+    """Add initializers to an ONNX file.
 
     Args:
         model: Content of an ONNX file.
@@ -54,7 +54,7 @@ def append_initializers(model: bytes, tensors: Mapping[str, np.ndarray]) -> byte
     Returns:
         Content of an ONNX file whose graph has all of them.
     """
-    initializers = []
+    initializers: List[bytes] = []
     for name, array in tensors.items():
         fields = [_number(_DIMS, size) for size in array.shape]
         fields.append(_number(_DATA_TYPE, _DATA_TYPES[array.dtype.name]))
@@ -85,11 +85,11 @@ def _text(field: int, text: str) -> bytes:
 
 
 def _attribute(name: str, value: Union[int, Sequence[int]]) -> bytes:
-    several = not isinstance(value, int)
-    numbers = [_number(_ATTRIBUTE_INTS, v) for v in value] if several else [_number(_ATTRIBUTE_INT, value)]
-    return _message(
-        _ATTRIBUTE, [_text(_ATTRIBUTE_NAME, name), *numbers, _number(_ATTRIBUTE_TYPE, _INTS if several else _INT)]
-    )
+    if isinstance(value, int):
+        numbers, kind = [_number(_ATTRIBUTE_INT, value)], _INT
+    else:
+        numbers, kind = [_number(_ATTRIBUTE_INTS, v) for v in value], _INTS
+    return _message(_ATTRIBUTE, [_text(_ATTRIBUTE_NAME, name), *numbers, _number(_ATTRIBUTE_TYPE, kind)])
 
 
 def _float_tensor(field: int, name: str, shape: Sequence[int]) -> bytes:
@@ -105,15 +105,16 @@ def small_model(
     constants: Dict[str, np.ndarray],
     opset: int = 17,
 ) -> bytes:
-    """An ONNX file of float32 inputs and outputs.
+    """Write an ONNX file of float32 inputs and outputs.
 
     Args:
         nodes: In the order of execution.
-        inputs, outputs: Shapes by name.
+        inputs: Shapes by name.
+        outputs: Shapes by name.
         constants: Initializers by name, of the types of :func:`append_initializers`.
         opset: Of ONNX's own operations.
     """
-    written = [
+    operations = [
         _message(
             _NODE,
             [
@@ -126,11 +127,11 @@ def small_model(
         )
         for node in nodes
     ]
-    given = [_float_tensor(_INPUT, *item) for item in inputs.items()]
-    made = [_float_tensor(_OUTPUT, *item) for item in outputs.items()]
+    ends = [_float_tensor(_INPUT, *item) for item in inputs.items()]
+    ends += [_float_tensor(_OUTPUT, *item) for item in outputs.items()]
     model = [
         _number(_IR_VERSION, 8),
-        _message(_GRAPH, [*written, _text(_GRAPH_NAME, 'graph'), *given, *made]),
+        _message(_GRAPH, [*operations, _text(_GRAPH_NAME, 'graph'), *ends]),
         _message(_OPSET, [_number(_OPSET_VERSION, opset)]),
     ]
     return append_initializers(b''.join(model), constants)

@@ -115,7 +115,7 @@ def similarity_densities(
 
     Example:
         >>> wide = similarity_densities(model, samples)
-        >>> narrow = similarity_densities(model, gaussian_noise(8, (224, 224), spec))
+        >>> narrow = similarity_densities(model, GaussianNoise()(8, (224, 224), spec))
     """
     if samples.dim() != 4 or not len(samples) or bins < 1:
         raise DataError(

@@ -1,19 +1,17 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Samples as a picture that people can look at, and a PNG file that is whole or not there."""
+"""Sheets of samples as pictures, and PNG files."""
 
 import io
-import os
-from pathlib import Path
-from typing import Union
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from psaq_mm.errors import DataError
+from psaq_mm.files import PathLike, write_whole
 from psaq_mm.pictures import ImageSpec
 
-__all__ = ['to_pixels', 'sample_sheet', 'write_png', 'encode_png', 'write_whole']
+__all__ = ['to_pixels', 'sample_sheet', 'write_png', 'encode_png']
 
 GAP = 4  # pixels of white between two samples, so that dark ones do not run together
 
@@ -98,30 +96,14 @@ def sample_sheet(samples: Tensor, image_spec: ImageSpec, columns: int = 8, cell:
     return sheet
 
 
-def write_whole(content: bytes, path: Union[str, os.PathLike]) -> None:
-    """Write ``content`` beside ``path`` and move it there: what stands at ``path`` is whole at every moment.
-
-    Raises:
-        OSError: The folder or the file cannot be written; what stood at ``path`` is untouched.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_png(array: np.ndarray, path: Union[str, os.PathLike]) -> None:
-    """Write a picture (H, W, 3) or (H, W), uint8, as PNG; folders are made, and the file is whole or not there.
+def write_png(array: np.ndarray, path: PathLike) -> None:
+    """Write a picture (H, W, 3) or (H, W), uint8, as PNG, see :func:`psaq_mm.files.write_whole`.
 
     Raises:
         DataError: The array is no picture.
         OSError: It cannot be written.
     """
-    write_whole(encode_png(array), path)
+    write_whole(path, encode_png(array))
 
 
 def encode_png(array: np.ndarray) -> bytes:

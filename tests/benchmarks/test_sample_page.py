@@ -15,7 +15,7 @@ from benchmarks import sample_page
 from psaq_mm.commands.common import load_config
 from psaq_mm.engine.samples import save_samples
 from psaq_mm.models import TaskModel
-from psaq_mm.pictures import ImageSpec, gaussian_noise, pink_noise
+from psaq_mm.pictures import GaussianNoise, ImageSpec, PinkNoise
 from psaq_mm.quantization import set_mode
 from psaq_mm.visualization import similarity_densities
 
@@ -33,7 +33,7 @@ def project(tmp_path_factory):
 def labelled(project):
     """Six samples with labels; most are of class 2, then 0."""
     labels = torch.tensor([1, 2, 0, 2, 0, 2])
-    return save_samples(project.folder / 'v1', pink_noise(6, (32, 32), SPEC), None, SPEC, labels=labels)
+    return save_samples(project.folder / 'v1', PinkNoise()(6, (32, 32), SPEC), None, SPEC, labels=labels)
 
 
 @pytest.fixture(scope='module')
@@ -80,7 +80,7 @@ def test_real_images_are_a_curve_and_nothing_else(made, project):
     assert len(photographs) == 6
     for picture in shown:
         assert min(np.abs(picture.astype(int) - photograph).mean() for photograph in photographs) > 20
-    assert page.count('<polyline class="c2 line"') == 2  # in the chart and in its legend
+    assert page.count('stroke: var(--c2)') == 2  # in the chart and in its legend
     assert 'real images' in page and 'Of real images there is a curve only' in page
     assert [path.name for path in sorted(made.iterdir())] == ['index.html', 'samples.png']
 
@@ -88,7 +88,7 @@ def test_real_images_are_a_curve_and_nothing_else(made, project):
 def test_classes_stand_below_their_pictures(made):
     page = (made / 'index.html').read_text(encoding='utf-8')
     assert re.findall(r'<figcaption>([^<]+)<', page) == ['class 2', 'class 0', 'class 1', 'class 2', 'class 0']
-    wanted = SPEC.to_raw(pink_noise(6, (32, 32), SPEC))[[1, 2, 0, 3, 4]].permute(0, 2, 3, 1).numpy()
+    wanted = SPEC.to_raw(PinkNoise()(6, (32, 32), SPEC))[[1, 2, 0, 3, 4]].permute(0, 2, 3, 1).numpy()
     for picture, exact in zip(pictures(page), wanted):
         assert np.abs(picture - exact).mean() < 20  # JPEG of noise
 
@@ -116,7 +116,7 @@ def test_numbers_are_those_of_the_model(config, labelled):
     assert [s.name for s in sources] == ['V1', 'Gaussian noise', '1/f noise', 'real images']
     assert sources[-1].pictures == [] and sources[-1].count == 2 and len({s.style for s in sources}) == 4
     teacher, size = sample_page.load_teacher(load_config(str(config)))
-    noise = gaussian_noise(32, size, teacher.image_spec, torch.Generator().manual_seed(0))
+    noise = GaussianNoise()(32, size, teacher.image_spec, torch.Generator().manual_seed(0))
     blocks = similarity_densities(teacher.model, noise)
     assert sources[1].density.entropy == pytest.approx(sum(b.entropy for b in blocks) / 3)
     assert sources[1].mean == pytest.approx(sum(float((b.centers * b.density).sum()) / 50 for b in blocks) / 3)
@@ -129,7 +129,7 @@ def test_numbers_are_those_of_the_model(config, labelled):
 
 def test_the_share_is_one_for_what_the_model_says_itself(config):
     teacher, size = sample_page.load_teacher(load_config(str(config)))
-    samples = gaussian_noise(9, size, teacher.image_spec)
+    samples = GaussianNoise()(9, size, teacher.image_spec)
     labels = teacher.run(samples, with_logits=True).logits.argmax(1)
     assert sample_page.share_classified(teacher, samples, labels) == 1
     labels[:3] = (labels[:3] + 1) % 3
@@ -141,7 +141,7 @@ def test_class_tokens_are_no_patches():
     teacher = TaskModel(build_classifier('mmpretrain-vit', quant='w8a8'))
     assert teacher.prefix_tokens == 1
     set_mode(teacher.model, 'off')
-    samples = gaussian_noise(2, (32, 32), teacher.image_spec)
+    samples = GaussianNoise()(2, (32, 32), teacher.image_spec)
     found = sample_page.measure(teacher, 'x', 0, samples, None, ())
     without, with_token = (similarity_densities(teacher.model, samples, drop_tokens=n) for n in (1, 0))
     assert torch.equal(found.density.density, sum(b.density for b in without) / 4)

@@ -15,9 +15,10 @@ from tiny_classifier import ClassifierProject
 
 from psaq_mm.commands.compare import main as compare
 from psaq_mm.commands.dfq_train import main as dfq_train
-from psaq_mm.commands.metrics import before_after_table, other_metrics, plain_metrics, scalars, to_json
+from psaq_mm.commands.metrics import before_after_table, other_metrics, plain_metrics, scalars
 from psaq_mm.commands.sensitivity import main as sensitivity
 from psaq_mm.commands.test import main as evaluate_command
+from psaq_mm.plain import to_plain
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 NAN = float('nan')
@@ -39,14 +40,14 @@ ODD = dict(
 
 # ---------------------------------------------------------------------- values
 def test_metrics_of_every_kind_as_plain_types_and_numbers():
-    plain = plain_metrics(ODD)
+    metrics = plain_metrics(ODD)
     assert (
-        plain['tensor'] == 2.5
-        and plain['nested/a'] == 0.5
-        and plain['nested/b'] == 'text'
-        and plain['matrix'] == [[0.0, 1.0], [2.0, 3.0]]
+        metrics['tensor'] == 2.5
+        and metrics['nested/a'] == 0.5
+        and metrics['nested/b'] == 'text'
+        and metrics['matrix'] == [[0.0, 1.0], [2.0, 3.0]]
     )
-    assert scalars(plain) == {
+    assert scalars(metrics) == {
         'top1': 50.0,
         'absent': None,
         'per_class (mean)': 2.0,
@@ -55,8 +56,8 @@ def test_metrics_of_every_kind_as_plain_types_and_numbers():
         'nothing': None,
         'long (mean)': 1.5,
     }
-    assert set(other_metrics(plain)) == {'per_class', 'matrix', 'nested/b', 'words', 'long', 'many'}
-    text = json.dumps(to_json(plain), allow_nan=False)
+    assert set(other_metrics(metrics)) == {'per_class', 'matrix', 'nested/b', 'words', 'long', 'many'}
+    text = json.dumps(to_plain(metrics, nan=False), allow_nan=False)
     assert json.loads(text)['per_class'] == [1.0, None, 3.0] and json.loads(text)['absent'] is None
     assert plain_metrics(None) == plain_metrics({}) == {}
 

@@ -133,7 +133,7 @@ def test_the_mixed_precision_config_is_quantized_like_any_other(ranked, project)
 def test_the_page_plots_and_marks(ranked):
     page = (ranked[0] / 'sensitivity.html').read_text()
     assert '<svg' in page and 'the layer alone' in page and f'<code>{HURT}</code>' in page
-    assert page.count('<tr class=mark>') == len(ranked[1]['mixed_precision']['overrides'])
+    assert page.count('<tr class="mark">') == len(ranked[1]['mixed_precision']['overrides'])
 
 
 def test_both_budgets(project):

@@ -88,16 +88,3 @@ def test_strip_drops_the_optimizer_and_unknown_meta():
         kernel=torch.float16, variance=torch.float32, n=torch.int64
     )
     assert all(torch.equal(kept[key].double(), weights[key].double()) for key in weights)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / 'model.pth'
-    path.write_text('old')
-
-    def fails(partial):
-        partial.write_text('half')
-        raise OSError('disk full')
-
-    with pytest.raises(OSError, match='disk full'):
-        train_full_precision._replace(path, fails)
-    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]

@@ -61,7 +61,7 @@ def test_the_page_says_what_the_summary_says_and_needs_nothing_else(quick):
                     assert f'<code>{key}</code>' in page and f'<td>{value:g}</td>' in page
     assert 'http' not in page and 'src="data:image/' in page
     assert page.count('role="img"') == 2 * 10  # a chart a block of either Swin
-    assert 'a quick run' in page and page.count('class=mark') == 4
+    assert 'a quick run' in page and page.count('class="mark"') == 4
 
 
 @pytest.mark.slow

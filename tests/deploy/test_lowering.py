@@ -13,7 +13,7 @@ from psaq_mm.deploy.lowering import WeightStore, lower, mask_regions, with_weigh
 from psaq_mm.deploy.pooling import LinearPooling
 from psaq_mm.deploy.symbols import DOMAIN
 from psaq_mm.quantization import fake_log_quantize, log_quantize, quantize
-from psaq_mm.runtime.deployed import start
+from psaq_mm.runtime import start
 
 RUNTIMES = ('onnxruntime', 'openvino')
 

@@ -143,7 +143,7 @@ def test_weights_are_quantized_from_float32_in_a_model_under_autocast():
 
 # ---------------------------------------------------------------------- accumulation
 def test_a_step_of_two_batches_is_that_of_one_twice_as_large(project, float32):
-    (large, large_losses), (small, small_losses) = run(project, 'large', batch_size=4), float32
+    (large, large_losses), (_, small_losses) = run(project, 'large', batch_size=4), float32
     found, losses = run(project, 'accumulated', batch_size=2, accumulative_counts=2)
     assert found['meta']['psaq_mm']['dfq']['accumulative_counts'] == 2
     assert (

@@ -101,7 +101,7 @@ def with_photographs(project, name, **folders):
 def test_repq_calibrates_on_training_photographs_through_the_configs_pipeline(project, photographs):
     assert with_photographs(project, 'real', train=photographs / 'train', test=photographs / 'test') == 0
     student = read_checkpoint(project.folder / 'real' / 'student.pth')
-    assert student['meta']['psaq_mm']['dfq']['source'] == 'real'
+    assert student['meta']['psaq_mm']['dfq']['samples'] == 'real'
 
 
 def test_photographs_that_are_the_test_set_are_refused(project, photographs, capsys):

@@ -15,7 +15,7 @@ from psaq_mm.commands.compare import plan
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import apply_method, drop_pretrained, is_quantized_config, to_data_free, type_name
-from psaq_mm.engine.presets import DFQ_PRESETS, METHODS
+from psaq_mm.engine.methods import METHODS
 from psaq_mm.engine.samples import build_source
 from psaq_mm.models.quantized import Quantized
 from psaq_mm.pictures import DeadLeaves, source_of
@@ -82,7 +82,7 @@ def dumped(config, folder):
     return load_config(str(folder / 'dumped.py'))
 
 
-@pytest.mark.parametrize('preset', list(DFQ_PRESETS))
+@pytest.mark.parametrize('preset', list(METHODS))
 def test_a_dumped_config_is_the_run_it_came_from(project, tmp_path, preset):
     own = dict(preset=preset, size=(32, 32), checkpoint_interval=0, sheet_interval=7, generator=dict(batch_size=4))
     given = config_of(project, own)

@@ -12,11 +12,13 @@ from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.commands.sensitivity import main as sensitivity
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.inputs import check_preprocessor, read_pipeline, set_input_
-from psaq_mm.engine.presets import METHODS, resolve_dfq, with_method
-from psaq_mm.engine.samples import load_samples, save_samples, takes_rgb
+from psaq_mm.engine.methods import METHODS
+from psaq_mm.engine.presets import resolve_dfq, with_method
+from psaq_mm.engine.samples import load_samples, save_samples
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
-from psaq_mm.pictures import ImageSpec, gaussian_noise, pink_noise
+from psaq_mm.models.task import reads_rgb
+from psaq_mm.pictures import GaussianNoise, ImageSpec, PinkNoise
 from psaq_mm.pictures.image_spec import fits_eight_bits
 from psaq_mm.visualization import to_pixels
 
@@ -136,11 +138,11 @@ def test_the_order_of_the_channels_counts_pipeline_and_preprocessor():
         ((), True, True),
         ((), False, False),
         ((NORMALIZE,), True, False),
-        ((dict(NORMALIZE, to_rgb=False),), None, True),
+        ((dict(NORMALIZE, to_rgb=False),), None, False),
     ):
         model = Model(turned=turned)
         set_input_(model, config(*steps))
-        assert takes_rgb(model) == rgb
+        assert reads_rgb(model) == rgb
         if steps and turned:  # turned twice: the network sees blue first, and the means are in that order
             assert spans(TaskModel(model).image_spec, (-1.804, -2.036, -2.118), (2.64, 2.429, 2.249))
 
@@ -256,7 +258,7 @@ DEEP_SPECS = [
 
 @pytest.mark.parametrize('spec', DEEP_SPECS, ids=['16 bits', 'tomography', 'of each channel'])
 def test_samples_fill_the_range_and_are_kept_and_shown_in_it(spec, tmp_path):
-    noise = pink_noise(4, (32, 32), spec, torch.Generator().manual_seed(0))
+    noise = PinkNoise()(4, (32, 32), spec, torch.Generator().manual_seed(0))
     low, high = (torch.tensor(v).view(-1, 1, 1) for v in (spec.low, spec.high))
     assert (noise >= low).all() and (noise <= high).all() and noise.std() > 0.4
     torch.testing.assert_close(spec.from_unit(spec.to_unit(noise)), noise, rtol=1e-4, atol=1e-4)
@@ -277,7 +279,7 @@ def test_samples_fill_the_range_and_are_kept_and_shown_in_it(spec, tmp_path):
 
 def test_units_of_pictures_that_rarely_use_their_range_are_the_data_sets_own():
     spec = ImageSpec([9000.0] * 3, [4000.0] * 3, max_value=65535.0)
-    noise = gaussian_noise(2, (64, 64), spec, torch.Generator().manual_seed(0))
+    noise = GaussianNoise()(2, (64, 64), spec, torch.Generator().manual_seed(0))
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
     # 8 bits: as it was
     assert not torch.equal(ImageSpec([100.0], [20.0]).to_standard(torch.zeros(1, 1, 1)), torch.zeros(1, 1, 1))

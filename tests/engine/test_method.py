@@ -5,7 +5,8 @@ from mmengine.config import Config
 
 from psaq_mm.commands.common import load_config
 from psaq_mm.engine.config import apply_method, quant_holder, quantized_model_config, to_data_free
-from psaq_mm.engine.presets import DFQ_PRESETS, METHODS, recipe_of, resolve_dfq, with_method
+from psaq_mm.engine.methods import METHODS
+from psaq_mm.engine.presets import resolve_dfq, with_method
 from psaq_mm.errors import ConfigError, SpecError
 from psaq_mm.quantization import RECIPES, QuantSpec
 
@@ -28,8 +29,11 @@ def quantized(**quant):
 
 
 def test_every_method_has_a_preset_and_a_recipe():
-    for method, recipe in METHODS.items():
-        assert method in DFQ_PRESETS and resolve_dfq(method)['method'] == method and recipe in RECIPES
+    for name, method in METHODS.items():
+        settings = resolve_dfq(name)
+        assert settings['method'] == name == method.name and method.description
+        assert {method.recipe_for(bits) for bits in (4, 8)} <= set(RECIPES)
+        assert bool(settings['iters']) == method.trains
 
 
 @pytest.mark.parametrize('method', ['psaq_v1', 'repq'])
@@ -37,7 +41,7 @@ def test_a_method_that_only_calibrates_keeps_what_is_the_machines(method):
     resolved, plain = resolve_dfq(with_method(OWN, method)), resolve_dfq(method)
     assert (resolved['size'], resolved['batch_size'], resolved['save_samples']) == ((64, 96), 2, True)
     assert resolved['generator']['batch_size'] == 4
-    for key in ('iters', 'lr', 'calibration_samples', 'evolve_every', 'source', 'classes'):
+    for key in ('iters', 'lr', 'calibration_samples', 'evolve_every', 'samples', 'classes'):
         assert resolved[key] == plain[key], key
     assert resolved['generator']['steps'] == plain['generator']['steps']
 
@@ -49,7 +53,7 @@ def test_a_method_that_trains_takes_the_configs_schedule():
 
 
 def test_a_preset_by_name_gives_way_to_the_method():
-    assert resolve_dfq(with_method('gaussian', 'psaq_v1'))['source'] == 'generated'
+    assert resolve_dfq(with_method('gaussian', 'psaq_v1'))['samples'] == 'generated'
     assert with_method(None, 'repq') == dict(preset='repq')
 
 
@@ -63,13 +67,13 @@ def test_the_quantizer_of_the_method_at_the_bits_of_the_config():
 
 @pytest.mark.parametrize('method', ['fast', 'best'])
 def test_few_bits_of_activations_take_repqs_quantizer(method):
-    assert [recipe_of(method, bits) for bits in (8, 6, 4)] == ['psaq_v2', 'repq', 'repq']
+    assert [METHODS[method].recipe_for(bits) for bits in (8, 6, 4)] == ['psaq_v2', 'repq', 'repq']
     assert quantized_model_config(quantized(), 'w4a4', method).quant.preset == 'repq_w4a4'
     assert quantized_model_config(quantized(), None, method).quant.preset == 'psaq_v2_w4a8'
     assert quantized_model_config(quantized(), 'psaq_v2_w4a4', method).quant.preset == 'psaq_v2_w4a4', (
         'a recipe that is named stays'
     )
-    assert recipe_of('psaq_v2', 4) == 'psaq_v2'
+    assert METHODS['psaq_v2'].recipe_for(4) == 'psaq_v2'
 
 
 def test_a_full_precision_config_gets_the_recipe_too():
@@ -129,9 +133,9 @@ def test_a_training_set_that_is_evaluated_is_refused_before_anything_is_built(tm
             dfq=dict(preset='repq', size=(32, 32)),
         )
     )
-    assert to_data_free(config).train_cfg.source == 'real'
+    assert to_data_free(config).train_cfg.samples == 'real'
     config.train_dataloader.dataset.data_root = twin
     with pytest.raises(ConfigError, match='the set that is evaluated'):
         to_data_free(config)
-    config.dfq.source = 'generated'
-    assert to_data_free(config).train_cfg.source == 'generated'
+    config.dfq.samples = 'generated'
+    assert to_data_free(config).train_cfg.samples == 'generated'

@@ -21,7 +21,7 @@ from psaq_mm.commands.test import main as evaluate_command
 from psaq_mm.engine.checkpoint import load_weights, read_checkpoint
 from psaq_mm.engine.config import full_precision_model_config
 from psaq_mm.engine.hooks.data_free_quant_hook import checkpoints_in
-from psaq_mm.engine.real_images import training_images
+from psaq_mm.engine.samples import build_source
 from psaq_mm.models import TaskModel
 from psaq_mm.quantization import ReparameterizedQuantizer, is_quantizer_key, quantizers, set_mode
 
@@ -448,7 +448,7 @@ def test_training_pictures_are_normalized_and_padded_as_the_model_takes_them(pro
     config = still(load_config(str(path)))
     init_default_scope(config.default_scope)
     model = project.full_precision(path)
-    made = training_images(config, model, (64, 96), seed=0)(4)
+    made = build_source('real', model, config).draw(range(4), (64, 96), TaskModel(model).image_spec)
     assert made.shape == (4, 3, 64, 96) and torch.equal(made[:2], made[2:]), 'it goes on from the start'
     mean, std = (
         torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1),

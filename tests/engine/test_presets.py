@@ -6,7 +6,8 @@ from swin_models import build_backbone
 from toys import ToyTransformer
 
 from psaq_mm.engine.config import sample_size
-from psaq_mm.engine.presets import DFQ_DEFAULTS, DFQ_PRESETS, resolve_dfq, with_method
+from psaq_mm.engine.methods import METHODS
+from psaq_mm.engine.presets import DFQ_DEFAULTS, resolve_dfq, with_method
 from psaq_mm.errors import ConfigError
 from psaq_mm.pictures import source_of
 from psaq_mm.psaq_vit import SampleGenerator
@@ -41,7 +42,7 @@ def generator_of(preset):
 def test_psaq_v1_is_the_released_method():
     dfq = resolve_dfq('psaq_v1')
     assert (dfq['iters'], dfq['evolve_every'], dfq['calibration_samples']) == (0, 0, 32)
-    assert dfq['source'] == 'generated' and dfq['classes'] == 'random' and dfq['size'] is None
+    assert dfq['samples'] == 'generated' and dfq['classes'] == 'random' and dfq['size'] is None
     generator = generator_of('psaq_v1')
     assert {k: getattr(generator, k) for k in V1_GENERATOR} == V1_GENERATOR
     assert generator.rate_for(ToyTransformer()) == 0.20
@@ -61,10 +62,10 @@ def test_psaq_v1_target_of_the_variation_is_the_papers_at_its_batch_and_size():
 
 def test_repq_presets():
     repq, trained = resolve_dfq('repq'), resolve_dfq('repq_v2')
-    assert (repq['iters'], repq['evolve_every'], repq['source'], repq['calibration_samples']) == (0, 0, 'real', 32)
+    assert (repq['iters'], repq['evolve_every'], repq['samples'], repq['calibration_samples']) == (0, 0, 'real', 32)
     assert not repq['reobserve'] and not trained['reobserve']
     assert {k for k in trained if trained[k] != DFQ_DEFAULTS[k]} == {'method', 'reobserve'}
-    assert resolve_dfq(dict(preset='repq', source='generated'))['source'] == 'generated'
+    assert resolve_dfq(dict(preset='repq', samples='generated'))['samples'] == 'generated'
 
 
 def test_fast_makes_nothing_out_of_the_model():
@@ -90,14 +91,64 @@ def test_presets_do_not_share_what_they_give():
     assert resolve_dfq('fast')['samples']['exponent'] != 9.0 and resolve_dfq('best')['samples'][1]['exponent'] != 9.0
 
 
-def test_where_samples_come_from_is_one_setting_under_two_names():
-    assert resolve_dfq(dict(preset='fast', source='pink'))['samples'] is None
-    assert resolve_dfq(dict(preset='fast', source='generated'))['samples'] == resolve_dfq('fast')['samples']
-    assert resolve_dfq(dict(preset='fast', samples=None))['samples'] is None
-    repq = resolve_dfq(dict(preset='repq', samples=dict(type='psaq_mm.DeadLeaves')))
-    assert repq['source'] == 'generated' and repq['samples'] == dict(type='psaq_mm.DeadLeaves')
-    whole = resolve_dfq(dict(preset='fast', samples=dict(type='psaq_mm.PinkNoise')))
-    assert whole['samples'] == dict(type='psaq_mm.PinkNoise'), 'a source given is not mixed with that of the preset'
+@pytest.mark.parametrize(
+    'dfq, samples',
+    [
+        (dict(preset='fast', source='pink'), 'pink'),
+        (dict(preset='fast', source='generated'), resolve_dfq('fast')['samples']),
+        (dict(preset='fast', samples=None), 'generated'),
+        (dict(preset='fast', samples='generated', source='pink'), 'pink'),
+        (dict(preset='repq', samples=None), 'real'),
+        (dict(preset='repq', source='generated'), 'generated'),
+        (
+            dict(preset='repq', source='generated', samples=dict(type='psaq_mm.DeadLeaves')),
+            dict(type='psaq_mm.DeadLeaves'),
+        ),
+        (dict(source='generated', samples='saved.pt'), 'saved.pt'),
+        (dict(source='real', samples=None), 'real'),
+        (dict(fresh=dict(share=1.0, samples='pink')), 'pink'),
+        (dict(preset='fast', samples=dict(type='psaq_mm.PinkNoise')), dict(type='psaq_mm.PinkNoise')),
+    ],
+)
+def test_earlier_names_of_where_samples_come_from(dfq, samples):
+    settings = resolve_dfq(dfq)
+    assert settings['samples'] == samples and 'source' not in settings
+
+
+def test_fresh_is_a_switch_and_its_earlier_values_are_read():
+    assert [
+        resolve_dfq(dict(fresh=value))['fresh']
+        for value in (0, 0.0, 1, 1.0, True, dict(share=1.0), dict(samples='pink'))
+    ] == [
+        False,
+        False,
+    ] + [True] * 5
+    assert resolve_dfq(dict(joint_lr=0.0)).keys() == DFQ_DEFAULTS.keys()
+
+
+def test_what_recorded_configs_hold_of_the_earlier_damping_is_left_out():
+    for damping, prior_rows in ((0.1, None), (0.3, 32)):
+        settings = resolve_dfq(dict(preset='fast', damping=damping, prior_rows=prior_rows))
+        assert settings == resolve_dfq('fast') and settings['prior_rows'] == 32
+
+
+@pytest.mark.parametrize(
+    'dfq, message',
+    [
+        (dict(fresh=0.5), 'dfq.fresh=0.5 must be True'),
+        (dict(fresh=dict(share=0.5, samples='pink')), 'dfq.fresh=0.5 must be True'),
+        (dict(fresh=dict(part=1)), "'part'"),
+        (dict(fresh=dict(share=1, samples='pink'), samples='real'), 'contradict each other'),
+        (dict(source='real', samples='here.pt'), "dfq.samples=here.pt and dfq.source='real' contradict"),
+        (dict(joint_lr=0.05), 'dfq.joint_lr=0.05 is no longer supported'),
+        (dict(damping=0.2), 'dfq.damping=0.2 is no longer supported.*set dfq.prior_rows'),
+        (dict(sample='pink'), 'dfq.sample is no setting: did you mean samples'),
+        ('psaq_v3', "'psaq_v3' is not known: did you mean psaq_v2"),
+    ],
+)
+def test_settings_that_are_gone_or_unknown_are_named(dfq, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve_dfq(dfq)
 
 
 def test_fast_and_best_as_methods_keep_their_steps_and_samples():
@@ -111,16 +162,19 @@ def test_fast_and_best_as_methods_keep_their_steps_and_samples():
     for method in ('psaq_v1', 'repq'):
         kept = [
             resolve_dfq(with_method(dict(own, samples=given), method))['samples']
-            for given in ('saved.pt', [dict(type='psaq_mm.PinkNoise')])
+            for given in ('saved.pt', [dict(type='psaq_mm.PinkNoise')], 'pink')
         ]
-        assert kept == ['saved.pt', None], 'a source of the config is none of a method that makes its own'
+        own_source = resolve_dfq(method)['samples']
+        assert kept == ['saved.pt', own_source, own_source], (
+            'a source of the config is none of a method that makes its own'
+        )
     other = resolve_dfq(with_method(dict(own, samples=dict(type='psaq_mm.PinkNoise')), 'best'))
     assert other['samples'] == resolve_dfq('best')['samples']
     assert resolve_dfq(dict(preset='best', iters=60, lr=5e-5))['lr'] == 5e-5
 
 
 def test_every_preset_builds_a_generator():
-    for preset in DFQ_PRESETS:
+    for preset in METHODS:
         generator_of(preset)
 
 

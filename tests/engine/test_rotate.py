@@ -10,7 +10,8 @@ from tiny import DETECTOR, SEGMENTOR, Project
 
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.engine.checkpoint import read_checkpoint
-from psaq_mm.engine.presets import DFQ_PRESETS, resolve_dfq
+from psaq_mm.engine.methods import METHODS
+from psaq_mm.engine.presets import resolve_dfq
 from psaq_mm.models import TaskModel, rotate_model_
 from psaq_mm.quantization import calibrate, quantizers, set_mode
 
@@ -27,7 +28,7 @@ def detector(tmp_path_factory):
 
 
 def test_presets_that_are_no_published_method_rotate():
-    assert [name for name in DFQ_PRESETS if resolve_dfq(name)['rotate']] == ['fast', 'best']
+    assert [name for name in METHODS if resolve_dfq(name)['rotate']] == ['fast', 'best']
 
 
 def test_the_log_says_what_was_rotated_and_what_was_not(detector):

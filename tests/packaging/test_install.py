@@ -28,6 +28,7 @@ COMMANDS = {
     'psaq-export': 'psaq_mm.commands.export:main',
 }
 MODULES = sorted((ROOT / 'psaq_mm').rglob('*.py'))
+TEMPLATES = sorted(path for path in (ROOT / 'psaq_mm').rglob('templates/*') if path.is_file())
 # Files that only this test puts into its copy of the tree: one of each kind that must travel, and one of each that must
 # not.
 PROBES = {
@@ -115,8 +116,9 @@ def read(wheel, ending):
         return archive.read(name).decode()
 
 
-def test_wheel_holds_every_module(names):
-    assert {path.relative_to(ROOT).as_posix() for path in MODULES} <= set(names)
+def test_wheel_holds_every_module_and_template(names):
+    assert {path.suffix for path in TEMPLATES} == {'.css', '.html'}
+    assert {path.relative_to(ROOT).as_posix() for path in (*MODULES, *TEMPLATES)} <= set(names)
 
 
 def test_wheel_holds_configs_and_tools_as_mim_expects_them(source, names):
@@ -152,7 +154,7 @@ def test_metadata(wheel):
     assert 'Apache License' in read_license(wheel)
     hard = {re.match(r'[\w.-]+', line).group() for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line}
     # An OpenMMLab library here would be installed over a maintained fork of the same import name.
-    assert hard == {'torch', 'numpy'}
+    assert hard == {'torch', 'numpy', 'filelock', 'jinja2', 'rich'}
     assert set(metadata.get_all('Provides-Extra')) == {
         'all',
         'deploy',

@@ -9,7 +9,6 @@ from toys import ToyTransformer
 
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.pictures import (
-    NAMED,
     SOURCES,
     DeadLeaves,
     GaussianNoise,
@@ -20,9 +19,9 @@ from psaq_mm.pictures import (
     SampleStream,
     Scenes,
     Source,
-    gaussian_noise,
     of_rank,
-    pink_noise,
+    register_source,
+    source_names,
     source_of,
 )
 from psaq_mm.pictures.base import mixed, number_seed
@@ -78,7 +77,7 @@ def test_global_random_state_does_not_matter(source):
 
 @pytest.mark.parametrize(
     'source',
-    [GaussianNoise(), PinkNoise(), DeadLeaves(), Scenes(objects=(1, 1))],
+    [GaussianNoise(), PinkNoise(), DeadLeaves(), Scenes()],
     ids=lambda source: type(source).__name__,
 )
 @pytest.mark.parametrize('channels', [1, 3])
@@ -111,15 +110,12 @@ def test_no_two_numbers_share_a_seed():
     assert len({mixed(a, b) for a in range(50) for b in range(50)}) == 2500
 
 
-def test_a_source_is_called_like_the_functions():
+def test_a_source_that_is_called_draws_under_a_seed_of_the_generator():
     generator = torch.Generator().manual_seed(0)
-    first, second = (SOURCES['dead_leaves'](2, (16, 16), IMAGENET, generator=generator) for _ in range(2))
-    again = SOURCES['dead_leaves'](2, (16, 16), IMAGENET, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(first, again) and not torch.equal(first, second)
-    own = PinkNoise(seed=9)
-    assert SOURCES[own] is own
-    with pytest.raises(KeyError):
-        SOURCES['white']
+    first, second = (DeadLeaves()(2, (16, 16), IMAGENET, generator=generator) for _ in range(2))
+    assert not torch.equal(first, second)
+    seed = int(torch.randint(0, 2**62, (), generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(first, DeadLeaves().draw(range(2), (16, 16), IMAGENET, seed))
 
 
 @pytest.mark.parametrize(
@@ -134,37 +130,15 @@ def test_a_source_is_called_like_the_functions():
 )
 def test_a_name_and_its_class_give_the_same_pictures(name, spelled):
     """Out of a random generator, as a synthesis begins, and by number."""
-    made = [
-        source(3, (16, 20), IMAGENET, torch.Generator().manual_seed(1))
-        for source in (SOURCES[name], source_of(spelled))
-    ]
-    assert torch.equal(*made)
-    assert torch.equal(
-        SOURCES[name].draw([4, 1], (16, 20), IMAGENET, 7), source_of(spelled).draw([4, 1], (16, 20), IMAGENET, 7)
-    )
+    sources = source_of(name), source_of(spelled)
+    assert torch.equal(*(source(3, (16, 20), IMAGENET, torch.Generator().manual_seed(1)) for source in sources))
+    assert torch.equal(*(source.draw([4, 1], (16, 20), IMAGENET, 7) for source in sources))
     makers = [
         SampleGenerator(size=(8, 12), batch_size=2, steps=1, lr=1e-9, drop_tokens=1, init=init)
         for init in (name, spelled)
     ]
     begun = [maker.generate(ToyTransformer(), IMAGENET).samples for maker in makers]
     assert torch.equal(*begun)
-
-
-@pytest.mark.parametrize('name, function', [('gaussian', gaussian_noise), ('pink', pink_noise)])
-def test_noise_out_of_a_generator_is_that_of_the_functions(name, function):
-    made = SOURCES[name](3, (16, 20), IMAGENET, torch.Generator().manual_seed(1))
-    assert torch.equal(made, function(3, (16, 20), IMAGENET, torch.Generator().manual_seed(1)))
-    seeded = [
-        type(SOURCES[name])(seed=seed)(3, (16, 20), IMAGENET, torch.Generator().manual_seed(1)) for seed in (1, 2)
-    ]
-    assert not torch.equal(*seeded) and not any(torch.equal(made, other) for other in seeded)
-    assert torch.equal(SOURCES[name](2, (8, 8), IMAGENET), function(2, (8, 8), IMAGENET))
-
-
-def test_noise_out_of_a_generator_has_exponents_of_its_own():
-    noise = PinkNoise((0.2, 2.0), 0.0)(12, (64, 64), WIDE, torch.Generator().manual_seed(0))
-    slopes = [power_of(picture)[0] for picture in noise]
-    assert max(slopes) - min(slopes) > 0.8 and -2.2 < min(slopes) and max(slopes) < 0
 
 
 # ---------------------------------------------------------------------- ranges, sizes, channels
@@ -293,7 +267,8 @@ def test_generated_samples_take_their_place_in_a_mixture():
 
 # ---------------------------------------------------------------------- configs
 def test_names_dicts_lists_and_sources():
-    assert type(source_of('dead_leaves')) is DeadLeaves and set(SOURCES) < set(NAMED)
+    assert type(source_of('dead_leaves')) is DeadLeaves
+    assert {'gaussian', 'pink', 'dead_leaves', 'scenes', 'mixture', 'generated'} <= set(source_names())
     pink = source_of(dict(type='psaq_mm.PinkNoise', exponent=1.5, weight=2))
     assert pink.exponent == (1.5, 1.5) and source_of(pink) is pink
     mixture = source_of([dict(type='PinkNoise', weight=3), dict(type='psaq_mm.DeadLeaves'), 'gaussian'])
@@ -302,20 +277,22 @@ def test_names_dicts_lists_and_sources():
     assert spelled.weights == [0.75, 0.25]
 
 
-def test_a_source_of_ones_own_is_a_picture_in_standard_units():
+def test_a_source_of_ones_own_is_a_picture_in_standard_units(monkeypatch):
+    monkeypatch.setattr('psaq_mm.pictures.registry.SOURCES', dict(SOURCES))
 
+    @register_source('grey')
     class Grey(Source):
         def picture(self, size, image_spec, generator):
             return torch.zeros(image_spec.channels, *size)
 
-    made = source_of([Grey(), Grey(seed=1)]).draw(range(2), (4, 4), ImageSpec())
+    made = source_of(['grey', Grey(seed=1), dict(type='psaq_mm.Grey')]).draw(range(2), (4, 4), ImageSpec())
     assert torch.equal(made, torch.full((2, 3, 4, 4), 127.5))
 
 
 @pytest.mark.parametrize(
     'given, error, match',
     [
-        ('pnk', ConfigError, "did you mean 'pink'"),
+        ('pnk', ConfigError, 'did you mean pink'),
         (dict(exponent=1), ConfigError, 'lacks its type'),
         (dict(type='psaq_mm.PinkNois'), ConfigError, 'did you mean PinkNoise'),
         (dict(type='PinkNoise', spectrum=1), ConfigError, 'spectrum'),
@@ -327,11 +304,10 @@ def test_a_source_of_ones_own_is_a_picture_in_standard_units():
         (dict(type='PinkNoise', color_correlation=1.1), DataError, 'color_correlation=1.1'),
         (dict(type='DeadLeaves', radius=(0.1, 0.4)), DataError, 'radius='),
         (dict(type='DeadLeaves', radius=(3, 0.6)), DataError, 'at most 0.5'),
-        (dict(type='DeadLeaves', coverage=0), DataError, 'coverage=0'),
-        (dict(type='DeadLeaves', shapes=('disk',)), DataError, "'disk' is no shape"),
-        (dict(type='DeadLeaves', stretch=0), DataError, 'stretch=0'),
-        (dict(type='DeadLeaves', wavelength=(1, 5)), DataError, 'wavelength='),
-        (dict(type='DeadLeaves', texture=-1), DataError, 'texture=-1'),
+        (dict(type='DeadLeaves', texture=0.6), ConfigError, 'texture of DeadLeaves can no longer be set'),
+        (dict(type='psaq_mm.Scenes', objects=(3, 16)), ConfigError, 'objects of Scenes can no longer be set'),
+        (dict(type='Scenes', radius=(0, 0.2)), DataError, 'radius='),
+        (['pink', dict(type='Mixture', sources=['bronw'])], ConfigError, "'bronw' is no source"),
         (dict(type='DeadLeaves', exponent=math.inf), DataError, 'exponent=inf'),
     ],
 )
@@ -347,12 +323,12 @@ def test_there_is_no_such_rank():
 
 # ---------------------------------------------------------------------- the start of the synthesis
 @pytest.mark.parametrize(
-    'init', ['dead_leaves', dict(type='psaq_mm.DeadLeaves', coverage=1), [dict(type='PinkNoise'), 'dead_leaves']]
+    'init', ['dead_leaves', dict(type='psaq_mm.DeadLeaves', exponent=1), [dict(type='PinkNoise'), 'dead_leaves']]
 )
 def test_synthesis_begins_with_a_source(init):
     maker = SampleGenerator(size=(24, 32), batch_size=2, steps=1, lr=1e-9, jitter=0, flip=0.0, drop_tokens=1, init=init)
     made = maker.generate(ToyTransformer(), IMAGENET, generator=torch.Generator().manual_seed(4)).samples
-    first = SOURCES[maker.init](2, (24, 32), IMAGENET, torch.Generator().manual_seed(4))
+    first = source_of(maker.init)(2, (24, 32), IMAGENET, torch.Generator().manual_seed(4))
     torch.testing.assert_close(made, first, rtol=0, atol=1e-5)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from psaq_mm.pictures import DeadLeaves, ImageSpec
-from psaq_mm.pictures.leaves import SHAPES, leaf_maps, mean_square, power_law
+from psaq_mm.pictures import leaves as module
+from psaq_mm.pictures.leaves import SHAPES, _painted, leaf_maps, mean_square, power_law
 
 SPEC = ImageSpec((127.5,) * 3, (20.0,) * 3)
 
@@ -61,7 +62,7 @@ def test_a_leaf_is_where_the_textbook_has_it(shape, sides, x, y):
 
 
 def test_the_foremost_leaf_hides_the_others():
-    leaves = DeadLeaves(radius=(2.0, 0.4), coverage=4.0).leaves((40, 56), seeded())
+    leaves = DeadLeaves(radius=(2.0, 0.4)).leaves((40, 56), seeded())
     count = len(leaves['x'])
     wanted = torch.zeros(40, 56, dtype=torch.int64)
     for number in range(count):  # the hindmost first, each over those before
@@ -98,41 +99,44 @@ def test_sizes_follow_the_power_law(exponent):
     assert float(found.square().mean()) == pytest.approx(mean_square(3.0, 60.0, exponent), rel=0.03)
 
 
-@pytest.mark.parametrize('shapes', [('disc',), ('rectangle',), ('polygon',), SHAPES])
-def test_the_area_of_the_leaves_is_the_coverage(shapes):
-    source = DeadLeaves(radius=(3.0, 0.15), coverage=2.0, shapes=shapes)
+@pytest.mark.parametrize('weights', [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 1.0)])
+def test_the_area_of_the_leaves_is_the_coverage(weights, monkeypatch):
+    monkeypatch.setattr(module, 'COVERAGE', 2.0)
+    monkeypatch.setattr(module, 'SHAPE_WEIGHTS', weights)
+    source = DeadLeaves(radius=(3.0, 0.15))
     uncovered = [
         float((leaf_maps([source.leaves((128, 128), seeded(s))], (128, 128)) == 0).float().mean()) for s in range(6)
     ]
     assert sum(uncovered) / 6 == pytest.approx(math.exp(-2), abs=0.03)
 
 
-def test_weights_of_shapes():
-    chosen = DeadLeaves(shapes=dict(disc=3, polygon=1)).leaves((200, 200), seeded())['shape']
-    share = [(chosen == k).float().mean().item() for k in range(3)]
-    assert share[1] == 0 and share[0] == pytest.approx(0.75, abs=0.05)
+def test_shapes_are_equally_often():
+    chosen = DeadLeaves().leaves((200, 200), seeded())['shape']
+    assert [(chosen == k).float().mean().item() for k in range(3)] == pytest.approx([1 / 3] * 3, abs=0.05)
 
 
-def test_edges_are_sharper_and_rarer_than_those_of_noise():
+def test_edges_are_sharper_and_rarer_than_those_of_noise(monkeypatch):
     """Differences of neighbours: mostly small, some large; their kurtosis is 3 for any Gaussian noise, white or
     pink."""
-    made = DeadLeaves(texture=0.2).draw(range(4), (96, 96), SPEC)
+    monkeypatch.setattr(module, 'TEXTURE', 0.2)
+    made = DeadLeaves().draw(range(4), (96, 96), SPEC)
     step = made[..., 1:] - made[..., :-1]
     step = step - step.mean()
     assert float(step.pow(4).mean() / step.square().mean() ** 2) > 6
 
 
-def test_plain_leaves_are_of_one_colour_and_textured_ones_are_not():
-    source = DeadLeaves(texture=0.0, shading=0.0)
+def test_plain_leaves_are_of_one_colour_and_textured_ones_are_not(monkeypatch):
+    source = DeadLeaves()
     leaves = source.leaves((64, 64), seeded())
     ids = leaf_maps([leaves], (64, 64))[0]
-    generator = seeded(5)
     leaf = int(ids[ids > 0].mode().values)
-    from psaq_mm.pictures.leaves import _painted
 
-    plain = _painted(ids, leaves, source._paints((64, 64), 3, generator))[:, ids == leaf]
-    rich = DeadLeaves(texture=1.0, shading=1.0)
-    textured = _painted(ids, leaves, rich._paints((64, 64), 3, seeded(5)))[:, ids == leaf]
+    def painted(amount):
+        monkeypatch.setattr(module, 'TEXTURE', amount)
+        monkeypatch.setattr(module, 'SHADING', amount)
+        return _painted(ids, leaves, source._paints((64, 64), 3, seeded(5)))[:, ids == leaf]
+
+    plain, textured = painted(0.0), painted(1.0)
     assert float(plain.std(1).max()) < 1e-6 < 0.05 < float(textured.std(1).min())
 
 
@@ -145,10 +149,12 @@ def test_the_picture_is_periodic():
 
 
 def test_channels_of_a_leaf_correlate():
-    source = DeadLeaves(texture=0.0, shading=0.0, color_correlation=0.7)
+    source = DeadLeaves()
     colours = torch.cat([source._paints((128, 128), 3, seeded(s)).colour for s in range(4)], 1)
     found = torch.corrcoef(colours)
-    assert float(found[0, 1]) == pytest.approx(0.7, abs=0.05) and float(found[1, 2]) == pytest.approx(0.7, abs=0.05)
+    assert float(found[0, 1]) == pytest.approx(module.COLOR_CORRELATION, abs=0.05) and float(
+        found[1, 2]
+    ) == pytest.approx(module.COLOR_CORRELATION, abs=0.05)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (3, 200), (2, 2)])
@@ -156,13 +162,16 @@ def test_sizes_smaller_than_a_leaf(size):
     assert DeadLeaves().draw([0, 1], size, SPEC).isfinite().all()
 
 
-def test_a_texture_is_stronger_in_one_channel_than_in_another():
+def test_a_texture_is_stronger_in_one_channel_than_in_another(monkeypatch):
     """With channels that correlate wholly, colours are grey: what is left of colour is the tint of the textures."""
-    settings = dict(color_correlation=1.0, shading=0.0)
-    grey, tinted = (
-        DeadLeaves(texture=amount, **settings).pictures(range(4), (48, 48), ImageSpec(), 0) for amount in (0.0, 0.8)
-    )
+    monkeypatch.setattr(module, 'COLOR_CORRELATION', 1.0)
+    monkeypatch.setattr(module, 'SHADING', 0.0)
+
+    def drawn(amount):
+        monkeypatch.setattr(module, 'TEXTURE', amount)
+        return DeadLeaves().pictures(range(4), (48, 48), ImageSpec(), 0)
+
+    grey, tinted = drawn(0.0), drawn(0.8)
     assert (grey[:, 1] - grey[:, 0])[..., 1:].abs().median() < 1e-5
     colour = tinted - tinted.mean(1, keepdim=True)
-    brightness = DeadLeaves(texture=0.8, **settings).pictures(range(4), (48, 48), ImageSpec(), 0).mean(1)
-    assert 0.03 < float(colour.std()) < 0.3 * float(brightness.std())
+    assert 0.03 < float(colour.std()) < 0.3 * float(tinted.mean(1).std())

@@ -8,8 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from psaq_mm.errors import DataError
-from psaq_mm.pictures import ImageSpec, Scenes, scenes, source_of
+from psaq_mm.pictures import ImageSpec, Scenes, scenes
 from psaq_mm.pictures.scenes import outline, pattern_maps
 
 SPEC = ImageSpec((127.5,) * 3, (26.0,) * 3)  # keeps values up to 4.9 standard units
@@ -74,21 +73,30 @@ def _correlation(maps):
     return torch.corrcoef(maps.flatten(1))[0, 1]
 
 
-def test_objects_stand_before_the_background():
-    still = dict(texture=(0.0, 0.0), shading=0.0, contrast=(1.0, 1.0))
-    empty = Scenes(objects=(0, 0), **still).draw(range(3), (40, 40), SPEC)
+@pytest.fixture
+def still(monkeypatch):
+    """Surfaces of one colour each, without light, and pictures of equal spread."""
+    for name, value in dict(TEXTURE=(0.0, 0.0), SHADING=0.0, CONTRAST=(0.5, 0.5)).items():
+        monkeypatch.setattr(scenes, name, value)
+
+
+def drawn(monkeypatch, objects, count, **settings):
+    monkeypatch.setattr(scenes, 'OBJECTS', (objects, objects))
+    return Scenes(**settings).draw(range(count), (40, 40), SPEC)
+
+
+def test_objects_stand_before_the_background(still, monkeypatch):
+    empty = drawn(monkeypatch, 0, 3)
     assert float((empty - empty.mean((2, 3), keepdim=True)).abs().max()) < 1e-2, 'one colour'
-    for picture in Scenes(objects=(1, 1), radius=(0.2, 0.3), **still).draw(range(6), (40, 40), SPEC):
+    for picture in drawn(monkeypatch, 1, 6, radius=(0.2, 0.3)):
         counts = sorted(colours(picture).values(), reverse=True)
         # Two colours, and where the picture is blurred, those between them along an edge.
         assert len(counts) > 1 and counts[0] + counts[1] > 0.75 * 1600
-    assert (
-        min(len(colours(picture)) for picture in Scenes(objects=(16, 16), **still).draw(range(6), (40, 40), SPEC)) > 4
-    )
+    assert min(len(colours(picture)) for picture in drawn(monkeypatch, 16, 6)) > 4
 
 
-def test_contrast_is_the_spread():
-    pictures = Scenes(contrast=(0.5, 0.5)).draw(range(8), (48, 64), SPEC)
+def test_contrast_is_the_spread(still, monkeypatch):
+    pictures = drawn(monkeypatch, 9, 8)
     centred = pictures - pictures.mean((2, 3), keepdim=True)
     torch.testing.assert_close(centred.square().mean((1, 2, 3)).sqrt(), torch.full((8,), 0.5), rtol=0.01, atol=0)
 
@@ -110,19 +118,3 @@ def test_any_size_and_number_of_channels(size, channels):
         and bool(torch.isfinite(made).all())
         and float(made.abs().max()) <= 127.5 / 50
     )
-
-
-@pytest.mark.parametrize(
-    'settings, match',
-    [
-        (dict(objects=(5, 2)), r'objects=\(5, 2\)'),
-        (dict(objects=3), 'objects=3'),
-        (dict(radius=(0, 0.2)), 'radius='),
-        (dict(texture=-1), 'texture=-1'),
-        (dict(color_correlation=(0, 2)), 'color_correlation='),
-        (dict(roughness=5), 'roughness=5'),
-    ],
-)
-def test_mistakes_are_named(settings, match):
-    with pytest.raises(DataError, match=match):
-        source_of(dict(type='psaq_mm.Scenes', **settings))

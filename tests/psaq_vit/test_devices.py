@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import ToyTransformer
 
-from psaq_mm.pictures import ImageSpec, gaussian_noise, pink_noise
+from psaq_mm.pictures import GaussianNoise, ImageSpec, PinkNoise
 from psaq_mm.psaq_vit import SampleGenerator, patch_similarity_entropy, variation_prior
 
 SPEC = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -31,7 +31,7 @@ def test_the_prior(device):
     torch.testing.assert_close(found.cpu(), variation_prior(images, 10.0))
 
 
-@pytest.mark.parametrize('make', [gaussian_noise, pink_noise])
+@pytest.mark.parametrize('make', [GaussianNoise(), PinkNoise()])
 def test_sources_draw_the_same_everywhere(device, make):
     drawn = [
         make(2, (16, 24), SPEC, generator=torch.Generator().manual_seed(3), device=place) for place in (device, 'cpu')

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from psaq_mm.errors import DataError
-from psaq_mm.pictures import ImageSpec, gaussian_noise, pink_noise
+from psaq_mm.pictures import GaussianNoise, ImageSpec, PinkNoise
 from psaq_mm.psaq_vit import total_variation, variation_prior, variation_target
 from psaq_mm.psaq_vit.priors import REFERENCE_SHAPE
 
@@ -109,7 +109,7 @@ def test_wrong_channels_are_named():
         IMAGENET.clamp(torch.zeros(1, 4, 2, 2))
 
 
-@pytest.mark.parametrize('source', [gaussian_noise, pink_noise])
+@pytest.mark.parametrize('source', [GaussianNoise(), PinkNoise()])
 @pytest.mark.parametrize('spec', SPECS)
 @pytest.mark.parametrize('size', [(1, 1), (17, 5), (32, 48)])
 def test_sources_are_seeded_and_within_range(source, spec, size):
@@ -122,9 +122,7 @@ def test_sources_are_seeded_and_within_range(source, spec, size):
 
 
 def test_pink_noise_falls_with_frequency_and_correlates_colors():
-    noise = pink_noise(
-        16, (64, 64), ImageSpec((0.0,) * 3, (60.0,) * 3).__class__((127.5,) * 3, (28.0,) * 3), color_correlation=0.8
-    )
+    noise = PinkNoise(color_correlation=0.8)(16, (64, 64), ImageSpec((127.5,) * 3, (28.0,) * 3))
     power = torch.fft.rfft2(noise).abs().square().mean((0, 1))
     ratio = float(power[0, 2] / power[0, 16])
     assert 30 < ratio < 130  # amplitude 1 / f: (16 / 2)^2 = 64 in power
@@ -134,6 +132,6 @@ def test_pink_noise_falls_with_frequency_and_correlates_colors():
 
 def test_bad_source_arguments_are_named():
     with pytest.raises(DataError, match='batch=0'):
-        gaussian_noise(0, (4, 4), IMAGENET)
+        GaussianNoise()(0, (4, 4), IMAGENET)
     with pytest.raises(DataError, match='color_correlation=2'):
-        pink_noise(1, (4, 4), IMAGENET, color_correlation=2)
+        PinkNoise(color_correlation=2)

@@ -18,11 +18,11 @@ from psaq_mm.quantization import (
     QuantLinear,
     QuantMatMul,
     QuantSpec,
+    Quantizer,
     adopt,
     calibrate,
     is_quantizer_key,
     quantize_,
-    quantizer_state_keys,
     quantizers,
     register_adapter,
     set_mode,
@@ -74,6 +74,12 @@ class Net(nn.Module):
 
 
 LAYER_NAMES = ['patch_embed', 'blocks.0.qkv', 'blocks.0.proj', 'blocks.1.qkv', 'blocks.1.proj', 'head']
+
+
+def state_keys_of(model):
+    """State-dict keys of all quantizers, also under the second name of a shared module."""
+    modules = dict(model.named_modules(remove_duplicate=False)).items()
+    return {f'{name}.{key}' for name, module in modules if isinstance(module, Quantizer) for key in module.state_dict()}
 
 
 def convert_attention(module, name, spec):
@@ -276,7 +282,7 @@ def test_shared_layers_are_converted_once():
     model = nn.Sequential(layer, nn.ReLU(), layer)
     report = quantize_(model, 'w8a8')
     assert len(report.layers) == 1 and model[0] is model[2]
-    assert set(model.state_dict()) - {'0.weight', '0.bias', '2.weight', '2.bias'} == quantizer_state_keys(model)
+    assert set(model.state_dict()) - {'0.weight', '0.bias', '2.weight', '2.bias'} == state_keys_of(model)
 
 
 def test_a_bare_layer_is_converted_in_place():
@@ -357,12 +363,12 @@ def test_float_keys_stay_and_float_checkpoints_load(net, x, adapter):
     state = copy.deepcopy(net.state_dict())
     quantize_(net, 'w4a8')
     keys = set(net.state_dict())
-    assert set(state) < keys and keys - set(state) == quantizer_state_keys(net)
-    assert {k for k in keys if is_quantizer_key(k)} == quantizer_state_keys(net)
+    assert set(state) < keys and keys - set(state) == state_keys_of(net)
+    assert {k for k in keys if is_quantizer_key(k)} == state_keys_of(net)
     result = net.load_state_dict(state, strict=False)
-    assert set(result.missing_keys) == quantizer_state_keys(net) and result.unexpected_keys == []
+    assert set(result.missing_keys) == state_keys_of(net) and result.unexpected_keys == []
     missing, unexpected, errors = mmengine_load(net, state)
-    assert set(missing) == quantizer_state_keys(net) and unexpected == errors == []
+    assert set(missing) == state_keys_of(net) and unexpected == errors == []
 
 
 @pytest.mark.parametrize('loader', ['torch', 'assign', 'mmengine recursion', 'mmengine'])

@@ -12,9 +12,12 @@ from torch import nn
 
 from psaq_mm.quantization import (
     AffineQuantizer,
+    ChannelGrid,
+    FeatureObserver,
     LogQuantizer,
-    build_channel_observer,
+    UniformGrid,
     build_observer,
+    build_rule,
     calibrate,
     dequantize,
     fake_quantize,
@@ -64,22 +67,24 @@ def test_codes_values_and_gradients(device, axis):
 def test_ranges(device, name, axis):
     found, expected = build_observer(name, axis), build_observer(name, axis)
     for batch in data(5, 200, 8).unbind():
-        found.update(batch.to(device))
-        expected.update(batch)
-    for one, other in zip(found.range(4, False), expected.range(4, False)):
-        close(one, other, device)
+        found.observe(batch.to(device))
+        expected.observe(batch)
+    (scale, zero_point), (other_scale, other_zero) = found.qparams(UniformGrid(4)), expected.qparams(UniformGrid(4))
+    close(scale, other_scale, device)
+    equal(zero_point, other_zero, device)
 
 
 @pytest.mark.parametrize('name', OBSERVERS)
 def test_ranges_of_channels(device, name):
-    found, expected = build_channel_observer(name), build_channel_observer(name)
+    found, expected = FeatureObserver(build_rule(name)), FeatureObserver(build_rule(name))
     for batch in (data(5, 200, 40) * torch.logspace(-3, 3, 40)).unbind():
-        found.update(batch.to(device))
-        expected.update(batch)
-    (scale, zero_point), (other_scale, other_zero) = found.qparams(4), expected.qparams(4)
+        found.observe(batch.to(device))
+        expected.observe(batch)
+    (scale, zero_point), (other_scale, other_zero) = found.qparams(ChannelGrid(4)), expected.qparams(ChannelGrid(4))
     close(scale, other_scale, device)
     equal(zero_point, other_zero, device)
-    equal(found.constant, expected.constant, device)
+    for end, other in zip(found.ends(), expected.ends()):
+        equal(end, other, device)
 
 
 @pytest.mark.parametrize('make', [lambda: AffineQuantizer(4), lambda: LogQuantizer(4), lambda: LogQuantizer(4, 'log2')])

@@ -16,6 +16,7 @@ from psaq_mm.quantization import (
     QuantLinear,
     QuantMatMul,
     adopt,
+    calibrate,
     choose_qparams,
     fake_quantize,
     full_precision_weights,
@@ -344,14 +345,11 @@ def test_adopt_is_open_to_other_classes_and_keeps_hooks():
 
 def test_matmul():
     a, b = torch.rand(2, 3, 5, 4), torch.randn(2, 3, 4, 6)
-    matmul = QuantMatMul(8, 4)
+    matmul, outputs = QuantMatMul(8, 4), []
     with pytest.raises(NotCalibratedError):
         matmul(a, b)
-    for quantizer in matmul.children():
-        quantizer.begin_observing()
-    assert torch.equal(matmul(a, b), a @ b)
-    for quantizer in matmul.children():
-        quantizer.finish_observing()
+    calibrate(matmul, lambda: outputs.append(matmul(a, b)))
+    assert torch.equal(outputs[0], a @ b)
     left = fake_quantize(a, *choose_qparams(a.min(), a.max(), 8, False), 0, 255)
     right = fake_quantize(b, *choose_qparams(b.min(), b.max(), 4, False), 0, 15)
     assert torch.equal(matmul(a, b), left @ right)
@@ -361,11 +359,8 @@ def test_matmul_masks_rows_of_the_left_operand_only():
     a, b = torch.ones(4, 3, 2, 2), torch.full((4, 3, 2, 2), 7.0)
     a[:, :, 1] = 100.0
     matmul = QuantMatMul()
-    for quantizer in matmul.children():
-        quantizer.begin_observing()
-    matmul(a, b, torch.tensor([[[True, False]], [[True, False]]]))  # two windows, two images
-    for quantizer in matmul.children():
-        quantizer.finish_observing()
+    mask = torch.tensor([[[True, False]], [[True, False]]])  # two windows, two images
+    calibrate(matmul, lambda: matmul(a, b, mask))
     torch.testing.assert_close(matmul.lhs_quantizer.scale, torch.tensor(1 / 255))
     torch.testing.assert_close(matmul.rhs_quantizer.scale, torch.tensor(7 / 255))
 
@@ -379,10 +374,8 @@ def test_matmul_with_operands_in_float():
 
 def test_layer_masks_rows():
     quantized = QuantLinear.from_float(nn.Linear(2, 2), LayerSpec())
-    quantized.weight_quantizer.mode = 'off'
-    quantized.input_quantizer.begin_observing()
-    quantized(torch.tensor([[[255.0, 0.0], [999.0, 999.0]]]), torch.tensor([True, False]))
-    quantized.input_quantizer.finish_observing()
+    x, mask = torch.tensor([[[255.0, 0.0], [999.0, 999.0]]]), torch.tensor([True, False])
+    calibrate(quantized, lambda: quantized(x, mask))
     assert quantized.input_quantizer.scale == 1
 
 

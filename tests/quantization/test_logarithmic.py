@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization.logarithmic import LogObserver, fake_log_quantize, log2_form, log_dequantize, log_quantize
+from psaq_mm.quantization import LogGrid, LogObserver, Percentile
+from psaq_mm.quantization.logarithmic import fake_log_quantize, log_dequantize, log_quantize
 
 BITS = st.integers(2, 8)
 BASE = st.sampled_from(['log2', 'log_sqrt2'])
@@ -75,25 +76,6 @@ def test_what_exceeds_delta_saturates():
     assert fake_log_quantize(x, torch.tensor(0.25), 4, 'log_sqrt2').tolist() == [0.25] * 5
 
 
-@pytest.mark.parametrize('bits', range(2, 9))
-@given(DELTA)
-@settings(max_examples=40)
-def test_log2_form_equals_log_sqrt2(bits, delta):
-    codes, delta = every_code(bits), torch.tensor(delta)
-    got, expected = log2_form(codes, delta, bits), log_dequantize(codes, delta, bits, 'log_sqrt2')
-    tiny = torch.finfo(torch.float32).tiny  # values below are stored with fewer digits, or flushed
-    torch.testing.assert_close(got, expected, rtol=4e-7, atol=2 * tiny)
-    assert got[-1] == 0
-
-
-def test_log2_form_needs_two_scales_and_shifts():
-    delta = torch.tensor(0.7)
-    values = log2_form(every_code(4), delta, 4)[:-1]
-    even, odd = values[::2], values[1::2]
-    assert torch.equal(even, delta * torch.tensor([2.0**-i for i in range(8)]))
-    assert torch.equal(odd, delta * 2**0.5 * torch.tensor([2.0**-i for i in range(1, 9)]))
-
-
 @given(st.lists(st.one_of(SHARES, NOT_NAN), min_size=1, max_size=40), DELTA, BITS, BASE)
 @settings(max_examples=300)
 def test_fake_quantize_is_dequantize_of_quantize(values, delta, bits, base):
@@ -148,7 +130,6 @@ def test_computed_in_float32_also_under_autocast(base):
         assert same_bits(fake_log_quantize(x, delta, 8, base), expected)
         codes = log_quantize(x, delta, 8, base)
         assert same_bits(log_dequantize(codes, delta, 8, base), expected)
-        assert log2_form(codes, delta, 8).dtype == torch.float32
     for dtype in (torch.float16, torch.bfloat16):
         y = fake_log_quantize(x.to(dtype), delta, 8, base)
         assert y.dtype == dtype and torch.equal(y, fake_log_quantize(x.to(dtype).float(), delta, 8, base).to(dtype))
@@ -165,20 +146,18 @@ def test_inputs_stay_as_they_are():
 
 def test_unknown_settings():
     x, delta = torch.rand(3), torch.tensor(1.0)
-    observer = LogObserver()
-    observer.update(x)
     for call in (
         lambda *setting: fake_log_quantize(x, delta, *setting),
         lambda *setting: log_quantize(x, delta, *setting),
         lambda *setting: log_dequantize(every_code(2), delta, *setting),
-        observer.delta,
+        LogGrid,
     ):
         with pytest.raises(SpecError, match="base 'ln'.*'log2', 'log_sqrt2'"):
             call(4, 'ln')
         with pytest.raises(SpecError, match='bits=1'):
             call(1, 'log2')
     with pytest.raises(SpecError, match='percentile 0.3'):
-        LogObserver(candidates=(0.3,))
+        LogObserver(Percentile((0.3,)))
 
 
 def attention(kind, seed=0):
@@ -197,6 +176,10 @@ def attention(kind, seed=0):
     return logits.softmax(1)
 
 
+def delta_of(observer, bits, base):
+    return observer.qparams(LogGrid(bits, base))[0]
+
+
 def exact_error(x, delta, bits, base):
     return (fake_log_quantize(x, delta, bits, base) - x).double().square().sum().item()
 
@@ -207,32 +190,32 @@ def test_delta_has_the_least_squared_error(kind, bits, base):
     x = attention(kind)
     observer = LogObserver()
     for batch in x.split(300):
-        observer.update(batch)
-    delta = observer.delta(bits, base)
+        observer.observe(batch)
+    delta = delta_of(observer, bits, base)
     assert delta.dtype == torch.float32 and delta.shape == ()
     exact = [x.double().flatten().quantile(p).float() for p in CANDIDATES]
     best = min(exact_error(x, d, bits, base) for d in exact)
     assert exact_error(x, delta, bits, base) <= 1.01 * best
-    assert min((delta - d).abs() for d in exact) <= observer.histogram.width * 1.001
+    assert min((delta - d).abs() for d in exact) <= observer.store.width * 1.001
 
 
 def test_delta_depends_on_the_bits():
     # With few levels from the greatest value down, the many would be zero; with many levels the rare large ones count.
     x = torch.cat([torch.rand(100_000) * 0.01, torch.full((30,), 0.3)])
     observer = LogObserver()
-    observer.update(x)
-    assert observer.delta(2, 'log_sqrt2') < 0.02 and observer.delta(8, 'log_sqrt2') > 0.29
+    observer.observe(x)
+    assert delta_of(observer, 2, 'log_sqrt2') < 0.02 and delta_of(observer, 8, 'log_sqrt2') > 0.29
 
 
 def test_delta_does_not_depend_on_batches_and_rows_left_out_take_no_part():
     x = attention('peaked')
     whole, parts, masked = LogObserver(), LogObserver(), LogObserver()
-    whole.update(x)
+    whole.observe(x)
     for batch in x.flip(0).split(77):
-        parts.update(batch)
+        parts.observe(batch)
     padded = torch.cat([x, torch.full((3, 49), 5.0)]).view(1, -1, 49)
-    masked.update(padded, torch.arange(2003) < 2000)
-    assert whole.delta(4, 'log_sqrt2') == parts.delta(4, 'log_sqrt2') == masked.delta(4, 'log_sqrt2')
+    masked.observe(padded, torch.arange(2003) < 2000)
+    assert delta_of(whole, 4, 'log_sqrt2') == delta_of(parts, 4, 'log_sqrt2') == delta_of(masked, 4, 'log_sqrt2')
 
 
 @pytest.mark.parametrize(
@@ -240,26 +223,26 @@ def test_delta_does_not_depend_on_batches_and_rows_left_out_take_no_part():
 )
 def test_constant_data_gives_a_usable_delta(value, delta):
     observer = LogObserver()
-    observer.update(torch.full((100,), value))
-    assert observer.delta(4, 'log_sqrt2') == delta
+    observer.observe(torch.full((100,), value))
+    assert delta_of(observer, 4, 'log_sqrt2') == delta
 
 
 def test_mostly_zeros():
     x = torch.zeros(100_000)
     x[:5] = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.9])
-    observer = LogObserver(candidates=(0.999, 1.0))
-    observer.update(x)
-    assert observer.delta(4, 'log_sqrt2') == x.max()
-    observer = LogObserver(candidates=(0.999,))
-    observer.update(x)
-    assert observer.delta(4, 'log_sqrt2') > 0
+    observer = LogObserver(Percentile((0.999, 1.0)))
+    observer.observe(x)
+    assert delta_of(observer, 4, 'log_sqrt2') == x.max()
+    observer = LogObserver(Percentile((0.999,)))
+    observer.observe(x)
+    assert delta_of(observer, 4, 'log_sqrt2') > 0
 
 
 def test_no_data_and_bad_data():
     observer = LogObserver()
-    observer.update(torch.zeros(0, 3))
+    observer.observe(torch.zeros(0, 3))
     assert not observer.saw_data
     with pytest.raises(NotCalibratedError, match='saw no data'):
-        observer.delta(4, 'log2')
+        delta_of(observer, 4, 'log2')
     with pytest.raises(DataError, match='NaN or infinity'):
-        observer.update(torch.tensor([0.1, float('nan')]))
+        observer.observe(torch.tensor([0.1, float('nan')]))

@@ -8,13 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization.channel_observers import (
-    ChannelMinMaxObserver,
-    ChannelMSEObserver,
-    ChannelPercentileObserver,
-    build_channel_observer,
-    channel_qparams,
-)
+from psaq_mm.quantization import ChannelGrid, FeatureObserver, Percentile, Shrink, build_rule
 from psaq_mm.quantization.histograms import ChannelHistogram, Distribution
 
 NAMES = ['minmax', 'percentile', 'mse']
@@ -39,6 +33,10 @@ def make_tokens(n=20_000, seed=0):
     return x
 
 
+def feature_observer(name):
+    return FeatureObserver(build_rule(name))
+
+
 def width_of(histogram):
     return torch.exp2(histogram.exponent.double())
 
@@ -51,7 +49,7 @@ def histogram_of(batches):
 
 
 def quantiles_of(histogram, q):
-    return torch.cat([values.quantiles(q) for values in histogram.distributions()], dim=1)
+    return torch.cat([values.quantiles(q) for values in histogram.parts()], dim=1)
 
 
 def fake(x, scale, zero_point, bits):
@@ -100,9 +98,9 @@ def test_quantiles_of_few_values(n):
 def test_squared_error_is_the_one_on_the_data(bits):
     x = make_tokens()
     histogram = histogram_of([x])
-    values = next(histogram.distributions())
+    values = next(histogram.parts())
     for low, high in exact_ranges(x):
-        scale, zero_point = channel_qparams(low, torch.maximum(high, low), bits)
+        scale, zero_point = ChannelGrid(bits).qparams(low, torch.maximum(high, low))
         exact = errors_of(x, scale, zero_point, bits)
         step = scale.double()[:, None]
         levels = (torch.arange(2**bits) - zero_point[:, None]) * step
@@ -174,14 +172,14 @@ def test_growing_ranges_keep_every_count():
 @pytest.mark.parametrize('chunk, channels', [(64, 2), (1, 3), (1000, 5)])
 def test_chunks_do_not_matter(monkeypatch, chunk, channels):
     x = make_tokens(500)
-    expected = ChannelPercentileObserver()
-    expected.update(x)
+    expected = FeatureObserver(Percentile())
+    expected.observe(x)
     monkeypatch.setattr(ChannelHistogram, '_VALUES', chunk)
     monkeypatch.setattr(ChannelHistogram, '_CHANNELS', channels)
-    observer = ChannelPercentileObserver()
-    observer.update(x)
-    assert torch.equal(observer.histogram.counts, expected.histogram.counts)
-    for got, wanted in zip(observer.qparams(4), expected.qparams(4)):
+    observer = FeatureObserver(Percentile())
+    observer.observe(x)
+    assert torch.equal(observer.store.counts, expected.store.counts)
+    for got, wanted in zip(observer.qparams(ChannelGrid(4)), expected.qparams(ChannelGrid(4))):
         assert torch.equal(got, wanted)
 
 
@@ -200,35 +198,35 @@ def test_counts_beyond_int32():
 @pytest.mark.parametrize('bits', [2, 4, 6, 8])
 def test_percentile_has_the_least_squared_error(bits):
     x = make_tokens()
-    observer = ChannelPercentileObserver(candidates=CANDIDATES)
+    observer = FeatureObserver(Percentile(CANDIDATES))
     for batch in x.view(10, 40, 50, 9):
-        observer.update(batch)
-    scale, zero_point = observer.qparams(bits)
+        observer.observe(batch)
+    scale, zero_point = observer.qparams(ChannelGrid(bits))
     best = torch.full((9,), torch.inf, dtype=torch.float64)
     for low, high in exact_ranges(x):
-        error = errors_of(x, *channel_qparams(low, torch.maximum(high, low), bits), bits)
+        error = errors_of(x, *ChannelGrid(bits).qparams(low, torch.maximum(high, low)), bits)
         best = torch.where(high > low, torch.minimum(best, error), best)
     assert (errors_of(x, scale, zero_point, bits) <= 1.03 * best).all()
 
 
 def test_percentile_gives_the_scale_of_the_exact_search():
     x = make_tokens()[:, [0, 1, 7, 8]]
-    observer = ChannelPercentileObserver(candidates=(0.999,))
-    observer.update(x)
+    observer = FeatureObserver(Percentile((0.999,)))
+    observer.observe(x)
     wide = x.double()
     low, high = wide.quantile(1 - 0.999, dim=0), wide.quantile(0.999, dim=0)
-    scale, zero_point = observer.qparams(4)
-    within = 2 * width_of(observer.histogram) / 15
+    scale, zero_point = observer.qparams(ChannelGrid(4))
+    within = 2 * width_of(observer.store) / 15
     assert ((scale - (high - low) / 15).abs() <= within * 1.001).all()
-    assert ((zero_point * scale.double() + low).abs() <= scale / 2 + width_of(observer.histogram) * 1.001).all()
+    assert ((zero_point * scale.double() + low).abs() <= scale / 2 + width_of(observer.store) * 1.001).all()
 
 
 def test_candidate_is_chosen_channel_by_channel_and_by_bits():
     x = make_tokens()[:, [0, 0]]
     x[:4, 1] = 30.0
-    observer = ChannelPercentileObserver()
-    observer.update(x)
-    (a4, b4), (a8, b8) = observer.qparams(4)[0], observer.qparams(8)[0]
+    observer = FeatureObserver(Percentile())
+    observer.observe(x)
+    (a4, b4), (a8, b8) = observer.qparams(ChannelGrid(4))[0], observer.qparams(ChannelGrid(8))[0]
     assert b4 * 15 < 10 < b8 * 255 and a4 < b8 * 16 and a8 * 255 < 10
 
 
@@ -236,22 +234,22 @@ def test_candidate_is_chosen_channel_by_channel_and_by_bits():
 def test_mse_takes_the_best_factor_around_the_middle(bits):
     x = make_tokens(3_000)
     factors = (1.0, 0.9, 0.7, 0.5)
-    observer = ChannelMSEObserver(factors)
-    observer.update(x)
+    observer = FeatureObserver(Shrink(factors))
+    observer.observe(x)
     errors = []
     low, high = x.double().amin(0), x.double().amax(0)
     for factor in factors:
         cut = (1 - factor) * (high - low) / 2
-        errors.append(errors_of(x, *channel_qparams(low + cut, high - cut, bits), bits))
-    assert (errors_of(x, *observer.qparams(bits), bits) <= 1.03 * torch.stack(errors).amin(0)).all()
+        errors.append(errors_of(x, *ChannelGrid(bits).qparams(low + cut, high - cut), bits))
+    assert (errors_of(x, *observer.qparams(ChannelGrid(bits)), bits) <= 1.03 * torch.stack(errors).amin(0)).all()
 
 
 def test_minmax_puts_the_ends_on_the_first_and_the_last_code():
-    observer = ChannelMinMaxObserver()
+    observer = feature_observer('minmax')
     for batch in (torch.tensor([[5.0, -1.0], [5.5, 0.0]]), torch.tensor([[[6.5, 2.0]]]), torch.zeros(0, 2)):
-        observer.update(batch)
-    assert observer.low.tolist() == [5.0, -1.0] and observer.high.tolist() == [6.5, 2.0]
-    scale, zero_point = observer.qparams(2)
+        observer.observe(batch)
+    assert observer.ends()[0].tolist() == [5.0, -1.0] and observer.ends()[1].tolist() == [6.5, 2.0]
+    scale, zero_point = observer.qparams(ChannelGrid(2))
     assert scale.tolist() == [0.5, 1.0] and zero_point.tolist() == [-10, 1]
     assert scale.dtype == torch.float32 and zero_point.dtype == torch.int64
 
@@ -260,7 +258,7 @@ def test_minmax_puts_the_ends_on_the_first_and_the_last_code():
 @settings(max_examples=300)
 def test_qparams_are_usable_for_every_range(ends, bits):
     low, high = torch.tensor(ends)[:, None]
-    scale, zero_point = channel_qparams(low, high, bits)
+    scale, zero_point = ChannelGrid(bits).qparams(low, high)
     assert torch.isfinite(scale).all() and scale >= torch.finfo(torch.float32).tiny
     got = fake(torch.stack([low, high]), scale, zero_point, bits)
     # The zero point is rounded: half a step, beside the half a step of any code.
@@ -272,12 +270,12 @@ def test_qparams_are_usable_for_every_range(ends, bits):
 def test_constant_channels_are_reported_and_exact(name):
     x = make_tokens(1000)[:, :4].clone()
     x[:, 1:4] = torch.tensor([0.0, 3.7, -1e-8])
-    observer = build_channel_observer(name)
+    observer = feature_observer(name)
     for batch in x.split(300):
-        observer.update(batch)
-    assert observer.constant.tolist() == [False, True, True, True]
-    assert observer.low[1:].tolist() == x[0, 1:].tolist()
-    scale, zero_point = observer.qparams(4)
+        observer.observe(batch)
+    assert torch.eq(*observer.ends()).tolist() == [False, True, True, True]
+    assert observer.ends()[0][1:].tolist() == x[0, 1:].tolist()
+    scale, zero_point = observer.qparams(ChannelGrid(4))
     assert (scale > 0).all() and torch.equal(fake(x, scale, zero_point, 4)[:, 1:], x[:, 1:].double())
 
 
@@ -285,10 +283,10 @@ def test_a_quantile_range_of_one_value_is_never_chosen():
     x = torch.full((10_000, 1), 2.0)
     x[5] = 1.0
     for candidates in (CANDIDATES, (0.999,)):  # the quantiles of .999 are both 2
-        observer = ChannelPercentileObserver(candidates)
-        observer.update(x)
-        scale, zero_point = observer.qparams(4)
-        assert not observer.constant.any() and scale == torch.tensor(1 / 15)
+        observer = FeatureObserver(Percentile(candidates))
+        observer.observe(x)
+        scale, zero_point = observer.qparams(ChannelGrid(4))
+        assert not torch.eq(*observer.ends()).any() and scale == torch.tensor(1 / 15)
         assert errors_of(x, scale, zero_point, 4) < 1e-9
 
 
@@ -300,64 +298,64 @@ def test_rows_that_are_not_valid_take_no_part(name):
     valid = torch.ones(3, 4, dtype=torch.bool)
     valid[:, 3] = False
     valid[1, 0] = False
-    expected = build_channel_observer(name)
-    expected.update(x[valid.repeat(2, 1)])
+    expected = feature_observer(name)
+    expected.observe(x[valid.repeat(2, 1)])
     for mask in (valid, valid.repeat(2, 1)):
-        observer = build_channel_observer(name)
-        observer.update(x, mask)
-        for got, wanted in zip(observer.qparams(4), expected.qparams(4)):
+        observer = feature_observer(name)
+        observer.observe(x, mask)
+        for got, wanted in zip(observer.qparams(ChannelGrid(4)), expected.qparams(ChannelGrid(4))):
             assert torch.equal(got, wanted)
-    assert expected.high.max() < 10
-    observer = build_channel_observer(name)
-    observer.update(x, torch.zeros(4, dtype=torch.bool))
+    assert expected.ends()[1].max() < 10
+    observer = feature_observer(name)
+    observer.observe(x, torch.zeros(4, dtype=torch.bool))
     assert not observer.saw_data
     with pytest.raises(DataError, match='does not fit'):
-        observer.update(x, torch.ones(5, dtype=torch.bool))
+        observer.observe(x, torch.ones(5, dtype=torch.bool))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_half_precision_and_one_row(name):
     x = make_tokens(300)[:, [0, 2, 7]].half()
-    halves, floats = build_channel_observer(name), build_channel_observer(name)
-    halves.update(x)
-    halves.update(x[0])
-    floats.update(x.float())
-    floats.update(x[:1].float())
-    for got, wanted in zip(halves.qparams(4), floats.qparams(4)):
+    halves, floats = feature_observer(name), feature_observer(name)
+    halves.observe(x)
+    halves.observe(x[0])
+    floats.observe(x.float())
+    floats.observe(x[:1].float())
+    for got, wanted in zip(halves.qparams(ChannelGrid(4)), floats.qparams(ChannelGrid(4))):
         assert torch.equal(got, wanted) and got.shape == (3,)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_errors_name_the_way_out(name):
-    observer = build_channel_observer(name)
-    observer.update(torch.zeros(0, 3))
+    observer = feature_observer(name)
+    observer.observe(torch.zeros(0, 3))
     assert not observer.saw_data
     with pytest.raises(NotCalibratedError, match='saw no data'):
-        observer.qparams(8)
+        observer.qparams(ChannelGrid(8))
     with pytest.raises(NotCalibratedError, match='saw no data'):
-        observer.constant
+        observer.ends()
     for bad in (float('nan'), float('inf'), -float('inf')):
         x = torch.zeros(5, 3)
         x[4, 1] = bad
         with pytest.raises(DataError, match='NaN or infinity'):
-            observer.update(x)
+            observer.observe(x)
     assert not observer.saw_data
-    observer.update(torch.ones(5, 3))
+    observer.observe(torch.ones(5, 3))
     with pytest.raises(DataError, match='4 channels .* 3'):
-        observer.update(torch.ones(5, 4))
+        observer.observe(torch.ones(5, 4))
     with pytest.raises(DataError, match='last dimension'):
-        observer.update(torch.tensor(1.0))
+        observer.observe(torch.tensor(1.0))
     with pytest.raises(SpecError, match='bits=9'):
-        observer.qparams(9)
+        observer.qparams(ChannelGrid(9))
 
 
 def test_unknown_observer_and_settings():
     with pytest.raises(SpecError, match="'histogram' is not known"):
-        build_channel_observer('histogram')
+        build_rule('histogram')
     with pytest.raises(SpecError, match='percentile 0.2'):
-        ChannelPercentileObserver(candidates=(0.2,))
+        Percentile((0.2,))
     with pytest.raises(SpecError, match='factor 1.5'):
-        ChannelMSEObserver(factors=(1.5,))
+        Shrink((1.5,))
 
 
 def tensor_bytes(thing):
@@ -368,8 +366,8 @@ def tensor_bytes(thing):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_memory_does_not_grow_with_the_images(name):
-    observer, sizes = build_channel_observer(name), []
+    observer, sizes = feature_observer(name), []
     for i in range(10):
-        observer.update(torch.randn(2_000, 7) * (i + 1))
+        observer.observe(torch.randn(2_000, 7) * (i + 1))
         sizes.append(tensor_bytes(observer))
     assert len(set(sizes)) == 1 and sizes[0] < 7 * 9_000

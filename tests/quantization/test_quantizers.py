@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from psaq_mm.errors import DataError, NotCalibratedError, SpecError
-from psaq_mm.quantization import AffineQuantizer, LogQuantizer, choose_qparams, fake_quantize, in_mode
+from psaq_mm.quantization import AffineQuantizer, LogQuantizer, choose_qparams, fake_quantize, in_mode, observing
 
 
 def calibrated(bits=8, **kwargs):
@@ -31,32 +31,45 @@ def test_uncalibrated_quantizer_names_itself():
 def test_observing_sets_the_range(bits, symmetric):
     quantizer = AffineQuantizer(bits, symmetric)
     x = torch.randn(10, 4, requires_grad=True)
-    quantizer.begin_observing()
-    assert quantizer(x[:5]) is not None and quantizer.observer.min.requires_grad is False
-    assert quantizer(x) is x
-    quantizer.finish_observing()
+    with observing([quantizer]):
+        assert quantizer(x[:5]) is not None and quantizer.observer.ends()[0].requires_grad is False
+        assert quantizer(x) is x
+        (found,) = quantizer.finish(quantizer)
+    assert not quantizer.calibrated, 'nothing is set yet'
+    found.set()
     qparams = choose_qparams(x.min(), x.max(), bits, symmetric)
     assert torch.equal(quantizer.scale, qparams[0]) and torch.equal(quantizer.zero_point, qparams[1])
     assert torch.equal(quantizer(x), fake_quantize(x, *qparams, quantizer.qmin, quantizer.qmax))
     assert quantizer.observer is None and quantizer.mode == 'on'
 
 
+def observe(quantizer, *args):
+    with observing([quantizer]):
+        quantizer(*args)
+        for found in quantizer.finish(quantizer):
+            found.set()
+
+
 def test_observing_starts_over():
     quantizer = calibrated()
-    quantizer.begin_observing()
-    quantizer(torch.tensor([0.0, 255.0]))
-    quantizer.finish_observing()
+    observe(quantizer, torch.tensor([0.0, 255.0]))
     assert quantizer.scale == 1
+
+
+def test_observing_ends_with_an_error():
+    quantizers = [calibrated(), calibrated()]
+    quantizers[1].mode = 'off'
+    with pytest.raises(DataError), observing(quantizers):
+        quantizers[0](torch.tensor([float('nan')]))
+    assert [(q.mode, q.observer) for q in quantizers] == [('on', None), ('off', None)]
 
 
 def test_no_data_leaves_the_range_alone():
     quantizer = calibrated()
     quantizer.name = 'head'
     scale = quantizer.scale.clone()
-    quantizer.begin_observing()
-    quantizer(torch.zeros(0, 5))
     with pytest.raises(NotCalibratedError, match="'head' saw no data"):
-        quantizer.finish_observing()
+        observe(quantizer, torch.zeros(0, 5))
     assert torch.equal(quantizer.scale, scale) and quantizer.calibrated
 
 
@@ -71,9 +84,7 @@ def test_bad_data_names_the_quantizer():
 
 def test_valid_rows_reach_the_observer():
     quantizer = AffineQuantizer(8)
-    quantizer.begin_observing()
-    quantizer(torch.tensor([[255.0], [900.0]]), torch.tensor([True, False]))
-    quantizer.finish_observing()
+    observe(quantizer, torch.tensor([[255.0], [900.0]]), torch.tensor([True, False]))
     assert quantizer.scale == 1
 
 

@@ -174,6 +174,31 @@ def test_weights_have_the_range_that_folding_leaves_them(quant):
     assert bool(((model[1].quantized_weight() - weight).abs() <= 0.51 * step).all()), 'nothing is clipped'
 
 
+@pytest.mark.parametrize('observer', ['minmax', 'percentile', 'mse'])
+def test_a_second_calibration_gives_the_weight_the_range_that_it_has_then(observer):
+    """Folding again changes the weight again: its scale is always the range of the weight as it is."""
+    model = block()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.logspace(-1, 1, 12))
+    model, data = folded(model, dict(preset='repq_w4a4', w_observer=observer))
+    quantizer = model[1].weight_quantizer
+    for spread in (torch.ones(12), torch.logspace(1, -1, 12)):
+        before = quantizer.scale.clone()
+        calibrate(model, lambda spread=spread: model[1](model[0](data) * spread))
+        wanted = quantizer.range_of(model[1].weight)
+        assert torch.equal(quantizer.scale, wanted.scale) and torch.equal(quantizer.zero_point, wanted.zero_point)
+    assert not torch.equal(quantizer.scale, before), 'the old range would do'
+
+
+def test_a_weight_that_is_switched_off_keeps_its_range():
+    model = block()
+    norm_feeds(model[0], model[1])
+    quantize_(model, 'repq_w8a4')
+    set_mode(model, 'off', '1.weight_quantizer')
+    calibrate(model, lambda: model(torch.randn(64, 12)))
+    assert model[1].input_quantizer.calibrated and not model[1].weight_quantizer.calibrated
+
+
 def test_a_channel_that_hardly_varies_keeps_a_gain_that_a_float_holds():
     model, data = block(), torch.randn(64, 12, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

@@ -172,7 +172,7 @@ def test_a_weight_that_several_levels_read_has_a_name_for_each(tmp_path):
     """The RPN's. ONNX Runtime replaces wide weights by their names where it multiplies with unsigned ones."""
     pytest.importorskip('mmdet')
     pytest.importorskip('onnxruntime')
-    from psaq_mm.runtime.deployed import RUNTIMES
+    from psaq_mm.runtime import RUNTIMES
 
     project = Project(tmp_path, DETECTOR)
     config, checkpoint, _ = student_of(project, dict(preset='w8a8', scope='full'))
@@ -291,7 +291,7 @@ def test_pictures_that_do_not_fit_are_refused(segmentor):
 
 
 def test_an_unknown_and_an_absent_runtime_are_refused(segmentor, monkeypatch):
-    with pytest.raises(ConfigError, match="runtime='tensorrt' is not known: choose one of 'openvino', 'onnxruntime'"):
+    with pytest.raises(ConfigError, match="runtime='tensorrt' is not known: use one of onnxruntime, openvino"):
         load(segmentor[3].directory, 'tensorrt')
     monkeypatch.setitem(sys.modules, 'openvino', None)
     with pytest.raises(ConfigError, match=r'openvino is not installed .*pip install psaq_mm\[deploy\]'):

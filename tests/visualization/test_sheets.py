@@ -11,7 +11,7 @@ from PIL import Image
 
 from psaq_mm.errors import DataError
 from psaq_mm.pictures import ImageSpec
-from psaq_mm.visualization import sample_sheet, to_pixels, write_png, write_whole
+from psaq_mm.visualization import sample_sheet, to_pixels, write_png
 from psaq_mm.visualization.sheets import GAP
 
 IMAGENET = ImageSpec(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
@@ -109,16 +109,3 @@ def test_a_png_of_something_else_is_refused_and_leaves_what_was_there(tmp_path, 
     with pytest.raises(DataError, match='no picture'):
         write_png(bad, path)
     assert path.read_bytes() == before
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_no_remains(tmp_path, monkeypatch):
-    path = tmp_path / 'page.html'
-    write_whole(b'old', path)
-
-    def full(source, target):
-        raise OSError(28, 'No space left on device', str(target))
-
-    monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(OSError, match='No space'):
-        write_whole(b'new', path)
-    assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['page.html']

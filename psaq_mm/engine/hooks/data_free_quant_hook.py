@@ -12,8 +12,10 @@ from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
-from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint, whole_file
+from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint
 from psaq_mm.engine.samples import save_samples
+from psaq_mm.engine.settings import HookSettings
+from psaq_mm.files import whole_file
 from psaq_mm.ranks import barrier
 from psaq_mm.registry import HOOKS
 from psaq_mm.visualization import sample_sheet, write_png
@@ -50,17 +52,14 @@ class DataFreeQuantHook(Hook):
     ``student.pth`` stays until the new one takes its place.
 
     Args:
-        checkpoint_interval: Student steps between two ``iter_N.pth``, beside ``iter_0.pth`` once samples and ranges are
-            there; 0: none.
-        keep_checkpoints: How many of them stay.
-        sheet_interval: Student steps between two sample sheets; 0: none but the first.
+        **settings: See :class:`psaq_mm.engine.settings.HookSettings`. ``iter_0.pth`` comes once samples and ranges are
+            there.
     """
 
     priority = 'VERY_LOW'
 
-    def __init__(self, checkpoint_interval: int = 50, keep_checkpoints: int = 2, sheet_interval: int = 50):
-        self.checkpoint_interval, self.keep_checkpoints = checkpoint_interval, max(1, keep_checkpoints)
-        self.sheet_interval = sheet_interval
+    def __init__(self, **settings):
+        self.settings = HookSettings.from_dict(settings)
 
     # ------------------------------------------------------------------ state
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -77,7 +76,7 @@ class DataFreeQuantHook(Hook):
     def before_train(self, runner) -> None:
         """What a run left that was killed while it wrote goes."""
         for name in ('iter_*.pth', 'student.pth', 'samples.pt', 'last_checkpoint'):
-            for partial in Path(runner.work_dir).glob(f'.{name}.partial'):
+            for partial in Path(runner.work_dir).glob(f'.{name}.*.partial'):
                 partial.unlink(missing_ok=True)
 
     @master_only
@@ -114,18 +113,20 @@ class DataFreeQuantHook(Hook):
         """The samples that set the ranges."""
         self._draw_sheet(runner)
         loop = runner.train_loop
-        if loop.save_samples and loop.evolution.latest is not None:  # a resumed run has none of its own
+        if loop.picture_settings.save_samples and loop.first_pictures is not None:  # a resumed run has none of its own
             self._save_samples(runner)
-        if self.checkpoint_interval and loop.max_iters and not loop.resumed:
+        if self.settings.checkpoint_interval and loop.max_iters and not loop.resumed:
             self._save(runner, 0)
         barrier()
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Checkpoint and sheet, when due."""
         step = runner.iter + 1
-        if self.sheet_interval and step % self.sheet_interval == 0:
+        if self.settings.sheet_interval and step % self.settings.sheet_interval == 0:
             self._draw_sheet(runner)
-        if self.checkpoint_interval and (step % self.checkpoint_interval == 0 or step == runner.max_iters):
+        if self.settings.checkpoint_interval and (
+            step % self.settings.checkpoint_interval == 0 or step == runner.max_iters
+        ):
             self._save(runner, step)
             barrier()
 
@@ -157,27 +158,28 @@ class DataFreeQuantHook(Hook):
 
     @master_only
     def _draw_sheet(self, runner) -> None:
-        evolution = runner.train_loop.evolution
-        moving = evolution.latest is None or evolution.settings.joint_lr  # in their places in the pool
-        newest = evolution.pool.samples if moving else evolution.latest
-        path = Path(runner.work_dir) / 'samples' / f'round_{evolution.rounds:03d}_step_{runner.iter:06d}.png'
-        sheet = sample_sheet(newest[:32], evolution.teacher.image_spec)
+        loop = runner.train_loop
+        pictures = loop.newest_pictures
+        if pictures is None:
+            return
+        path = Path(runner.work_dir) / 'samples' / f'round_{loop.rounds:03d}_step_{runner.iter:06d}.png'
+        sheet = sample_sheet(pictures[:32], loop.teacher.image_spec)
         write_png(sheet, path)
         runner.visualizer.add_image('samples', sheet, step=runner.iter)
 
     @master_only
     def _save_samples(self, runner) -> None:
-        loop, evolution = runner.train_loop, runner.train_loop.evolution
+        loop = runner.train_loop
         path = save_samples(
             runner.work_dir,
-            evolution.latest,
+            loop.first_pictures,
             loop.model,
-            evolution.teacher.image_spec,
-            labels=evolution.labels,
-            seed=loop.seed,
+            loop.teacher.image_spec,
+            labels=loop.labels,
+            seed=loop.settings.seed,
             settings=loop.summary(),
         )
-        print_log(f'Saved {len(evolution.latest)} samples to {path}', 'current')
+        print_log(f'Saved {len(loop.first_pictures)} samples to {path}', 'current')
 
     @master_only
     def _save(self, runner, step: int) -> None:
@@ -186,7 +188,7 @@ class DataFreeQuantHook(Hook):
             runner.save_checkpoint(runner.work_dir, partial.name, by_epoch=False, meta=dict(iter=step))
         self._name_last(final)
         for old in [path for path in checkpoints_in(runner.work_dir) if _step_of(path) <= step][
-            : -self.keep_checkpoints
+            : -max(1, self.settings.keep_checkpoints)
         ]:
             old.unlink()
 

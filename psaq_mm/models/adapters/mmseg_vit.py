@@ -17,7 +17,6 @@ from psaq_mm.models.adapters.edges import BlockParts, adopt_block, join, outputs
 from psaq_mm.models.adapters.match import Architecture, adapt, class_named
 from psaq_mm.quantization import (
     AdapterSpec,
-    ReparameterizedQuantizer,
     apply_edge,
     is_quantized_layer,
     register_adapter,
@@ -112,11 +111,10 @@ class QuantPackedAttentionMixin:
         return (x if self.batch_first else x.transpose(0, 1)), None
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        quantizer = self.qkv.input_quantizer if is_quantized_layer(self.qkv) else None
-        if isinstance(quantizer, ReparameterizedQuantizer):
-            # The projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
-            if f'{prefix}in_proj_weight' in state_dict and f'{prefix}qkv.input_quantizer.fill' not in state_dict:
-                quantizer.forget_folding()
+        # The projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
+        if f'{prefix}in_proj_weight' in state_dict and f'{prefix}qkv.input_quantizer.fill' not in state_dict:
+            if is_quantized_layer(self.qkv):
+                self.qkv.input_quantizer.forget_folding()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

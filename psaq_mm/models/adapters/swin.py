@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from psaq_mm.models.adapters.attention import CheckpointedBlockMixin, adopt_attention, attend
 from psaq_mm.models.adapters.edges import BlockParts, adopt_block, join, mark_norm, outputs_are_edges
 from psaq_mm.models.adapters.match import adapt
-from psaq_mm.quantization import AdapterSpec, adopt, apply_edge, apply_layer, edge_quantizer, padded, row_mask_of
+from psaq_mm.quantization import (
+    AdapterSpec,
+    adopt,
+    apply_edge,
+    apply_layer,
+    edge_quantizer,
+    is_quantized_layer,
+    padded,
+    row_mask_of,
+)
 
 __all__ = [
     'SWIN_BACKBONES',
@@ -88,8 +97,7 @@ def fill_padding(x: Tensor, valid: Tensor, qkv: nn.Module) -> Tensor:
         valid: bool (windows * B, N), False for padding.
         qkv: The projection that reads them.
     """
-    fill = getattr(getattr(qkv, 'input_quantizer', None), 'fill', None)
-    return x if fill is None else torch.where(valid.unsqueeze(-1), x, fill.to(x.dtype))
+    return qkv.input_quantizer.fill_padding(x, valid) if is_quantized_layer(qkv) else x
 
 
 class QuantWindowMSAMixin:

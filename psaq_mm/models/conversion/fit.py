@@ -7,7 +7,7 @@ from typing import Dict, List, NamedTuple, Sequence
 
 from torch import Tensor, nn
 
-from psaq_mm.errors import CheckpointError, UnsupportedModelError
+from psaq_mm.errors import CheckpointError, UnsupportedModelError, first_of
 from psaq_mm.models.conversion.naming import Renamed, backbone_prefix
 from psaq_mm.models.loading import absent_parts
 
@@ -15,8 +15,6 @@ __all__ = ['Conversion', 'fit_weights']
 
 _MADE_BY_THE_MODEL = re.compile(r'(^|\.)(relative_position_index|num_batches_tracked)$')
 _OUTPUT_NORM = re.compile(r'(^|\.)norm\d+\.(weight|bias)$')
-
-_SHOWN = 3
 
 
 class Conversion(NamedTuple):
@@ -47,28 +45,23 @@ class Conversion(NamedTuple):
         """
         if self.wrong:
             raise CheckpointError(
-                f'the checkpoint does not fit the config: {_some(self.wrong)}; give the config of the model that it '
+                f'the checkpoint does not fit the config: {first_of(self.wrong)}; give the config of the model that it '
                 f'was '
                 'trained with'
             )
         if self.missing:
             raise CheckpointError(
-                f'the checkpoint lacks {len(self.missing)} weights of the model ({_some(self.missing)}): give the '
+                f'the checkpoint lacks {len(self.missing)} weights of the model ({first_of(self.missing)}): give the '
                 f'config '
                 'of the model that it was trained with, or convert its backbone alone with --backbone-only'
             )
         if self.unplaced:
             raise CheckpointError(
-                f'{len(self.unplaced)} weights found no place in the model ({_some(self.unplaced)}): give the config '
+                f'{len(self.unplaced)} weights found no place in the model ({first_of(self.unplaced)}): give the config '
                 f'of '
                 'the model that it was trained with, or leave them out by name with --drop'
             )
         return self
-
-
-def _some(items: List[str]) -> str:
-    rest = f' and {len(items) - _SHOWN} more' if len(items) > _SHOWN else ''
-    return ', '.join(items[:_SHOWN]) + rest
 
 
 def fit_weights(

@@ -1,0 +1,131 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""OpenVINO on the CPU. Its package is imported when a graph is started."""
+
+import io
+import threading
+from typing import Any, Dict, List, Mapping, Optional
+
+import numpy as np
+
+from psaq_mm.runtime.kernels import NARROW
+from psaq_mm.runtime.registry import Product, Runtime, register_runtime
+
+__all__ = ['OpenVino']
+
+_SETTINGS: Dict[str, Any] = {
+    'PERFORMANCE_HINT': 'LATENCY',
+    # What is float in the graph is float32 at run time too: a CPU with bfloat16 or float16 units would otherwise use
+    # those.
+    'INFERENCE_PRECISION_HINT': 'f32',
+    # And what is quantized is so by the ranges of the model alone: where it has no integer kernel, OpenVINO would
+    # quantize the activations by ranges of its own.
+    'DYNAMIC_QUANTIZATION_GROUP_SIZE': '0',
+}
+
+
+@register_runtime
+class OpenVino(Runtime):
+    """A graph in OpenVINO.
+
+    Args:
+        graph, threads, way: See :class:`.registry.Runtime`.
+        check_weights: Take float kernels in place of ``'weights'`` where a weight has codes beyond
+            :data:`.kernels.NARROW`.
+    """
+
+    name = package = 'openvino'
+    title = 'OpenVINO'
+    ways = ('integer', 'weights', 'float')
+
+    def __init__(self, graph: bytes, threads: Optional[int], way: str, check_weights: bool = False):
+        import openvino
+
+        settings = {**_SETTINGS, **({'INFERENCE_NUM_THREADS': threads} if threads else {})}
+        core = openvino.Core()
+        model = core.read_model(io.BytesIO(graph))
+        self.output_names = [output.get_any_name() for output in model.outputs]
+        self.input_names = {name for port in model.inputs for name in port.get_names()}
+        if way == 'weights' and check_weights and _has_wide_weights(model):
+            way = 'float'
+        if way == 'weights' and not _make_activation_products_float_(model):
+            way = 'integer'
+        if way == 'float':
+            settings['LP_TRANSFORMS_MODE'] = 'NO'
+        self.kernels = way
+        self.compiled = core.compile_model(model, 'CPU', settings)
+        self.request = self.compiled.create_infer_request()
+        self.lock = threading.Lock()
+
+    @classmethod
+    def begin(cls, graph: bytes, threads: Optional[int], kernels: str) -> 'OpenVino':
+        """A session with the kernels that are asked for."""
+        if kernels == 'auto':
+            return cls(graph, threads, cls.exact_way(), check_weights=True)
+        return cls(graph, threads, kernels)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        """All outputs by name. Threads wait for each other, as there is one request."""
+        with self.lock:
+            # Read where they lie; and the outputs' memory is the next run's too, so they are copied, once.
+            outputs = self.request.infer(dict(inputs), share_inputs=True, share_outputs=True)
+            return {name: np.array(outputs[i]) for i, name in enumerate(self.output_names)}
+
+    def products(self, graph: bytes) -> List[Product]:
+        """The products of the compiled graph: the name of a primitive ends in its precision."""
+        products = []
+        for node in self.compiled.get_runtime_model().get_ordered_ops():
+            info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _INFO}
+            kind, primitive = info.get('layerType', ''), info.get('primitiveType', '')
+            name, described = node.get_friendly_name(), f'{kind}, {primitive}'
+            if kind == 'Subgraph':
+                merged = info.get('originalLayersNames', '').split(',')
+                if sum(layer.rpartition('/')[2].startswith('MatMul') for layer in merged) > 1:
+                    products.append(Product(name, described, 'fused'))
+            elif kind in ('MatMul', 'FullyConnected', 'Convolution', 'Deconvolution'):
+                integer = primitive.lower().endswith(('i8', 'u8'))
+                products.append(Product(name, described, 'integer' if integer else 'float'))
+        return products
+
+
+_INFO = ('layerType', 'primitiveType', 'originalLayersNames')
+
+
+def _has_wide_weights(model) -> bool:
+    """Whether a weight of an OpenVINO model has codes beyond :data:`.kernels.NARROW`. Zero points and look-up tables
+    are no matrices of int8.
+    """
+    for node in model.get_ops():
+        if (
+            node.get_type_name() == 'Constant'
+            and node.get_element_type().get_type_name() == 'i8'
+            and len(node.get_output_shape(0)) > 1
+        ):
+            codes = np.asarray(node.data)
+            if codes.size and max(-int(codes.min()), int(codes.max())) > NARROW:
+                return True
+    return False
+
+
+def _make_activation_products_float_(model) -> int:
+    """Make the products of activations in an OpenVINO model float ones, in place.
+
+    A maximum with the least number changes no value, and OpenVINO does not find the codes before it.
+
+    Returns:
+        How many there are.
+    """
+    from openvino import opset8
+
+    from_inputs, products = set(), []
+    for node in model.get_ordered_ops():
+        sources = [port.get_source_output().get_node() for port in node.inputs()]
+        varies = [source.get_friendly_name() in from_inputs for source in sources]
+        if node.get_type_name() == 'Parameter' or any(varies):
+            from_inputs.add(node.get_friendly_name())
+        if node.get_type_name() == 'MatMul' and all(varies) and node.get_element_type().get_type_name() == 'f32':
+            products.append(node)
+    for node in products:
+        port = node.input(1)
+        least = opset8.constant(np.full(1, np.finfo(np.float32).min, np.float32))
+        port.replace_source_output(opset8.maximum(port.get_source_output(), least).output(0))
+    return len(products)

@@ -1,0 +1,218 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""The base class of runtimes, and the table of all. A new runtime is one class in one file of
+:mod:`psaq_mm.runtime.backends`, or in a project's own module.
+
+Which kernels a graph runs with is decided here too: integer ones where they are exact on this processor, see
+:mod:`psaq_mm.runtime.kernels`.
+"""
+
+import abc
+import functools
+import importlib
+import importlib.util
+import threading
+import warnings
+from typing import AbstractSet, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type, TypeVar
+
+import numpy as np
+
+from psaq_mm.errors import ConfigError, nearest
+from psaq_mm.runtime.kernels import KERNELS, NARROW, is_exact, make_probe
+
+__all__ = ['RUNTIMES', 'Product', 'Runtime', 'find_runtime', 'register_runtime', 'start', 'starting']
+
+starting = threading.RLock()
+"""Held while a session is started, and while the exact kernels of a runtime are searched."""
+
+_warned: Set[Tuple[str, str]] = set()
+"""Runtimes and kernels that a warning was given for in this process."""
+
+
+class Product(NamedTuple):
+    """A product in the graph as a runtime executes it.
+
+    Attributes:
+        name: As the runtime calls it.
+        kind: Its operation.
+        how: ``'integer'``, ``'float'``, or ``'fused'`` for an attention in one kernel that does not tell.
+    """
+
+    name: str
+    kind: str
+    how: str
+
+
+class Runtime(abc.ABC):
+    """A graph in a runtime. A subclass is registered by :func:`register_runtime`.
+
+    Args:
+        graph: Content of an ONNX file.
+        threads: Of the runtime; None: its own choice.
+        way: Kernels to run with, one of :attr:`ways`.
+
+    Attributes:
+        name: What users give as ``runtime``.
+        title: Its name in messages.
+        package: The package that it imports.
+        install: How to install that.
+        ways: Kernels that it has, the preferred ones first.
+        kernels: What the graph runs with, one of :data:`.kernels.KERNELS`.
+        input_names: Inputs that the graph has left: a runtime may drop one that nothing reads.
+
+    Example:
+        >>> @register_runtime
+        ... class Reference(Runtime):
+        ...     name, title, package = 'reference', "ONNX's reference", 'onnx'
+        ...
+        ...     def __init__(self, graph, threads, way):
+        ...         from onnx import load_model_from_string
+        ...         from onnx.reference import ReferenceEvaluator
+        ...
+        ...         self.session = ReferenceEvaluator(load_model_from_string(graph))
+        ...         self.kernels, self.input_names = 'float', set(self.session.input_names)
+        ...
+        ...     def run(self, inputs):
+        ...         return dict(zip(self.session.output_names, self.session.run(None, dict(inputs))))
+        ...
+        ...     def products(self, graph):
+        ...         return []
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    package: ClassVar[str]
+    install: ClassVar[str] = 'pip install psaq_mm[deploy]'
+    ways: ClassVar[Tuple[str, ...]] = ('float',)
+
+    kernels: str
+    input_names: AbstractSet[str]
+
+    @abc.abstractmethod
+    def __init__(self, graph: bytes, threads: Optional[int], way: str): ...
+
+    @abc.abstractmethod
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        """All outputs by name. Several threads may call it at once."""
+
+    @abc.abstractmethod
+    def products(self, graph: bytes) -> List[Product]:
+        """The products of the graph as the runtime executes it.
+
+        Args:
+            graph: The ONNX file that this was started with.
+        """
+
+    @classmethod
+    def begin(cls, graph: bytes, threads: Optional[int], kernels: str) -> 'Runtime':
+        """A session with the kernels that are asked for: one of :data:`.kernels.KERNELS`."""
+        if kernels == 'auto':
+            return cls(graph, threads, cls.exact_way())
+        return cls(graph, threads, kernels if kernels in cls.ways else cls.ways[0])
+
+    @classmethod
+    def installed(cls) -> bool:
+        """Whether its package is installed."""
+        return importlib.util.find_spec(cls.package) is not None
+
+    @classmethod
+    def exact_way(cls) -> str:
+        """The first of :attr:`ways` that is exact on this processor, searched once in a process.
+
+        Raises:
+            ConfigError: None is exact.
+        """
+        with starting:
+            return _find_exact_way(cls)
+
+
+R = TypeVar('R', bound=Type[Runtime])
+
+RUNTIMES: Dict[str, Type[Runtime]] = {}
+"""All runtimes by name."""
+
+
+def register_runtime(runtime: R) -> R:
+    """Class decorator: add a :class:`Runtime` to :data:`RUNTIMES`."""
+    RUNTIMES[runtime.name] = runtime
+    return runtime
+
+
+@functools.lru_cache(maxsize=None)
+def _find_exact_way(runtime: Type[Runtime]) -> str:
+    for way in runtime.ways:
+        probe = make_probe(NARROW if way == 'weights' else 127)
+        if is_exact(runtime(probe.graph, 1, way).run, probe):
+            return way
+    others = ', '.join(repr(name) for name, other in RUNTIMES.items() if other is not runtime)
+    raise ConfigError(
+        f'{runtime.title} multiplies 8-bit codes wrongly on this processor, with integer and with float kernels: '
+        f'choose another runtime, one of {others}'
+    )
+
+
+def find_runtime(name: str) -> Type[Runtime]:
+    """The class of a runtime, whose package can be imported.
+
+    Raises:
+        ConfigError: The runtime is not known or not installed.
+    """
+    if name not in RUNTIMES:
+        raise ConfigError(f'runtime={name!r} is not known: {nearest(name, RUNTIMES)}')
+    runtime = RUNTIMES[name]
+    try:
+        importlib.import_module(runtime.package)
+    except ImportError as error:
+        others = ', '.join(other for other in RUNTIMES if other != name)
+        raise ConfigError(
+            f'the runtime {name} is not installed ({error}): {runtime.install}, or choose another one of {others}'
+        ) from error
+    return runtime
+
+
+def check_kernels(kernels: str) -> None:
+    """Raises ConfigError where ``kernels`` is none of :data:`.kernels.KERNELS`."""
+    if kernels not in KERNELS:
+        raise ConfigError(f'kernels={kernels!r} is not known: {nearest(kernels, KERNELS)}')
+
+
+def start(graph: bytes, runtime: str, threads: Optional[int] = None, kernels: str = 'auto') -> Runtime:
+    """Start a runtime with a whole ONNX graph.
+
+    Args:
+        graph: Content of an ONNX file.
+        runtime: Name of the runtime.
+        threads: Of the runtime. Defaults to None, its own choice.
+        kernels: One of :data:`.kernels.KERNELS`. Any but ``'auto'`` is for measurements: integer kernels may be wrong.
+
+    Returns:
+        A session; its ``run(inputs)`` takes and returns arrays by name, and several threads may call it.
+
+    Raises:
+        ConfigError: The runtime is not known or not installed, has no exact kernels on this processor, or ``kernels``
+            is not known.
+    """
+    check_kernels(kernels)
+    session = find_runtime(runtime).begin(graph, threads, kernels)
+    if kernels == 'auto':
+        _warn_of_slow_kernels(session)
+    return session
+
+
+def _warn_of_slow_kernels(session: Runtime) -> None:
+    """Warn once in a process where a graph does not run with the runtime's preferred kernels."""
+    key = session.name, session.kernels
+    if session.kernels == session.ways[0] or key in _warned:
+        return
+    _warned.add(key)
+    which, advice = 'the attention of this model', ''
+    if session.kernels == 'float':
+        which = 'this model'
+        advice = (
+            '. Weights held within 7 bits are exact in integer kernels everywhere: quantize with w_reduce_range=True '
+            '(docs/deploy.md)'
+        )
+    warnings.warn(
+        f"{session.title}'s integer kernels are not exact on this processor (one without VNNI instructions): {which} "
+        f'runs in float kernels, with the same answers, slower{advice}',
+        stacklevel=3,
+    )

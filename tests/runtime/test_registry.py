@@ -1,0 +1,95 @@
+"""A runtime is one registered class, which load, the export and its verification find by name; and no PyTorch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from vit_models import build
+
+from psaq_mm.commands.export import _chosen_runtimes, _execution, _verify
+from psaq_mm.deploy import export_model
+from psaq_mm.errors import ConfigError
+from psaq_mm.models import quantize_model_
+from psaq_mm.quantization import calibrate
+from psaq_mm.runtime import RUNTIMES, Runtime, load, register_runtime
+from psaq_mm.runtime.registry import Product
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope='module')
+def student(tmp_path_factory):
+    pytest.importorskip('timm')
+    model, images = build('timm-vit'), torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(2))
+    quantize_model_(model, 'w8a8')
+    calibrate(model, lambda: model(images))
+    return model, images, export_model(model, tmp_path_factory.mktemp('vit') / 'out', [SIZE])
+
+
+@pytest.fixture
+def reference():
+    """A runtime whose name is not that of its package, which has float kernels alone."""
+    pytest.importorskip('onnxruntime')
+    before = dict(RUNTIMES)
+
+    @register_runtime
+    class Reference(Runtime):
+        name, title, package = 'reference', 'The reference', 'onnxruntime'
+
+        def __init__(self, graph, threads, way):
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            self.session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
+            self.kernels, self.input_names = way, {port.name for port in self.session.get_inputs()}
+
+        def run(self, inputs):
+            return dict(zip((port.name for port in self.session.get_outputs()), self.session.run(None, dict(inputs))))
+
+        def products(self, graph):
+            return [Product('all', 'MatMul', 'float')]
+
+    yield Reference
+    RUNTIMES.clear()
+    RUNTIMES.update(before)
+
+
+def test_a_registered_runtime_loads_executes_and_verifies(student, reference, capsys):
+    model, images, exported = student
+    found = load(exported.directory, 'reference', 1).run(images.numpy())['logits']
+    wanted = load(exported.directory, 'onnxruntime', 1, kernels='float').run(images.numpy())['logits']
+    assert np.allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
+    assert _chosen_runtimes(['reference'], False) == ['reference'] and 'reference' in _chosen_runtimes([], True)
+    told = _execution(exported, 'reference', 1)
+    assert told.startswith('reference, 32 x 32: 0 of 1 products are integer, float kernels'), told
+    _verify(model, exported, ['reference'], 1)
+    assert 'reference ran the graph with float kernels' in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="runtime='referenc' is not known: did you mean reference"):
+        load(exported.directory, 'referenc')
+
+
+def test_a_runtime_without_its_package_is_refused(student, reference, monkeypatch):
+    reference.package = 'psaq_mm_absent'
+    with pytest.raises(ConfigError, match='the runtime reference is not installed'):
+        load(student[2].directory, 'reference')
+    assert not reference.installed() and 'reference' not in _chosen_runtimes([], True)
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_running_an_export_imports_no_pytorch(student, runtime):
+    pytest.importorskip(runtime)
+    script = f"""
+import sys
+import numpy
+import psaq_mm.runtime
+model = psaq_mm.runtime.load({str(student[2].directory)!r}, {runtime!r}, 1)
+model(numpy.zeros({(*SIZE, 3)}, numpy.uint8))
+heavy = {{'torch', 'onnx', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm'}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, '-c', script], check=True, cwd=ROOT)
