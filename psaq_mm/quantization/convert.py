@@ -2,7 +2,7 @@
 
 import re
 from fnmatch import fnmatchcase
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -89,17 +89,6 @@ class ConversionReport:
         return f'ConversionReport({len(self.layers)} layers quantized, {len(self.floats)} left in float)'
 
 
-def _walk(module: nn.Module, name: str = '', seen: Optional[Set[int]] = None) -> Iterator[Tuple[str, nn.Module]]:
-    """As ``named_modules``, but the children of a module may be replaced when it is yielded."""
-    seen = set() if seen is None else seen
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield name, module
-    for key, child in list(module.named_children()):
-        yield from _walk(child, f'{name}.{key}' if name else key, seen)
-
-
 class _Conversion:
     """State of one :func:`quantize_` call."""
 
@@ -160,7 +149,8 @@ class _Conversion:
                 f'{type(self.model).__name__} is converted as a whole and cannot be exchanged in place: '
                 'call quantize_ on a module that contains it.'
             )
-        for _, parent in _walk(self.model):
+        # modules() comes to the children of a module after it: also to those that are put in here.
+        for parent in self.model.modules():
             # Not named_children: it leaves out the second name of a module that a parent holds twice.
             for child_name, child in list(parent._modules.items()):
                 if id(child) in new and new[id(child)] is not child:

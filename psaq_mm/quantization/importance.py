@@ -21,12 +21,12 @@ __all__ = ['RowImportance', 'row_importance']
 
 
 class RowImportance(Dict[str, Tensor]):
-    """By layer name, the weight of each of its rows, (rows,): a dict that knows by which calls the rows came.
+    """Weights of the rows of each layer, (rows,), by name of the layer.
 
     Attributes:
-        calls: How many rows each call had, by name of the layers that were called several times between two backward
-            passes, such as a head that goes over all levels: under another size of the batches their rows lie in
-            another order.
+        calls: Number of rows of each call, by name of the layers that were called several times between two backward
+            passes, such as a head that is applied to all levels: batches of another size change the order of their
+            rows.
     """
 
     def __init__(self) -> None:
@@ -35,23 +35,21 @@ class RowImportance(Dict[str, Tensor]):
 
 
 def row_importance(model: nn.Module, run: Callable[[], None]) -> RowImportance:
-    """Squared gradients at the outputs of every quantized Linear and convolution, a row (token, place of a convolution)
-    at a time.
+    """Squared gradient of each row (token, place of a convolution) of the output of every quantized layer.
 
-    Taken with the weights in full precision, as :func:`.round_weights_` takes the inputs.
+    The weights are in full precision meanwhile, as in :func:`.round_weights_`.
 
     Args:
-        model: Calibrated quantized model. Its parameters need no gradients, the images that go in do.
-        run: Puts the samples through the model in forward and backward passes, the losses being sums over samples.
+        model: Calibrated quantized model. Its parameters need no gradients, the input images do.
+        run: Puts the samples through the model in forward and backward passes. Losses are sums over samples.
 
     Returns:
-        By layer name, (rows,) in the order in which the rows went in, padding left out, with mean 1 over the rows of
-        all ranks; 0 for the rows of a call that no gradient reached. Layers that no gradient reached at all are
-        missing.
+        By layer name, (rows,) in the order of the forward passes, without padding, with mean 1 over the rows of all
+        ranks; 0 for the rows of a call that no gradient reached. Layers that no gradient reached are missing.
 
     Raises:
-        DataError: Reentrant activation checkpointing runs a layer several times in a pass, and it is not known which is
-            which.
+        DataError: Reentrant activation checkpointing runs a layer several times in a pass, and which gradient belongs
+            to which call is unknown.
     """
     passes = _Passes()
     calls_of: Dict[nn.Module, _Calls] = {
@@ -149,9 +147,7 @@ class _Calls:
         output.register_hook(keep)
 
     def _computed_again(self) -> Optional[_Call]:
-        """The call that activation checkpointing computes again; None where the first time has the gradient (not
-        reentrant).
-        """
+        """The call that reentrant checkpointing computes again; None if not reentrant: the first call has gradients."""
         self.passes.backward()
         waiting = [call for call in self.recorded if call.open and call.number == self.passes.number]
         if len(waiting) > 1:

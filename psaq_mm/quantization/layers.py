@@ -77,24 +77,6 @@ class _QuantizedWeightLayer(nn.Module):
     def _finish(self, out: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         return apply_edge(self.output_quantizer, out, valid)
 
-    @classmethod
-    def from_float(cls, layer: nn.Module, spec: LayerSpec) -> nn.Module:
-        """Quantized copy of a float layer; parameters are shared with it, the float layer stays as it is.
-
-        Args:
-            layer: Layer of the float class that ``cls`` extends.
-            spec: Bits and observers.
-
-        Returns:
-            An uncalibrated layer, instance of ``cls`` and of ``type(layer)``.
-        """
-        copy = type(layer).__new__(type(layer))
-        # One level deep: adding a quantizer to the copy must not add it to the original.
-        copy.__dict__ = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(layer).items()}
-        copy = adopt(copy, cls)
-        copy.add_quantizers(spec)
-        return copy
-
     def quantized_weight(self) -> Tensor:
         """The weight as the layer multiplies with it.
 
@@ -229,15 +211,15 @@ class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
 
 
 class QuantLinear(QuantLinearMixin, nn.Linear):
-    """Linear layer with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+    """Linear layer with quantized input and weight; made by ``quantize_``."""
 
 
 class QuantConv2d(QuantConv2dMixin, nn.Conv2d):
-    """Convolution with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+    """Convolution with quantized input and weight; made by ``quantize_``."""
 
 
 class QuantConvTranspose2d(QuantConvTranspose2dMixin, nn.ConvTranspose2d):
-    """Transposed convolution with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+    """Transposed convolution with quantized input and weight; made by ``quantize_``."""
 
 
 class QuantMatMul(nn.Module):

@@ -41,9 +41,9 @@ class RoundedLayer(NamedTuple):
 
     Attributes:
         name: Of the layer.
-        nearest: Squared error of its output with every weight at its nearest code, relative to the squared output.
+        nearest: Squared error of its output with nearest codes, relative to the squared output.
         compensated: The same error after compensation.
-        reason: Why it stayed at its nearest codes; empty if it did not.
+        reason: Why it keeps its nearest codes; empty if it does not.
     """
 
     name: str
@@ -55,7 +55,7 @@ class RoundedLayer(NamedTuple):
 def compensated_rounding(
     weight: Tensor, gram: Tensor, round_columns: Callable[[Tensor], Tensor], damping: float = 0.1
 ) -> Tensor:
-    """Round a matrix so that its products with given inputs change little.
+    """Round a matrix so that its product with the inputs changes little.
 
     Source: GPTQ, arXiv 2210.17323, section 3 (Cholesky form, lazy batches, inputs of greatest energy first).
 
@@ -63,8 +63,8 @@ def compensated_rounding(
         weight: (outputs, inputs).
         gram: X^T X of the inputs X (rows, inputs): (inputs, inputs), symmetric, finite.
         round_columns: Rounds columns (outputs, n) to the grid; works on each output by itself.
-        damping: Added to the diagonal, as a multiple of its mean; positive. Much of it trusts the inputs less: 0 would
-            fit the rows of X alone, and infinity is rounding to the nearest.
+        damping: Added to the diagonal, as a multiple of its mean; positive. A greater one trusts the inputs less: 0
+            would fit the rows of X alone, and infinity is rounding to the nearest.
 
     Returns:
         (outputs, inputs), on the grid, in the dtype of ``weight``; not differentiable.
@@ -110,9 +110,7 @@ def compensated_rounding(
 
 
 def _ordered(gram: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of ``gram`` in an order, as a new float64 matrix; a strip of rows at a time, so that there is
-    one copy alone.
-    """
+    """``gram`` with rows and columns reordered, as float64; by strips of rows, so that memory holds one copy."""
     ordered = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
     for rows, part in zip(ordered.split(BLOCK), order.split(BLOCK)):
         rows.copy_(gram[part][:, order])
@@ -146,38 +144,35 @@ def round_weights_(
     max_inputs: int = 8192,
     importance: Optional[Mapping[str, Tensor]] = None,
 ) -> List[RoundedLayer]:
-    """Round the weights of every quantized Linear and convolution to codes that fit the layer's own quantized inputs,
-    in place.
+    """Round the weights of quantized Linears and convolutions to codes that fit their quantized inputs, in place.
 
-    The model has to be calibrated; ranges, codes and scales stay. The samples go through the model with its activations
-    quantized, so a layer's weights also answer for what that did to the inputs. Weights that are still to be rounded
-    are in full precision meanwhile: their nearest codes spoil the inputs of the layers behind them more than the codes
-    that they will get. Gram matrices of several layers are gathered in one pass, as many as ``memory`` holds; later
-    passes see the weights rounded before.
+    The model has to be calibrated; ranges and scales stay. The samples go through the model with quantized activations,
+    so the weights of a layer also compensate the error of its inputs. Weights that are not rounded yet are in full
+    precision meanwhile: their nearest codes change the inputs of later layers more than the codes that they will get.
+    Gram matrices of several layers are gathered in one pass, as many as ``memory`` holds; later passes see the weights
+    rounded before.
 
     Beside those matrices a pass needs the memory of the model's forward, the quantized inputs of a layer once more in
-    float32, of a convolution at most 64 MiB of its unfolded inputs at a time (twice that with ``importance``), and
-    rounding what :func:`compensated_rounding` says, for one layer at a time. Matrices are float32 and summed in float32
-    also under autocast.
+    float32 (of a convolution at most 64 MiB of its unfolded inputs, twice that with ``importance``), and what
+    :func:`compensated_rounding` needs for one layer. Matrices are float32 and summed in float32 also under autocast.
 
     Args:
         model: Calibrated quantized model.
         run: Puts the samples through the model; called once a pass, without gradients. In a distributed run each rank
-            puts samples of its own through, and all round alike.
+            puts its own samples through, and all get the same codes.
         prior_rows: Damping of a layer, as a number of rows: as if so many more rows of uncorrelated inputs of the mean
-            energy had been seen, beside its effective number of rows, (sum w)^2 / sum w^2 under the weights of
-            ``importance``, and the number of its rows without. A layer with few rows that matter is trusted less
+            energy had been seen. The damping is ``prior_rows`` divided by the effective number of rows, which is
+            (sum w)^2 / sum w^2 for rows with weights w. So a layer with few rows that matter is trusted less
             (shrinkage, Ledoit & Wolf, J. Multivariate Analysis 88, 2004). Positive.
         memory: Bytes for the Gram matrices of one pass.
-        max_inputs: Layers with more inputs (channels times kernel) stay at their nearest codes: time grows with the
-            third power.
-        importance: By layer name, the weight of each row that ``run`` sends through, as :func:`.row_importance` finds
-            it: errors are made small where outputs matter. Rows of layers that are missing weigh alike.
+        max_inputs: Layers with more inputs (channels times kernel) keep their nearest codes: time grows with the third
+            power.
+        importance: Weight of each row that ``run`` sends through a layer, by name of the layer, as
+            :func:`.row_importance` returns it. The rows of a missing layer have equal weights.
 
     Returns:
-        One entry for each layer whose weight is quantized, its errors under those weights. A layer that compensation
-        would not help stays as it was, and so does one whose inputs are of too low a rank for the damping: its
-        ``reason`` says so.
+        One entry for each layer with a quantized weight, its errors under those weights. A layer stays unchanged where
+        compensation does not help, or the rank of its inputs is too low for the damping: ``reason`` says so.
 
     Raises:
         DataError: An input holds NaN or infinity, ``importance`` is of other rows than ``run`` sends (names the layer),
@@ -244,115 +239,95 @@ def _gather(
     """Gram matrices of the quantized inputs of ``layers`` over one run of all ranks, of those that samples reach."""
     calls = getattr(importance, 'calls', {})
     # Hooks are on the input quantizers: layers whose owner multiplies for them (packed projections) are seen as well.
-    grams = {
-        layer.input_quantizer: _Gram(
-            layer, _Weights(name, importance[name], calls.get(name)) if name in importance else None
-        )
-        for name, layer in layers
-    }
+    grams = {layer.input_quantizer: _Gram(name, layer, importance.get(name), calls.get(name)) for name, layer in layers}
     with hooked(grams, lambda quantizer: quantizer.register_forward_hook(grams[quantizer].add)):
         run()
     for gram in grams.values():
-        if gram.weights is not None:
-            gram.weights.close()
+        gram.check_all_used()
     rows = sum_(torch.tensor([gram.rows for gram in grams.values()], dtype=torch.float64)).tolist()
-    return {name: gram.summed(count) for (name, _), gram, count in zip(layers, grams.values(), rows) if count}
-
-
-class _Weights:
-    """Weights of the rows that go through a layer, in their order.
-
-    Args:
-        name: Of the layer.
-        values: (rows,).
-        calls: How many of them each call had, see :class:`.RowImportance`; None where their order says enough.
-    """
-
-    def __init__(self, name: str, values: Tensor, calls: Optional[Sequence[int]] = None) -> None:
-        self.name, self.values, self.calls = name, values, calls
-        self.used = self.calls_begun = 0
-
-    def begin(self, count: int) -> None:
-        """A call of so many rows follows."""
-        index = self.calls_begun
-        if self.calls is not None and self.calls[index : index + 1] != (count,):
-            raise DataError(
-                f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit. It is called several times in a '
-                f'pass, call {index + 1} has {count} rows, and the weights are of calls of '
-                f'{", ".join(map(str, self.calls[:8]))} rows: put the same samples through in the same batches both '
-                'times.'
-            )
-        self.calls_begun += 1
-
-    def next(self, count: int) -> Tensor:
-        """(count, 1)."""
-        self.used += count
-        if self.used > len(self.values):
-            self.close()
-        return self.values[self.used - count : self.used, None]
-
-    def close(self) -> None:
-        """After the last row."""
-        if self.used != len(self.values):
-            raise DataError(
-                f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit {self.used} rows: take both from '
-                'the same samples, in the same order.'
-            )
+    return {gram.name: gram.summed(count) for gram, count in zip(grams.values(), rows) if count}
 
 
 class _Gram:
     """Gram matrix of the inputs of a layer, summed over the calls of its input quantizer.
 
     Args:
+        name: Of the layer.
         layer: Whose inputs they are.
-        weights: Of the rows, or None where all weigh alike.
+        weights: Of the rows, (rows,), in their order; None where all weigh alike.
+        calls: How many rows each call had, see :class:`.RowImportance`; None where their order says enough.
 
     Attributes:
         matrix: (inputs, inputs), float32.
         rows: How many rows it is the sum of.
     """
 
-    def __init__(self, layer: nn.Module, weights: Optional[_Weights] = None) -> None:
-        self.layer, self.weights = layer, weights
-        self.sum: Optional[Tensor] = None
-        self.rows = 0.0
+    def __init__(
+        self, name: str, layer: nn.Module, weights: Optional[Tensor], calls: Optional[Sequence[int]] = None
+    ) -> None:
+        self.name, self.layer, self.weights, self.calls = name, layer, weights, calls
+        self.rows = self.calls_seen = self.used = 0
+        self._sum: Optional[Tensor] = None
 
     @property
     def matrix(self) -> Tensor:
-        """What is summed so far; 0 before the first row."""
-        if self.sum is None:
+        """The sum so far."""
+        if self._sum is None:
             inputs = _inputs(self.layer)
-            self.sum = torch.zeros(inputs, inputs, device=self.layer.weight.device)
-        return self.sum
+            self._sum = torch.zeros(inputs, inputs, device=self.layer.weight.device)
+        return self._sum
 
     def add(self, quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
         """Hook of the layer's input quantizer."""
         rows = valid_rows_of(output, row_mask_given(args))
-        count = _count(self.layer, rows)
-        self.rows += count
-        if self.weights is not None:
-            self.weights.begin(count)
+        self._begin_call(_count(self.layer, rows))
         # Sums of thousands of products need more than the 8 bits that autocast may leave.
         with torch.autocast(output.device.type, enabled=False):
             for part in _rows(self.layer, rows.float()):
                 if self.weights is not None:
-                    part = part * self.weights.next(len(part)).sqrt()
-                if self.sum is None:
-                    self.sum = part.t() @ part
+                    part = part * self._next_weights(self.weights, len(part)).sqrt()
+                if self._sum is None:
+                    self._sum = part.t() @ part
                 else:
-                    self.sum.addmm_(part.t(), part)
+                    self._sum.addmm_(part.t(), part)
 
-    def summed(self, rows: float) -> '_Gram':
+    def _begin_call(self, count: int) -> None:
+        if self.calls is not None and self.calls[self.calls_seen : self.calls_seen + 1] != (count,):
+            raise DataError(
+                f'Layer {self.name!r}: weights of {sum(self.calls)} rows do not fit. It is called several times in a '
+                f'pass, call {self.calls_seen + 1} has {count} rows, and the weights are of calls of '
+                f'{", ".join(map(str, self.calls[:8]))} rows: put the same samples through in the same batches both '
+                'times.'
+            )
+        self.calls_seen += 1
+        self.rows += count
+
+    def _next_weights(self, weights: Tensor, count: int) -> Tensor:
+        """(count, 1)."""
+        self.used += count
+        if self.used > len(weights):
+            self.check_all_used()
+        return weights[self.used - count : self.used, None]
+
+    def check_all_used(self) -> None:
+        """DataError where the weights are not those of the rows that came."""
+        if self.weights is not None and self.used != len(self.weights):
+            raise DataError(
+                f'Layer {self.name!r}: weights of {len(self.weights)} rows do not fit {self.used} rows: take both from '
+                'the same samples, in the same order.'
+            )
+
+    def summed(self, rows: int) -> '_Gram':
         """Sum the matrix over the ranks, which saw ``rows`` rows together; itself."""
         self.rows = rows
         sum_(self.matrix)
         return self
 
     def damping(self, prior_rows: float) -> float:
-        """``prior_rows`` as a multiple of the mean energy; after :meth:`summed`."""
+        """``prior_rows`` relative to the effective number of rows; after :meth:`summed`."""
         if self.weights is None:
             return prior_rows / self.rows
-        values = self.weights.values.double()
+        values = self.weights.double()
         total, squares = sum_(torch.stack([values.sum(), values.pow(2).sum()])).tolist()
         return prior_rows * squares / total**2
 
@@ -377,9 +352,7 @@ def _count(layer: nn.Module, x: Tensor) -> int:
 
 
 def _rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The vectors (rows, inputs) that the layer multiplies with, of a convolution an image at a time, or a strip of
-    one.
-    """
+    """The vectors (rows, inputs) that the layer multiplies with; of a convolution an image, or a strip of one, each."""
     if not isinstance(layer, QuantConv2dMixin):
         yield x.reshape(-1, x.shape[-1])
         return
@@ -425,9 +398,7 @@ def _round_layer(name: str, layer: nn.Module, gram: Tensor, damping: float) -> R
 
 
 def _squared(weight: Tensor, gram: Tensor) -> float:
-    """Squared norm of X weight^T over the rows of X that ``gram`` was made of; in float64, some columns of it at a
-    time.
-    """
+    """Squared norm of X weight^T for X with X^T X = ``gram``; in float64, by strips of columns."""
     weight = weight.double()
     return float(
         sum(

@@ -1,6 +1,5 @@
-"""What to quantize and to how many bits: frozen dataclasses, checked when built, with a JSON round trip."""
+"""What to quantize and to how many bits: frozen dataclasses that are checked when built and convert to plain dicts."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -282,21 +281,6 @@ class QuantSpec:
         """Inverse of :meth:`to_dict`. Missing keys have their defaults; an unknown key raises SpecError."""
         _check_keys('the quantization', data, (f.name for f in fields(cls)))
         return cls(**_without_idle_softmax(data, data))
-
-    def to_json(self) -> str:
-        """JSON text of :meth:`to_dict`."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> 'QuantSpec':
-        """Inverse of :meth:`to_json`; SpecError where the text is no JSON object."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SpecError(f'The quantization is no valid JSON ({error}): write it with QuantSpec.to_json.') from error
-        if not isinstance(data, dict):
-            raise SpecError(f'The quantization must be a JSON object, not {data!r}: write it with QuantSpec.to_json.')
-        return cls.from_dict(data)
 
     @classmethod
     def parse(cls, x: Union['QuantSpec', Mapping, str]) -> 'QuantSpec':
