@@ -75,7 +75,7 @@ def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any] = DFQ_DE
     """Settings with earlier keys and values turned into today's; each that changes is logged once.
 
     ``source='pink'`` is ``samples='pink'``. ``fresh=1.0``, ``fresh=dict(share=1.0, samples=...)`` are ``fresh=True``
-    and ``samples``. ``joint_lr=0`` is left out.
+    and ``samples``. ``joint_lr=0``, ``prior_rows=None`` and the values of ``damping`` that methods had are left out.
 
     Args:
         settings: As a config gives them.
@@ -90,6 +90,16 @@ def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any] = DFQ_DE
             f'dfq.joint_lr={settings["joint_lr"]} is no longer supported, samples move in rounds only: leave it out'
         )
     settings.pop('joint_lr', None)
+    if 'damping' in settings:
+        damping = settings.pop('damping')
+        if damping not in (0.1, 0.3):  # what methods had
+            raise ConfigError(
+                f'dfq.damping={damping} is no longer supported, the damping of a layer is dfq.prior_rows / its rows: '
+                'set dfq.prior_rows'
+            )
+        _log_once(f'dfq.damping={damping} is left out: the damping of a layer is dfq.prior_rows / its rows now')
+    if settings.get('prior_rows', 0) is None:  # formerly: dfq.damping
+        del settings['prior_rows']
     own = usual.get('samples', DFQ_DEFAULTS['samples'])
     if isinstance(settings.get('fresh'), Mapping):
         settings.update(_fresh_of(settings['fresh'], settings.get('samples'), own))

@@ -126,6 +126,12 @@ def test_fresh_is_a_switch_and_its_earlier_values_are_read():
     assert resolve_dfq(dict(joint_lr=0.0)).keys() == DFQ_DEFAULTS.keys()
 
 
+def test_what_recorded_configs_hold_of_the_earlier_damping_is_left_out():
+    for damping, prior_rows in ((0.1, None), (0.3, 32)):
+        settings = resolve_dfq(dict(preset='fast', damping=damping, prior_rows=prior_rows))
+        assert settings == resolve_dfq('fast') and settings['prior_rows'] == 32
+
+
 @pytest.mark.parametrize(
     'dfq, message',
     [
@@ -135,6 +141,7 @@ def test_fresh_is_a_switch_and_its_earlier_values_are_read():
         (dict(fresh=dict(share=1, samples='pink'), samples='real'), 'contradict each other'),
         (dict(source='real', samples='here.pt'), "dfq.samples=here.pt and dfq.source='real' contradict"),
         (dict(joint_lr=0.05), 'dfq.joint_lr=0.05 is no longer supported'),
+        (dict(damping=0.2), 'dfq.damping=0.2 is no longer supported.*set dfq.prior_rows'),
         (dict(sample='pink'), 'dfq.sample is no setting: did you mean samples'),
         ('psaq_v3', "'psaq_v3' is not known: did you mean psaq_v2"),
     ],
