@@ -64,7 +64,7 @@ class CurveHook(Hook):
     def _evaluate(self, runner, step: int) -> None:
         loop = runner.train_loop
         with loop.clock.paused():
-            seconds, found = loop.clock.elapsed, Agreement(self.truth)
+            seconds, agreement = loop.clock.elapsed, Agreement(self.truth)
             model, collate = loop.model, self._collate()
             size = int(self.config['test_dataloader'].get('batch_size') or 1)
             for begin in range(0, len(self.places), size):
