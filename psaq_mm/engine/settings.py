@@ -40,8 +40,8 @@ class PictureSettings(Settings):
     )
     samples: Any = setting(
         'generated',
-        'Source of the pictures: a name such as generated, pink, dead_leaves, scenes or real; a dict; a list of them (a '
-        'mixture); or the path of a samples.pt or of a folder of images, which are the first pictures.',
+        'Source of the pictures: a name such as generated, pink, dead_leaves, scenes or real; a dict; a list of them '
+        '(a mixture); or the path of a samples.pt or of a folder of images, which are the first pictures.',
     )
     fresh: bool = setting(
         False,

@@ -68,7 +68,7 @@ class Synthesis:
         random: Optional[torch.Generator] = None,
         progress: Optional[Callable[[Dict[str, Any]], None]] = None,
     ) -> None:
-        self.teacher, self.generator, self.size = teacher, generator, tuple(size)
+        self.teacher, self.generator, self.size = teacher, generator, (int(size[0]), int(size[1]))
         self.settings, self.progress = settings or SynthesisSettings(), progress
         self.random = torch.Generator().manual_seed(0) if random is None else random
         # A generator of weight 0 makes no use of a student: the weight is then never asked.

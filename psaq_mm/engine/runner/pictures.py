@@ -73,7 +73,7 @@ class RunPictures:
         source = procedural_of(self.source)
         if source is None:
             raise ConfigError(
-                f'dfq.fresh=True needs samples that can be made for each batch, and dfq.samples={self.settings.samples} '
+                f'dfq.fresh=True needs samples that are quick to make, and dfq.samples={self.settings.samples} '
                 "are synthesized, which takes too long: set dfq.samples to another source, such as 'pink'"
             )
         return SampleStream(source, self.settings.size, self.teacher.image_spec, self.seed, 'fresh')
