@@ -65,8 +65,8 @@ class CurveHook(Hook):
     @torch.no_grad()
     def _evaluate(self, runner, step: int) -> None:
         loop = runner.train_loop
-        with loop.paused():
-            seconds, found = loop.elapsed, Agreement(self.truth)
+        with loop.clock.paused():
+            seconds, found = loop.clock.elapsed, Agreement(self.truth)
             model, collate = loop.model, self._collate()
             size = int(self.config['test_dataloader'].get('batch_size') or 1)
             for begin in range(0, len(self.places), size):

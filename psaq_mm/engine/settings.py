@@ -111,6 +111,10 @@ class OptimizerSettings(Settings):
     )
     clip_grad: Optional[float] = setting(1.0, 'Greatest norm of the gradient. None: not bounded.')
 
+    def __post_init__(self) -> None:
+        if not self.iters >= 0:
+            raise ConfigError(f'{self.prefix}iters={self.iters} must be 0 (calibrate only) or more')
+
 
 @dataclasses.dataclass(frozen=True)
 class HookSettings(Settings):

@@ -44,13 +44,13 @@ def test_psaq_v1_is_the_released_method():
     assert (dfq['iters'], dfq['evolve_every'], dfq['calibration_samples']) == (0, 0, 32)
     assert dfq['samples'] == 'generated' and dfq['classes'] == 'random' and dfq['size'] is None
     generator = generator_of('psaq_v1')
-    assert {k: getattr(generator, k) for k in V1_GENERATOR} == V1_GENERATOR
+    assert {k: generator.settings[k] for k in V1_GENERATOR} == V1_GENERATOR
     assert generator.rate_for(ToyTransformer()) == 0.20
     assert generator.rate_for(build_backbone('mmdet')) == 0.25
 
 
 def test_psaq_v1_warms_up_for_100_of_500_steps_and_falls_as_a_cosine():
-    schedule = generator_of('psaq_v1')._schedule
+    schedule = generator_of('psaq_v1').schedule.share
     assert schedule(0) == pytest.approx(1 / 100) and schedule(99) == 1.0 and schedule(100) == 1.0
     assert schedule(300) == pytest.approx(0.5) and 0 < schedule(499) < 1e-4
 

@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 from mmengine.logging import print_log
 
-from psaq_mm.engine.samples import Saved, SavedSamples, procedural_of, samples_of
+from psaq_mm.engine.samples import Saved, SavedSamples, samples_of
 from psaq_mm.engine.settings import PictureSettings
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
@@ -70,7 +70,7 @@ class RunPictures:
         """
         if not self.settings.fresh:
             return None
-        source = procedural_of(self.source)
+        source = self.source.procedural_part()
         if source is None:
             raise ConfigError(
                 f'dfq.fresh=True needs samples that are quick to make, and dfq.samples={self.settings.samples} '
