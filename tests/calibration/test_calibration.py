@@ -114,11 +114,10 @@ def test_importance_has_one_value_a_row_and_depends_on_the_generator_alone():
     'settings, match',
     [
         (dict(rounding='up'), "^rounding='up' is not known"),
-        (dict(damping=0.0), 'damping=0.0 must be positive'),
-        (dict(prior_rows=0.0), 'prior_rows=0.0 must be positive, or None'),
+        (dict(prior_rows=0.0), 'prior_rows=0.0 must be positive'),
         (dict(batch_size=0), 'batch_size=0'),
         (dict(calibration_samples=0), 'calibration_samples=0'),
-        (dict(dampin=0.1), 'dampin is no setting: did you mean damping'),
+        (dict(prior_row=32), 'prior_row is no setting: did you mean prior_rows'),
     ],
 )
 def test_settings_that_do_not_go_are_named(settings, match):

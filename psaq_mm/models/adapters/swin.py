@@ -26,16 +26,6 @@ from psaq_mm.quantization import (
     row_mask_of,
 )
 
-__all__ = [
-    'SWIN_BACKBONES',
-    'valid_query_rows',
-    'QuantWindowMSAMixin',
-    'QuantShiftWindowMSAMixin',
-    'QuantSwinBlockMixin',
-    'convert_window_attention',
-    'fill_padding',
-]
-
 _SWIN_MODULES = ('mmdet.models.backbones.swin', 'mmseg.models.backbones.swin')
 
 SWIN_BACKBONES = tuple(f'{m}.SwinTransformer' for m in _SWIN_MODULES) + (
