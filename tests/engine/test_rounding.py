@@ -86,7 +86,7 @@ def test_logits_are_learned_beside_the_blocks():
     'settings, match',
     [
         (dict(rounding='up'), "dfq.rounding='up' is not known"),
-        (dict(prior_rows=0.0), 'dfq.prior_rows=0.0 must be positive, or None'),
+        (dict(prior_rows=0.0), 'dfq.prior_rows=0.0 must be positive'),
         (dict(logits_weight=-1.0), 'dfq.logits_weight=-1.0'),
         (dict(size=(3, 3)), r'dfq.size=\(3, 3\) is smaller than one attention window'),
         (dict(classes='cats'), "dfq.classes='cats'"),
