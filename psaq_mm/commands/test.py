@@ -313,7 +313,7 @@ def _kernels_hook():
     """A hook that knows after a test which kernels an exported model was run with."""
     from mmengine.hooks import Hook
 
-    from psaq_mm.models import DeployedBackbone
+    from psaq_mm.deploy.serving import DeployedBackbone
 
     class KernelsHook(Hook):
         kernels: Sequence[str] = ()
