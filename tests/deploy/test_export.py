@@ -7,7 +7,7 @@ import torch
 from swin_models import build_backbone
 from vit_models import build as build_other
 
-from psaq_mm.commands.test import _check_spec
+from psaq_mm.commands.test import check_spec
 from psaq_mm.deploy import export_model, load
 from psaq_mm.deploy.report import execution, sizes_of, summary
 from psaq_mm.deploy.verify import LayerAgreement, Verification, verify, wrong_weights
@@ -56,10 +56,10 @@ def test_a_student_from_before_a_setting_has_its_default(swin):
     model, _, _ = swin
     made = spec_of(model).to_dict()
     del made['symmetric_attention']
-    _check_spec(model, dict(meta=dict(psaq_mm=dict(quant=made))), 'student.pth')
+    check_spec(model, dict(meta=dict(psaq_mm=dict(quant=made))), 'student.pth')
     made['symmetric_attention'] = True
     with pytest.raises(CheckpointError, match='symmetric_attention=True, the config False'):
-        _check_spec(model, dict(meta=dict(psaq_mm=dict(quant=made))), 'student.pth')
+        check_spec(model, dict(meta=dict(psaq_mm=dict(quant=made))), 'student.pth')
 
 
 def test_verification_tells_a_wrong_scale_and_a_wrong_weight(swin):
