@@ -13,6 +13,7 @@ from psaq_mm.quantization.observers import reduce_observers
 from psaq_mm.quantization.precision import use_full_float32
 from psaq_mm.quantization.quantizers import STATE_NAMES, Quantizer, Range, check_mode, in_mode, observing
 from psaq_mm.quantization.spec import AdapterSpec, QuantSpec
+from psaq_mm.tables import text_table
 
 # Quantizers that have no row of their own in a report: the row of their layer or product covers them.
 _LAYER_QUANTIZERS = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rhs_quantizer')
@@ -76,14 +77,12 @@ class ConversionReport:
 
     def to_table(self) -> str:
         """Text table of both lists."""
-        rows: List[Tuple[str, ...]] = [('layer', 'kind', 'weight bits', 'activation bits', 'note')]
-        rows += [
+        rows = [
             (r.name, r.kind, *('-' if bits is None else str(bits) for bits in (r.w_bits, r.a_bits)), '')
             for r in self.layers
         ]
         rows += [(r.name, r.kind, 'float', 'float', r.reason) for r in self.floats]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)] + [0]
-        return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        return text_table(('layer', 'kind', 'weight bits', 'activation bits', 'note'), rows, 'lllll', rule=False)
 
     def __repr__(self) -> str:
         return f'ConversionReport({len(self.layers)} layers quantized, {len(self.floats)} left in float)'
