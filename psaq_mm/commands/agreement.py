@@ -19,7 +19,7 @@ from mmengine.hooks import Hook
 
 from psaq_mm.errors import DataError
 from psaq_mm.files import whole_file
-from psaq_mm.models.tasks import Task, task_predicting, tasks
+from psaq_mm.models.tasks import TASKS, Task, task_predicting
 
 __all__ = ['Agreement', 'AgreementHook', 'Predictions', 'RecordHook']
 
@@ -87,7 +87,7 @@ class Predictions:
                 header = json.loads(content['header'].tobytes())
                 self.names, self.metrics = header['names'], header['metrics']
                 if header['kind'] is not None:
-                    self.task = {task.kind: task for task in reversed(tasks())}[header['kind']]
+                    self.task = {task.kind: task for task in reversed(TASKS)}[header['kind']]
                     self._records = self.task.unpack(header, content)
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f'{path} is damaged ({error}): delete it, and full precision is evaluated again') from error

@@ -5,9 +5,10 @@ lists of one value a class, confusion matrices, nested dicts and strings; a numb
 
 import math
 import statistics
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from psaq_mm.plain import to_plain
+from psaq_mm.tables import text_table
 
 __all__ = ['RESULTS', 'before_after_table', 'other_metrics', 'plain_metrics', 'scalars']
 
@@ -23,12 +24,12 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, (bool, int, float)) else value
 
 
-def plain_metrics(found: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
-    """What an evaluator gave, in plain types: numbers as floats (NaN stays), tensors and arrays as lists, dicts flat,
-    their keys joined with a slash.
+def plain_metrics(metrics: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
+    """An evaluator's metrics in plain types: numbers as floats (NaN stays), tensors and arrays as lists, dicts flat,
+    with their keys joined by a slash.
     """
     flat: Dict[str, Any] = {}
-    for key, value in (found or {}).items():
+    for key, value in (metrics or {}).items():
         value = to_plain(value, _number)
         if isinstance(value, dict):
             flat.update({f'{key}/{name}': v for name, v in plain_metrics(value).items()})
@@ -46,38 +47,35 @@ def _is_classwise(value: Any) -> bool:
 
 
 def scalars(metrics: Mapping[str, Any]) -> Dict[str, Optional[float]]:
-    """The numbers among metrics, None where one is not finite; of a list of one value a class the mean over the finite
-    ones, under ``KEY (mean)``. Matrices and strings are left out.
+    """The numbers among metrics, None where one is not finite. A list of one value a class gives the mean over its
+    finite values, under ``KEY (mean)``. Matrices and strings are left out.
 
     Args:
         metrics: Of :func:`plain_metrics`.
     """
-    found: Dict[str, Optional[float]] = {}
+    numbers: Dict[str, Optional[float]] = {}
     for key, value in metrics.items():
         if _is_classwise(value):
             known = [v for v in value if _finite(v)]
-            found[f'{key} (mean)'] = statistics.fmean(known) if known else None
+            numbers[f'{key} (mean)'] = statistics.fmean(known) if known else None
         elif value is None or isinstance(value, (int, float)):
-            found[key] = float(value) if _finite(value) else None
-    return found
+            numbers[key] = float(value) if _finite(value) else None
+    return numbers
 
 
 def other_metrics(metrics: Mapping[str, Any]) -> Dict[str, Any]:
-    """What :func:`scalars` leaves out or takes the mean of, in JSON types."""
+    """The metrics that are no numbers: :func:`scalars` leaves them out, or takes their mean. In JSON types."""
     return {k: to_plain(v, nan=False) for k, v in metrics.items() if not (v is None or isinstance(v, (int, float)))}
 
 
 # ---------------------------------------------------------------------- table
 
 
-def _cell(column: Mapping[str, Any], key: str, width: int) -> str:
-    value = column.get(key)
-    shown = '-' if value is None else value if isinstance(value, str) else f'{value:.3f}'
-    return f'  {shown:>{width}}'
-
-
-def _difference(one: Any, other: Any) -> str:
-    return f'  {other - one:>+10.3f}' if _finite(one) and _finite(other) else f'  {"-":>10}'
+def _column(metrics: Mapping[str, Any]) -> Dict[str, Any]:
+    """Cells by metric."""
+    metrics = plain_metrics(metrics)
+    others = [key for key, value in other_metrics(metrics).items() if not _is_classwise(value)]
+    return {**scalars(metrics), **dict.fromkeys(others, _ELSEWHERE)}
 
 
 def before_after_table(
@@ -89,31 +87,25 @@ def before_after_table(
     shown as their mean, other kinds of metrics by a hint to the results' file.
 
     Args:
-        before, after: Of :func:`plain_metrics`; None leaves the column out.
+        before: Of :func:`plain_metrics`; None leaves the column out.
+        after: The same of the quantized model.
         label: Heads the second column.
         first: Heads the first column.
     """
-    known: List[Tuple[str, int, Dict[str, Any]]] = []
-    for name, width, given in ((first, 14, before), (label, max(len(label), 10), after)):
-        if given is not None:
-            given = plain_metrics(given)
-            others = [k for k, v in other_metrics(given).items() if not _is_classwise(v)]
-            known.append((name, width, {**scalars(given), **dict.fromkeys(others, _ELSEWHERE)}))
-    keys = list(dict.fromkeys(key for _, _, column in reversed(known) for key in column))
-    width = max(map(len, ['metric', *keys]))
-    both = len(known) == 2
-    head = f'{"metric":<{width}}' + ''.join(f'  {name:>{size if name == first else 10}}' for name, size, _ in known)
-    head += '  difference' if both else ''
-    rows = [head, '-' * len(head)]
+    columns = {name: _column(metrics) for name, metrics in ((first, before), (label, after)) if metrics is not None}
+    keys = dict.fromkeys(key for column in reversed(columns.values()) for key in column)
+    rows = []
     for key in keys:
-        rows.append(
-            f'{key:<{width}}'
-            + ''.join(_cell(column, key, size) for _, size, column in known)
-            + (_difference(*(column.get(key) for _, _, column in known)) if both else '')
-        )
-    if any(_ELSEWHERE in column.values() for _, _, column in known):
-        rows.append(f'{_ELSEWHERE}: {RESULTS} holds these metrics whole')
-    return '\n'.join(rows + _silent([name for name, _, column in known if not column]))
+        values = [column.get(key) for column in columns.values()]
+        cells = ['-' if value is None else value for value in values]
+        if len(values) == 2:
+            cells.append(f'{values[1] - values[0]:+.3f}' if all(map(_finite, values)) else '-')
+        rows.append([key, *cells])
+    head = ['metric', *(name.rjust(10) for name in columns), *(['difference'] if len(columns) == 2 else [])]
+    lines = [text_table(head, rows, 'l' + 'r' * (len(head) - 1))]
+    if any(_ELSEWHERE in column.values() for column in columns.values()):
+        lines.append(f'{_ELSEWHERE}: {RESULTS} holds these metrics whole')
+    return '\n'.join(lines + _silent([name for name, column in columns.items() if not column]))
 
 
 def _silent(names: Sequence[str]) -> List[str]:

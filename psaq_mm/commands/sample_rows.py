@@ -19,8 +19,11 @@ DIVERGENCE = 'divergence'
 
 
 def principal_metrics(metrics: Mapping[str, Any]) -> List[str]:
-    """The metrics that a table shows: AP, mIoU, top-1. The first metric, if there are none of these."""
-    return [key for key in metrics if key.endswith(('mAP', 'mIoU', 'top1'))] or list(metrics)[:1]
+    """The metrics in a table: those of the tasks (AP, mIoU, top-1). The first metric, if there is none of them."""
+    from psaq_mm.models.tasks import TASKS
+
+    endings = tuple(ending for task in TASKS for ending in task.metrics)
+    return [key for key in metrics if key.endswith(endings)] or list(metrics)[:1]
 
 
 def bits_of(quant: str, label: str) -> str:

@@ -22,12 +22,12 @@ from psaq_mm.commands.common import (
 from psaq_mm.commands.metrics import RESULTS, before_after_table, plain_metrics
 from psaq_mm.engine.data_overlap import dataset_leaves
 from psaq_mm.errors import CheckpointError, ConfigError, DataError, PsaqError
-from psaq_mm.files import write_whole
+from psaq_mm.files import file_sha256, write_whole
 from psaq_mm.plain import to_plain
 from psaq_mm.ranks import ranks
 from psaq_mm.runtime import RUNTIMES
 
-__all__ = ['main', 'evaluate', 'check_test_set', 'before_after_table']
+__all__ = ['main', 'evaluate', 'check_spec', 'check_test_set', 'before_after_table']
 
 
 def _missing_file(config) -> Optional[str]:
@@ -56,8 +56,7 @@ def check_test_set(config) -> None:
     if not isinstance(config.test_dataloader, Mapping) or not config.test_dataloader.get('dataset'):
         raise ConfigError(
             f'test_dataloader of the config {config.filename} is no single loader with a dataset: give one, or several '
-            f'sets '
-            'as the datasets of a ConcatDataset'
+            'sets as the datasets of a ConcatDataset'
         )
     absent = _missing_file(config)
     if absent:
@@ -125,7 +124,7 @@ def evaluate(
         deploy_model_(model, source, runtime, threads)
     else:
         if not full_precision:
-            _check_spec(model, checkpoint, source)
+            check_spec(model, checkpoint, source)
         load_weights(model, checkpoint, source)
     for hook in hooks:
         runner.register_hook(hook)
@@ -137,7 +136,7 @@ def _tested(runner, failed: Optional[List[str]]) -> Dict[str, Any]:
     failures: List[str] = []
     _guard_evaluator(_test_loop(runner), failures)
     try:
-        found = plain_metrics(runner.test())
+        metrics = plain_metrics(runner.test())
     except Exception as error:  # a pipeline's own code may raise anything
         if isinstance(error, PsaqError) or not _while_loading(error):
             raise
@@ -149,9 +148,10 @@ def _tested(runner, failed: Optional[List[str]]) -> Dict[str, Any]:
         raise DataError(failures[0])
     if failed is not None:
         failed.extend(failures)
-    return found
+    return metrics
 
 
+_CODE_ERRORS = (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError)
 _IN_WORKER = 'in DataLoader worker process'
 
 
@@ -175,16 +175,7 @@ def _test_loop(runner):
         count = len(loop.dataloader.dataset)
     except PsaqError:
         raise
-    except (
-        ImportError,
-        RuntimeError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        AssertionError,
-    ) as error:
+    except (*_CODE_ERRORS, ImportError, OSError) as error:
         if 'need at least one array' not in str(error):  # how MMEngine's dataset ends without a picture
             raise DataError(
                 f'the test set or its evaluator cannot be built ({_reason(error)}): check test_dataloader and '
@@ -197,21 +188,25 @@ def _test_loop(runner):
 
 
 def _guard_evaluator(loop, failures: List[str]) -> None:
-    """Where one of several evaluators fails, or two give metrics of one name, all others' metrics are kept.
+    """Keep the metrics of the others where one of several evaluators fails, or two give metrics of one name.
 
-    Of several ranks, which wait for each other in the evaluators, a failure stays one.
+    With several ranks a failure still ends the test, because the ranks wait for each other in the evaluators.
+
+    Args:
+        loop: The runner's test loop.
+        failures: Takes a sentence for each evaluator that fails.
     """
     from mmengine.evaluator import Evaluator
 
     evaluator, seen = getattr(loop, 'evaluator', None), {}  # type: Any, Dict[str, Any]
-    # another one may name them itself
-    alone, plain = ranks()[1] == 1, getattr(type(evaluator), 'evaluate', None) is Evaluator.evaluate
+    one_rank = ranks()[1] == 1
+    plain = getattr(type(evaluator), 'evaluate', None) is Evaluator.evaluate  # a subclass may rename metrics itself
     for number, metric in enumerate(getattr(evaluator, 'metrics', None) or ()):
         name = type(metric).__name__
         metric.process = functools.partial(_process, metric.process, name)
-        if alone and hasattr(metric, 'compute_metrics'):
+        if one_rank and hasattr(metric, 'compute_metrics'):
             metric.compute_metrics = functools.partial(_compute, metric.compute_metrics, name, failures)
-        if alone and plain:
+        if one_rank and plain:
             metric.evaluate = functools.partial(_renamed, metric.evaluate, f'{name} {number + 1}', seen)
 
 
@@ -220,11 +215,10 @@ def _process(process: Callable, name: str, *args, **kwargs) -> None:
         process(*args, **kwargs)
     except PsaqError:
         raise
-    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+    except _CODE_ERRORS as error:
         raise DataError(
             f'the evaluator {name} cannot score what the test set and the model give ({_reason(error)}): the test set '
-            f'needs '
-            'the annotations that it asks for, and the classes of the model'
+            'needs the annotations that it asks for, and the classes of the model'
         ) from error
 
 
@@ -240,33 +234,39 @@ def _compute(compute: Callable, name: str, failures: List[str], *args, **kwargs)
 
 
 def _renamed(evaluate_metric: Callable, name: str, seen: Dict[str, Any], *args, **kwargs) -> Dict[str, Any]:
-    found = {
-        f'{key} ({name})' if key in seen else key: value for key, value in evaluate_metric(*args, **kwargs).items()
-    }
-    seen.update(found)
-    return found
+    metrics = evaluate_metric(*args, **kwargs)
+    renamed = {f'{key} ({name})' if key in seen else key: value for key, value in metrics.items()}
+    seen.update(renamed)
+    return renamed
 
 
-def _check_spec(model, checkpoint: Mapping, source: str) -> None:
+def check_spec(model, checkpoint: Mapping, source: str) -> None:
+    """Compare the spec that a student was quantized under with that of a model.
+
+    Args:
+        model: A quantized model.
+        checkpoint: As read by :func:`psaq_mm.engine.checkpoint.read_checkpoint`; one without a spec passes.
+        source: Its path, for the message.
+
+    Raises:
+        CheckpointError: They differ; the message names the settings.
+    """
     from psaq_mm.engine.students import spec_in
     from psaq_mm.models import spec_of
 
-    made = spec_in(checkpoint)
-    if made is None:
+    spec = spec_in(checkpoint)
+    if spec is None:
         return
-    made, wanted = made.to_dict(), spec_of(model).to_dict()
-    odd = [f'{k}={made[k]!r}, the config {wanted[k]!r}' for k in wanted if made[k] != wanted[k]]
-    if odd:
+    trained, wanted = spec.to_dict(), spec_of(model).to_dict()
+    differences = [f'{k}={trained[k]!r}, the config {wanted[k]!r}' for k in wanted if trained[k] != wanted[k]]
+    if differences:
         raise CheckpointError(
-            f'{source} was quantized under another spec ({"; ".join(odd[:3])}): use the config it was made with, or '
-            f'set '
-            'these under its quant'
+            f'{source} was quantized under another spec ({"; ".join(differences[:3])}): use the config it was made '
+            'with, or set these under its quant'
         )
 
 
 def _teacher_of(checkpoint: Mapping, given: Optional[str], path: str) -> str:
-    from psaq_mm.engine.checkpoint import file_sha256
-
     if given:
         return given
     teacher = (checkpoint['meta'].get('psaq_mm') or {}).get('teacher') or {}
@@ -296,8 +296,8 @@ def _test_deployed(config, args) -> None:
     failed: List[str] = []
     if args.checkpoint:
         checkpoint = read_checkpoint(args.checkpoint)
-        own = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
-        results['quantized'] = evaluate(own, checkpoint, args.checkpoint, failed=failed)
+        student = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
+        results['quantized'] = evaluate(student, checkpoint, args.checkpoint, failed=failed)
         _save(config, results)
     ran = _kernels_hook()
     results['integer'] = evaluate(
@@ -310,10 +310,10 @@ def _test_deployed(config, args) -> None:
 
 
 def _kernels_hook():
-    """A hook that knows after a test which kernels an exported model was run with."""
+    """A hook that has, after a test, the ``kernels`` that an exported model was run with."""
     from mmengine.hooks import Hook
 
-    from psaq_mm.models import DeployedBackbone
+    from psaq_mm.deploy.serving import DeployedBackbone
 
     class KernelsHook(Hook):
         kernels: Sequence[str] = ()
@@ -326,16 +326,15 @@ def _kernels_hook():
 
 
 def _save(config, results: Mapping) -> Path:
-    """Write what is known so far: what comes next may fail after hours."""
+    """Write the results so far: what comes next may fail after hours. Returns the path."""
     out = Path(config.work_dir) / RESULTS
     if not ranks()[0]:  # all have the same metrics
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, json.dumps(to_plain(results, nan=False), indent=2, allow_nan=False))
     return out
 
 
 def _show(config, results: Mapping, failed: Sequence[str], *columns) -> None:
-    """Save and print; of several ranks, which all have the same metrics, the first.
+    """Save results, and print the table. With several ranks the first one does it: all have the same metrics.
 
     Raises:
         DataError: An evaluator failed; what the others gave has been saved and printed.
@@ -349,6 +348,44 @@ def _show(config, results: Mapping, failed: Sequence[str], *columns) -> None:
         print(f'saved to {out}', flush=True)
     if failed:
         raise DataError('; '.join(dict.fromkeys(failed)))
+
+
+def _command(args) -> None:
+    config = runnable_config(args)
+    if args.deployed:
+        _test_deployed(config, args)
+    elif args.checkpoint:
+        _test_checkpoint(config, args)
+    else:
+        raise CheckpointError(
+            'there is no checkpoint to evaluate: give student.pth after the config, or --deployed DIR'
+        )
+
+
+def _test_checkpoint(config, args) -> None:
+    """Metrics of a student, and of full precision where that is asked for."""
+    from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
+    from psaq_mm.engine.students import config_of_student
+
+    checkpoint = read_checkpoint(args.checkpoint)
+    config = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
+    results: Dict[str, Any] = dict(checkpoint=args.checkpoint, full_precision=None, quantized=None)
+    failed: List[str] = []
+    if args.full_precision is not None:
+        path = args.checkpoint
+        if is_quantized(checkpoint):
+            path = _teacher_of(checkpoint, args.full_precision, path)
+        results['full_precision'] = evaluate(config, read_checkpoint(path), path, full_precision=True, failed=failed)
+        _save(config, results)
+    elif not is_quantized(checkpoint):
+        raise CheckpointError(
+            f'{args.checkpoint} is a full-precision checkpoint: quantize it with tools/dfq_train.py '
+            'first, or evaluate it as it is with --full-precision'
+        )
+    if is_quantized(checkpoint):
+        results['quantized'] = evaluate(config, checkpoint, args.checkpoint, failed=failed)
+    label = (checkpoint['meta'].get('psaq_mm') or {}).get('label', 'quantized')
+    _show(config, results, failed, results['full_precision'], results['quantized'], label)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -379,41 +416,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_quant_arguments(parser)
     add_run_arguments(parser)
 
-    def command(args) -> None:
-        from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
-        from psaq_mm.engine.students import config_of_student
-
-        config = runnable_config(args)
-        if args.deployed:
-            _test_deployed(config, args)
-            return
-        if not args.checkpoint:
-            raise CheckpointError(
-                'there is no checkpoint to evaluate: give student.pth after the config, or --deployed DIR'
-            )
-        checkpoint = read_checkpoint(args.checkpoint)
-        config = config_of_student(config, checkpoint, args.checkpoint, args.quant, args.method, args.cfg_options)
-        results: Dict[str, Any] = dict(checkpoint=args.checkpoint, full_precision=None, quantized=None)
-        failed: List[str] = []
-        if args.full_precision is not None:
-            path = args.checkpoint
-            if is_quantized(checkpoint):
-                path = _teacher_of(checkpoint, args.full_precision, path)
-            results['full_precision'] = evaluate(
-                config, read_checkpoint(path), path, full_precision=True, failed=failed
-            )
-            _save(config, results)
-        elif not is_quantized(checkpoint):
-            raise CheckpointError(
-                f'{args.checkpoint} is a full-precision checkpoint: quantize it with tools/dfq_train.py '
-                'first, or evaluate it as it is with --full-precision'
-            )
-        if is_quantized(checkpoint):
-            results['quantized'] = evaluate(config, checkpoint, args.checkpoint, failed=failed)
-        label = (checkpoint['meta'].get('psaq_mm') or {}).get('label', 'quantized')
-        _show(config, results, failed, results['full_precision'], results['quantized'], label)
-
-    return run_command(command, parser, argv)
+    return run_command(_command, parser, argv)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Which parts of a model become the graph, and which stay in PyTorch beside it.
 
-The widest graph is backbone, neck and dense head. A part is left to PyTorch where a graph could not stand for it: a
-head that reads more than the levels of the neck, a prediction that is not made from the outputs of the head's forward,
-an operator that ONNX does not have.
+The widest graph is backbone, neck and dense head. A part stays in PyTorch where a graph cannot replace it: a head that
+reads more than the levels of the neck, a prediction that is not made from the outputs of the head's forward, an
+operator that ONNX does not have.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.network import TRAINING_ONLY, find_backbone, takes_levels_alone
-from psaq_mm.models.tasks import Task, task_of, tasks
+from psaq_mm.models.tasks import TASKS, Task, task_of
 
 __all__ = ['GraphParts', 'NotInGraph', 'graph_parts', 'narrower', 'rest_state', 'with_task_of_outputs']
 
@@ -22,7 +22,7 @@ _LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain', 'mmpose')
 
 
 class NotInGraph(UnsupportedModelError):
-    """A part of a model has no place in a graph; the message says why."""
+    """A part of a model cannot be in a graph; the message says why."""
 
 
 class GraphParts(NamedTuple):
@@ -53,9 +53,7 @@ class GraphParts(NamedTuple):
 
 
 def graph_parts(model: nn.Module) -> GraphParts:
-    """The widest graph of a detector, segmentor, classifier or backbone, as far as it can be told without running
-    it.
-    """
+    """The widest graph of a model, as far as that is known without running it."""
     backbone = find_backbone(model)
     if backbone is model:
         return GraphParts('backbone', None, True, ('',))
@@ -74,24 +72,16 @@ def graph_parts(model: nn.Module) -> GraphParts:
 
 
 def with_task_of_outputs(parts: GraphParts, dimensions: Sequence[int]) -> GraphParts:
-    """The parts of a model of no known task, with the task that its outputs tell; else ``parts``.
-
-    Args:
-        parts: As traced.
-        dimensions: Numbers of dimensions of the outputs.
+    """The parts that were traced. If no task matched the model, its task is told by ``dimensions``, the numbers of
+    dimensions of the outputs.
     """
     if parts.task != Task.name or parts.dense is None:
         return parts
-    return next((parts.of_task(task) for task in tasks() if task.matches_outputs(dimensions)), parts)
+    return next((parts.of_task(task) for task in TASKS if task.matches_outputs(dimensions)), parts)
 
 
 def rest_state(model: nn.Module, prefixes: Sequence[str]) -> Dict[str, Tensor]:
-    """Weights that evaluation needs beside the graph.
-
-    Args:
-        model: The model that was exported.
-        prefixes: Of :class:`GraphParts`; ``('',)`` is the whole model.
-    """
+    """Weights that evaluation needs beside a graph of these ``prefixes`` (:class:`GraphParts`)."""
     if '' in prefixes:
         return {}
     skipped = tuple(f'{name}.' for name in (*prefixes, *TRAINING_ONLY))
@@ -99,9 +89,7 @@ def rest_state(model: nn.Module, prefixes: Sequence[str]) -> Dict[str, Tensor]:
 
 
 def narrower(parts: GraphParts, reason: str) -> Optional[GraphParts]:
-    """The same graph without its last part, which stays in PyTorch for ``reason``; None where it is the backbone
-    alone.
-    """
+    """The same graph without its last part, which stays in PyTorch for ``reason``; None for a backbone alone."""
     last = parts.dense or ('neck' if 'neck' in parts.prefixes else None)
     return _without(parts, last, reason) if last and parts.task != 'backbone' else None
 
@@ -117,23 +105,23 @@ def _without(parts: GraphParts, name: str, reason: str) -> GraphParts:
 
 
 def _others_read_levels(model: nn.Module, task: Task, dense: Optional[str]) -> bool:
-    """Whether a model has parts beside the dense head, such as RoI, mask and semantic heads, which may read the levels,
-    or predicts in a way of its own.
+    """Whether a model has parts beside the dense head that may read the levels (RoI, mask and semantic heads), or a
+    ``predict`` of its own.
     """
     known = ('neck', dense, *TRAINING_ONLY)
     backbone = find_backbone(model)
     others = any(part is not backbone and name not in known for name, part in model.named_children())
-    return dense is None or task.others_read_levels(model, dense) or others or _is_own(model, 'predict')
+    return dense is None or dense in task.shared_levels or others or _is_own(model, 'predict')
 
 
 def _is_own(model: nn.Module, method: str) -> bool:
-    """Whether a method of a model is none of the libraries', but of a downstream project."""
-    found = getattr(type(model), method, None)
-    return found is not None and found.__module__.split('.')[0] not in _LIBRARIES
+    """Whether a method of a model comes from a downstream project, and not from one of the libraries."""
+    function = getattr(type(model), method, None)
+    return function is not None and function.__module__.split('.')[0] not in _LIBRARIES
 
 
 def _why_neck_apart(model: nn.Module) -> Optional[str]:
-    """Why what reads the backbone cannot be in the graph; None where it can."""
+    """Why the parts after the backbone cannot be in the graph; None where they can."""
     neck = getattr(model, 'neck', None)
     if isinstance(neck, nn.Module) and not takes_levels_alone(neck):
         return f'{type(neck).__name__} needs more than the levels of the backbone'
@@ -154,16 +142,16 @@ def _why_apart(model: nn.Module, task: Task, head: nn.Module) -> Optional[str]:
     return None
 
 
-class _Asked(Exception):
-    """Raised with its arguments where a forward is called."""
+class _ForwardCalled(Exception):
+    """Raised by a forward, with its arguments."""
 
 
 class _Levels(tuple):
-    """Stands for the levels of a neck. It is empty, as the graph hands out none where it holds the only head."""
+    """In place of the levels of a neck. It is empty: a graph with the only head in it has no levels as outputs."""
 
 
 class _Meta(dict):
-    """Metainfo of an image, as mmseg hands it to a head; the others hand over a data sample that has it."""
+    """Metainfo of an image, as mmseg passes it to a head; the other libraries pass a data sample that has it."""
 
     @property
     def metainfo(self) -> dict:
@@ -171,11 +159,11 @@ class _Meta(dict):
 
 
 def _predicts_from_levels(head: nn.Module) -> bool:
-    """Whether the first thing that a head does to predict is its own forward, on the levels alone: a rehearsal on a
-    copy, without levels.
+    """Whether ``predict`` of a head first calls its own forward, on the levels alone. It is called on a copy of the
+    head, without levels.
 
-    All its prediction reads then is what the graph gives. A head that hands the levels to heads inside it, or reads
-    them itself, is none of these.
+    Then the prediction is made from the graph's outputs alone. Other heads pass the levels to heads inside of them, or
+    read them themselves.
     """
     predict = getattr(type(head), 'predict', None)
     if predict is None:
@@ -183,7 +171,7 @@ def _predicts_from_levels(head: nn.Module) -> bool:
     head, levels = copy.copy(head), _Levels()
 
     def forward(*args, **kwargs):
-        raise _Asked(args, kwargs)
+        raise _ForwardCalled(args, kwargs)
 
     head.forward = forward
     image = _Meta(
@@ -196,9 +184,9 @@ def _predicts_from_levels(head: nn.Module) -> bool:
     ]
     try:
         head.predict(levels, [image], *({} for _ in required))
-    except _Asked as asked:
-        args, kwargs = asked.args
+    except _ForwardCalled as call:
+        args, kwargs = call.args
         return len(args) == 1 and args[0] is levels and not kwargs
-    except Exception:  # whatever it does with levels that are none
+    except Exception:  # whatever it does with empty levels
         return False
     return False

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""An exported graph in the place of a model's own layers, so that the library's tools evaluate the integer model."""
+"""An exported graph in place of a model's own layers, so that the library's tools evaluate the integer model."""
 
 import os
 from typing import Any, Dict, List, Mapping, Optional, Union
@@ -31,10 +31,10 @@ class DeployedFeatures(tuple):
 
 @MODELS.register_module()
 class DeployedBackbone(nn.Module):
-    """Runs the graph of an exported model: backbone, and what else of the model it holds (neck, dense head).
+    """Runs the graph of an exported model: its backbone, and the neck and dense head where the graph holds them.
 
-    As a backbone of its own in a config, it gives a detector the levels after the neck: set ``neck=None`` there.
-    ``tools/test.py CONFIG --deployed DIR`` does that, and has the head's outputs taken from the graph too.
+    As ``backbone`` of a config its outputs are the levels after the neck: set ``neck=None`` there.
+    ``tools/test.py CONFIG --deployed DIR`` does that, and takes the head's outputs from the graph too.
 
     Args:
         directory: As ``tools/export.py`` wrote it.
@@ -68,16 +68,16 @@ class DeployedBackbone(nn.Module):
         """Normalized images (N, C, H, W) to :class:`DeployedFeatures`, or to logits where the graph is a whole
         network.
         """
-        found = self.deployed.run(images.detach().float().cpu().numpy())
+        arrays = self.deployed.run(images.detach().float().cpu().numpy())
         outputs = {
-            name: torch.from_numpy(np.ascontiguousarray(value)).to(images.device) for name, value in found.items()
+            name: torch.from_numpy(np.ascontiguousarray(array)).to(images.device) for name, array in arrays.items()
         }
-        wanted = self.deployed.manifest['outputs']
-        dense = _nested(wanted['dense'], outputs)
-        if not wanted['levels'] and self.deployed.manifest['dense_head'] is None:
+        names = self.deployed.manifest['outputs']
+        dense = _nested(names['dense'], outputs)
+        if not names['levels'] and self.deployed.manifest['dense_head'] is None:
             return dense
-        levels = _nested(wanted.get('features') or wanted['levels'], outputs)
-        if not isinstance(levels, tuple):  # a backbone that gives one map by itself
+        levels = _nested(names.get('features') or names['levels'], outputs)
+        if not isinstance(levels, tuple):  # a backbone whose output is one map, in no tuple
             return levels
         features = DeployedFeatures(levels)
         features.dense = dense
@@ -93,17 +93,17 @@ def _nested(names: Any, outputs: Dict[str, Tensor]) -> Any:
 
 
 class DeployedHeadMixin:
-    """A head whose outputs come with the features; its own layers are not called."""
+    """A head that takes its outputs from the features, and does not call its own layers."""
 
     def forward(self, features: DeployedFeatures, *args, **kwargs) -> Any:
-        """What the graph gave for these features."""
+        """The graph's outputs of this head for these features."""
         return features.dense
 
 
 def deploy_model_(
     model: nn.Module, directory: PathLike, runtime: str = 'openvino', threads: Optional[int] = None
 ) -> nn.Module:
-    """Put an exported graph into the model it was made from, in place, with the weights that the graph does not hold.
+    """Put an exported graph into the model that it was made from, in place, and load the weights of the other parts.
 
     Args:
         model: Built from the config that was exported; its weights need not be loaded.
@@ -151,23 +151,23 @@ def _inherits(model: nn.Module, name: str) -> bool:
 
 def _load_rest(model: nn.Module, directory: PathLike, manifest: Mapping) -> None:
     path = os.path.join(directory, 'rest.npz')
-    if manifest['task'] != 'detection' and not os.path.isfile(path):
+    if manifest['task'] != 'detection' and not os.path.isfile(path):  # an export of an earlier version
         return
     rest = dict(np.load(path)) if os.path.isfile(path) else {}
-    own = rest_state(model, manifest['replaced'])
-    odd = sorted(set(rest) ^ set(own)) or [k for k in own if tuple(own[k].shape) != rest[k].shape]
-    if odd:
+    state = rest_state(model, manifest['replaced'])
+    misfits = sorted(set(rest) ^ set(state)) or [k for k in state if tuple(state[k].shape) != rest[k].shape]
+    if misfits:
         raise CheckpointError(
-            f'{directory} does not fit the model of the config ({", ".join(odd[:3])}): give the config that was '
-            f'exported'
+            f'{directory} does not fit the model of the config ({", ".join(misfits[:3])}): give the config that was '
+            'exported'
         )
     errors: List[str] = []
-    # each on its own: the model's check wants the weights that the graph replaced, too
+    # Module by module: the check of the whole model asks for the weights that the graph replaced, too.
     for name, module in model.named_modules():
-        state = {
+        weights = {
             k[len(name) + 1 :]: torch.from_numpy(v) for k, v in rest.items() if name and k.rpartition('.')[0] == name
         }
-        if state:
-            module._load_from_state_dict(state, '', {}, True, [], [], errors)
+        if weights:
+            module._load_from_state_dict(weights, '', {}, True, [], [], errors)
     if errors:
         raise CheckpointError(f'{directory} does not fit the model of the config ({errors[0]})')

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What is checked whenever weights reach a quantized model, whoever loads them.
+"""Checks of weights whenever a quantized model loads them, and the names that checkpoints have them under.
 
 MMEngine loads without ``strict``: wrong shapes and missing keys end in a warning, and the run goes on with random
 weights. The check therefore sits in a load hook of the model itself, so that tools, inferencers and test-time
@@ -35,8 +35,8 @@ __all__ = [
 def _own_state(model: nn.Module) -> Dict[str, Tensor]:
     """A model's weights under the names that its modules have.
 
-    mmpretrain's TimmClassifier takes its prefix off in a hook when a state dict is made, and puts it on in another
-    before one is loaded: where loading is checked, after that hook, both sides must have it.
+    mmpretrain's TimmClassifier removes its prefix in a hook when a state dict is made, and adds it in another hook
+    before one is loaded. Loading is checked after that hook, where both sides must have the prefix.
     """
     with replaced(model, '_state_dict_hooks', OrderedDict()):
         return model.state_dict()
@@ -65,64 +65,69 @@ def _resized_by_the_library(model: nn.Module) -> Set[str]:
 def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str = '') -> None:
     """Check that ``state_dict`` has every weight of ``model``, in its shape, under the names of the model's modules.
 
-    Quantizer state may be absent as a whole (a full-precision checkpoint), not in part; so may an auxiliary head, which
-    takes no part in inference.
+    The state of all quantizers may be absent (a full-precision checkpoint), that of some may not. An auxiliary head may
+    be absent: it is not used in inference.
+
+    Args:
+        model: Quantized or not.
+        state_dict: As the model loads it.
+        prefix: Of its names, before those of the model.
 
     Raises:
         CheckpointError: One sentence that names the keys, the shapes and the way out.
     """
-    own = _own_state(model)
-    given = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    weights = _own_state(model)
+    loaded = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     resized = _resized_by_the_library(model)
     wrong = [
-        f'{k} is {tuple(given[k].shape)} in the checkpoint and {tuple(own[k].shape)} in the model'
-        for k in own
-        if k in given
+        f'{k} is {tuple(loaded[k].shape)} in the checkpoint and {tuple(weights[k].shape)} in the model'
+        for k in weights
+        if k in loaded
         and not is_quantizer_key(k)
-        and given[k].shape != own[k].shape
-        and not (k in resized and given[k].dim() == own[k].dim() and given[k].shape[-1] == own[k].shape[-1])
+        and loaded[k].shape != weights[k].shape
+        and not (k in resized and loaded[k].dim() == weights[k].dim() and loaded[k].shape[-1] == weights[k].shape[-1])
     ]
     if wrong:
         raise CheckpointError(
             f'the checkpoint does not fit the model: {first_of(wrong)}; use the config that it was trained with'
         )
-    unneeded = absent_parts(own, given)
+    unneeded = absent_parts(weights, loaded)
     missing = [
         k
-        for k in own
-        if k not in given
+        for k in weights
+        if k not in loaded
         and not is_quantizer_key(k)
         and not k.endswith('num_batches_tracked')
         and not k.startswith(unneeded)
     ]
     if missing:
-        alone = given and all(k.startswith('backbone.') for k in given)
+        backbone_alone = loaded and all(k.startswith('backbone.') for k in loaded)
         way = (
             'it holds a backbone alone, give the checkpoint of the whole trained model'
-            if alone
+            if backbone_alone
             else 'use the config that it was trained with, or convert its keys first'
         )
         raise CheckpointError(f'the checkpoint lacks {len(missing)} weights of the model ({first_of(missing)}): {way}')
-    has_state = {k for k in given if is_quantizer_key(k)}
-    wants_state = {k for k in own if is_quantizer_key(k)}
-    if has_state and has_state != wants_state:
-        odd = sorted(has_state ^ wants_state)
+    loaded_state = {k for k in loaded if is_quantizer_key(k)}
+    model_state = {k for k in weights if is_quantizer_key(k)}
+    if loaded_state and loaded_state != model_state:
+        one_sided = sorted(loaded_state ^ model_state)
         raise CheckpointError(
-            f'the checkpoint was quantized under another spec ({first_of(odd)} stand on one side only): '
+            f'the checkpoint was quantized under another spec ({first_of(one_sided)} stand on one side only): '
             'give the config the quant= that it was made with'
         )
 
 
-def absent_parts(own: Iterable[str], given: Iterable[str]) -> Tuple[str, ...]:
-    """Prefixes of parts that serve training alone, of which ``own`` has weights and ``given`` none.
+def absent_parts(names: Iterable[str], others: Iterable[str]) -> Tuple[str, ...]:
+    """Prefixes of parts used in training alone, which ``names`` has weights of and ``others`` has not.
 
     Example:
         >>> absent_parts(['decode_head.bias', 'auxiliary_head.bias'], ['decode_head.bias'])
         ('auxiliary_head.',)
     """
     parts = tuple(f'{name}.' for name in TRAINING_ONLY)
-    held = {part for part in parts if any(k.startswith(part) for k in given)}
-    return tuple(part for part in parts if part not in held and any(k.startswith(part) for k in own))
+    present = {part for part in parts if any(name.startswith(part) for name in others)}
+    return tuple(part for part in parts if part not in present and any(name.startswith(part) for name in names))
 
 
 def guard_loading(model: nn.Module) -> None:
@@ -138,7 +143,7 @@ def _check_loading(module: nn.Module, state_dict: Dict[str, Tensor], prefix: str
 
 @contextlib.contextmanager
 def whole_loading(model: nn.Module) -> Iterator[None]:
-    """While the ``with`` block runs, ``model`` loads state dicts that fit it and hold nothing else, and no others.
+    """Inside the block ``model`` loads only state dicts with exactly its weights.
 
     The check runs after the hooks with which a model converts keys, and before anything is copied.
 
@@ -149,11 +154,11 @@ def whole_loading(model: nn.Module) -> Iterator[None]:
 
     def check(module, state_dict, prefix, *args):
         check_state_dict(module, state_dict, prefix)
-        own = _own_state(module)
-        strangers = [k for k in state_dict if k[len(prefix) :] not in own and not k.endswith('num_batches_tracked')]
-        if strangers:
+        weights = _own_state(module)
+        unplaced = [k for k in state_dict if k[len(prefix) :] not in weights and not k.endswith('num_batches_tracked')]
+        if unplaced:
             raise CheckpointError(
-                f'{len(strangers)} weights have no place in the model ({first_of(strangers)}): '
+                f'{len(unplaced)} weights have no place in the model ({first_of(unplaced)}): '
                 'use the config that it was trained with'
             )
 
@@ -162,22 +167,21 @@ def whole_loading(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(weights: Mapping[str, Any]) -> Dict[str, Any]:
-    """Weights without what DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``) put into their
-    names.
+    """Weights without the name parts of DistributedDataParallel (``module.``) and ``torch.compile`` (``_orig_mod.``).
 
     Example:
         >>> unwrapped({'module._orig_mod.backbone._orig_mod.norm.bias': 0})
         OrderedDict([('backbone.norm.bias', 0)])
     """
-    found = OrderedDict((re.sub(r'(?<![^.])_orig_mod\.', '', name), value) for name, value in weights.items())
-    found = found if len(found) == len(weights) else OrderedDict(weights)
-    while found and all(name.startswith('module.') for name in found):
-        found = OrderedDict((name[len('module.') :], value) for name, value in found.items())
-    return found
+    plain = OrderedDict((re.sub(r'(?<![^.])_orig_mod\.', '', name), value) for name, value in weights.items())
+    plain = plain if len(plain) == len(weights) else OrderedDict(weights)
+    while plain and all(name.startswith('module.') for name in plain):
+        plain = OrderedDict((name[len('module.') :], value) for name, value in plain.items())
+    return plain
 
 
 class Matched(NamedTuple):
-    """Weights of a checkpoint, and a sentence for each kind of what was left out of them.
+    """Weights of a checkpoint, and a sentence for each kind of weights that were left out.
 
     Attributes:
         weights: State dict.
@@ -193,14 +197,14 @@ def _note(names: Sequence[str], why: str) -> str:
 
 
 def _chosen(prefixes: Sequence[str], meta: Mapping) -> str:
-    """Which one of several copies of a model is to be used."""
+    """The prefix of the copy to be used, of several copies of a model."""
     if {'teacher.', 'student.'} <= set(prefixes):
         # mmdet's semi-supervised detectors: its config says whose predictions are the model's, by default the
         # teacher's.
-        said = re.search(
+        setting = re.search(
             r"""predict_on['"]?\s*[=:]\s*['"](teacher|student)""", str(meta.get('cfg') or meta.get('config') or '')
         )
-        return f'{said[1] if said else "teacher"}.'
+        return f'{setting[1] if setting else "teacher"}.'
     if 'model.' in prefixes:
         return 'model.'
     raise CheckpointError(
@@ -216,10 +220,10 @@ def _below(weights: Mapping[str, Tensor], prefix: str, notes: List[str]) -> Dict
 
 
 def _without_averages(weights: Mapping[str, Tensor], notes: List[str]) -> Mapping[str, Tensor]:
-    """Without the second copy that the EMA hooks of mmcv 1 and mmdet 2 keep as buffers of the model.
+    """Drops the second copy of the weights that the EMA hooks of mmcv 1 and mmdet 2 keep as buffers of the model.
 
-    For ``backbone.norm.bias`` it is ``ema_backbone_norm_bias``. The hooks swap the two before a checkpoint is saved, so
-    that averages stand under the plain names, which those releases test with.
+    For ``backbone.norm.bias`` it is ``ema_backbone_norm_bias``. The hooks swap the two copies before a checkpoint is
+    saved: the averages, which those releases test with, have the plain names.
     """
     second = {'ema_' + name.replace('.', '_'): value for name, value in weights.items() if not name.startswith('ema_')}
     dropped = [name for name, value in weights.items() if name in second and value.shape == second[name].shape]
@@ -232,7 +236,7 @@ def _without_averages(weights: Mapping[str, Tensor], notes: List[str]) -> Mappin
 
 
 def usable_weights(weights: Mapping[str, Tensor], meta: Mapping) -> Matched:
-    """Weights without what tells by its names alone that it takes no part in inference, for a model that is not built.
+    """Weights without those whose names alone say that inference does not use them, for a model that is not built.
 
     Args:
         weights: State dict.
@@ -248,38 +252,37 @@ def usable_weights(weights: Mapping[str, Tensor], meta: Mapping) -> Matched:
 
 
 def match_names(model: nn.Module, weights: Mapping[str, Tensor], meta: Mapping) -> Matched:
-    """Weights under the names of the model, where they have them under a prefix or beside what takes no part in
-    inference.
+    """Weights under the names of the model.
 
-    What a training program puts before all names (``model.`` of Lightning and OTX, any other) is found by what the
-    model asks for. A second copy of the weights, and an auxiliary head that the config no longer has, are left out.
-    Nothing else is: what has no place in the model then is a mistake.
+    A prefix that a training program puts before all names (``model.`` of Lightning and OTX, or any other) is told by
+    the names of the model. A second copy of the weights, and an auxiliary head that the config no longer has, are left
+    out. Nothing else is: other weights without a place in the model are a mistake.
 
     Args:
-        model: That is to load them.
+        model: The model that loads them.
         weights: State dict.
         meta: The checkpoint's.
 
     Raises:
-        CheckpointError: The model is in it several times, and nothing says which is to be used.
+        CheckpointError: The checkpoint holds the model several times, and nothing says which copy is to be used.
     """
     notes: List[str] = []
-    own = [k for k in model.state_dict() if not is_quantizer_key(k) and not k.endswith('num_batches_tracked')]
-    needed = [k for k in own if not k.startswith(tuple(f'{part}.' for part in TRAINING_ONLY))]
+    names = [k for k in model.state_dict() if not is_quantizer_key(k) and not k.endswith('num_batches_tracked')]
+    needed = [k for k in names if not k.startswith(tuple(f'{part}.' for part in TRAINING_ONLY))]
     if needed and not all(k in weights for k in needed):
         anchor = max(needed, key=len)
         prefixes = [name[: -len(anchor)] for name in weights if name.endswith(f'.{anchor}')]
         prefixes = [prefix for prefix in prefixes if all(prefix + k in weights for k in needed)]
         if prefixes:
             weights = _below(weights, prefixes[0] if len(prefixes) == 1 else _chosen(prefixes, meta), notes)
-        elif all(name.startswith('model.') for name in weights) and not all(k.startswith('model.') for k in own):
+        elif all(name.startswith('model.') for name in weights) and not all(k.startswith('model.') for k in names):
             weights = _below(weights, 'model.', notes)  # names of another release, perhaps
     weights = _without_averages(weights, notes)
-    for part in absent_parts(weights, own):
+    for part in absent_parts(weights, names):
         dropped = [name for name in weights if name.startswith(part)]
         notes.append(_note(dropped, f'the config has no {part[:-1]}, which takes no part in inference'))
         weights = OrderedDict((name, value) for name, value in weights.items() if not name.startswith(part))
-    for part in absent_parts(own, weights):
+    for part in absent_parts(names, weights):
         notes.append(
             f'it has no {part[:-1]}: that of the config, which takes no part in inference, keeps its initial weights'
         )
@@ -287,16 +290,16 @@ def match_names(model: nn.Module, weights: Mapping[str, Tensor], meta: Mapping) 
 
 
 _RESAMPLED = ('pos_embed', 'patch_embed.proj.weight', 'relative_position_bias_table')
-"""Weights that timm's conversion also fits to another image size: a config for another size is a mistake here."""
+"""Weights that timm's conversion also resizes for another image size: a config for another size is a mistake here."""
 
 
 def convert_timm_keys(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A full-precision checkpoint of an older timm, or of a model's original release, under the names of today's timm.
 
-    Swin of timm 0.6 and of its own release has its downsampling one stage earlier, other names in its head, and
-    attention masks among its weights. What to do is timm's knowledge: its ``checkpoint_filter_fn`` beside the class of
-    the network is called, where names differ. Positions are not resampled: weights for another image size keep their
-    shape, and do not fit.
+    Swin of timm 0.6 and of its original release has its downsampling one stage earlier, other names in its head, and
+    attention masks among its weights. Where names differ, timm's names ``checkpoint_filter_fn``, from the module of the
+    network's class, converts them. Positions are not resampled: weights for another image size keep their shape, and do
+    not fit.
 
     Args:
         model: A classifier around a timm network, such as mmpretrain's TimmClassifier; any other is left alone.
@@ -307,8 +310,13 @@ def convert_timm_keys(model: nn.Module, weights: Mapping[str, Tensor]) -> Mappin
     """
     network = find_backbone(model)
     convert = _timm_conversion(network)
-    own = {k for k in model.state_dict() if not is_quantizer_key(k)}
-    if convert is None or own <= set(weights) and not set(weights) - own or any(is_quantizer_key(k) for k in weights):
+    names = {k for k in model.state_dict() if not is_quantizer_key(k)}
+    if (
+        convert is None
+        or names <= set(weights)
+        and not set(weights) - names
+        or any(is_quantizer_key(k) for k in weights)
+    ):
         return weights
     converted = dict(convert(dict(weights), network))
     for key in converted:
@@ -320,7 +328,7 @@ def convert_timm_keys(model: nn.Module, weights: Mapping[str, Tensor]) -> Mappin
 def _timm_conversion(network: nn.Module) -> Optional[Callable]:
     for base in type(network).__mro__:
         if base.__module__.startswith('timm.'):
-            found = getattr(sys.modules.get(base.__module__), 'checkpoint_filter_fn', None)
-            if found is not None:
-                return found
+            convert = getattr(sys.modules.get(base.__module__), 'checkpoint_filter_fn', None)
+            if convert is not None:
+                return convert
     return None

@@ -1,8 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""``psaq_mm.Quantized``: the user's own model type, with its layers swapped as it is built.
+"""``psaq_mm.Quantized``: the user's own model type, with its layers replaced when it is built.
 
-Converting when the model is built, and not in a hook, makes the library's own tools, inferencers and test-time
-augmentation serve the quantized model: inferencers run no hooks, and TTA and DDP wrap the model before any hook runs.
+The model is converted when it is built, and not in a hook, so that the library's own tools, inferencers and test-time
+augmentation use the quantized model: inferencers run no hooks, and TTA and DDP wrap the model before any hook runs.
 """
 
 from typing import Mapping, Union
@@ -33,7 +33,7 @@ def spec_of(model: nn.Module) -> QuantSpec:
 
 
 def report_of(model: nn.Module) -> ConversionReport:
-    """What was quantized in a model, or in its backbone alone, and what stays float.
+    """The report of a model, or of its backbone alone: what is quantized, and what stays float.
 
     Raises:
         UnsupportedModelError: Neither is quantized.

@@ -13,18 +13,10 @@ from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
 
-__all__ = [
-    'check_backbone',
-    'check_scope',
-    'find_backbone',
-    'first_layer_name',
-    'network_of',
-    'scope_filter',
-]
+__all__ = ['check_backbone', 'check_scope', 'find_backbone', 'first_layer_name', 'network_of', 'scope_filter']
 
 CLASSIFIER_HEADS = ('head', 'head_dist')
-"""Parts of a timm network that are no backbone: OpenMMLab's backbones end before their head, timm's networks hold
-it."""
+"""Parts of a timm network outside of the backbone: timm's networks hold their head, OpenMMLab's backbones do not."""
 
 
 def _backbone_path(model: nn.Module) -> str:
@@ -41,12 +33,12 @@ def _title(net: nn.Module) -> str:
 
 
 def check_backbone(model: nn.Module) -> None:
-    """Refuse at build time what the adapters do not know.
+    """Refuse a backbone that the adapters do not know, when the model is built.
 
     Raises:
-        UnsupportedModelError: The backbone is none of the supported ones, or one of its attention modules is not; the
-            message names it. Quantizing only its convolutions and linears would leave its attention float without a
-            word.
+        UnsupportedModelError: The backbone, or one of its attention modules, is not supported; the message names it.
+            Otherwise only its convolutions and linear layers would be quantized, and its attention would stay float
+            silently.
     """
     net = network_of(find_backbone(model))
     name = class_named(net, SUPPORTED_BACKBONES)
@@ -57,14 +49,12 @@ def check_backbone(model: nn.Module) -> None:
         supported = ', '.join('.'.join((n.split('.')[0], n.rsplit('.', 1)[1])) for n in known)
         raise UnsupportedModelError(
             f'the backbone {_title(net)} is not supported: use one of {supported}, or a subclass that does not '
-            f'override its '
-            'forward'
+            'override its forward'
         )
     for path, part in kind.strangers(net) if kind else ():
         raise UnsupportedModelError(
             f'{path} of the backbone {_title(net)} is a {qualified_name(type(part))}, whose attention is not known and '
-            f'would stay '
-            'in floating point: build the backbone without it'
+            'would stay in floating point: build the backbone without it'
         )
 
 
@@ -89,7 +79,7 @@ def _never_run(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
 
 
 def _unknown_attention(model: nn.Module) -> Optional[str]:
-    """Name of an attention of PyTorch's own that no adapter takes apart, outside the backbone; None without."""
+    """Name of a ``torch.nn.MultiheadAttention`` outside the backbone that no adapter converts; None without one."""
     known: Tuple[str, ...] = ()
     backbone = find_backbone(model)
     inside = tuple(f'{name}.' for name, part in model.named_children() if part is backbone or name in TRAINING_ONLY)
@@ -104,11 +94,15 @@ def _unknown_attention(model: nn.Module) -> Optional[str]:
 
 
 def check_scope(model: nn.Module, scope: str) -> None:
-    """Refuse at build time what ``scope='full'`` cannot quantize or calibrate; every supported backbone can be alone.
+    """Refuse a model that ``scope='full'`` cannot quantize or calibrate, when it is built.
+
+    Args:
+        model: The model about to be quantized.
+        scope: ``'backbone'`` covers every model with a supported backbone.
 
     Raises:
         UnsupportedModelError: The detector is of the DETR family; a part of the model would see no sample; or an
-            attention would stay in floating point without a word. The message names it.
+            attention would stay float silently. The message names the part.
     """
     if scope == 'backbone' or find_backbone(model) is model or class_named(model, TIMM_CLASSIFIER):
         return

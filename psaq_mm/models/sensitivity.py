@@ -1,10 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What quantizing one layer alone does to a model's outputs, and which layers to give more bits for it.
+"""The error that quantizing one layer alone makes in a model's outputs, and the choice of layers that get more bits.
 
-A layer's error is the mean absolute difference of the outputs from full precision in units of their own spread
+A layer's error is the mean absolute difference of the outputs from full precision, divided by their spread
 (:func:`psaq_mm.calibration.discrepancy.normalized_l1`). Bits are chosen by it under a budget as in the mixed precision
-of HAWQ (arXiv 1905.03696), with a measured error in place of a second-order estimate. That errors of layers add up is
-an assumption, which the error of the whole model under the choice is there to check.
+of HAWQ (arXiv 1905.03696), with a measured error in place of a second-order estimate. The choice assumes that errors of
+layers add up; the error of the whole model under the choice checks that.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ class LayerError:
     """A row of the ranking.
 
     Attributes:
-        name: As overrides know it, see :class:`psaq_mm.quantization.Override`.
+        name: As in overrides, see :class:`psaq_mm.quantization.Override`.
         position: In the network, from 0.
         kind: Class of the layer, or ``'activation'``.
-        bits: Of ``'weights'`` and ``'activations'``; without the one it has none of.
-        elements: Numbers at those bits: of the weight, and of the activations of one sample.
+        bits: Of ``'weights'`` and ``'activations'``, as far as the layer has them.
+        elements: How many numbers have those bits: in the weight, and in the activations of one sample.
         error: Of the outputs, with this layer alone quantized.
-        parts: The same with its weights alone, and its activations alone, where a budget asked for it.
-        metrics: Of the test set, where asked for.
+        parts: The same with its weights alone, and its activations alone, where a budget needs it.
+        metrics: Of the test set, where they are measured.
     """
 
     name: str
@@ -80,31 +80,31 @@ def layer_quantizers(model: nn.Module) -> Dict[str, Dict[str, List[Quantizer]]]:
     """Quantizers by layer and by what they quantize, in the order of the network.
 
     Returns:
-        Name of a layer, product or edge, as overrides know it, to ``'weights'`` and ``'activations'``.
+        By name of a layer, product or edge, as in overrides: its ``'weights'`` and ``'activations'``.
     """
     part = quantized_part(model)
-    modules, found = dict(part.named_modules()), {}
+    modules, layers = dict(part.named_modules()), {}
     for name, quantizer in quantizers(part):
         owner, _, attribute = name.rpartition('.')
         edge = attribute not in _OF_A_LAYER and not isinstance(modules[owner], QuantMatMul)
         row = f'{owner}.{attribute[: -len("_quantizer")]}'.lstrip('.') if edge else owner
-        kinds = found.setdefault(row, dict(weights=[], activations=[]))
+        kinds = layers.setdefault(row, dict(weights=[], activations=[]))
         kinds['weights' if attribute == 'weight_quantizer' else 'activations'].append(quantizer)
-    return found
+    return layers
 
 
 @contextlib.contextmanager
 def only_quantized(model: nn.Module, chosen: Sequence[Quantizer]) -> Iterator[None]:
-    """Inside, ``chosen`` are on and every other quantizer is off; as before afterwards."""
+    """Inside the block the ``chosen`` quantizers are on and all others off; then all are as they were."""
     with in_mode([quantizer for _, quantizer in quantizers(model)], 'off'), in_mode(chosen, 'on'):
         yield
 
 
 def outputs_to_compare(model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], List[List[Tensor]]]:
-    """A function that runs the model on all samples and gives the outputs that are compared, a list a batch.
+    """A function that runs the model on all samples and returns the outputs to compare, one list for each batch.
 
-    They are those that a student learns by default; under ``scope='full'`` those of all heads too, RoI heads on the
-    RoIs that the model as it is now proposes.
+    They are those that a student learns by default, and with ``scope='full'`` those of all heads. RoI heads get the
+    RoIs that the model proposes when this function is called.
 
     Args:
         model: Calibrated; its quantizers should be off while this is called.
@@ -119,20 +119,20 @@ def outputs_to_compare(model: nn.Module, batches: Sequence[Tensor]) -> Callable[
     @torch.no_grad()
     def run() -> List[List[Tensor]]:
         return [
-            task.outputs(batch) + ([] if own is None else task.roi_outputs(batch, own))
-            for batch, own in zip(batches, rois)
+            task.outputs(batch) + ([] if boxes is None else task.roi_outputs(batch, boxes))
+            for batch, boxes in zip(batches, rois)
         ]
 
     return run
 
 
-def mean_error(found: List[List[Tensor]], reference: List[List[Tensor]]) -> float:
+def mean_error(outputs: List[List[Tensor]], reference: List[List[Tensor]]) -> float:
     """:func:`~psaq_mm.calibration.discrepancy.normalized_l1` averaged over batches."""
-    return sum(float(normalized_l1(ours, theirs)) for ours, theirs in zip(found, reference)) / len(reference)
+    return sum(float(normalized_l1(batch, expected)) for batch, expected in zip(outputs, reference)) / len(reference)
 
 
 def _count_activations(model: nn.Module, run: Callable[[], List], samples: int) -> Dict[int, int]:
-    """Elements a sample that each quantizer reads, by its id."""
+    """How many elements of one sample each quantizer reads, by its id."""
     counts: Dict[int, int] = {}
 
     def count(module, inputs) -> None:
@@ -151,12 +151,12 @@ def measure_layers(
     kinds: Sequence[str] = (),
     progress: Optional[Callable[[int, int, LayerError], None]] = None,
 ) -> Tuple[List[LayerError], float]:
-    """Quantize each layer alone and see what the outputs become.
+    """Quantize each layer alone, and measure the error of the outputs.
 
     Args:
         model: Quantized and calibrated, in eval mode.
         batches: Normalized samples, (B, C, H, W) each.
-        kinds: Out of :data:`KINDS`: measure these alone too.
+        kinds: Of :data:`KINDS`: each is also measured alone.
         progress: Called with number, count and row after each layer.
 
     Returns:
@@ -170,29 +170,28 @@ def measure_layers(
     modules = dict(quantized_part(model).named_modules())
     rows: List[LayerError] = []
     for name, groups in grouped.items():
-        owner, measured = modules.get(name), {}
+        owner, errors = modules.get(name), {}
+        layer = groups['weights'] + groups['activations']
         for kind in ('both', *kinds):
-            chosen = groups['weights'] + groups['activations'] if kind == 'both' else groups[kind]
-            alone = kind != 'both' and len(chosen) == len(groups['weights']) + len(groups['activations'])
-            if chosen and not alone:
-                with only_quantized(model, chosen):
-                    measured[kind] = mean_error(run(), reference)
+            chosen = layer if kind == 'both' else groups[kind]
+            if chosen and kind != 'both' and len(chosen) == len(layer):  # it has no other kind
+                errors[kind] = errors['both']
             elif chosen:
-                measured[kind] = measured['both']
-        bits = {kind: min(q.bits for q in found) for kind, found in groups.items() if found}
-        elements = (
-            {'activations': sum(counts.get(id(q), 0) for q in groups['activations'])} if groups['activations'] else {}
-        )
+                with only_quantized(model, chosen):
+                    errors[kind] = mean_error(run(), reference)
+        bits = {kind: min(q.bits for q in group) for kind, group in groups.items() if group}
+        elements = {}
+        if groups['activations']:
+            elements['activations'] = sum(counts.get(id(q), 0) for q in groups['activations'])
         if groups['weights']:
             elements['weights'] = owner.weight.numel()
         kind = 'activation' if owner is None else type(owner).__name__
-        rows.append(LayerError(name, len(rows), kind, bits, elements, measured.pop('both'), measured, {}))
+        rows.append(LayerError(name, len(rows), kind, bits, elements, errors.pop('both'), errors, {}))
         if progress:
             progress(len(rows), len(grouped), rows[-1])
-    every = [q for groups in grouped.values() for found in groups.values() for q in found]
-    with only_quantized(model, every):
-        whole = mean_error(run(), reference)
-    return sorted(rows, key=lambda row: -row.error), whole
+    with only_quantized(model, [q for groups in grouped.values() for group in groups.values() for q in group]):
+        error_of_all = mean_error(run(), reference)
+    return sorted(rows, key=lambda row: -row.error), error_of_all
 
 
 def _average(rows: Sequence[LayerError], kind: str, raised: Dict[str, int]) -> float:
@@ -203,12 +202,12 @@ def _average(rows: Sequence[LayerError], kind: str, raised: Dict[str, int]) -> f
 def choose_bits(rows: Sequence[LayerError], budgets: Dict[str, float], high: int = 8) -> Choice:
     """Which layers to raise to ``high`` bits so that the average bits stay within a budget.
 
-    Greedy: the layers in the order of error removed for a bit more an element, each that still fits.
+    Greedy: layers are sorted by error per added bit, and each one that still fits the budget is raised.
 
     Args:
         rows: From :func:`measure_layers`, measured for the kinds of ``budgets``.
         budgets: Average bits of ``'weights'`` (over the weights of all quantized layers) and of ``'activations'`` (over
-            what a sample puts through all quantizers), of those that are to change.
+            all quantized activations of one sample). A kind that is not in it stays as it is.
         high: Bits of a raised layer.
 
     Raises:
@@ -222,8 +221,7 @@ def choose_bits(rows: Sequence[LayerError], budgets: Dict[str, float], high: int
         if not before <= budget <= high:
             raise ConfigError(
                 f'{option} {budget:g} is outside of what can be had: {kind} have {before:.2f} bits on average now and '
-                f'at '
-                f'most {high}'
+                f'at most {high}'
             )
         candidates = [row for row in rows if row.bits.get(kind, high) < high and row.elements[kind]]
         total = sum(row.elements[kind] for row in rows if kind in row.bits)
@@ -248,7 +246,7 @@ def _literal(name: str) -> str:
 
 
 def with_overrides(spec: QuantSpec, choice: Choice) -> Dict:
-    """The settings of ``spec`` that are no defaults, with the choice's overrides after its own; fit for a config."""
+    """Settings of ``spec`` that differ from the defaults, with the choice's overrides added, for a config."""
     plain, settings = QuantSpec().to_dict(), spec.to_dict()
     kept = {key: value for key, value in settings.items() if key in ('w_bits', 'a_bits') or value != plain[key]}
     kept['overrides'] = settings['overrides'] + [override.to_dict() for override in choice.overrides]

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What a data-free run needs to know of a detector, segmentor or classifier, whichever library it comes from."""
+"""A view of a detector, segmentor or classifier of any library, with all that a data-free run asks of it."""
 
 import math
 from contextlib import nullcontext
@@ -24,12 +24,13 @@ of a one-stage detector, logits of a classifier."""
 
 
 class ModelInput(NamedTuple):
-    """What a config says of a model's input beside its ``data_preprocessor``: :func:`psaq_mm.engine.inputs.set_input_`
-    keeps it as ``model.psaq_mm_input``, and copies of the model have it too.
+    """A model's input, as its config describes it beside ``data_preprocessor``.
+
+    :func:`psaq_mm.engine.inputs.set_input_` keeps it as ``model.psaq_mm_input``; copies of the model have it too.
 
     Attributes:
         spec: Normalization, by pipeline and preprocessor together, and the range of raw values.
-        turned: Whether the pipeline turns the channels' order, before the preprocessor does or does not.
+        turned: Whether the pipeline reverses the order of the channels. The preprocessor may do that again.
     """
 
     spec: ImageSpec
@@ -49,12 +50,11 @@ class TaskOutputs(NamedTuple):
 
 
 def default_parts(model: nn.Module) -> Tuple[str, ...]:
-    """The parts that the student learns where a config leaves it open.
+    """The parts that the student learns if the config names none.
 
-    Stages and neck levels where the backbone gives stages of several scales (Swin under a detector or segmentor); the
-    transformer blocks where all its tokens are of one width (ViT, DeiT), or where it gives its last stage alone. A
-    classifier's logits are left out: a student of DeiT-Tiny that learns them beside the blocks does worse, see
-    docs/method.md.
+    Stages and neck levels if the backbone has outputs of several scales (Swin in a detector or segmentor). Transformer
+    blocks if all tokens have one width (ViT, DeiT), or if only the last stage is an output. A classifier's logits are
+    left out: a student of DeiT-Tiny that learns them beside the blocks does worse, see docs/method.md.
     """
     backbone = find_backbone(model)
     widths = {module.qkv.in_features for _, module in find_attention(backbone)}
@@ -71,11 +71,11 @@ def input_channels(model: nn.Module) -> int:
 
 
 def turns_channels(model: nn.Module) -> Optional[bool]:
-    """Whether a model's pipeline and preprocessor turn the channels as the libraries load them (blue first); None where
-    neither tells.
+    """Whether a model's pipeline and preprocessor together reverse the channels, which the libraries load blue first;
+    None where neither says so.
     """
     preprocessor, known = getattr(model, 'data_preprocessor', None), getattr(model, 'psaq_mm_input', None)
-    # mmdet, mmseg and mmpretrain call it each by another name.
+    # mmdet, mmseg and mmpretrain have three names for it.
     flags = [
         bool(getattr(preprocessor, n))
         for n in ('_channel_conversion', 'channel_conversion', 'to_rgb')
@@ -87,7 +87,7 @@ def turns_channels(model: nn.Module) -> Optional[bool]:
 
 
 def reads_rgb(model: nn.Module) -> bool:
-    """Whether a model takes its channels as RGB: its pipeline or preprocessor turns what the libraries load, blue first.
+    """Whether a model takes RGB: its pipeline or preprocessor reverses the channels, which the libraries load blue first.
 
     A model without a data preprocessor is none of OpenMMLab's and takes RGB.
     """
@@ -113,17 +113,17 @@ def _logits(outputs: List[Tensor]) -> Tensor:
 
 
 class TaskModel:
-    """A thin view of a model: its colour range, its outputs to distil, and a forward that reaches every layer.
+    """A thin view of a model: its colour range, its outputs to distil, and a forward that runs every layer.
 
-    It holds no state of its own, so a teacher and a student each have one.
+    It has no state beside the model, so that a teacher and a student can each have one.
 
     Args:
         model: A built detector, segmentor, classifier or backbone.
         parts: Which outputs :meth:`outputs` returns, out of :data:`PARTS`. Parts that the model lacks are left out.
             Defaults to None, :func:`default_parts`.
-        max_proposals: RoIs an image that :meth:`calibration_forward` sends through the RoI heads. They are the RPN's
-            best, without a score threshold: on synthetic images a threshold may leave a mask head without any data.
-        block_stride: For the part ``blocks``: every how many of them, see
+        max_proposals: RoIs for each image in :meth:`calibration_forward`. They are the RPN's best, without a score
+            threshold: on synthetic images a threshold may leave a mask head without any data.
+        block_stride: Of the part ``blocks``: 3 is every third one, see
             :class:`psaq_mm.calibration.blocks.BlockTaps`.
 
     Raises:
@@ -154,7 +154,7 @@ class TaskModel:
 
     @property
     def image_spec(self) -> ImageSpec:
-        """Colour normalization, channels and range: as a config tells them (:class:`ModelInput`), else read from
+        """Colour normalization, channels and range: from the config (:class:`ModelInput`), else from
         ``data_preprocessor`` and the first layer, for pictures of 8 bits.
 
         Raises:
@@ -169,8 +169,7 @@ class TaskModel:
         if spec.channels != channels and 4 * spec.channels != channels:  # YOLOX puts four pixels into one first
             raise ConfigError(
                 f'data_preprocessor.mean has {spec.channels} values and the model takes {channels} channels: give one '
-                f'value, '
-                'or one of each channel'
+                'value, or one of each channel'
             )
         return spec
 
@@ -194,7 +193,7 @@ class TaskModel:
 
     @property
     def fixed_size(self) -> Optional[Tuple[int, int]]:
-        """The only (height, width) that the position embedding takes, or None where it takes others too.
+        """The only (height, width) that the position embedding takes; None where it takes several.
 
         timm's ViT and Swin refuse other sizes than the one they were built for; the Swin of mmdet and mmseg with an
         absolute position embedding adds it without resizing. ViT of mmpretrain and mmseg resize theirs.
@@ -210,7 +209,7 @@ class TaskModel:
             and isinstance(absolute, Tensor)
             and not hasattr(net, 'interpolate_mode')
         ):
-            # of a square: the backbone does not keep pretrain_img_size
+            # A square: the backbone does not keep pretrain_img_size.
             side = math.isqrt(absolute.shape[1]) * self._patch
             return side, side
         return None
@@ -233,8 +232,8 @@ class TaskModel:
 
     # ------------------------------------------------------------------ forwards
     def features(self, images: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
-        """Outputs of backbone and neck for normalized ``images`` (B, C, H, W); the neck's are the backbone's without
-        one.
+        """Outputs of backbone and neck for normalized ``images`` (B, C, H, W). Without a neck, those of the backbone
+        twice.
         """
         backbone = find_backbone(self.model)
         stages = backbone.forward_features(images) if is_timm(backbone) else backbone(images)
@@ -245,12 +244,8 @@ class TaskModel:
         levels = neck(tuple(stages))
         return stages, list(levels) if isinstance(levels, (tuple, list)) else [levels]
 
-    def _dense_head(self, levels: List[Tensor]) -> List[Tensor]:
-        return _tensors(self.task.dense_outputs(self.model, levels))
-
     def outputs(self, images: Tensor) -> List[Tensor]:
-        """The tensors that the student learns from the teacher, coarse structure first: blocks, stages, neck levels,
-        dense maps.
+        """The tensors that the student learns from the teacher, in this order: blocks, stages, neck levels, dense maps.
 
         Args:
             images: Normalized, (B, C, H, W).
@@ -262,21 +257,21 @@ class TaskModel:
 
         Args:
             images: Normalized, (B, C, H, W).
-            with_logits: Run a classifier's head though it may not be distilled.
+            with_logits: Run a classifier's head, also where it is not distilled.
         """
         recording = nullcontext([]) if self._blocks is None else self._blocks.record(images.requires_grad)
         with recording as blocks:
             stages, levels = self.features(images)
-        found: List[Tensor] = list(blocks)
+        tensors: List[Tensor] = list(blocks)
         if 'backbone' in self.parts:
-            found += _tensors(stages)
+            tensors += _tensors(stages)
         if 'neck' in self.parts and levels is not stages:
-            found += levels
+            tensors += levels
         wants_logits = with_logits and self.num_classes is not None
-        dense = self._dense_head(levels) if 'head' in self.parts or wants_logits else []
+        dense = _tensors(self.task.dense_outputs(self.model, levels)) if 'head' in self.parts or wants_logits else []
         if 'head' in self.parts:
-            found += dense
-        return TaskOutputs(found, _logits(dense) if wants_logits else None)
+            tensors += dense
+        return TaskOutputs(tensors, _logits(dense) if wants_logits else None)
 
     @torch.no_grad()
     def calibration_forward(self, images: Tensor, scope: str = 'backbone') -> None:

@@ -7,7 +7,7 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tu
 import torch
 from torch import nn
 
-from psaq_mm.errors import DataError, SpecError, similar
+from psaq_mm.errors import DataError, SpecError, first_of, similar
 from psaq_mm.quantization.layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
 from psaq_mm.quantization.observers import reduce_observers
 from psaq_mm.quantization.precision import use_full_float32
@@ -326,7 +326,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
 
 def _check_seen(unseen: List[str], allow_unseen: bool) -> None:
     if unseen and not allow_unseen:
-        names = ', '.join(unseen[:5]) + (f' and {len(unseen) - 5} more' if len(unseen) > 5 else '')
+        names = first_of(unseen, 5)
         raise DataError(
             f'{len(unseen)} quantizers saw no data in calibration ({names}): put samples through these '
             'layers, switch them off, or pass allow_unseen=True.'

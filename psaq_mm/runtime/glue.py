@@ -18,10 +18,7 @@ def register_finisher(task: str) -> Callable[[Finisher], Finisher]:
     """Register the post-processing of a task.
 
     The function takes the outputs of the graph by name, the manifest, and the (height, width) of the images. It returns
-    the outputs with what it adds to them.
-
-    Args:
-        task: Its name in manifests.
+    the outputs and what it adds to them. ``task`` is the name in manifests.
 
     Example:
         >>> @register_finisher('pose')
@@ -37,13 +34,7 @@ def register_finisher(task: str) -> Callable[[Finisher], Finisher]:
 
 
 def finish(outputs: Outputs, manifest: Mapping[str, Any], size: Tuple[int, int]) -> Outputs:
-    """Outputs of a graph after the post-processing of the manifest's task; as they are where it has none.
-
-    Args:
-        outputs: Arrays by name.
-        manifest: Of the exported model.
-        size: Height and width of the images that the outputs belong to.
-    """
+    """Outputs of a graph for images of a (height, width), after the post-processing of the manifest's task."""
     finisher = _FINISHERS.get(manifest['task'])
     return outputs if finisher is None else finisher(outputs, manifest, size)
 

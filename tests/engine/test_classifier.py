@@ -18,14 +18,16 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 TIMM = CLASSIFIER.replace(
     'model = dict(',
     """model = dict(
-    _delete_=True, type='TimmClassifier', model_name='vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, pretrained=True)
+    _delete_=True, type='TimmClassifier', model_name='vit_tiny_patch16_224', img_size=32, patch_size=8,
+    embed_dim=32, depth=4, num_heads=2, num_classes=5, pretrained=True)
 unused = dict(""",
 )
 
 PHOTOGRAPHS = """
 train_dataloader = dict(dataset=dict(_delete_=True, type='CustomDataset', data_root={train!r}, pipeline=[
     dict(type='LoadImageFromFile'), dict(type='RandomResizedCrop', scale=32), dict(type='PackInputs')]))
-test_dataloader = dict(dataset=dict(_delete_=True, type='CustomDataset', data_root={test!r}, pipeline=_base_.test_pipeline))
+test_dataloader = dict(dataset=dict(
+    _delete_=True, type='CustomDataset', data_root={test!r}, pipeline=_base_.test_pipeline))
 """
 
 

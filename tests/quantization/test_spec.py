@@ -138,9 +138,9 @@ def test_a_recipe_may_differ_below_eight_bits():
 @pytest.mark.parametrize('kind', ['log2', 'log_sqrt2'])
 @pytest.mark.parametrize('off', [dict(quantize_softmax=False), dict(points='linear')])
 def test_a_softmax_quantizer_without_a_softmax_to_quantize_is_refused(kind, off):
-    for given in (dict(softmax_quantizer=kind, **off), dict(preset='repq_w4a4', softmax_quantizer=kind, **off)):
+    for settings in (dict(softmax_quantizer=kind, **off), dict(preset='repq_w4a4', softmax_quantizer=kind, **off)):
         with pytest.raises(SpecError, match=f"softmax_quantizer='{kind}' contradicts {next(iter(off))}"):
-            QuantSpec.parse(given)
+            QuantSpec.parse(settings)
     # A preset's own choice gives way, and a file from before says what it said.
     wanted = QuantSpec.parse(dict(preset='repq_w4a4', softmax_quantizer='affine', **off))
     assert QuantSpec.parse(dict(preset='repq_w4a4', **off)) == wanted

@@ -1,12 +1,13 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Tasks that psaq_mm knows, one class each. They import no model library."""
 
-from psaq_mm.models.tasks.base import Task, register_task, task_of, task_predicting, tasks
+from psaq_mm.models.tasks.base import TASKS, Task, register_task, task_of, task_predicting
 from psaq_mm.models.tasks.classification import Classification
 from psaq_mm.models.tasks.detection import Detection
 from psaq_mm.models.tasks.segmentation import Segmentation
 
 __all__ = [
+    'TASKS',
     'Classification',
     'Detection',
     'Segmentation',
@@ -14,5 +15,4 @@ __all__ = [
     'register_task',
     'task_of',
     'task_predicting',
-    'tasks',
 ]

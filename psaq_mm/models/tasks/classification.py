@@ -34,7 +34,6 @@ class Classification(Task):
     name = 'classification'
     output = 'logits'
     field = 'pred_label'
-    title = "a classifier's label"
     kind = 'label'
     metrics = ('top1',)
 

@@ -31,9 +31,9 @@ class Detection(Task):
 
     name = 'detection'
     heads = ('rpn_head', 'bbox_head', 'head')
+    shared_levels = ('rpn_head',)
     exact_size = False
     field = 'pred_instances'
-    title = "a detector's boxes"
     kind = 'boxes'
     metrics = ('mAP',)
 
@@ -119,11 +119,6 @@ class Detection(Task):
             if stages is not None:
                 rois = _refined(roi_head.bbox_head[stage], rois, result, images.shape[-2:])
         return outputs
-
-    # ------------------------------------------------------------------ export
-    def others_read_levels(self, model: nn.Module, dense: str) -> bool:
-        """See :meth:`.Task.others_read_levels`: RoI heads do."""
-        return dense == 'rpn_head'
 
     # ------------------------------------------------------------------ predictions
     def reads(self, sample: Any) -> bool:

@@ -28,7 +28,6 @@ class Segmentation(Task):
     output = 'logits'
     exact_size = False
     field = 'pred_sem_seg'
-    title = "a segmentor's map"
     kind = 'map'
     metrics = ('mIoU',)
 
