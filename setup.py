@@ -133,7 +133,7 @@ setup(
     # Only files that stand inside the package; configs and tools are laid in by BuildWithConfigs.
     package_data={'psaq_mm': ['py.typed', '**/*.json', '**/*.html', '**/*.css', '**/*.js']},
     include_package_data=False,
-    install_requires=['torch>=2.1', 'numpy', 'filelock', 'jinja2>=3', 'matplotlib>=3.5', 'pillow', 'rich>=12.3'],
+    install_requires=['torch>=2.1', 'numpy', 'filelock', 'jinja2>=3', 'matplotlib>=3.6', 'pillow', 'rich>=12.3'],
     extras_require=EXTRAS,
     entry_points={
         'console_scripts': [

@@ -73,7 +73,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_config_arguments(parser)
     parser.add_argument('--bits', default='w8a8', help='precision (default: %(default)s)')
     parser.add_argument(
-        '--samples', '--calibration', nargs='+', default=['gaussian', 'real'], metavar='SOURCE', help='as for tools/compare.py'
+        '--samples',
+        '--calibration',
+        nargs='+',
+        default=['gaussian', 'real'],
+        metavar='SOURCE',
+        help='as for tools/compare.py',
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument(

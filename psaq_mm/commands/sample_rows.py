@@ -19,7 +19,7 @@ DIVERGENCE = 'divergence'
 
 
 def principal_metrics(metrics: Mapping[str, Any]) -> List[str]:
-    """The metrics that a table shows: those of the tasks (AP, mIoU, top-1); the first one where none is there."""
+    """The metrics in a table: those of the tasks (AP, mIoU, top-1). The first metric, if there is none of them."""
     from psaq_mm.models.tasks import TASKS
 
     endings = tuple(ending for task in TASKS for ending in task.metrics)

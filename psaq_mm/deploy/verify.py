@@ -29,6 +29,7 @@ from psaq_mm.runtime.bundle import read_manifest, read_weights
 from psaq_mm.runtime.deployed import DeployedModel, load
 from psaq_mm.runtime.kernels import EXPLAINED
 from psaq_mm.runtime.registry import Runtime, start
+from psaq_mm.tables import text_table
 
 __all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
 
@@ -127,13 +128,22 @@ class Verification(NamedTuple):
         """
         title = f'codes in {self.runtime}' + (f', {self.size[0]} x {self.size[1]}' if self.size else '')
         rows = [layer for layer in self.layers if not brief or not layer.good]
-        width = max([len(layer.name) for layer in rows] + [len(title)])
-        lines = [f'{title:<{width}}  {"elements":>10}  {"equal":>9}  greatest step']
-        for layer in sorted(rows, key=lambda row: (row.equal, -row.step)):
-            mark = '  <- too far' if not layer.good else '  ties' if layer.equal < LEAST_SHARE else ''
-            lines.append(f'{layer.name:<{width}}  {layer.elements:>10}  {layer.equal:>9.4%}  {layer.step:>13}{mark}')
-        total, steps = sum(layer.elements for layer in self.layers), [layer.step for layer in self.layers]
-        lines.append(f'{"all layers":<{width}}  {total:>10}  {self.equal:>9.4%}  {max(steps, default=0):>13}')
+        cells = [
+            (
+                layer.name,
+                str(layer.elements),
+                f'{layer.equal:.4%}',
+                str(layer.step),
+                '<- too far' if not layer.good else 'ties' if layer.equal < LEAST_SHARE else '',
+            )
+            for layer in sorted(rows, key=lambda row: (row.equal, -row.step))
+        ]
+        total, step = (
+            sum(layer.elements for layer in self.layers),
+            max((layer.step for layer in self.layers), default=0),
+        )
+        cells.append(('all layers', str(total), f'{self.equal:.4%}', str(step), ''))
+        lines = [text_table((title, 'elements', 'equal', 'greatest step', ''), cells, 'lrrrl', rule=False)]
         worst = max([output.error for output in self.outputs] + [0.0])
         lines += [
             f'end to end, {o.name}: relative error {o.error:.2e}, same greatest channel at {o.same_class:.3%} of '

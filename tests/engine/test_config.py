@@ -157,6 +157,7 @@ def test_the_config_in_the_work_dir_runs_the_same_steps(project, tmp_path, prese
         assert all(torch.equal(value, other['state_dict'][key]) for key, value in first['state_dict'].items())
     # A comparison sees one run in both.
     keys = [
-        plan({str(path): source}, Wanted(('generated',), (0,), train=True))[0].key for source in (given, load_config(str(left)))
+        plan({str(path): source}, Wanted(('generated',), (0,), train=True))[0].key
+        for source in (given, load_config(str(left)))
     ]
     assert keys[0] == keys[1]
