@@ -87,7 +87,7 @@ def turns_channels(model: nn.Module) -> Optional[bool]:
 
 
 def reads_rgb(model: nn.Module) -> bool:
-    """Whether a model takes RGB: its pipeline or preprocessor reverses the channels, which the libraries load blue first.
+    """Whether a model takes RGB: its pipeline or preprocessor reverses the channels, which are loaded blue first.
 
     A model without a data preprocessor is none of OpenMMLab's and takes RGB.
     """
