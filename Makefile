@@ -72,7 +72,7 @@ real: venv
 
 # What builds and tests leave behind; the environments stay.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -print | xargs -r rm -rf
 
 # The environments too; wheels compiled here stay in their folder outside.

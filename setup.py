@@ -41,12 +41,12 @@ def read_readme():
 
 def shipped_files():
     """Paths, relative to the source tree, that belong into `psaq_mm/.mim/`."""
-    found = [name for name in SHIPPED_FILES if (ROOT / name).is_file()]
+    names = [name for name in SHIPPED_FILES if (ROOT / name).is_file()]
     for folder, endings in SHIPPED.items():
         for path in sorted((ROOT / folder).rglob('*')):
             if path.is_file() and path.suffix in endings and '__pycache__' not in path.parts:
-                found.append(path.relative_to(ROOT).as_posix())
-    return found
+                names.append(path.relative_to(ROOT).as_posix())
+    return names
 
 
 class BuildWithConfigs(build_py):
@@ -57,6 +57,7 @@ class BuildWithConfigs(build_py):
     """
 
     def run(self):
+        """Build the package, then copy configs and tools."""
         super().run()
         if getattr(self, 'editable_mode', False):
             return
@@ -65,6 +66,7 @@ class BuildWithConfigs(build_py):
             shutil.copyfile(source, target)
 
     def get_outputs(self, include_bytecode=1):
+        """Paths of everything that is built, for the wheel's record."""
         outputs = super().get_outputs(include_bytecode)
         if getattr(self, 'editable_mode', False):
             return outputs
@@ -90,25 +92,19 @@ class EditableForMim(editable_wheel):
 
 # The OpenMMLab libraries stand in extras, not in install_requires: their maintained forks have the same import names
 # under other distribution names, and a hard requirement would install the originals over them.
-# pillow: sample sheets are drawn with it.
-MM = ['mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0', 'pillow']
+MM = ['mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0']
+# Another version formats differently: the same as in requirements-tools.txt.
+CHECKS = ['ruff==0.17.6', 'mypy==2.4.1']
 EXTRAS = {
     'mmdet': [*MM, 'mmdet>=3.3.0,<4'],
     # mmsegmentation imports ftfy and regex without requiring them.
     'mmseg': [*MM, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex'],
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
     # The maintained forks, in place of the three above. mmseg's asks for numpy 2, and with it torch 2.3 or later.
-    'onedl': [
-        'onedl-mmengine',
-        'onedl-mmcv',
-        'onedl-mmdetection',
-        'onedl-mmsegmentation',
-        'onedl-mmpretrain',
-        'pillow',
-    ],
+    'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain'],
     'timm': ['timm>=1.0'],
     'deploy': ['onnx>=1.15', 'onnxruntime>=1.18', 'openvino>=2024.4'],
-    'test': ['pytest>=7', 'pytest-xdist', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino'],
+    'test': ['pytest>=7', 'pytest-xdist', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino', *CHECKS],
 }
 EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in ('onedl', 'test') for line in lines})
 
@@ -135,10 +131,9 @@ setup(
     python_requires='>=3.9',
     packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
     # Only files that stand inside the package; configs and tools are laid in by BuildWithConfigs.
-    package_data={'psaq_mm': ['**/*.json', '**/*.html', '**/*.css', '**/*.js']},
+    package_data={'psaq_mm': ['py.typed', '**/*.json', '**/*.html', '**/*.css', '**/*.js']},
     include_package_data=False,
-    # filelock: locks; jinja2: pages; rich: tables. All three are pure Python.
-    install_requires=['torch>=2.1', 'numpy', 'filelock', 'jinja2', 'rich'],
+    install_requires=['torch>=2.1', 'numpy', 'filelock', 'jinja2>=3', 'matplotlib>=3.6', 'pillow', 'rich>=12.3'],
     extras_require=EXTRAS,
     entry_points={
         'console_scripts': [

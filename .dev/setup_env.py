@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Makes the virtual environment that `make demo` and `make test` run in, or leaves one that stands alone.
+"""Makes the virtual environment of `make demo` and `make test`; does nothing where it is there already.
 
 Standard library only: it runs on a machine that has nothing but Python. Two kinds of environment:
 
-* a whole stack: torch, mmcv with its compiled ops, mmdet, mmsegmentation, mmpretrain. The reference one (default) is
-  what requirements.txt pins; a torch from 2.3 on gets numpy 2 (requirements-torch2.13.txt); `--stack onedl` takes the
+* a stack: torch, mmcv with its compiled ops, mmdet, mmsegmentation, mmpretrain. The reference stack (default) has the
+  versions in requirements.txt; a torch from 2.3 on gets numpy 2 (requirements-torch2.13.txt); `--stack onedl` takes the
   maintained forks (requirements-onedl.txt);
 * `--core`: PyTorch of any version and the test tools, without OpenMMLab, for the floors that need PyTorch alone.
 
-Where packages come from is pip's business: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and pip.conf all hold. On
-Linux the index's torch brings its CUDA packages (about 2.5 GB) even where there is no GPU; an index of CPU builds named
-in those variables avoids it.
+pip decides where packages come from: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and pip.conf all apply. On
+Linux the default torch brings its CUDA packages (about 2.5 GB) also where there is no GPU. To avoid that, name an index
+of CPU builds in those variables.
 """
 
 import argparse
@@ -32,8 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = '.psaq-ready.json'
 BUILDING = '.psaq-building'
-# Whatever changes one of these may change the environment. This file is one of them: it decides how things are
-# installed.
+# A change in one of these files may change the environment. This script is one of them.
 KEY_FILES = (
     'constraints.txt',
     'constraints-numpy2.txt',
@@ -45,8 +44,7 @@ KEY_FILES = (
     'pyproject.toml',
     '.dev/setup_env.py',
 )
-# Distributions by import name: the forks install the same packages, so that the two families can never share an
-# environment.
+# Distributions by import name. The forks have the same import names: the two families cannot share an environment.
 STACKS = {
     'openmmlab': {
         'mmengine': 'mmengine',
@@ -66,7 +64,7 @@ STACKS = {
 # One compiler process of mmcv's ops takes up to this much memory.
 BYTES_PER_JOB = 2 << 30
 
-# A real call: the extension of a wheel made for another torch imports lazily and fails here.
+# Calls an op: the extension of a wheel for another torch can be imported, but not called.
 OPS_CHECK = """
 import torch
 from mmcv.ops import nms
@@ -93,7 +91,7 @@ def say(text):
 
 
 def environment_key(torch_version, core=False, root=ROOT, stack='openmmlab'):
-    """Hash of everything the environment depends on; an equal one in the stamp means that nothing is to be done."""
+    """Hash of all that the environment depends on. If the stamp holds the same hash, nothing has to be done."""
     digest = hashlib.sha256()
     for name in KEY_FILES:
         digest.update(name.encode() + b'\0' + (root / name).read_bytes() + b'\0')
@@ -102,8 +100,8 @@ def environment_key(torch_version, core=False, root=ROOT, stack='openmmlab'):
 
 
 def identity(torch_version, core=False, root=ROOT, stack='openmmlab'):
-    """What an environment cannot change in place: a difference here means starting from nothing."""
-    # The reference stack is not named: environments that stand from before there was a choice are its.
+    """Properties that an environment cannot change in place: if one differs, it is made anew."""
+    # Without a name it is the reference stack: older stamps have none.
     named = {} if stack == 'openmmlab' else {'stack': stack}
     return {
         **named,
@@ -115,7 +113,7 @@ def identity(torch_version, core=False, root=ROOT, stack='openmmlab'):
 
 
 def read_stamp(venv):
-    """The stamp's content, or None where there is none or it is not readable as one."""
+    """The content of the stamp; None where there is none or it cannot be read."""
     try:
         stamp = json.loads((venv / STAMP).read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -134,7 +132,7 @@ def is_ready(venv, key):
 
 
 def write_stamp(venv, key, ident):
-    """Written last and in one step, so that an interrupted set-up leaves no environment that counts as done."""
+    """Write the stamp, last and in one step: an interrupted set-up then leaves no environment that counts as done."""
     draft = venv / (STAMP + '.new')
     draft.write_text(json.dumps({'key': key, **ident}), encoding='utf-8')
     os.replace(draft, venv / STAMP)
@@ -143,7 +141,7 @@ def write_stamp(venv, key, ident):
 
 
 def has_numpy2(torch_version):
-    """Torch below 2.3 was built for numpy 1."""
+    """Whether a torch works with numpy 2: those below 2.3 were built for numpy 1."""
     return tuple(int(part) for part in torch_version.split('.'))[:2] >= (2, 3)
 
 
@@ -163,12 +161,12 @@ class Stack:
         self.constraints = f'constraints{"-numpy2" if numpy2 else ""}.txt'
 
     def pins(self, file=None):
-        """The requirements as a list of lines, those of the files that they read included."""
-        found = []
+        """The lines of the requirements, with those of the files that they include."""
+        lines = []
         for line in (ROOT / (file or self.requirements)).read_text(encoding='utf-8').splitlines():
             line = line.split('#')[0].strip()
-            found += self.pins(line[2:].strip()) if line.startswith('-r') else [line] if line else []
-        return found
+            lines += self.pins(line[2:].strip()) if line.startswith('-r') else [line] if line else []
+        return lines
 
     def pinned(self, name):
         """The version that `name` is pinned to."""
@@ -179,7 +177,7 @@ class Stack:
 
 
 def run(command, env=None, **kwargs):
-    """Runs a command from the root of the source tree; a failure becomes one sentence that names the command."""
+    """Runs a command from the root of the source tree; raises SetupError with the command where it fails."""
     result = subprocess.run([str(part) for part in command], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, **kwargs)
     if result.returncode:
         shown = ' '.join(str(part) for part in command)
@@ -203,7 +201,7 @@ class Environment:
         return run([self.python, '-m', 'pip', verb, *self.quiet, *where, *args], env=env, **kwargs)
 
     def works(self, code):
-        """Whether `code` runs in the environment; its messages are kept for the caller."""
+        """Whether `code` runs in the environment; its output is in `last_output`."""
         if not self.python.exists():
             self.last_output = f'{self.python} does not exist'
             return False
@@ -227,30 +225,28 @@ class Environment:
 
 
 def make_venv(venv, ident, others=()):
-    """A folder with a working Python and pip: a new one, or the one that stands there where it can be built on."""
+    """Makes a folder with a working Python and pip, or keeps the one that is there if it can be used."""
     stamp, interrupted = read_stamp(venv), (venv / BUILDING).exists()
     if venv.exists() and not (interrupted or stamp):
-        # Somebody made it by hand: it is theirs, so it is filled up, or refused, never wiped, nor marked to be wiped
-        # later.
-        found, want = Environment(venv), ident['python']
-        if not found.works(f'import sys, pip; assert "%d.%d" % sys.version_info[:2] == {want!r}'):
+        # Somebody else made it: packages are added or it is refused, but it is never removed.
+        env, want = Environment(venv), ident['python']
+        if not env.works(f'import sys, pip; assert "%d.%d" % sys.version_info[:2] == {want!r}'):
             raise SetupError(
                 f'{venv} was not made by this Makefile and has no working Python {want} with pip: remove it, or '
                 'name another folder with VENV=...'
             )
-        if found.has('torch') and not found.has('torch', ident['torch']):
+        if env.has('torch') and not env.has('torch', ident['torch']):
             raise SetupError(
                 f'{venv} was not made by this Makefile and holds another torch than {ident["torch"]}: remove it, or '
                 'name another folder with VENV=...'
             )
-        for name in filter(found.has, others):
+        for name in filter(env.has, others):
             raise SetupError(
                 f'{venv} was not made by this Makefile and holds {name}, whose files the packages asked for would '
-                f'overwrite: '
-                'remove it, or name another folder with VENV=...'
+                'overwrite: remove it, or name another folder with VENV=...'
             )
         return
-    # pip takes a package whose unpacking was cut off for installed: after an interruption only a fresh start is safe.
+    # pip takes a package that was unpacked in part for installed: after an interruption it has to start from nothing.
     same = stamp is not None and not interrupted and {k: v for k, v in stamp.items() if k != 'key'} == ident
     if same:
         (venv / BUILDING).touch()
@@ -258,7 +254,7 @@ def make_venv(venv, ident, others=()):
         return
     say(f'{"starting again from an empty" if venv.exists() else "making"} {venv.name} (Python {ident["python"]})')
     if venv.exists():
-        (venv / BUILDING).touch()  # first, so that a removal cut off half-way is still known as ours
+        (venv / BUILDING).touch()  # first: it marks the folder as ours, also if the removal is interrupted
         for path in venv.iterdir():
             if path.name != BUILDING:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -279,11 +275,10 @@ def install_torch(env, torch_version, stack):
 
 
 def drop_useless_torchvision(env):
-    """Takes away a torchvision that this torch cannot load: mmdet and mmseg ask whether there is one, and fail over a
-    broken one.
+    """Removes a torchvision that this torch cannot load: mmdet and mmseg fail if torchvision is there and broken.
 
-    The index's torchvision is built for the CUDA torch; beside a CPU-only torch from elsewhere it does not even import.
-    What needs it (mmpretrain, timm) cannot be imported then, and its tests are skipped with that reason.
+    The default torchvision is built for a CUDA torch. Beside a CPU-only torch from elsewhere it cannot be imported.
+    Without it mmpretrain and timm cannot be imported either; their tests are skipped with that reason.
     """
     if env.works('import torchvision.ops'):
         return
@@ -294,14 +289,13 @@ def drop_useless_torchvision(env):
         )
     say(
         f'torchvision has no build for this CPU-only torch ({why}): going on without; mmpretrain and timm, which '
-        f'import it, '
-        'are not to be used, and their tests are skipped'
+        'import it, are not to be used, and their tests are skipped'
     )
     env.pip('uninstall', '-y', 'torchvision')
 
 
 def wheel_folder(env, torch_version):
-    """Where wheels built here are kept: outside the checkout, and apart for what makes them differ."""
+    """The folder of wheels that were compiled here: outside the checkout, one for each torch, Python and CUDA."""
     base = os.environ.get('PSAQ_MM_WHEELS')
     if not base:
         cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
@@ -313,14 +307,12 @@ def wheel_folder(env, torch_version):
 
 
 def builds_for_gpu(env):
-    """The question mmcv's own build asks."""
+    """Whether mmcv's build compiles for a GPU; the same condition as in its setup.py."""
     return os.environ.get('FORCE_CUDA') == '1' or env.works('import torch; assert torch.cuda.is_available()')
 
 
 def install_mmcv(env, torch_version, stack):
-    """Mmcv with its ops: a wheel where one is to be found and works with this torch, else compiled from the source
-    package.
-    """
+    """Installs mmcv with its ops: a prebuilt wheel if one works with this torch, else compiled from source."""
     name, mmengine = stack.distributions['mmcv'], stack.distributions['mmengine']
     version = stack.pinned(name)
     if env.has(name, version) and env.works(OPS_CHECK):
@@ -330,7 +322,7 @@ def install_mmcv(env, torch_version, stack):
     links = [os.environ.get('PIP_FIND_LINKS', ''), os.environ.get('MMCV_FIND_LINKS', '')]
     links += [folder.as_uri()] if folder.is_dir() else []
     with_links = {**os.environ, 'PIP_FIND_LINKS': ' '.join(filter(None, links))}
-    # What mmcv needs, with the bounds of the stack; --no-deps below keeps pip from choosing others.
+    # What mmcv needs, in the versions of the stack; --no-deps below keeps pip from choosing others.
     env.pip(
         'install',
         'ninja',
@@ -339,7 +331,7 @@ def install_mmcv(env, torch_version, stack):
         *(f'{need}=={stack.pinned(need)}' for need in (mmengine, 'numpy', 'opencv-python')),
     )
     wanted = ['--no-deps', '--force-reinstall', f'{name}=={version}']
-    # Its failure is an answer, not an error: most machines have no such wheel.
+    # A failure here is no error: most machines have no such wheel.
     prebuilt = subprocess.run(
         [str(env.python), '-m', 'pip', 'install', '-q', '--only-binary', name, *wanted],
         cwd=ROOT,
@@ -366,7 +358,7 @@ def install_mmcv(env, torch_version, stack):
 
 
 def compile_jobs():
-    """How many compilers at a time: one a core, as long as memory holds them."""
+    """How many compilers run at a time: one per core, but no more than fit into memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         cores = min(cores, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // BYTES_PER_JOB)
@@ -378,8 +370,7 @@ def check_compilers(env):
     if shutil.which(compiler) is None:
         raise SetupError(
             f'mmcv has to be compiled and there is no C++ compiler "{compiler}": install one (Debian: '
-            f'build-essential), or '
-            'name a folder or address with a prebuilt wheel in MMCV_FIND_LINKS'
+            'build-essential), or name a folder or address with a prebuilt wheel in MMCV_FIND_LINKS'
         )
     header = Path(sysconfig.get_paths()['include']) / 'Python.h'
     if not header.is_file():
@@ -390,21 +381,19 @@ def check_compilers(env):
     if builds_for_gpu(env) and not has_nvcc:
         raise SetupError(
             "a GPU is visible, but there is no nvcc to compile mmcv's ops for it: name OpenMMLab's wheel index for "
-            'this '
-            "torch and CUDA (see MMCV's installation page) in MMCV_FIND_LINKS, or hide the GPU with "
+            "this torch and CUDA (see MMCV's installation page) in MMCV_FIND_LINKS, or hide the GPU with "
             'CUDA_VISIBLE_DEVICES=""'
         )
 
 
 def compile_mmcv(env, version, torch_version, folder, distribution='mmcv'):
-    """Compiles mmcv's ops from the source package; the wheel is kept in `folder`, its path is returned."""
+    """Compiles mmcv with its ops from source. Returns the path of the wheel, which stays in `folder`."""
     check_compilers(env)
     jobs = os.environ.get('MAX_JOBS') or str(compile_jobs())
     python = '{}.{}'.format(*sys.version_info[:2])
     say(
         f'{distribution} {version}: no prebuilt wheel for torch {torch_version} and Python {python} was found, so its '
-        f'C++ ops'
-        ' (the detectors need them) are compiled now.'
+        'C++ ops (the detectors need them) are compiled now.'
     )
     say(f'    This takes about 20 minutes on two cores ({jobs} at a time here), once: the wheel is kept in {folder}.')
     say('    Quicker: name a folder or index with a wheel in MMCV_FIND_LINKS (or PIP_FIND_LINKS).')
@@ -453,9 +442,7 @@ def compile_mmcv(env, version, torch_version, folder, distribution='mmcv'):
 
 
 def follow_build(command, settings, log, every=60):
-    """Runs the build with its output in `log`, says once a minute how far it is, and leaves no compiler behind when
-    stopped.
-    """
+    """Runs the build with its output in `log`, reports progress once a minute, and ends all compilers when stopped."""
     begun = told = time.monotonic()
     with open(log, 'w') as sink:
         build = subprocess.Popen(

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from psaq_mm.commands.common import add_config_arguments, load_config, run_command  # noqa: E402
-from psaq_mm.commands.compare import compare, plan  # noqa: E402
+from psaq_mm.commands.compare import Wanted, compare, plan  # noqa: E402
 from psaq_mm.commands.sample_rows import principal_metrics  # noqa: E402
 from psaq_mm.tables import markdown_table  # noqa: E402
 
@@ -73,7 +73,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add_config_arguments(parser)
     parser.add_argument('--bits', default='w8a8', help='precision (default: %(default)s)')
     parser.add_argument(
-        '--calibration', nargs='+', default=['gaussian', 'real'], metavar='SOURCE', help='as for tools/compare.py'
+        '--samples',
+        '--calibration',
+        nargs='+',
+        default=['gaussian', 'real'],
+        metavar='SOURCE',
+        help='as for tools/compare.py',
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument(
@@ -85,7 +90,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     def command(args) -> None:
         config, model = load_config(args.config, args.cfg_options), Path(args.config).stem
         configs = {f'{model}, logits {kind}': with_logits(config, args.bits, kind, args.logits) for kind in KINDS}
-        runs = plan(configs, args.calibration, args.seeds)
+        runs = plan(configs, Wanted(tuple(args.samples), tuple(args.seeds)))
         file = compare(runs, args.work_dir)
         print('\n' + table(file.table), flush=True)
         failed.extend(run.name for run in runs if not file.done(run.key))

@@ -99,7 +99,7 @@ def steps_of(point: Point, device: str) -> Dict[str, Callable[[], None]]:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     evolution.prepare(torch.randn(2 * point.batch, 3, *point.size, generator=torch.Generator().manual_seed(0)))
 
-    def synthesis() -> None:
+    def make() -> None:
         synthesis.make(point.batch * _world())
 
     def learn() -> None:
@@ -108,7 +108,7 @@ def steps_of(point: Point, device: str) -> Dict[str, Callable[[], None]]:
         sum_gradients_(student.parameters())
         optimizer.step()
 
-    return dict(synthesis=synthesis, student=learn)
+    return dict(synthesis=make, student=learn)
 
 
 def _world() -> int:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import Row, forget_peak, in_turn, peak_apart, peak_of, resident, row, run_script  # noqa: E402
 from psaq_mm.pictures import ImageSpec  # noqa: E402
-from psaq_mm.psaq_vit import SampleGenerator  # noqa: E402
+from psaq_mm.psaq_vit import Objective, SampleGenerator  # noqa: E402
 from psaq_mm.tables import markdown_table  # noqa: E402
 
 IMAGENET = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
@@ -104,7 +104,11 @@ def calls(workload: Workload, device: str, steps: int = STEPS) -> Dict[str, Call
 
     return dict(
         synthesis=lambda: _quiet(
-            generator.generate, teacher, IMAGENET, init=images, prefix_tokens=workload.prefix_tokens
+            generator.generate,
+            teacher,
+            IMAGENET,
+            Objective(prefix_tokens=workload.prefix_tokens),
+            init=images,
         ),
         teacher=lambda: alone(teacher),
         library=lambda: alone(library),

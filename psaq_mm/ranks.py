@@ -45,10 +45,7 @@ def _answered() -> Iterator[None]:
         raise
     except RuntimeError as error:  # a closed connection, or the time limit of the process group
         first = (str(error).splitlines() or [''])[0]
-        raise RankError(
-            'another rank failed or did not answer in time; its own message says why, and --resume goes on from the '
-            f'last checkpoint ({first})'
-        ) from error
+        raise RankError(f'another rank failed or did not answer in time ({first}): its own message says why') from error
 
 
 def _sent(tensor: Tensor) -> Tensor:
@@ -140,7 +137,7 @@ def sum_gradients_(parameters: Iterable[nn.Parameter]) -> None:
     for parameter, anywhere in zip(trained, has.tolist()):
         if anywhere and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    for bucket in _buckets([p.grad for p, anywhere in zip(trained, has.tolist()) if anywhere]):
+    for bucket in _buckets([p.grad for p in trained if p.grad is not None]):
         flat = sum_(torch.cat([gradient.reshape(-1) for gradient in bucket]))
         for gradient, values in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
             gradient.copy_(values.view_as(gradient))

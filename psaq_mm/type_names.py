@@ -4,7 +4,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ['type_name']
+__all__ = ['type_name', 'type_path']
+
+
+def type_path(given: Any) -> str:
+    """A type with its scope or module, where it is given with one; see :func:`type_name`.
+
+    Example:
+        >>> type_path(dict(type='torchvision/Resize')), type_path(dict), type_path(None)
+        ('torchvision/Resize', 'builtins.dict', '')
+    """
+    if isinstance(given, Mapping):
+        given = given.get('type')
+    if isinstance(given, (list, tuple)):  # several in the place of one
+        return ''
+    # An import of a pure-Python config that is not resolved yet answers any attribute, and prints its name.
+    if not type(given).__module__.startswith('mmengine.config') and hasattr(given, '__name__'):
+        return f'{given.__module__}.{given.__qualname__}'
+    return str(given or '')
 
 
 def type_name(given: Any) -> str:
@@ -22,11 +39,4 @@ def type_name(given: Any) -> str:
         >>> type_name(dict(type='psaq_mm.Quantized')), type_name(dict), type_name(None)
         ('Quantized', 'dict', '')
     """
-    if isinstance(given, Mapping):
-        given = given.get('type')
-    if isinstance(given, (list, tuple)):  # several in the place of one
-        return ''
-    # An import of a pure-Python config that is not resolved yet answers any attribute, and prints its name.
-    unresolved = type(given).__module__.startswith('mmengine.config')
-    name = given if unresolved or not hasattr(given, '__name__') else given.__name__
-    return str(name or '').rpartition('.')[2]
+    return type_path(given).rpartition('.')[2]

@@ -80,8 +80,8 @@ def build_classifier(name, seed=0, quant=None):
 CLASSIFIER = """
 _base_ = ['mmpretrain::deit/deit-tiny_4xb256_in1k.py']
 model = dict(
-    backbone=dict(arch=dict(_delete_=True, embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64), img_size=32,
-                  patch_size=8),
+    backbone=dict(arch=dict(_delete_=True, embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64),
+                  img_size=32, patch_size=8),
     head=dict(num_classes=5, in_channels=32))
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='ResizeEdge', scale=36, edge='short'),
                  dict(type='CenterCrop', crop_size=32), dict(type='PackInputs')]

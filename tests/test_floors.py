@@ -49,9 +49,8 @@ def imports_of(path: Path) -> set:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f'{path}: imports are absolute here'
             # `from psaq_mm import ranks` names a module, `from psaq_mm.ranks import own_part` does too.
-            names |= (
-                {f'{node.module}.{alias.name}' for alias in node.names} if node.module == 'psaq_mm' else {node.module}
-            )
+            package = node.module == 'psaq_mm'
+            names |= {f'psaq_mm.{alias.name}' for alias in node.names} if package else {node.module}
     return names
 
 

@@ -12,7 +12,8 @@ model = dict(
     rpn_head=dict(in_channels=16, feat_channels=16),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
-        bbox_head=dict(in_channels=16, fc_out_channels=32), mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1)))
+        bbox_head=dict(in_channels=16, fc_out_channels=32),
+        mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1)))
 """
 
 CASCADE = """
@@ -20,17 +21,19 @@ _base_ = ['mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py']
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
     backbone=dict(
-        _delete_=True, type='SwinTransformer', embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8], window_size=7,
-        drop_path_rate=0.2, convert_weights=True),
+        _delete_=True, type='SwinTransformer', embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8],
+        window_size=7, drop_path_rate=0.2, convert_weights=True),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=16),
     rpn_head=dict(in_channels=16, feat_channels=16),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=16), mask_roi_extractor=dict(out_channels=16),
         bbox_head=[dict(
-            type='ConvFCBBoxHead', num_shared_convs=4, num_shared_fcs=1, in_channels=16, conv_out_channels=16, fc_out_channels=32,
-            roi_feat_size=7, num_classes=80, norm_cfg=norm_cfg, reg_class_agnostic=False, reg_decoded_bbox=True,
+            type='ConvFCBBoxHead', num_shared_convs=4, num_shared_fcs=1, in_channels=16, conv_out_channels=16,
+            fc_out_channels=32, roi_feat_size=7, num_classes=80, norm_cfg=norm_cfg,
+            reg_class_agnostic=False, reg_decoded_bbox=True,
             bbox_coder=dict(
-                type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.], target_stds=[0.1 / d, 0.1 / d, 0.2 / d, 0.2 / d]),
+                type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.],
+                target_stds=[0.1 / d, 0.1 / d, 0.2 / d, 0.2 / d]),
             loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
             loss_bbox=dict(type='GIoULoss', loss_weight=10.0)) for d in (1, 2, 3)],
         mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1)))
@@ -73,14 +76,10 @@ DFQ = dict(
 
 def build_full_precision(config, seed=0):
     """The full-precision model of a config, with random weights of a trained model's size."""
-    from mmengine.registry import MODELS, init_default_scope
+    from psaq_mm.engine.building import build_model
 
-    from psaq_mm.engine.config import drop_pretrained
-
-    init_default_scope(config.default_scope)
-    drop_pretrained(config.model)
     torch.manual_seed(seed)
-    model = MODELS.build(config.model)
+    model = build_model(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

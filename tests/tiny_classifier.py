@@ -54,12 +54,12 @@ class ClassifierProject(Project):
 
     def _spread_head(self, weights):
         from mmengine.config import Config
-        from mmengine.registry import MODELS, init_default_scope
         from PIL import Image
 
+        from psaq_mm.engine.building import build_model
+
         config = Config.fromfile(self.base)
-        init_default_scope(config.default_scope)
-        model = MODELS.build(dict(config.model, data_preprocessor=config.data_preprocessor)).eval()
+        model = build_model(config, dict(config.model, data_preprocessor=config.data_preprocessor)).eval()
         model.load_state_dict(weights)
         pictures = [np.asarray(Image.open(p))[..., ::-1].copy() for p in sorted(self.folder.glob('data/test/*/*.png'))]
         batch = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pictures])

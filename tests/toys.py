@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Small transformers with the attention layout of ViT and Swin."""
 
-from typing import Optional
+from typing import List, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -83,3 +83,29 @@ class ToyTransformer(nn.Module):
             else:
                 x = checkpoint(block, x, use_reentrant=self.checkpointing == 'reentrant')
         return self.head(x.flatten(1, -2).mean(1))
+
+
+class Outputs(NamedTuple):
+    parts: List[Tensor]
+    logits: Optional[Tensor]
+
+
+class ToyTask:
+    """What :class:`psaq_mm.calibration.Network` asks of a network, around a :class:`ToyTransformer`."""
+
+    min_size, fixed_size, prefix_tokens, num_classes = 4, None, 1, 5
+
+    def __init__(self, model: nn.Module, image_spec) -> None:
+        self.model, self.image_spec, self.calls = model, image_spec, 0
+
+    def run(self, images: Tensor, with_logits: bool = False) -> Outputs:
+        logits = self.model(images)
+        return Outputs([logits, 2 * logits], logits if with_logits else None)
+
+    def outputs(self, images: Tensor) -> List[Tensor]:
+        return self.run(images).parts
+
+    @torch.no_grad()
+    def calibration_forward(self, images: Tensor, scope: str = 'backbone') -> None:
+        self.calls += 1
+        self.model(images)

@@ -99,7 +99,7 @@ def ranks_of_tool(name, arguments, folder, **environment):
 
 
 SPY = '''
-"""What a test learns of a run: a line a step with a digest of all weights and ranges; and a moment at which the run is killed."""
+"""Tells a test of a run: each step, a digest of all weights and ranges; and kills the run at a given moment."""
 import hashlib
 import logging
 import os

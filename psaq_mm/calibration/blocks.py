@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Outputs of transformer blocks: what a student learns where a backbone has no stages of several scales (ViT, DeiT)."""
+"""Outputs of transformer blocks: what a student learns of a backbone without stages of several scales (ViT, DeiT)."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.calibration.attention import find_attention
+from psaq_mm.contexts import hooked
 from psaq_mm.errors import ConfigError, DataError, UnsupportedModelError
 
 __all__ = ['BlockTaps', 'find_blocks']
@@ -17,8 +18,8 @@ __all__ = ['BlockTaps', 'find_blocks']
 def find_blocks(model: nn.Module) -> List[Tuple[str, nn.Module]]:
     """Names and modules of the transformer blocks of a model, in the order of definition.
 
-    A block holds exactly one attention and is an element of a list of blocks; what the libraries nest inside it (Swin's
-    shifting around its window attention) and what they put around a list of length one (a stage) is none.
+    A block holds exactly one attention and is an element of a list of blocks. A module inside a block that holds the
+    same attention (Swin's shifting around its window attention) is no block, nor is a stage around a list of one block.
 
     Args:
         model: A backbone with attention as :func:`psaq_mm.calibration.is_attention` tells it.
@@ -43,10 +44,9 @@ def _ancestors(name: str) -> List[str]:
 
 
 class BlockTaps:
-    """Records what every ``stride``-th transformer block gives, and the last one.
+    """Records the outputs of every ``stride``-th transformer block, and of the last one.
 
-    Hooks are there while a forward pass runs and no longer: a recomputation by activation checkpointing is not
-    recorded.
+    Hooks are removed after the forward pass, so that a recomputation by activation checkpointing is not recorded.
 
     Args:
         model: The backbone.
@@ -66,18 +66,18 @@ class BlockTaps:
 
     def __init__(self, model: nn.Module, stride: int = 3) -> None:
         if stride < 1:
-            raise ConfigError(f'dfq.block_stride={stride} must be at least 1 (every block)')
+            raise ConfigError(f'block_stride={stride} must be at least 1 (every block)')
         blocks = find_blocks(model)
         if not blocks:
             raise UnsupportedModelError(
                 f'{type(model).__name__} has no transformer blocks with one attention each: take '
-                "dfq.distil=('backbone', 'neck')"
+                "distil=('backbone', 'neck')"
             )
         self.blocks = [b for i, b in enumerate(blocks, 1) if i % stride == 0 or i == len(blocks)]
 
     @contextmanager
     def record(self, needs_grad: bool = False) -> Iterator[List[Tensor]]:
-        """Records the forward pass that runs inside the ``with`` block.
+        """Record the forward pass that runs inside the ``with`` block.
 
         Args:
             needs_grad: Whether the input requires a gradient, so that every output has to carry one.
@@ -90,27 +90,22 @@ class BlockTaps:
                 off the graph.
             DataError: A block gives no tensor of tokens.
         """
-        found: List[Tensor] = []
-        calls: List[Tuple[str, nn.Module, Any]] = []
-        handles = []
-        try:
-            for name, module in self.blocks:
-                # Nothing is computed in the hook: checkpointing compares the tensors a block saves with those of its
-                # recomputation, which runs without it.
-                handles.append(
-                    module.register_forward_hook(
-                        lambda module, inputs, output, name=name: calls.append((name, module, output))
-                    )
-                )
-            yield found
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, module, output in calls:
-            tokens = _tokens(name, output)
-            _check_graph(name, module, tokens, needs_grad)
-            found.append(tokens)
-        if not found:
+        outputs: List[Tensor] = []
+        calls: List[Tuple[nn.Module, Any]] = []
+        names = {module: name for name, module in self.blocks}
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            # Nothing is computed in the hook: checkpointing compares the tensors a block saves with those of its
+            # recomputation, which runs without it.
+            calls.append((module, output))
+
+        with hooked(names, lambda module: module.register_forward_hook(keep)):
+            yield outputs
+        for module, output in calls:
+            tokens = _tokens(names[module], output)
+            _check_graph(names[module], module, tokens, needs_grad)
+            outputs.append(tokens)
+        if not outputs:
             raise UnsupportedModelError(
                 f'none of the blocks was called, the first is {self.blocks[0][0]!r}; run the whole '
                 'backbone inside record()'
@@ -118,11 +113,11 @@ class BlockTaps:
 
 
 def _tokens(name: str, output: Any) -> Tensor:
-    """(B, N, C) of what a block returns: tokens, or a map of them with its channels last, alone or first of several."""
+    """Tokens (B, N, C) out of a block's output: tokens, or a map with channels last, alone or first of a tuple."""
     first = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(first, Tensor) or first.dim() < 3:
         shown = f'a tensor of shape {tuple(first.shape)}' if isinstance(first, Tensor) else type(first).__name__
-        raise DataError(f"block {name!r} gives {shown}, not tokens (B, N, C): take dfq.distil=('backbone', 'neck')")
+        raise DataError(f"block {name!r} gives {shown}, not tokens (B, N, C): take distil=('backbone', 'neck')")
     return first.flatten(1, -2)
 
 

@@ -40,18 +40,17 @@ class CalibrationSettings(Settings):
         "'auto': guided where weights have fewer than 8 bits, else compensated, which is as good at 8 bits and needs "
         'no gradients.',
     )
-    damping: float = setting(0.1, 'Of the compensated rounding: how little the pictures are trusted.')
-    prior_rows: Optional[float] = setting(
-        None, 'Of the guided rounding, in place of damping: the damping of a layer is prior_rows / the rows that count.'
+    prior_rows: float = setting(
+        32.0,
+        'How little the rounding trusts the pictures: the damping of a layer is prior_rows / the effective number of '
+        'its rows (tokens or places).',
     )
 
     def __post_init__(self) -> None:
         if self.rounding not in ROUNDINGS:
             raise ConfigError(f'rounding={self.rounding!r} is not known: use one of {", ".join(ROUNDINGS)}')
-        if not 0 < self.damping < float('inf'):
-            raise ConfigError(f'damping={self.damping} must be positive: 0.1 is the usual value')
-        if self.prior_rows is not None and not 0 < self.prior_rows < float('inf'):
-            raise ConfigError(f'prior_rows={self.prior_rows} must be positive, or None for damping: 32 is usual')
+        if not 0 < self.prior_rows < float('inf'):
+            raise ConfigError(f'prior_rows={self.prior_rows} must be positive: 32 is the usual value')
         for name in ('batch_size', 'calibration_samples'):
             if getattr(self, name) < 1:
                 raise ConfigError(f'{name}={getattr(self, name)} must be at least 1')
@@ -108,9 +107,8 @@ class Calibration:
         self.rounded = round_weights_(
             self.student.model,
             self._forward(pictures),
-            self.settings.damping,
+            self.settings.prior_rows,
             importance=self.importance(pictures) if kind == 'guided' else None,
-            prior_rows=self.settings.prior_rows,
         )
 
     def importance(self, pictures: Tensor) -> Dict[str, Tensor]:

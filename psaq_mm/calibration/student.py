@@ -3,7 +3,7 @@
 
 import contextlib
 import dataclasses
-from typing import Any, Callable, ContextManager, Dict, Mapping, NamedTuple, Optional, Protocol, Sequence
+from typing import Any, Callable, ContextManager, Dict, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +14,12 @@ from psaq_mm.calibration.discrepancy import normalized_l1
 from psaq_mm.calibration.network import Network
 from psaq_mm.calibration.pool import SamplePool
 from psaq_mm.errors import ConfigError, DataError
+from psaq_mm.pictures import SampleStream
 from psaq_mm.quantization import hold_weights
 from psaq_mm.ranks import WholeBatch, broadcast_, gathered, own_part, ranks, sum_
 from psaq_mm.settings import Settings, setting
 
-__all__ = ['PictureStream', 'StepLosses', 'StudentTraining', 'TrainingSettings', 'take_pictures']
-
-
-class PictureStream(Protocol):
-    """Pictures in an order, each once. :class:`psaq_mm.pictures.SampleStream` is one."""
-
-    take: Callable[..., Tensor]
-    state_dict: Callable[[], Dict[str, Any]]
-    load_state_dict: Callable[[Dict[str, Any]], None]
+__all__ = ['StepLosses', 'StudentTraining', 'TrainingSettings', 'take_pictures']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +66,7 @@ class StepLosses(NamedTuple):
     discrepancy: Tensor
 
 
-def take_pictures(stream: PictureStream, count: int) -> Tensor:
+def take_pictures(stream: SampleStream, count: int) -> Tensor:
     """The next ``count`` pictures, (count, C, H, W), the same on every rank: each rank makes a part of them."""
     if ranks()[1] == 1:
         return stream.take(count)
@@ -93,10 +86,10 @@ class StudentTraining:
         teacher: Full precision, frozen.
         calibration: Of the student. Its settings give the batch size, its generator the random choices.
         stream: The first pictures and those of later rounds.
-        pool: Keeps them. Its capacity is ``settings.pool_size``, which a caller checks against the first pictures.
         settings: See :class:`TrainingSettings`.
-        fresh: Makes each batch of the student anew, in place of the pool: a picture that is learned again and again is
-            learned by heart sooner or later.
+        fresh: Makes each batch of the student anew, in place of the pool: a picture that comes again and again is
+            learned by heart sooner or later. Defaults to None, batches are drawn from the pool.
+        seed: Of the pool.
 
     Attributes:
         latest: The newest pictures, those of the last round; None after :meth:`load_state_dict`.
@@ -108,10 +101,10 @@ class StudentTraining:
         self,
         teacher: Network,
         calibration: Calibration,
-        stream: PictureStream,
+        stream: SampleStream,
         settings: Optional[TrainingSettings] = None,
         *,
-        fresh: Optional[PictureStream] = None,
+        fresh: Optional[SampleStream] = None,
         seed: int = 0,
     ) -> None:
         self.teacher, self.calibration, self.settings = teacher, calibration, settings or TrainingSettings()

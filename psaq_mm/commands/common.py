@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What every command line shares: reading a config, and turning a mistake into one sentence and an exit status."""
+"""Shared parts of all command lines: arguments, reading a config, and reporting a mistake in one sentence."""
 
 import argparse
 import errno
@@ -24,7 +24,11 @@ __all__ = [
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that all commands take: CONFIG and ``--cfg-options``."""
+    """Add the arguments of all commands: CONFIG and ``--cfg-options``.
+
+    Args:
+        parser: Of the command.
+    """
     from mmengine.config import DictAction
 
     parser.add_argument('config', help='an mmdet, mmseg or mmpretrain config file')
@@ -38,7 +42,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--quant`` and ``--method``: another precision, or another method, than the config's own."""
+    """Add ``--quant`` and ``--method``, which replace the config's precision and method.
+
+    Args:
+        parser: Of the command.
+    """
     from psaq_mm.engine.methods import METHODS
 
     parser.add_argument(
@@ -56,15 +64,16 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(
     path: str, options: Optional[Mapping] = None, quant: Optional[str] = None, method: Optional[str] = None
 ):
-    """Read a config file, put another precision or method into it, and merge ``options`` last.
+    """Read a config file, set its precision or method, and merge ``options`` last.
 
     Args:
         path: The file.
-        options: As ``--cfg-options`` gives them; they win over everything.
-        quant, method: See :func:`psaq_mm.engine.config.apply_method`.
+        options: Of ``--cfg-options``; they take precedence over all else.
+        quant: Precision in place of the config's, see :func:`psaq_mm.engine.config.apply_method`.
+        method: Method in place of the config's.
 
     Raises:
-        ConfigError: No such file, a base that does not exist, or an option that has no place.
+        ConfigError: The file or a base of it does not exist or cannot be read, or an option does not fit.
     """
     from mmengine.config import Config
 
@@ -88,18 +97,24 @@ def _why_unreadable(error: Exception) -> str:
     if 'lazy_import' in message:  # MMEngine's word for it
         return (
             'it and one of its bases are of two kinds, and a pure-Python config is inherited by a pure-Python one '
-            'alone: write `with '
-            "read_base(): from .BASE import *`, then model.update(type='psaq_mm.Quantized', base_type=model.type, "
-            "quant='w8a8')"
+            "alone: write `with read_base(): from .BASE import *`, then model.update(type='psaq_mm.Quantized', "
+            "base_type=model.type, quant='w8a8')"
         )
     return missing_from(error) or message
 
 
 def merge_options(config, options: Optional[Mapping]):
-    """Merge ``--cfg-options`` into a loaded config, in place; the config.
+    """Merge ``--cfg-options`` into a loaded config, in place.
+
+    Args:
+        config: As MMEngine loads it.
+        options: By dotted key.
+
+    Returns:
+        The config.
 
     Raises:
-        ConfigError: An option has no place.
+        ConfigError: An option does not fit the config.
     """
     try:
         config.merge_from_dict(dict(options or {}))
@@ -109,31 +124,40 @@ def merge_options(config, options: Optional[Mapping]):
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of commands that start a runner: ``--work-dir``, ``--launcher`` and what launchers add."""
+    """Add the arguments of commands that start a runner: ``--work-dir``, ``--launcher`` and what launchers add.
+
+    Args:
+        parser: Of the command.
+    """
     parser.add_argument('--work-dir', help='where logs and results go; defaults to work_dirs/<name of the config>')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def runnable_config(args: argparse.Namespace):
-    """The config of parsed arguments, with launcher and work dir set.
+    """The config that parsed arguments name, with launcher and work dir set.
 
     The work dir is the command line's, else the config's, else ``work_dirs/<name of the config>``, as in the libraries'
     own tools.
+
+    Args:
+        args: Of a parser with :func:`add_config_arguments` and :func:`add_run_arguments`.
+
+    Raises:
+        ConfigError: The config cannot be read, or a folder cannot be made.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = load_config(args.config, args.cfg_options, getattr(args, 'quant', None), getattr(args, 'method', None))
     from psaq_mm.quantization import use_full_float32
 
-    use_full_float32()  # the full-precision model too: it is what a quantized one is compared with
+    use_full_float32()  # for the full-precision model too, which quantized ones are compared with
     config.launcher = args.launcher
     if args.work_dir:
         config.work_dir = args.work_dir
     elif not config.get('work_dir'):
         config.work_dir = os.path.join('work_dirs', os.path.splitext(os.path.basename(args.config))[0])
-    file = next(
-        (p for p in (Path(config.work_dir), *Path(config.work_dir).parents) if p.exists() and not p.is_dir()), None
-    )
+    work_dir = Path(config.work_dir)
+    file = next((p for p in (work_dir, *work_dir.parents) if p.exists() and not p.is_dir()), None)
     if file is not None:
         raise ConfigError(
             f'the work dir {config.work_dir} cannot be made, as {file} is a file: give another --work-dir'
@@ -145,13 +169,39 @@ def runnable_config(args: argparse.Namespace):
     return config
 
 
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Errors that mean: this file or folder cannot be written."""
+
+
+def _sentence(error: BaseException, args: argparse.Namespace) -> Optional[str]:
+    """What is wrong and the way out, with the options that the command has; None for an error of another kind."""
+    resume = 'go on with --resume' if hasattr(args, 'resume') else ''
+    if isinstance(error, KeyboardInterrupt):
+        return f'interrupted; {resume or "the same command begins anew"}'
+    if isinstance(error, PsaqError):
+        lost_rank = getattr(args, 'launcher', 'none') != 'none' and type(error).__name__ == 'RankError'
+        return f'{error}; {resume}' if lost_rank and resume else str(error)
+    if isinstance(error, OSError) and error.errno in _NOT_WRITTEN:
+        other = next((f' or give another --{n.replace("_", "-")}' for n in ('work_dir', 'out') if hasattr(args, n)), '')
+        return (
+            f'{error.filename or "a file"} cannot be written ({error.strerror}): free some space{other}; what was '
+            'saved before is whole'
+        )
+    return missing_from(error) if isinstance(error, (ImportError, RuntimeError, AssertionError, KeyError)) else None
+
+
 def run_command(
     command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None
 ) -> int:
-    """Parse, run, and report a user's mistake in one sentence.
+    """Parse the arguments, run ``command`` with them, and report a user's mistake in one sentence.
+
+    Args:
+        command: Takes the parsed arguments.
+        parser: Its ``prog`` stands before the sentence.
+        argv: Arguments; None: those of the process.
 
     Returns:
-        0; 1 for a mistake that is named; 130 when interrupted. What is not a known mistake keeps its traceback.
+        0; 1 for a known mistake; 130 when interrupted. Any other error is raised, with its traceback.
     """
     args = parser.parse_args(argv)
     keep_freed_memory()
@@ -161,30 +211,10 @@ def run_command(
             from psaq_mm.ranks import leave
 
             leave()
-    except PsaqError as error:
-        print(f'{parser.prog}: {error}', file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
+    except (Exception, KeyboardInterrupt) as error:
+        sentence = _sentence(error, args)
+        if sentence is None:
             raise
-        elsewhere = next(
-            (f' or give another --{name.replace("_", "-")}' for name in ('work_dir', 'out') if hasattr(args, name)), ''
-        )
-        print(
-            f'{parser.prog}: {error.filename or "a file"} cannot be written ({error.strerror}): free some '
-            f'space{elsewhere}; what was '
-            'saved before is whole',
-            file=sys.stderr,
-        )
-        return 1
-    except (ImportError, RuntimeError, AssertionError, KeyError) as error:
-        missing = missing_from(error)
-        if missing is None:
-            raise
-        print(f'{parser.prog}: {missing}', file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        again = 'go on with --resume' if hasattr(args, 'resume') else 'the same command begins anew'
-        print(f'{parser.prog}: interrupted; {again}', file=sys.stderr)
-        return 130
+        print(f'{parser.prog}: {sentence}', file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0

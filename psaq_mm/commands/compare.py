@@ -1,6 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Sources of samples through the same quantizer, calibrated or trained, at equal steps or equal seconds:
-``tools/compare.py CONFIG ... --calibration generated gaussian dead_leaves real --seeds 0 1 2``.
+``tools/compare.py CONFIG ... --samples generated gaussian dead_leaves real --seeds 0 1 2``.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import load_config, merge_options, run_command
 from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown
@@ -26,39 +26,58 @@ from psaq_mm.commands.metrics import other_metrics, scalars
 from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
 from psaq_mm.errors import ConfigError, DataError, PsaqError, nearest
-from psaq_mm.files import write_whole
-from psaq_mm.pictures import SOURCES as PROCEDURAL
+from psaq_mm.files import file_sha256, write_whole
 from psaq_mm.plain import to_plain
 from psaq_mm.quantization import QuantSpec
 
-__all__ = ['main', 'compare', 'plan', 'Run']
+__all__ = ['main', 'compare', 'plan', 'Run', 'Wanted']
 
-SOURCES = ('generated', *PROCEDURAL, 'real')
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _SILENT = ('log_interval', 'dropped_hooks', 'teacher')
 """Settings of the loop that change no number; the checkpoint counts by its content."""
 
-
-_FIRST = frozenset(
+_ALWAYS_IN_KEYS = frozenset(
     'type max_iters model_config generator size batch_size calibration_samples pool_size evolve_every evolve_samples '
-    'source samples '
-    'save_samples reobserve augment classes distil block_stride seed'.split()
+    'source samples save_samples reobserve augment classes distil block_stride seed'.split()
 )
-"""Settings of the loop that the key of a row has always held."""
+"""Settings that count in the key of a row even at their defaults. All others count where they differ from them, so that
+a new setting leaves the keys of earlier rows as they are."""
+
+_ENDLESS = 10**6
+"""Steps of a run that its time ends."""
 
 
-def _new_and_unused(name: str, value: Any) -> bool:
-    """Whether a setting came after :data:`_FIRST` and is at its default: rows from before it was there stay valid."""
-    from psaq_mm.engine.presets import DFQ_DEFAULTS
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """The rows of a comparison: every method at every precision on every source with every seed.
 
-    return name not in _FIRST and name in DFQ_DEFAULTS and value == DFQ_DEFAULTS[name]
+    Args:
+        samples: Names of sources, or paths of folders of images. ``generated`` is what the method or the config takes
+            by itself.
+        seeds: One row each.
+        quants: Presets; None is the config's own.
+        methods: Registered methods; each brings its quantizer, and trains or not. None is what the config has.
+        train: Whether the training of the config runs on the samples; else ranges alone are calibrated.
+        saved: File or folder of samples that ``generated`` takes instead of making its own.
+        options: Settings that are merged into every config.
+        seconds: Time of each run, samples included, in place of a number of steps, for those that train.
+        label: Name of ``generated`` in rows and curves; the method by default.
+    """
+
+    samples: Tuple[str, ...] = ('generated', 'gaussian')
+    seeds: Tuple[int, ...] = (0, 1, 2)
+    quants: Tuple[Optional[str], ...] = (None,)
+    methods: Tuple[Optional[str], ...] = (None,)
+    train: bool = False
+    saved: Optional[str] = None
+    options: Optional[Mapping] = None
+    seconds: Optional[float] = None
+    label: Optional[str] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row to be: a config with quantizer, source and seed set, and the key that stands for all that its numbers
-    rest on.
-    """
+    """One row to be: a config with quantizer, source and seed set, and a key of all that its numbers depend on."""
 
     path: str
     config: Any
@@ -86,8 +105,8 @@ class Shown:
 
     Args:
         points: Evaluations of the student on the way, see :class:`psaq_mm.commands.curves.CurveHook`; 0: none.
-        pictures: Of the test set, that these evaluations see.
-        rows: JSON file that the rows are merged into, see :func:`psaq_mm.commands.sample_rows.merge_rows`; None: none.
+        pictures: How many pictures of the test set these evaluations see.
+        rows: JSON file that the rows are merged into, see :func:`psaq_mm.commands.sample_rows.merge_rows`. None: none.
     """
 
     points: int = 0
@@ -103,13 +122,11 @@ def _key(settings: Mapping) -> str:
 class _Contents:
     """SHA-256 of files and of folders of files, each computed once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: Dict[str, str] = {}
 
     def __call__(self, path: str) -> str:
-        from psaq_mm.engine.checkpoint import file_sha256
-
-        if '://' in path:  # OpenMMLab's addresses end with the hash of what they hold
+        if '://' in path or not os.path.exists(path):  # OpenMMLab's addresses end with the hash of what they hold
             return path
         if path not in self._known:
             if os.path.isdir(path):
@@ -132,22 +149,39 @@ def _test_settings(config) -> Dict[str, Any]:
     )
 
 
-def _contents_of(used: Any, content: Callable[[str], str]) -> Any:
-    """What ``dfq.samples`` stands for in a key: the content of a path, of a source its settings and the content of its
-    paths.
-    """
-    from psaq_mm.engine.samples import folders_in
+def _settings_that_count(loop: Mapping) -> Dict[str, Any]:
+    """Settings of the loop in the key of a row, spelled as in the keys of earlier releases.
 
-    if not used or isinstance(used, str):
-        return content(used) if used and os.path.exists(used) else used
-    return dict(settings=used, contents=[content(path) if os.path.exists(path) else path for path in folders_in(used)])
+    Those had a key for the name of a source and another one for everything else that gives samples.
+    """
+    from psaq_mm.engine.presets import DFQ_DEFAULTS
+    from psaq_mm.engine.samples import is_named
+
+    settings = {
+        name: value
+        for name, value in loop.items()
+        if name not in _SILENT and (name in _ALWAYS_IN_KEYS or name not in DFQ_DEFAULTS or value != DFQ_DEFAULTS[name])
+    }
+    settings.update(source=loop['samples'] if is_named(loop['samples']) else 'generated', samples=None)
+    if 'fresh' in settings:
+        settings['fresh'] = 1.0
+    return settings
+
+
+def _contents_of(samples: Any, content: Callable[[str], str]) -> Any:
+    """``dfq.samples`` in the key of a row: a path by its content, a dict or a list by its settings and its paths'."""
+    from psaq_mm.engine.samples import build_source, is_named
+
+    if is_named(samples):
+        return None
+    if isinstance(samples, str):
+        return content(samples)
+    return dict(settings=samples, contents=[content(path) for path in build_source(samples).paths])
 
 
 # ---------------------------------------------------------------------- plan
 def _quant_name(config) -> str:
-    """The preset's name, and what a table must not mix: the scope where it is not the backbone, and a reduced range of
-    weights.
-    """
+    """Name of the preset, with what a table must not mix: another scope than the backbone, a reduced weight range."""
     from psaq_mm.engine.config import quant_holder
 
     quant = quant_holder(config.model).get('quant', 'w8a8')
@@ -157,163 +191,141 @@ def _quant_name(config) -> str:
     return (preset or f'w{spec.w_bits}a{spec.a_bits}').lower() + (f' ({", ".join(notes)})' if notes else '')
 
 
-_ENDLESS = 10**6
-"""Steps of a run that its time ends."""
+def _data_free_settings(config, source: str, seed: int, train: bool, wanted: Wanted) -> Dict[str, Any]:
+    """A config's ``dfq`` key with the samples of one row."""
+    from psaq_mm.engine.presets import preset_name, resolve_dfq
+    from psaq_mm.engine.samples import is_named
 
-
-def _data_free_settings(
-    config, source: str, seed: int, train: bool, samples: Optional[str], seconds: Optional[float] = None
-) -> Dict[str, Any]:
-    from psaq_mm.engine.presets import Fresh, resolve_dfq
-
-    given = config.get('dfq')
-    dfq = dict(preset=given) if isinstance(given, str) else dict(given or {})
-    dfq.update(source=source, seed=seed, checkpoint_interval=0, sheet_interval=0)
+    dfq = resolve_dfq(config.get('dfq'))
+    dfq.update(
+        preset=preset_name(config.get('dfq')), seed=seed, checkpoint_interval=0, sheet_interval=0, save_samples=False
+    )
     if not train:
         dfq.update(iters=0, evolve_every=0)
-    if source not in SOURCES:
-        dfq.update(source='generated', samples=dict(type='psaq_mm.Folder', path=source))
-    elif source != 'generated':
-        dfq.pop('samples', None)  # a control is made of its own pictures, and so is what comes fresh
-        dfq['fresh'] = Fresh.parse(resolve_dfq(dfq)['fresh']).share
-    elif samples:
-        dfq['samples'] = samples
-    if seconds is not None and resolve_dfq(dfq)['iters']:
-        dfq.update(iters=_ENDLESS, max_seconds=seconds)
-    if 'save_samples' in dfq:
-        dfq['save_samples'] = False  # a run's folder goes when its row is there
+    if source != 'generated':
+        dfq['samples'] = source if is_named(source) else dict(type='psaq_mm.Folder', path=source)
+    elif wanted.saved:
+        dfq['samples'] = wanted.saved
+    elif is_named(dfq['samples']):  # another control, such as the real images of RepQ-ViT
+        dfq['samples'] = source
+    if wanted.seconds is not None and dfq['iters']:
+        dfq.update(iters=_ENDLESS, max_seconds=wanted.seconds)
     return dfq
 
 
-def _label(source: str, method: Optional[str], dfq: Mapping, name: Optional[str], seconds: Optional[float]) -> str:
-    """What a row and a curve are called: the source, and what of the run is not seen from method, steps and seconds."""
-    from psaq_mm.engine.presets import Fresh, resolve_dfq
+def _label(source: str, method: Optional[str], dfq: Mapping, wanted: Wanted) -> str:
+    """Name of a row and a curve: the source, and all of the run that method, steps and seconds do not tell."""
+    from psaq_mm.engine.presets import resolve_dfq
+    from psaq_mm.engine.samples import is_named
 
+    name = source if is_named(source) else Path(source).stem
     if source == 'generated':
-        source = name or method or source
-    elif source not in SOURCES:
-        source = Path(source).stem
-    fresh, usual = (Fresh.parse(settings['fresh']).share for settings in (dfq, resolve_dfq(method)))
-    mixed = f', {fresh:.0%} fresh' if dfq['iters'] and fresh != usual else ''
-    return source + mixed + (f', {seconds:g} s' if seconds is not None and dfq['iters'] else '')
+        name = wanted.label or method or source
+    mixed = f', {dfq["fresh"]:.0%} fresh' if dfq['iters'] and dfq['fresh'] != resolve_dfq(method)['fresh'] else ''
+    return name + mixed + (f', {wanted.seconds:g} s' if wanted.seconds is not None and dfq['iters'] else '')
 
 
-def _check_source(source: str) -> None:
-    if source not in SOURCES and not os.path.exists(source):
+def _check(wanted: Wanted) -> None:
+    """Refuse what makes no sense for any config."""
+    from psaq_mm.engine.methods import method_of
+    from psaq_mm.engine.samples import is_named
+    from psaq_mm.pictures import source_names
+
+    for source in wanted.samples:
+        if not is_named(source) and not os.path.exists(source):
+            raise ConfigError(
+                f'--samples {source} is no source of samples, and no such folder exists: '
+                f'{nearest(source, source_names())}, or the path of a folder of images'
+            )
+    trains = wanted.train or any(method and method_of(method).trains for method in wanted.methods)
+    if wanted.seconds is not None and not wanted.seconds > 0:
+        raise ConfigError(f'--seconds {wanted.seconds:g} must be above 0')
+    if wanted.seconds is not None and not trains:
         raise ConfigError(
-            f'--calibration {source} is no source of samples: {nearest(source, SOURCES)}, or the path of a folder of '
-            'images'
+            f'--seconds {wanted.seconds:g} bounds the training of the student, and nothing is trained: add --train, or '
+            'a --method that trains'
         )
+    if wanted.saved and 'generated' not in wanted.samples:
+        raise ConfigError(
+            f'--samples {wanted.saved} serves the source generated alone beside --calibration: add generated to it, or '
+            'give all sources to --samples'
+        )
+    if wanted.saved and not os.path.exists(wanted.saved):
+        raise DataError(f'--samples {wanted.saved} does not exist: check the path')
 
 
-def plan(
-    configs: Mapping[str, Any],
-    sources: Sequence[str],
-    seeds: Sequence[int],
-    quants: Sequence[Optional[str]] = (None,),
-    train: bool = False,
-    samples: Optional[str] = None,
-    methods: Sequence[Optional[str]] = (None,),
-    options: Optional[Mapping] = None,
-    seconds: Optional[float] = None,
-    label: Optional[str] = None,
-) -> List[Run]:
+def _check_config(path: str, config, wanted: Wanted) -> None:
+    """Refuse a config without a test set, and samples that are pictures of the test set."""
+    from psaq_mm.commands.test import check_test_set
+    from psaq_mm.engine.data_overlap import check_folder, check_no_overlap
+
+    check_test_set(config)
+    if 'real' in wanted.samples:
+        if not (config.get('train_dataloader') or {}).get('dataset'):
+            raise ConfigError(
+                f'--samples real needs train_dataloader.dataset in {path}: name the training set, or leave real out'
+            )
+        check_no_overlap(config)
+    for source in wanted.samples:
+        check_folder(config, source)
+
+
+def _runs_of(path: str, given, wanted: Wanted, content: _Contents) -> Iterator[Run]:
+    """Rows of one config."""
+    from psaq_mm.engine.config import apply_method, full_precision_model_config, quant_holder, to_data_free
+
+    plain = merge_options(copy.deepcopy(given), wanted.options)
+    _check_config(path, plain, wanted)
+    for method, quant in itertools.product(wanted.methods, wanted.quants):
+        quantized = merge_options(apply_method(given, quant, method), wanted.options)
+        spec = QuantSpec.parse(quant_holder(quantized.model).get('quant', 'w8a8'))
+        for source, seed in itertools.product(wanted.samples, wanted.seeds):
+            config = copy.deepcopy(quantized)
+            dfq = config.dfq = _data_free_settings(quantized, source, seed, wanted.train or bool(method), wanted)
+            free = to_data_free(config)
+            checkpoint = free.train_cfg.teacher['checkpoint']
+            test = dict(
+                _test_settings(plain), checkpoint=content(checkpoint), model=full_precision_model_config(config.model)
+            )
+            depends_on = dict(
+                test,
+                loop=_settings_that_count(free.train_cfg),
+                optimizer=free.optim_wrapper,
+                samples=_contents_of(free.train_cfg.samples, content),
+                training=plain.train_dataloader.dataset if source == 'real' else None,
+            )
+            quant_name = _quant_name(config)
+            yield Run(
+                path,
+                config,
+                method or (dfq['method'] if wanted.train else 'calibration'),
+                quant_name,
+                source,
+                seed,
+                free.train_cfg.max_iters,
+                checkpoint,
+                _key(depends_on),
+                _key(test),
+                _label(source, method, dfq, wanted),
+                bits_of(quant_name, spec.label),
+                dfq['max_seconds'] is not None,
+            )
+
+
+def plan(configs: Mapping[str, Any], wanted: Wanted = Wanted()) -> List[Run]:
     """All rows of a comparison, checked before the first of them runs.
 
     Args:
         configs: Loaded configs by their paths.
-        sources: Out of :data:`SOURCES`, or paths of folders of images.
-        seeds: One row each.
-        quants: Presets; None is the config's own.
-        train: Whether the config's own training runs on the samples, else ranges alone are calibrated.
-        samples: File or folder of samples that the source ``generated`` takes instead of making its own.
-        methods: Out of :data:`psaq_mm.engine.presets.METHODS`; each brings its quantizer, and trains or not as it does.
-            None is what the config has, trained if ``train``.
-        seconds: Time of each run, samples included, in place of a number of steps, for those that train.
-        label: What ``generated`` is called in rows and curves; the method by default.
+        wanted: What is compared.
 
     Raises:
-        ConfigError, SpecError, DataError: A source or preset is not known, a checkpoint or test set is not there, or
-            real images are asked for where there is no training set or it is the test set.
+        ConfigError, SpecError, DataError: A source, method or preset is not known, a checkpoint or test set is not
+            there, or real images are asked for where there is no training set or it is the test set.
     """
-    from psaq_mm.commands.test import check_test_set
-    from psaq_mm.engine.config import apply_method, full_precision_model_config, quant_holder, to_data_free
-    from psaq_mm.engine.data_overlap import check_folder, check_no_overlap
-    from psaq_mm.engine.presets import resolve_dfq
-
-    for source in sources:
-        _check_source(source)
-    if seconds is not None and not seconds > 0:
-        raise ConfigError(f'--seconds {seconds:g} must be above 0')
-    if seconds is not None and not (train or any(method and resolve_dfq(method)['iters'] for method in methods)):
-        raise ConfigError(
-            f'--seconds {seconds:g} bounds the training of the student, and nothing is trained: add --train, or a '
-            '--method that trains'
-        )
-    if samples and 'generated' not in sources:
-        raise ConfigError(
-            f'--samples {samples} serves the source generated alone: add it to --calibration, or leave --samples out'
-        )
-    if samples and not os.path.exists(samples):
-        raise DataError(f'--samples {samples} does not exist: check the path')
-    content, runs = _Contents(), []
-    for path, given in configs.items():
-        config = merge_options(copy.deepcopy(given), options)
-        check_test_set(config)
-        if 'real' in sources:
-            if not (config.get('train_dataloader') or {}).get('dataset'):
-                raise ConfigError(
-                    f'--calibration real needs train_dataloader.dataset in {path}: name the training set, or leave '
-                    'real out'
-                )
-            check_no_overlap(config)
-        for source in sources:
-            if source not in SOURCES:
-                check_folder(config, source)
-        for method, quant in itertools.product(methods, quants):
-            quantized = merge_options(apply_method(given, quant, method), options)
-            spec = QuantSpec.parse(quant_holder(quantized.model).get('quant', 'w8a8'))
-            for source in sources:
-                for seed in seeds:
-                    own = copy.deepcopy(quantized)
-                    own.dfq = _data_free_settings(quantized, source, seed, train or bool(method), samples, seconds)
-                    free = to_data_free(own)
-                    checkpoint = free.train_cfg.teacher['checkpoint']
-                    test = dict(
-                        _test_settings(config),
-                        checkpoint=content(checkpoint),
-                        model=full_precision_model_config(own.model),
-                    )
-                    loop = {k: v for k, v in free.train_cfg.items() if k not in _SILENT and not _new_and_unused(k, v)}
-                    used = loop.get('samples')
-                    rests_on = dict(
-                        test,
-                        loop=loop,
-                        optimizer=free.optim_wrapper,
-                        samples=_contents_of(used, content),
-                        training=config.train_dataloader.dataset if source == 'real' else None,
-                    )
-                    if used:
-                        loop['samples'] = None  # counts by its content
-                    dfq, shown = resolve_dfq(own.dfq), _quant_name(own)
-                    name = method or (dfq['method'] if train else 'calibration')
-                    runs.append(
-                        Run(
-                            path,
-                            own,
-                            name,
-                            shown,
-                            source,
-                            seed,
-                            free.train_cfg.max_iters,
-                            checkpoint,
-                            _key(rests_on),
-                            _key(test),
-                            _label(source, method, dfq, label, seconds),
-                            bits_of(shown, spec.label),
-                            dfq['max_seconds'] is not None,
-                        )
-                    )
+    _check(wanted)
+    content = _Contents()
+    runs = [run for path, config in configs.items() for run in _runs_of(path, config, wanted, content)]
     return list({(run.path, run.key): run for run in runs}.values())
 
 
@@ -387,7 +399,7 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
             found['curve'] = curve.curve
         runner.train()
         loop = runner.train_loop
-        seconds, samples = time.perf_counter() - begun - loop.seconds_paused, _samples_used(loop.summary())
+        seconds, samples = time.perf_counter() - begun - loop.clock.paused_seconds, _samples_used(loop.summary())
         found['iters'] = loop.iter
         del runner, loop  # before another model takes its place on the device
         gc.collect()
@@ -544,24 +556,27 @@ def _duration(seconds: float) -> str:
 def _parser() -> argparse.ArgumentParser:
     from mmengine.config import DictAction
 
-    from psaq_mm.engine.presets import METHODS
+    from psaq_mm.engine import samples  # noqa: F401  registers sources
+    from psaq_mm.engine.methods import METHODS
+    from psaq_mm.pictures import source_names
 
     parser = argparse.ArgumentParser(prog='psaq-compare', description=__doc__)
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help='configs with a test set; load_from is quantized')
     parser.add_argument(
-        '--calibration',
+        '--samples',
         nargs='+',
-        default=['generated', 'gaussian'],
         metavar='SOURCE',
-        help=f'where samples come from: some of {", ".join(SOURCES)}, or folders of images',
+        help=f'where samples come from: some of {", ".join(source_names())}, or paths of folders of images or of '
+        'samples.pt (default: generated gaussian)',
     )
+    parser.add_argument('--calibration', nargs='+', metavar='SOURCE', help=argparse.SUPPRESS)  # its earlier name
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--quant', nargs='+', metavar='PRESET', help="such as w8a8 w4a8; each config's own by default")
     parser.add_argument(
         '--method',
         nargs='+',
-        choices=list(METHODS),
-        help='published methods, each with its quantizer; they train or not as they do',
+        metavar='NAME',
+        help=f'methods, each with its quantizer, trained or not: some of {", ".join(METHODS)}, or registered ones',
     )
     parser.add_argument(
         '--train', action='store_true', help="train the student too, as the config says, on each source's samples"
@@ -595,7 +610,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--label', help='what the source generated is called in --rows and curves; the method by default'
     )
-    parser.add_argument('--samples', help='saved samples for the source generated: a .pt file or a folder of images')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -609,6 +623,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _wanted(args: argparse.Namespace) -> Wanted:
+    """What a command line asks for. Beside ``--calibration``, the earlier name, ``--samples`` is one saved file."""
+    if args.calibration and len(args.samples or ()) > 1:
+        raise ConfigError('--calibration is an earlier name of --samples: give all sources to --samples')
+
+    def each(values: Optional[Sequence], default: Sequence) -> Tuple:
+        return tuple(dict.fromkeys(values or default))
+
+    return Wanted(
+        each(args.calibration or args.samples, Wanted.samples),
+        each(args.seeds, Wanted.seeds),
+        each(args.quant, Wanted.quants),
+        each(args.method, Wanted.methods),
+        args.train,
+        args.samples[0] if args.calibration and args.samples else None,
+        args.cfg_options,
+        args.seconds,
+        args.label,
+    )
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Command line; returns the exit status: 1 where a row failed."""
     parser, status, say = _parser(), 0, _printer()
@@ -616,18 +651,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     def command(args) -> None:
         nonlocal status
         configs = {path: load_config(path) for path in args.configs}
-        runs = plan(
-            configs,
-            list(dict.fromkeys(args.calibration)),
-            list(dict.fromkeys(args.seeds)),
-            list(dict.fromkeys(args.quant or [None])),
-            args.train,
-            args.samples,
-            list(dict.fromkeys(args.method or [None])),
-            args.cfg_options,
-            args.seconds,
-            args.label,
-        )
+        runs = plan(configs, _wanted(args))
         if args.curve < 0 or args.curve_images < 1:
             raise ConfigError(
                 f'--curve {args.curve} must be 0 or more points, on --curve-images {args.curve_images} of at least 1'

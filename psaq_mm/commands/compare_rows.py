@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Rows of a comparison: kept on disk as they come, and summed up in one table."""
+"""Rows of a comparison: a file that keeps them, and a table of their means."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ from psaq_mm.tables import markdown_table
 __all__ = ['RowFile', 'alone_in', 'summarize', 'to_markdown']
 
 _DETAIL = re.compile(r'_(\d+|s|m|l)$')
-"""Metrics at one overlap or object size: in the JSON file, not in the printed table."""
+"""Metrics at one overlap or object size. They are in the JSON file, not in the printed table."""
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a work dir while the block runs: each would drop the rows that the other has added.
+    """Lock a work dir while the block runs: two processes would each drop the rows that the other has added.
 
     Raises:
-        ConfigError: Another process is at work there.
+        ConfigError: Another process has the lock.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -36,13 +36,13 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 class RowFile:
-    """``compare.json``: one row a run, by a key that stands for its settings.
+    """``compare.json``: one row for each run, under a key made of its settings.
 
     Args:
-        path: The file; read where it is there.
+        path: The file. It is read if it exists.
 
     Raises:
-        DataError: It is no such file.
+        DataError: It is not a file of rows.
     """
 
     def __init__(self, path: PathLike):
@@ -60,17 +60,17 @@ class RowFile:
                 ) from error
 
     def done(self, key: str) -> bool:
-        """Whether the run is there; one that failed is not."""
+        """Whether the file has a row of the run without an error."""
         return key in self.rows and not self.rows[key].get('error')
 
     def add(self, row: Mapping) -> None:
-        """Keep a row; an earlier one of the same key goes."""
+        """Add a row, in place of one with the same key, and save."""
         self.rows.pop(row['key'], None)
         self.rows[row['key']] = dict(row)
         self.save()
 
     def save(self) -> None:
-        """Write everything."""
+        """Write the file."""
         write_whole(self.path, json.dumps(dict(rows=list(self.rows.values()), table=self.table), indent=1))
 
 
@@ -80,9 +80,9 @@ def _spread(values: Sequence[Optional[float]]) -> Optional[Dict[str, float]]:
 
 
 def summarize(rows: Sequence[Mapping]) -> List[Dict[str, Any]]:
-    """One entry a config, method, quant and source, in the order in which they come: mean, min and max over the seeds.
+    """Mean, min and max over the seeds, for each config, method, quant and source, in the order of the rows.
 
-    Rows with an ``error`` count in ``failed`` and nowhere else.
+    Rows with an ``error`` are counted in ``failed``, and are not in the means.
     """
     groups: Dict[tuple, List[Mapping]] = {}
     for row in rows:
@@ -121,9 +121,9 @@ def _difference(entry: Mapping) -> str:
 
 
 def to_markdown(table: Sequence[Mapping]) -> str:
-    """The table of :func:`summarize`, one a config, full precision first.
+    """Entries of :func:`summarize` as markdown: a table for each config, full precision first.
 
-    Cells hold the mean and, in brackets, the least and greatest of the seeds. Metrics are in the evaluator's own units.
+    Cells have the mean and, in brackets, min and max over the seeds. Metrics are in the evaluator's units.
     """
     parts = []
     for config in dict.fromkeys(entry['config'] for entry in table):

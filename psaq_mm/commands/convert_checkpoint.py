@@ -1,37 +1,28 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A Swin checkpoint of another release for today's libraries: ``tools/convert_checkpoint.py CONFIG SOURCE --out
-OUT``.
-"""
+"""Convert a Swin checkpoint of another release: ``tools/convert_checkpoint.py CONFIG SOURCE --out OUT``."""
 
 import argparse
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, load_config, run_command
 from psaq_mm.errors import ConfigError
 
-__all__ = ['main', 'convert_checkpoint', 'dataset_meta_of']
-
-
-def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:
-    """See :func:`psaq_mm.engine.checkpoint.dataset_meta_of`."""
-    from psaq_mm.engine import checkpoint
-
-    return checkpoint.dataset_meta_of(meta)
+__all__ = ['main', 'convert_checkpoint']
 
 
 def convert_checkpoint(
     config, source: str, backbone_only: bool = False, drop: Sequence[str] = ()
 ) -> Tuple[Dict, Any, Any]:
-    """Convert ``source`` for the full-precision model of a loaded config; nothing is written, and misfits are not
-    raised.
+    """Convert a checkpoint for the full-precision model of a config. Nothing is written; misfits are not raised.
 
     Args:
-        config: Of a full-precision or a quantized model.
+        config: A whole config of a full-precision or a quantized model.
         source: File or URL, ``.pth`` or ``.safetensors``.
-        backbone_only, drop: See :func:`psaq_mm.models.conversion.fit_weights`.
+        backbone_only: See :func:`psaq_mm.models.conversion.fit_weights`.
+        drop: See :func:`psaq_mm.models.conversion.fit_weights`.
 
     Returns:
-        The checkpoint to be saved, and how it came about: :class:`~psaq_mm.models.conversion.Renamed`,
+        The checkpoint to save, and the two steps to it: :class:`~psaq_mm.models.conversion.Renamed` and
         :class:`~psaq_mm.models.conversion.Conversion`.
 
     Raises:
@@ -52,22 +43,20 @@ def convert_checkpoint(
     for note in usable.notes:
         print(f'{source}: {note}')
     renamed = rename_swin(usable.weights)
-    conversion = fit_weights(
-        renamed, build_model(config, full_precision_model_config(config.model)), backbone_only, drop
-    )
+    model = build_model(config, full_precision_model_config(config.model))
+    conversion = fit_weights(renamed, model, backbone_only, drop)
     meta = dict(
-        dataset_meta=dataset_meta_of(checkpoint['meta']),
+        dataset_meta=checkpoint['meta'].get('dataset_meta', {}),
         converted_from=dict(checkpoint=str(source), naming=renamed.naming),
     )
     return dict(meta=meta, state_dict=conversion.state_dict), renamed, conversion
 
 
 def _say(renamed, conversion) -> None:
-    """Every weight that was not simply carried over, by name."""
+    """Print the names of all weights that are not in the new checkpoint."""
     print(
         f'naming of the checkpoint: {renamed.naming}; {len(conversion.state_dict)} weights placed, '
-        f'{len(renamed.derived)} '
-        'position indices and masks made anew'
+        f'{len(renamed.derived)} position indices and masks computed anew'
     )
     for what, names in (
         ('found no place', conversion.unplaced),

@@ -1,7 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Agreement with full precision while the student learns, and its picture: ``tools/compare.py ... --train --curve
-8``.
-"""
+"""Agreement with full precision while the student trains, and its chart: ``tools/compare.py --train --curve 8``."""
 
 import functools
 import statistics
@@ -19,23 +17,23 @@ Point = Dict[str, Any]
 
 
 def fixed_subset(count: int, wanted: int) -> List[int]:
-    """``wanted`` of ``count`` places, evenly spread, first and last among them; all where there are no more."""
+    """``wanted`` of ``count`` positions, evenly spread, the first and the last included. All, if there are no more."""
     if wanted >= count:
         return list(range(count))
     return [round(place * (count - 1) / max(wanted - 1, 1)) for place in range(wanted)]
 
 
 class CurveHook(Hook):
-    """Evaluates the student on some pictures of the test set: after calibration, at points of training, and at its end.
+    """Evaluates the student on a part of the test set: after calibration, during training, and at its end.
 
-    The time that it takes is none of the run's (:meth:`psaq_mm.engine.runner.loop.DataFreeTrainLoop.paused`).
+    The time of evaluation is not counted (:meth:`psaq_mm.engine.runner.loop.DataFreeTrainLoop.paused`).
 
     Args:
         truth: Predictions of full precision on the whole test set.
         config: Has the test set.
-        points: Evaluations after that of calibration, evenly spread over the run's steps, or its seconds where they
-            bound it.
-        pictures: How many; the same ones every time, in every row.
+        points: Number of evaluations during training, evenly spread over its steps, or over its seconds if they are
+            its limit.
+        pictures: Number of test images; the same ones in every evaluation and every row.
     """
 
     priority = 'LOWEST'
@@ -47,34 +45,34 @@ class CurveHook(Hook):
         self._dataset = None
 
     def before_train_epoch(self, runner) -> None:
-        """Ranges are set, nothing is trained."""
+        """Evaluate after calibration, before training."""
         self._evaluate(runner, 0)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Whenever the next point has come."""
+        """Evaluate when the next point is due."""
         loop = runner.train_loop
         done = max((runner.iter + 1) / max(loop.max_iters, 1), loop.progress)
         if done < 1 and done * self.points >= len(self.curve):
             self._evaluate(runner, runner.iter + 1)
 
     def after_train(self, runner) -> None:
-        """The student as it is saved."""
+        """Evaluate the student that is saved."""
         if self.curve[-1]['step'] != runner.iter:
             self._evaluate(runner, runner.iter)
 
     @torch.no_grad()
     def _evaluate(self, runner, step: int) -> None:
         loop = runner.train_loop
-        with loop.paused():
-            seconds, found = loop.elapsed, Agreement(self.truth)
+        with loop.clock.paused():
+            seconds, agreement = loop.clock.elapsed, Agreement(self.truth)
             model, collate = loop.model, self._collate()
             size = int(self.config['test_dataloader'].get('batch_size') or 1)
             for begin in range(0, len(self.places), size):
                 places = self.places[begin : begin + size]
                 samples = model.test_step(collate([self._items()[place] for place in places]))
                 for place, sample in zip(places, samples):
-                    found.add(place, sample)
-            self.curve.append(dict(step=step, seconds=round(seconds, 2), agreement=found.result()['agreement']))
+                    agreement.add(place, sample)
+            self.curve.append(dict(step=step, seconds=round(seconds, 2), agreement=agreement.result()['agreement']))
 
     def _items(self):
         if self._dataset is None:
@@ -88,35 +86,31 @@ class CurveHook(Hook):
     def _collate(self):
         from mmengine.registry import FUNCTIONS
 
-        given = self.config['test_dataloader'].get('collate_fn') or dict(type='pseudo_collate')
-        if not isinstance(given, Mapping):
-            return given
-        kind, settings = given['type'], {key: value for key, value in given.items() if key != 'type'}
+        collate = self.config['test_dataloader'].get('collate_fn') or dict(type='pseudo_collate')
+        if not isinstance(collate, Mapping):
+            return collate
+        kind, settings = collate['type'], {key: value for key, value in collate.items() if key != 'type'}
         return functools.partial(FUNCTIONS.get(kind) if isinstance(kind, str) else kind, **settings)
 
 
 # ---------------------------------------------------------------------- the picture
 def _mean_curve(label: str, curves: Sequence[Sequence[Point]], key: str) -> Any:
-    """One line of several seeds, point by point; None where nothing can be drawn."""
+    """The mean of several seeds, point by point, as a line with a band. None, if no point has a value."""
     from psaq_mm.visualization import Line
 
-    points = [[point for point in group if point['agreement'] is not None] for group in zip(*curves)]
-    points = [group for group in points if group]
-    if not points:
+    groups = [[point for point in group if point['agreement'] is not None] for group in zip(*curves)]
+    groups = [group for group in groups if group]
+    if not groups:
         return None
-    found = [[point['agreement'] for point in group] for group in points]
-    return Line(
-        label,
-        [statistics.fmean(point[key] for point in group) for group in points],
-        [statistics.fmean(v) for v in found],
-        [min(v) for v in found],
-        [max(v) for v in found],
-    )
+    positions = [statistics.fmean(point[key] for point in group) for group in groups]
+    values = [[point['agreement'] for point in group] for group in groups]
+    return Line(label, positions, list(map(statistics.fmean, values)), list(map(min, values)), list(map(max, values)))
 
 
 def draw_curves(rows: Sequence[Tuple[str, str, Mapping]], folder: Path) -> List[Path]:
-    """One PNG for each group of rows: agreement against steps, and against seconds; a line a label, its mean and range
-    over the seeds.
+    """Write a PNG for each group of rows: agreement against steps, and against seconds.
+
+    A line is the mean of the seeds of a label, its band their range.
 
     Args:
         rows: (group, label, row); rows without a ``curve`` are left out. A group is a model at a precision.
@@ -135,7 +129,7 @@ def draw_curves(rows: Sequence[Tuple[str, str, Mapping]], folder: Path) -> List[
                 curves.setdefault(label, []).append(row['curve'])
         panels = []
         for key, axis in (('step', 'steps of the student'), ('seconds', 'seconds, samples included')):
-            lines = [line for label, found in curves.items() if (line := _mean_curve(label, found, key)) is not None]
+            lines = [line for label, seeds in curves.items() if (line := _mean_curve(label, seeds, key)) is not None]
             panels.append(Panel(axis, 'agreement', lines))
         if panels[0].lines:
             path = Path(folder) / f'curves_{"_".join("".join(c if c.isalnum() else " " for c in group).split())}.png'

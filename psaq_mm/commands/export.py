@@ -20,30 +20,29 @@ def _round_up(value: float, multiple: int) -> int:
 
 
 def default_sizes(config) -> List[Tuple[int, int]]:
-    """Sizes (height, width) that hold what a config's test pipelines make, and what its preprocessor pads that to.
+    """Sizes (height, width) into which the images of a config's test pipelines fit, after the preprocessor's padding.
 
-    Where the ratio of an image is kept, these are its bound and the sizes of 4:3 and 3:2 photographs, upright and
-    across, in multiples of
-    32. A size that does not depend on the image is itself; so is the crop of a segmentor that looks at one after the
-        other. Without any,
-    it is the size that the model is calibrated on.
+    Where the ratio of an image is kept, these are the pipeline's bound, and the sizes of 4:3 and 3:2 photographs in
+    both orientations, in multiples of 32. A fixed size is taken as it is, and so is the crop of a segmentor with a
+    sliding window. Without any, it is the size that the model is calibrated on.
 
     Raises:
-        ConfigError: The config tells no size.
+        ConfigError: The config has no size.
     """
     from psaq_mm.engine.config import sample_size
     from psaq_mm.engine.pipelines import image_sizes, padding_multiple
 
     test_cfg = config.model.get('test_cfg') or {}
-    slides, padded, found = test_cfg.get('mode') == 'slide', padding_multiple(config), []
+    slides, padded, sizes = test_cfg.get('mode') == 'slide', padding_multiple(config), []
+    if slides and test_cfg.get('crop_size'):
+        return [tuple(test_cfg['crop_size'])]
     for height, width, bound in () if slides else image_sizes(config):
-        found += (
-            _sizes_within(height, width, math.lcm(32, padded))
-            if bound
-            else [(_round_up(height, padded), _round_up(width, padded))]
-        )
-    if found or slides and test_cfg.get('crop_size'):
-        return list(dict.fromkeys(found)) or [tuple(test_cfg['crop_size'])]
+        if bound:
+            sizes += _sizes_within(height, width, math.lcm(32, padded))
+        else:
+            sizes.append((_round_up(height, padded), _round_up(width, padded)))
+    if sizes:
+        return list(dict.fromkeys(sizes))
     try:
         return [tuple(sample_size(config))]
     except ConfigError as error:
@@ -51,13 +50,10 @@ def default_sizes(config) -> List[Tuple[int, int]]:
 
 
 def _sizes_within(short: int, long: int, multiple: int) -> List[Tuple[int, int]]:
-    widths = sorted(
-        {min(_round_up(_round_up(short, multiple) * ratio, multiple), _round_up(long, multiple)) for ratio in _RATIOS}
-        | {_round_up(long, multiple)}
-    )
-    return [
-        size for width in widths for size in ((_round_up(short, multiple), width), (width, _round_up(short, multiple)))
-    ]
+    """Sizes of photographs and the bound itself, upright and across, in multiples."""
+    short, long = _round_up(short, multiple), _round_up(long, multiple)
+    widths = sorted({min(_round_up(short * ratio, multiple), long) for ratio in _RATIOS} | {long})
+    return [size for width in widths for size in ((short, width), (width, short))]
 
 
 def build_student(
@@ -67,15 +63,20 @@ def build_student(
     method: Optional[str] = None,
     options: Optional[Mapping] = None,
 ):
-    """The quantized model of a config with a student's weights, and its checkpoint.
+    """Build the quantized model of a config with a student's weights.
 
     Args:
         config: A loaded config of a full-precision or a quantized model; the student says how it is quantized.
         checkpoint_path: Of the student.
-        quant, method, options: What a command line says of that, see :func:`psaq_mm.engine.students.config_of_student`.
+        quant: ``--quant`` of the command line, see :func:`psaq_mm.engine.students.config_of_student`.
+        method: ``--method`` of the command line.
+        options: ``--cfg-options`` of the command line.
+
+    Returns:
+        The model and its checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint is full-precision, of another spec than was given, or does not fit.
+        CheckpointError: The checkpoint is full-precision, of another spec than the command line says, or does not fit.
     """
     from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import is_quantized, load_weights, read_checkpoint
@@ -93,11 +94,10 @@ def build_student(
     check_preprocessor(config)
     model = build_model(config, quantized_model_config(config))
     load_weights(model, checkpoint, checkpoint_path)
-    said = [
-        s for s in (config.get('dfq'), (checkpoint['meta'].get('psaq_mm') or {}).get('dfq')) if isinstance(s, Mapping)
-    ]
-    value_range = next((s['value_range'] for s in said if s.get('value_range') is not None), None)
-    set_input_(model, config, value_range, strict=False)  # the range is that of a picture to verify with
+    settings = config.get('dfq'), (checkpoint['meta'].get('psaq_mm') or {}).get('dfq')
+    ranges = [s.get('value_range') for s in settings if isinstance(s, Mapping)]
+    value_range = next((limits for limits in ranges if limits is not None), None)
+    set_input_(model, config, value_range, strict=False)  # the pictures of --verify have this range
     model.eval()
     return model, checkpoint
 
@@ -111,17 +111,19 @@ def export(
     dynamic: bool = False,
     stated: Sequence = (),
 ):
-    """Export a student; returns the quantized model and :class:`psaq_mm.deploy.export.ExportedModel`.
+    """Export a student.
 
     Args:
         config: A loaded config of a full-precision or a quantized model.
         checkpoint_path: Of the student.
         out: Directory to be written.
         sizes: Image sizes (height, width). Defaults to None, :func:`default_sizes`.
-        opset: Of ONNX. Defaults to None, the oldest that serves.
+        opset: Of ONNX. Defaults to None, the oldest one that has all operations.
         dynamic: One graph for every size.
-        stated: What a command line says of the quantization: ``quant``, ``method`` and ``options`` of
-            :func:`build_student`.
+        stated: ``quant``, ``method`` and ``options`` of :func:`build_student`.
+
+    Returns:
+        The quantized model and :class:`psaq_mm.deploy.export.ExportedModel`.
     """
     from psaq_mm.deploy.export import OPSET, check_opset, export_model
 
@@ -132,14 +134,11 @@ def export(
 
 
 _FEW_PIXELS = 512 * 512
-"""Up to this size, each is verified with a picture of every kind; above, with one, of another kind than the size
-before."""
+"""A size of up to so many pixels is verified with a picture of each kind, a larger one with one of the two in turn."""
 
 
 def verified_sizes(exported) -> List[Tuple[int, int]]:
-    """Sizes (height, width) to verify: all that were exported; of a graph for every size, the traced one and one that
-    it never saw.
-    """
+    """Sizes (height, width) to verify: all exported ones; of a dynamic graph, the traced size and another one."""
     sizes = [tuple(graph['size']) for graph in exported.manifest['graphs']]
     if exported.manifest['graphs'][0]['multiple']:
         from psaq_mm.deploy.export import MULTIPLE
@@ -149,7 +148,7 @@ def verified_sizes(exported) -> List[Tuple[int, int]]:
 
 
 def _pictures(size: Tuple[int, int], number: int, image_spec):
-    """Pictures to verify a size with, normalized (N, C, H, W). No data set is opened: 1/f noise has the spectrum of
+    """Pictures to verify a size with, normalized (N, C, H, W). No data set is read: 1/f noise has the spectrum of
     photographs, dead leaves have their edges and plain areas.
     """
     import torch
@@ -165,23 +164,21 @@ def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) ->
     from psaq_mm.deploy.verify import verify
     from psaq_mm.models import TaskModel
 
-    bad = []
+    failed = []
     for number, size in enumerate(verified_sizes(exported)):
         images = _pictures(size, number, TaskModel(model).image_spec)
         for runtime in runtimes:
-            found = verify(model, exported, images, runtime, threads)
-            print(found.to_table(brief=number > 0), flush=True)
-            bad += [] if found.good else [f'{runtime} at {size[0]} x {size[1]}']
-    if bad:
+            verification = verify(model, exported, images, runtime, threads)
+            print(verification.to_table(brief=number > 0), flush=True)
+            failed += [] if verification.good else [f'{runtime} at {size[0]} x {size[1]}']
+    if failed:
         raise PsaqError(
-            f"the integer codes in {' and '.join(bad)} are further from the fake-quantized model's than 99.9 % equal "
-            f'and one '
-            f'step: see the lines marked above; {exported.directory} was written all the same'
+            f"the integer codes in {' and '.join(failed)} are further from the fake-quantized model's than 99.9 % "
+            f'equal and one step: see the lines marked above; {exported.directory} was written all the same'
         )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Command line; returns the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='psaq-export', description=__doc__)
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='student.pth, as tools/dfq_train.py writes it')
@@ -216,6 +213,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--opset', type=int, help='of ONNX, 17 or newer')
     parser.add_argument('--threads', type=int, help='of the runtimes; defaults to their own choice')
     add_quant_arguments(parser)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Command line; returns the exit status."""
 
     def command(args) -> None:
         from psaq_mm.deploy.report import summary
@@ -224,15 +226,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise ConfigError('--size and --dynamic contradict each other: give sizes, or have one graph for all')
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
         runtimes = _chosen_runtimes(args.runtime, args.verify)  # after the config, which may register one of its own
-        model, exported = export(
-            config,
-            args.checkpoint,
-            args.out,
-            args.size,
-            args.opset,
-            args.dynamic,
-            (args.quant, args.method, args.cfg_options),
-        )
+        stated = args.quant, args.method, args.cfg_options
+        model, exported = export(config, args.checkpoint, args.out, args.size, args.opset, args.dynamic, stated)
         print(summary(exported.manifest['tensors']))
         print(size_line(model, exported), flush=True)
         for runtime in runtimes:
@@ -241,7 +236,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             _verify(model, exported, runtimes, args.threads)
         print(f'saved to {exported.directory}')
 
-    return run_command(command, parser, argv)
+    return run_command(command, _parser(), argv)
 
 
 def _chosen_runtimes(names: Sequence[str], verify: bool) -> List[str]:
@@ -264,13 +259,13 @@ def _chosen_runtimes(names: Sequence[str], verify: bool) -> List[str]:
 
 
 def size_line(model, exported) -> str:
-    """How large the export is beside the float32 weights of what it holds."""
+    """The size of the export, and its share of the size of the same weights in float32."""
     from psaq_mm.deploy.report import sizes_of
 
     on_disk, float32 = sizes_of(model, exported)
     return (
-        f'{on_disk / 2**20:.2f} MiB on disk, {on_disk / float32:.3f} of the {float32 / 2**20:.2f} MiB of its '
-        f'weights in float32'
+        f'{on_disk / 2**20:.2f} MiB on disk, {on_disk / float32:.3f} of the {float32 / 2**20:.2f} MiB of its weights '
+        'in float32'
     )
 
 

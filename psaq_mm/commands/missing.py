@@ -1,7 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What a config needs and this environment lacks, in one sentence: the libraries say it in a dozen ways, at the end of
-a traceback.
-"""
+"""Recognizes errors about missing packages, modules and types, which the libraries word in a dozen ways."""
 
 import importlib.util
 import re
@@ -20,7 +18,7 @@ _DISTRIBUTIONS = dict(
     mmcv='mmcv',
     mmpretrain='mmpretrain',
 )
-"""Modules that pip knows by another name."""
+"""Distributions of modules, which pip knows by another name."""
 
 _NO_MODULE = re.compile(r'No module named [\'"]([\w.]+)')
 _PIP_INSTALL = re.compile(r'pip install((?: -[-\w]+)*) +[\'"`]?([^\s\'"`]+)')
@@ -35,41 +33,33 @@ def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
 
 
 def missing_from(error: BaseException) -> Optional[str]:
-    """What an error says is missing, and the way out; None where it is of another kind.
+    """What is missing, and the way out, in one sentence; None for an error of another kind.
 
     Args:
-        error: As MMEngine, a library or Python raised it. A library checks for an optional package when a part is
-            built, and raises an ImportError, a RuntimeError or an AssertionError of its own, with ``pip install`` in
-            its text or without.
+        error: Raised by MMEngine, a library or Python. Libraries check for an optional package when a part is built.
+            They raise an ImportError, a RuntimeError or an AssertionError, with or without ``pip install`` in its text.
     """
-    for one in _chain(error):
-        found = _sentence(one)
-        if found:
-            return found
-    return None
+    return next(filter(None, map(_sentence, _chain(error))), None)
 
 
 def _absent(module: str) -> str:
     name = module.split('.')[0]
     return (
-        f'the module {module} is not there: pip install {_DISTRIBUTIONS.get(name, name)}, or put the folder that it is '
-        f'in on '
-        'PYTHONPATH'
+        f'the module {module} is not there: pip install {_DISTRIBUTIONS.get(name, name)}, or put the folder that it '
+        'is in on PYTHONPATH'
     )
 
 
 def _absent_library() -> Optional[str]:
-    """The library that a config names as its scope, where it is not installed: MMEngine then knows its own types
-    alone.
-    """
+    """The library of the default scope if it is not installed: MMEngine then knows only its own types."""
     from mmengine.registry import DefaultScope
 
     scope = DefaultScope.get_current_instance()
     try:
-        there = scope is None or importlib.util.find_spec(scope.scope_name) is not None
+        installed = scope is None or importlib.util.find_spec(scope.scope_name) is not None
     except ImportError:
-        there = False
-    return None if there else scope.scope_name
+        installed = False
+    return None if installed else scope.scope_name
 
 
 def _sentence(error: BaseException) -> Optional[str]:
@@ -87,14 +77,11 @@ def _sentence(error: BaseException) -> Optional[str]:
             )
     unregistered = _UNREGISTERED.search(message) if isinstance(error, KeyError) else None
     if unregistered:
-        library = _absent_library()
-        name = unregistered[1].strip('\'"')
+        library, name = _absent_library(), unregistered[1].strip('\'"')
+        if library:
+            return _absent(library)
         return (
-            _absent(library)
-            if library
-            else (
-                f'type={name!r} is not known to {unregistered[2]}: check its name, or name the module '
-                'that registers it in custom_imports'
-            )
+            f'type={name!r} is not known to {unregistered[2]}: check its name, or name the module that registers it '
+            'in custom_imports'
         )
     return None

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Many runs in one process: each with names of its own, silent but for a line of progress now and then."""
+"""Many runs in one process: each has its own names, and prints only a line of progress now and then."""
 
 import contextlib
 import copy
@@ -19,34 +19,34 @@ _COUNTED = re.compile(r'\[\s*\d+/\s*\d+\]')
 
 
 def isolated(config, work_dir: str):
-    """A copy of a config whose run shares nothing with earlier ones: MMEngine keeps loggers and visualizers by name."""
+    """A copy of a config with its own names: MMEngine would give a run the logger and visualizer of an earlier one."""
     # Unformatted: a runner writes its config four times, and laying it out takes longer than a small model's run.
     config = Config(copy.deepcopy(config.to_dict()), filename=config.filename, format_python_code=False)
     config.work_dir, config.launcher, config.log_level = str(work_dir), 'none', 'INFO'
     config.experiment_name = f'{os.path.basename(work_dir)}_{time.time_ns()}'
     # Without backends: dozens of runs would otherwise each open one in TensorBoard or elsewhere.
-    drawn = config.get('visualizer') or dict(type='Visualizer')
-    config.visualizer = dict(drawn, name=config.experiment_name, vis_backends=[])
+    visualizer = config.get('visualizer') or dict(type='Visualizer')
+    config.visualizer = dict(visualizer, name=config.experiment_name, vis_backends=[])
     return config
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Nothing on standard output and no warnings inside; log files are written as ever."""
+    """No standard output and no warnings inside the block. Log files are written as usual."""
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         yield
 
 
 class _Relay(logging.Handler):
-    """Passes on log lines that say how far a run is (``[ 10/50]``), one every ``interval`` seconds at most."""
+    """Passes on log lines with progress (``[ 10/50]``), at most one every ``interval`` seconds."""
 
     def __init__(self, say: Callable[[str], None], interval: float):
         super().__init__(logging.INFO)
         self.say, self.interval, self.last = say, interval, time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by the logger."""
+        """Handle a line of the log."""
         line = record.getMessage()
         if time.monotonic() - self.last >= self.interval and _COUNTED.search(line):
             self.last = time.monotonic()
@@ -54,11 +54,13 @@ class _Relay(logging.Handler):
 
 
 class ProgressHook(Hook):
-    """Says how far a silent run is, and closes its log files at the end.
+    """Reports the progress of a silent run, and closes its log files at the end.
+
+    Not a progress bar: the lines go to logs and pipes as often as to a terminal.
 
     Args:
         say: Called with a line.
-        interval: Least seconds between two lines; a run that takes less says nothing.
+        interval: Least seconds between two lines. A run that takes less time reports nothing.
     """
 
     priority = 'LOWEST'

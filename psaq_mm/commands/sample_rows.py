@@ -1,7 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Rows of all comparisons in one JSON list, for tables and pages: ``tools/compare.py ... --rows
-docs/results/samples.json``.
-"""
+"""Rows of all comparisons in one JSON list: ``tools/compare.py ... --rows docs/results/samples.json``."""
 
 import json
 import re
@@ -14,16 +12,14 @@ from psaq_mm.files import locked, write_whole
 __all__ = ['DIVERGENCE', 'FIELDS', 'bits_of', 'merge_rows', 'principal_metrics', 'read_rows', 'rows_of']
 
 FIELDS = ('model', 'bits', 'source', 'seed', 'steps', 'seconds', 'metric', 'value', 'agreement')
-"""Keys of a row, in their order. ``seconds`` is those of the data-free part; ``agreement`` that with full precision, 0
-to 1."""
+"""Keys of a row, in their order. ``seconds``: of the data-free part. ``agreement``: with full precision, 0 to 1."""
 
 DIVERGENCE = 'divergence'
-"""A metric beside those of the evaluator, of classifiers that give probabilities: from those of full precision, in
-nats."""
+"""A metric beside those of the evaluator: divergence of a classifier's probabilities from full precision, in nats."""
 
 
 def principal_metrics(metrics: Mapping[str, Any]) -> List[str]:
-    """The metrics that a table shows: those of the tasks (AP, mIoU, top-1); the first one where none is there."""
+    """The metrics in a table: those of the tasks (AP, mIoU, top-1). The first metric, if there is none of them."""
     from psaq_mm.models.tasks import TASKS
 
     endings = tuple(ending for task in TASKS for ending in task.metrics)
@@ -31,8 +27,7 @@ def principal_metrics(metrics: Mapping[str, Any]) -> List[str]:
 
 
 def bits_of(quant: str, label: str) -> str:
-    """What a row has under ``bits``: the precision, and the quantizer's recipe where it is neither the plain one nor
-    PSAQ-ViT V2's.
+    """The value of ``bits`` in a row: the precision, followed by the quantizer's recipe unless it is PSAQ-ViT V2's.
 
     Args:
         quant: Name of the quantizer, such as ``'repq_w4a4 (full)'``.
@@ -43,7 +38,7 @@ def bits_of(quant: str, label: str) -> str:
 
 
 def rows_of(model: str, bits: str, source: str, row: Mapping) -> List[Dict[str, Any]]:
-    """A comparison's row as rows of :data:`FIELDS`, one a metric; none of one that failed."""
+    """A comparison's row as rows of :data:`FIELDS`, one for each metric. None, if the run failed."""
     if row.get('error'):
         return []
     values = {metric: row['metrics'][metric] for metric in principal_metrics(row['metrics'])}
@@ -66,10 +61,10 @@ def rows_of(model: str, bits: str, source: str, row: Mapping) -> List[Dict[str, 
 
 
 def read_rows(path: Path) -> List[Dict[str, Any]]:
-    """The rows of a file, none where it is not there.
+    """The rows of a file. None, if it does not exist.
 
     Raises:
-        DataError: It holds no such rows.
+        DataError: It has other content.
     """
     path = Path(path)
     if not path.is_file():
@@ -87,16 +82,16 @@ def read_rows(path: Path) -> List[Dict[str, Any]]:
 
 
 def merge_rows(path: Path, rows: Sequence[Mapping], by_time: bool = False) -> None:
-    """Put rows into the file; each takes the place of one of the same model, bits, source, seed, metric and steps.
+    """Add rows to a file. A row replaces one with the same model, bits, source, seed, metric and steps.
 
     Args:
-        path: A JSON list; made where it is not there, written whole, one process after the other.
-        rows: Of :func:`rows_of`.
-        by_time: The runs ended with their time, after as many steps as came: rows of other steps are the same run, made
-            again.
+        path: A JSON list. It is created if it is missing, and locked while it is changed.
+        rows: From :func:`rows_of`.
+        by_time: The runs were limited by time, so their number of steps varies: a row also replaces one with another
+            number of steps.
 
     Raises:
-        DataError: The file holds something else.
+        DataError: The file has other content.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,14 +21,12 @@ __all__ = ['main', 'analyse']
 SHOWN = 15
 
 
-def _samples(config, task, number: int, source: str, seed: int, path: Optional[str]):
+def _samples(config, task, number: int, samples: str, seed: int):
     """Normalized samples, (number, C, H, W), on the CPU."""
-    import torch
-
     from psaq_mm.engine.config import sample_size
     from psaq_mm.engine.presets import resolve_dfq
-    from psaq_mm.engine.samples import load_samples
-    from psaq_mm.pictures import SOURCES
+    from psaq_mm.engine.samples import Saved, samples_of
+    from psaq_mm.pictures import SampleStream
 
     size = tuple(resolve_dfq(config.get('dfq'))['size'] or task.fixed_size or sample_size(config))
     if task.fixed_size is not None and size != tuple(task.fixed_size):
@@ -39,11 +37,10 @@ def _samples(config, task, number: int, source: str, seed: int, path: Optional[s
         raise ConfigError(
             f'dfq.size={size} is smaller than one attention window of {task.min_size} pixels: give a larger size'
         )
-    if path:
-        return load_samples(path, size, task.model, task.image_spec).samples[:number]
-    if source not in SOURCES:
-        raise ConfigError(f'--source {source} is no source of samples: use one of {", ".join(SOURCES)}')
-    return SOURCES[source](number, size, task.image_spec, generator=torch.Generator().manual_seed(seed))
+    source = samples_of(samples, task.model, config, seed)
+    if isinstance(source, Saved):
+        return source.read(size, task.image_spec).samples[:number]
+    return SampleStream(source, size, task.image_spec, seed).take(number)
 
 
 def _build(config, model_config: Mapping, checkpoint: Mapping, source: str):
@@ -128,8 +125,7 @@ def analyse(
     checkpoint: str,
     *,
     number: int = 8,
-    source: str = 'pink',
-    samples: Optional[str] = None,
+    samples: str = 'pink',
     batch_size: int = 1,
     seed: int = 0,
     budgets: Optional[Mapping[str, float]] = None,
@@ -143,8 +139,8 @@ def analyse(
         config: Loaded; its ``model`` is quantized.
         checkpoint: Full-precision weights, a file or URL.
         number: Samples.
-        source: Where they come from, out of :data:`psaq_mm.pictures.SOURCES`.
-        samples: A ``samples.pt`` or a folder of pictures instead.
+        samples: Name of a source (:func:`psaq_mm.pictures.source_names`), or the path of a ``samples.pt`` or of a
+            folder of pictures.
         batch_size: Samples a forward pass.
         seed: Of the samples.
         budgets: See :func:`psaq_mm.models.sensitivity.choose_bits`; None chooses nothing.
@@ -177,9 +173,7 @@ def analyse(
         raise CheckpointError(f'{checkpoint} is quantized: give the full-precision checkpoint that it was made from')
     model = _build(config, config.model, content, checkpoint)
     device = next(model.parameters()).device
-    batches = [
-        part.to(device) for part in _samples(config, TaskModel(model), number, source, seed, samples).split(batch_size)
-    ]
+    batches = [part.to(device) for part in _samples(config, TaskModel(model), number, samples, seed).split(batch_size)]
     _calibrated(model, batches)
 
     def progress(done: int, count: int, row) -> None:
@@ -191,7 +185,7 @@ def analyse(
         config=str(config.filename),
         checkpoint=str(checkpoint),
         quant=spec.to_dict(),
-        source=samples or source,
+        source=samples,
         samples=sum(len(batch) for batch in batches),
         size=list(batches[0].shape[-2:]),
         seed=seed,
@@ -251,8 +245,13 @@ def _parser() -> argparse.ArgumentParser:
         help="evaluate the LAYERS most sensitive ones (10) on the config's test set, each quantized alone",
     )
     parser.add_argument('--number', type=int, default=8, help='samples')
-    parser.add_argument('--source', default='pink', help='where samples come from; pink is 1/f noise')
-    parser.add_argument('--samples', metavar='PATH', help='a samples.pt or a folder of pictures instead')
+    parser.add_argument(
+        '--samples',
+        metavar='SOURCE',
+        help='where samples come from: a name such as pink (1/f noise, the default) or dead_leaves, or the path of a '
+        'samples.pt or of a folder of pictures',
+    )
+    parser.add_argument('--source', default='pink', help=argparse.SUPPRESS)  # its earlier name
     parser.add_argument('--batch-size', type=int, default=1)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument(
@@ -274,8 +273,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             config,
             args.checkpoint,
             number=args.number,
-            source=args.source,
-            samples=args.samples,
+            samples=args.samples or args.source,
             batch_size=args.batch_size,
             seed=args.seed,
             budgets=budgets,

@@ -1,7 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What :mod:`psaq_mm.commands.sensitivity` shows and leaves: a table, a page with a plot, and a config with mixed
-precision.
-"""
+"""Output of :mod:`psaq_mm.commands.sensitivity`: a table, a page with a chart, and a mixed-precision config."""
 
 import copy
 import os
@@ -91,38 +89,42 @@ def sensitivity_page(report: Mapping) -> str:
 
 
 def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping, folder: Path) -> str:
-    """A config that inherits ``path`` and differs in what ``quant`` says; one that holds all of ``config`` where that
-    is a pure-Python one, whose heirs are pure Python too and name it as a module.
+    """A config that inherits ``path`` and changes ``quant``.
+
+    A pure-Python config is written in full instead, because its heirs would have to name it as a module.
 
     Args:
-        path: The config that was analysed, relative to the current folder or not.
-        config: It, loaded, its model quantized.
-        settings: Under ``quant``.
+        path: The config that was analysed.
+        config: The same config, loaded, with its model quantized.
+        settings: The new ``quant``.
         report: See :func:`psaq_mm.commands.sensitivity.analyse`.
-        folder: Where the text will stand.
+        folder: Where the file will be.
     """
     from mmengine.config import Config
 
     from psaq_mm.engine.config import is_quantized_config, quant_holder
     from psaq_mm.engine.pure_python import with_named_types
 
-    given = Config.fromfile(path)
-    own = given.get('model') or {}
-    inherits = is_quantized_config(own)
-    quant: Dict[str, Any] = {**(dict(_delete_=True) if inherits and 'quant' in quant_holder(own) else {}), **settings}
+    base = Config.fromfile(path)
+    base_model = base.get('model') or {}
+    inherits = is_quantized_config(base_model)
+    quant: Dict[str, Any] = {
+        **(dict(_delete_=True) if inherits and 'quant' in quant_holder(base_model) else {}),
+        **settings,
+    }
     model: Dict[str, Any] = dict(quant=quant)
     if not inherits:
         model = dict(type=config.model.type, base_type=config.model.base_type, quant=quant)
     elif quant_holder(config.model) is not config.model:
         model = dict(backbone=model)
     checkpoint = os.path.abspath(report['checkpoint']) if os.path.isfile(report['checkpoint']) else report['checkpoint']
-    written = '# Written by tools/sensitivity.py: ' + _mixed_line(report) + '.'
-    if with_named_types(given) is not given:
-        whole = copy.deepcopy(config)
-        quant_holder(whole.model)['quant'], whole.load_from = dict(settings), checkpoint
-        return f'{written}\n{whole.pretty_text}'
+    comment = '# Written by tools/sensitivity.py: ' + _mixed_line(report) + '.'
+    if with_named_types(base) is not base:
+        full = copy.deepcopy(config)
+        quant_holder(full.model)['quant'], full.load_from = dict(settings), checkpoint
+        return f'{comment}\n{full.pretty_text}'
     lines: List[str] = [
-        written,
+        comment,
         f'_base_ = [{os.path.relpath(os.path.abspath(path), os.path.abspath(folder))!r}]',
         f'model = {pprint.pformat(model, width=110, sort_dicts=False)}',
         f'load_from = {checkpoint!r}',

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A quantized model to a directory that ONNX Runtime and OpenVINO run as integers."""
+"""Export of a quantized model: a directory that a runtime executes with integers."""
 
 import inspect
 import io
@@ -25,15 +25,14 @@ from psaq_mm.models.task import reads_rgb
 from psaq_mm.models.tasks import task_of
 from psaq_mm.runtime.bundle import write_bundle
 
-__all__ = ['ExportedModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
+__all__ = ['ExportedModel', 'GraphModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
 
 MULTIPLE = 32
-"""Of height and width with a dynamic size: what the last stage's patches and those that are merged before it make
-together."""
+"""Height and width are multiples of it with a dynamic size: the side of the last stage's patches in pixels."""
 
 OPSET = 17
 MIN_OPSET = 17
-"""LayerNormalization came with 17."""
+"""The first with LayerNormalization."""
 
 
 class ExportedModel(NamedTuple):
@@ -42,77 +41,89 @@ class ExportedModel(NamedTuple):
     Attributes:
         directory: Where it was written.
         manifest: As it was written, without weights and files.
-        made: The exportable copy.
+        exportable: The copy that was traced.
         graphs: :class:`.lowering.LoweredGraph` by size.
         weights: :class:`.bundle.Weight` by name.
-        parts: What of the model the graphs hold.
+        parts: What of the model is in the graphs.
     """
 
     directory: Path
     manifest: Dict[str, Any]
-    made: ExportableModel
+    exportable: ExportableModel
     graphs: Mapping
     weights: Mapping
     parts: GraphParts
 
 
-class _Graph(nn.Module):
-    """The part of a model that becomes the graph; outputs are flat, and named as :attr:`names` says after a forward."""
+class GraphModel(nn.Module):
+    """The part of a model that becomes the graph.
+
+    Args:
+        model: Quantized model, or an exportable copy of it.
+        parts: What of it is in the graph.
+
+    Attributes:
+        names: Names of the outputs of the last forward, which are flat.
+        levels: The same names, nested as the feature maps are; None without feature maps.
+        dense: The same names, nested as the outputs of the dense head; None without a head.
+    """
 
     def __init__(self, model: nn.Module, parts: GraphParts):
         super().__init__()
         self.inner, self.parts = model, parts
         self.names: List[str] = []
-        self.levels: Any = None  # the nested names of the feature maps, None without
-        self.dense: Any = None  # the nested names of the head's outputs
+        self.levels: Any = None
+        self.dense: Any = None
 
     def forward(self, images: Tensor) -> Tuple[Tensor, ...]:
+        """Normalized images (N, C, H, W) to the outputs of the graph."""
         model, parts = self.inner, self.parts
-        self.names, self.levels, self.dense, found = [], None, None, []
+        outputs: List[Tensor] = []
+        self.names, self.levels, self.dense = [], None, None
         if parts.prefixes == ('model',):
-            self.dense = self._name(model.model(images), 'logits', found)
-            return tuple(found)
+            self.dense = self._name(model.model(images), 'logits', outputs)
+            return tuple(outputs)
         levels = find_backbone(model)(images)
         if 'neck' in parts.prefixes:
             levels = model.neck(levels)
         if parts.with_levels:
-            self.levels = self._name(levels, 'level_0' if isinstance(levels, Tensor) else 'level', found)
+            self.levels = self._name(levels, 'level_0' if isinstance(levels, Tensor) else 'level', outputs)
             if parts.dense and not isinstance(levels, (tuple, list)):
                 raise NotInGraph(f'it reads a {type(levels).__name__} that other parts read too')
         if parts.dense:
-            self._run_head(getattr(model, parts.dense), levels, found)
-        return tuple(found)
+            self._run_head(getattr(model, parts.dense), levels, outputs)
+        return tuple(outputs)
 
-    def _run_head(self, head: nn.Module, levels: Any, found: List[Tensor]) -> None:
+    def _run_head(self, head: nn.Module, levels: Any, outputs: List[Tensor]) -> None:
         before = dict(vars(head))
-        outputs = head(levels)
+        dense = head(levels)
         kept = [name for name, value in vars(head).items() if before.get(name, before) is not value]
         if kept:
             raise NotInGraph(f'{type(head).__name__} keeps {kept[0]} from its forward for later')
-        self.dense = self._name(outputs, self.parts.output, found)
+        self.dense = self._name(dense, self.parts.output, outputs)
 
-    def _name(self, value: Any, name: str, found: List[Tensor]) -> Any:
-        """Names in the place of the tensors of ``value``, which are added to ``found``."""
+    def _name(self, value: Any, name: str, outputs: List[Tensor]) -> Any:
+        """Add the tensors of a nested value to ``outputs``; ``value`` with names in their place."""
         if isinstance(value, Tensor):
-            found.append(value)
+            outputs.append(value)
             self.names.append(name)
             return name
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            return {key: self._name(v, f'{name}_{key}', found) for key, v in value.items()}
+            return {key: self._name(v, f'{name}_{key}', outputs) for key, v in value.items()}
         if isinstance(value, (tuple, list)):
-            return [self._name(v, f'{name}_{i}', found) for i, v in enumerate(value)]
+            return [self._name(v, f'{name}_{i}', outputs) for i, v in enumerate(value)]
         if value is None:
             return None
         raise NotInGraph(f'its outputs hold a {type(value).__name__}, which is no tensor')
 
 
 def check_sizes(model: nn.Module, sizes: Sequence[Sequence[int]]) -> List[Tuple[int, int]]:
-    """Image sizes as pairs.
+    """Image sizes as pairs, each once.
 
     Raises:
-        ConfigError: One is no size, or the model takes another one alone.
+        ConfigError: One is no size, or the model takes only another one.
     """
-    found = []
+    pairs: List[Tuple[int, int]] = []
     fixed = TaskModel(model).fixed_size
     for size in sizes:
         if len(size) != 2 or any(int(s) < 1 for s in size):
@@ -121,14 +132,13 @@ def check_sizes(model: nn.Module, sizes: Sequence[Sequence[int]]) -> List[Tuple[
         if fixed is not None and (height, width) != fixed:
             raise ConfigError(
                 f'size={height} x {width} does not fit the position embedding, which takes {fixed[0]} x {fixed[1]} '
-                f'alone: '
-                f'export with --size {fixed[0]} {fixed[1]}'
+                f'alone: export with --size {fixed[0]} {fixed[1]}'
             )
-        if (height, width) not in found:
-            found.append((height, width))
-    if not found:
+        if (height, width) not in pairs:
+            pairs.append((height, width))
+    if not pairs:
         raise ConfigError('no image size is given to export for: give height and width')
-    return found
+    return pairs
 
 
 def check_opset(opset: int) -> None:
@@ -149,9 +159,9 @@ def check_opset(opset: int) -> None:
 
 
 def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
-    """Raises UnsupportedModelError where a graph cannot find out its sizes when it runs."""
+    """Raises UnsupportedModelError where a model cannot be exported with a dynamic size."""
     backbone = find_backbone(model)
-    # Without pad_small_map, mmpretrain shifts or does not as the size has it.
+    # Without pad_small_map, whether mmpretrain shifts depends on the size.
     if class_named(backbone, SWIN_BACKBONES) is None or not all(
         getattr(m, 'pad_small_map', True) for m in backbone.modules()
     ):
@@ -168,8 +178,12 @@ def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
         raise UnsupportedModelError(f'{type(model).__name__} takes its exact size alone: export with --size H W')
 
 
-def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int, tracing, dynamic: bool):
-    """ONNX model, and shapes of its outputs by name."""
+def _trace(graph: GraphModel, size: Tuple[int, int], channels: int, opset: int, tracing, dynamic: bool):
+    """Trace a graph.
+
+    Returns:
+        ONNX model, and the shapes of its outputs by name.
+    """
     import onnx
 
     images = torch.zeros(1, channels, *size)
@@ -190,12 +204,12 @@ def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int, trac
         maps = [name for name, shape in shapes.items() if len(shape) == 4]
         settings['dynamic_axes'] = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in ('images', *maps)}
     if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
-        settings['dynamo'] = False  # newer PyTorch has another exporter as its default, which does not know the symbols
+        settings['dynamo'] = False  # the default exporter of newer PyTorch does not know the symbols
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # sizes become constants: that is what is wanted, unless it is dynamic
+        warnings.simplefilter('ignore')  # it warns that sizes become constants, as they should
         try:
             torch.onnx.export(graph, (images,), file, **settings)
-        except Exception as error:  # its own errors, and whatever else an operator that it does not know makes of it
+        except Exception as error:  # its own errors, and any other one that an unknown operator leads to
             raise NotInGraph(
                 f'the exporter ends in "{(str(error).strip() or type(error).__name__).splitlines()[0]}"'
             ) from error
@@ -208,25 +222,28 @@ def _trace(graph: _Graph, size: Tuple[int, int], channels: int, opset: int, trac
     return model, shapes
 
 
-def _settle(made: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
-    """The widest graph of a model that can be traced, and what :func:`_trace` gives for it.
+def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
+    """Trace the widest graph of a model that can be traced.
+
+    Returns:
+        Its :class:`GraphModel`, and what :func:`_trace` returns.
 
     Raises:
-        UnsupportedModelError: Not even the backbone can.
+        UnsupportedModelError: Not even the backbone can be traced.
     """
     while True:
-        graph = _Graph(made.model, parts).eval()
+        graph = GraphModel(exportable.model, parts).eval()
         try:
-            traced, shapes = _trace(graph, size, tracing=made.tracing, **settings)
+            traced, shapes = _trace(graph, size, tracing=exportable.tracing, **settings)
         except NotInGraph as error:
-            less = narrower(parts, str(error))
-            if less is None:
-                what = type(find_backbone(made.model)).__name__
+            remaining = narrower(parts, str(error))
+            if remaining is None:
+                what = type(find_backbone(exportable.model)).__name__
                 raise UnsupportedModelError(
                     f'the backbone {what} does not export ({error}): build it without that, or keep the model in '
                     'PyTorch'
                 ) from error
-            parts = less
+            parts = remaining
             continue
         known = with_task_of_outputs(parts, [len(shape) for shape in shapes.values()])
         if known == parts:
@@ -235,14 +252,14 @@ def _settle(made: ExportableModel, parts: GraphParts, size: Tuple[int, int], **s
 
 
 def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Dict[str, int]:
-    """By output that is a map, how many pixels one of its positions stands for."""
-    found = {}
+    """Number of pixels that one position stands for, by output that is a map."""
+    strides = {}
     for name, shape in shapes.items():
         if len(shape) == 4:
             stride = 2 ** round(math.log2(size[0] / shape[2]))
             if -(-size[0] // stride) == shape[2] and -(-size[1] // stride) == shape[3]:
-                found[name] = stride
-    return found
+                strides[name] = stride
+    return strides
 
 
 def _image_settings(model: nn.Module) -> Dict[str, Any]:
@@ -256,8 +273,8 @@ def _image_settings(model: nn.Module) -> Dict[str, Any]:
     )
 
 
-def _interface(model: nn.Module, graph: _Graph) -> Dict[str, Any]:
-    """What the manifest says of what goes into the graph and comes out of it."""
+def _interface(model: nn.Module, graph: GraphModel) -> Dict[str, Any]:
+    """What the manifest says of the model and the graph's outputs."""
     parts = graph.parts
     outputs = dict(
         names=list(graph.names),
@@ -275,15 +292,15 @@ def _interface(model: nn.Module, graph: _Graph) -> Dict[str, Any]:
     )
 
 
-def _rows(graph, made: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
-    """Rows of the report, without weights that the graph does not hold, and with the parts that one would expect in
-    it.
-    """
+def _rows(graph, exportable: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
+    """Rows of the report: without weights outside of the graph, and with a row for each part that runs in PyTorch."""
     from psaq_mm.deploy.report import tensor_rows
 
     inside = tuple(f'{p}.' if p else '' for p in parts.prefixes)
     rows = [
-        row for row in tensor_rows(graph, made, report) if row['kind'] != 'weight' or row['name'].startswith(inside)
+        row
+        for row in tensor_rows(graph, exportable, report)
+        if row['kind'] != 'weight' or row['name'].startswith(inside)
     ]
     return rows + [
         dict(name=name, kind='part', type='float32', reason=f'runs in PyTorch: {reason}')
@@ -303,15 +320,15 @@ def export_model(
 
     Args:
         model: Detector, segmentor, classifier or backbone, quantized by psaq_mm. It is not changed.
-        out: Directory to be written; an exported model that stands there is replaced.
+        out: Directory to be written; an exported model that is there already is replaced.
         sizes: Image sizes (height, width), one graph for each.
         opset: Of ONNX, 17 or newer.
         classes: Names of the classes, for the manifest.
-        dynamic: One graph for every size, worked out when it runs: images are padded to multiples of :data:`MULTIPLE`.
-            ``sizes`` is one then, which the graph is traced and verified with.
+        dynamic: One graph for every size: images are padded to multiples of :data:`MULTIPLE`. ``sizes`` is then the one
+            size that the graph is traced and verified with.
 
     Raises:
-        ConfigError: A size or the opset does not fit, or ``out`` is something else than an exported model.
+        ConfigError: A size or the opset does not fit, or ``out`` exists and is no exported model.
         NotCalibratedError: A quantizer has no range.
         UnsupportedModelError: The model is not quantized, or of a kind that does not export.
 
@@ -329,17 +346,17 @@ def export_model(
     if dynamic:
         check_dynamic(model, parts)
         sizes = [tuple(-(-s // MULTIPLE) * MULTIPLE for s in sizes[0])]
-    made = make_exportable(model)
+    exportable = make_exportable(model)
     image = _image_settings(model)
     tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
-    graph, traced, shapes = _settle(made, parts, sizes[0], **tracing)
+    graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
     finish = task_of(model).finish_settings(model, graph.parts.dense, shapes)
     store, lowered, entries, strides = WeightStore(), {}, [], {}
     for size in sizes:
         if size != sizes[0]:
-            traced, shapes = _trace(graph, size, tracing=made.tracing, **tracing)
+            traced, shapes = _trace(graph, size, tracing=exportable.tracing, **tracing)
         strides = _strides(shapes, size)
-        lowered[size] = lower(traced, made, store)
+        lowered[size] = lower(traced, exportable, store)
         name = 'graph_dynamic.onnx' if dynamic else f'graph_{size[0]}x{size[1]}.onnx'
         entries.append(
             dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None)
@@ -352,7 +369,7 @@ def export_model(
         classes=list(classes or ()),
         graphs=entries,
         strides=strides,
-        tensors=_rows(lowered[sizes[0]], made, report_of(model), graph.parts),
+        tensors=_rows(lowered[sizes[0]], exportable, report_of(model), graph.parts),
         **image,
         **_interface(model, graph),
         **finish,
@@ -360,4 +377,4 @@ def export_model(
     files = {entry['file']: lowered[tuple(entry['size'])].model.SerializeToString() for entry in entries}
     rest = {name: value.detach().cpu().numpy() for name, value in rest_state(model, graph.parts.prefixes).items()}
     directory = write_bundle(out, manifest, files, store.weights, rest)
-    return ExportedModel(directory, manifest, made, lowered, store.weights, graph.parts)
+    return ExportedModel(directory, manifest, exportable, lowered, store.weights, graph.parts)

@@ -1,14 +1,15 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""A copy of a quantized model that can be traced: quantizers and integer weights as symbols, and what does not export
-rewritten.
+"""A copy of a quantized model that can be traced: quantizers and integer weights are symbols, and the forwards that do
+not export well are replaced.
 
-What a forward computes stays the same; nothing here decides how it is written in ONNX (``lowering.py`` does).
+A forward computes the same as before. How it is written in ONNX is decided in ``lowering.py``. All that the export
+knows of the modules is in the tables of :class:`ExportableModel`; a replaced forward is bound to its rows of them.
 """
 
 import copy
-import types
 from dataclasses import dataclass, field
-from typing import Callable, Dict, NamedTuple, Optional, Tuple, Union
+from functools import partial
+from typing import Callable, Dict, Mapping, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +19,37 @@ from psaq_mm.deploy import symbols, windows
 from psaq_mm.deploy.pooling import LinearPooling
 from psaq_mm.errors import NotCalibratedError, UnsupportedModelError
 from psaq_mm.models.adapters.match import class_named
-from psaq_mm.models.adapters.swin import _PATCH_MERGING, QuantShiftWindowMSAMixin, QuantWindowMSAMixin
+from psaq_mm.models.adapters.swin import PATCH_MERGING, QuantShiftWindowMSAMixin, QuantWindowMSAMixin
 from psaq_mm.models.adapters.timm_swin import QuantTimmSwinBlockMixin
-from psaq_mm.quantization import AffineQuantizer, LogQuantizer, Quantizer, is_quantized_layer, quantize, quantizers
+from psaq_mm.quantization import (
+    AffineQuantizer,
+    LogQuantizer,
+    Quantizer,
+    apply_edge,
+    is_quantized_layer,
+    quantize,
+    quantizers,
+)
 from psaq_mm.quantization.primitives import along
 
 __all__ = ['Codes', 'ExportableModel', 'IntegerWeight', 'make_exportable']
 
 _CONV_MODULE = ('mmcv.cnn.bricks.conv_module.ConvModule',)
 
+TensorFunction = Callable[[Tensor], Tensor]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Codes:
     """An activation quantizer.
 
     Attributes:
-        scale, zero_point: Of all codes. Logarithmic: the greatest value, and 0.
-        low, high: Least and greatest code.
+        scale: Of all codes. Logarithmic: the greatest value.
+        zero_point: Of all codes. Logarithmic: 0.
+        low: Least code.
+        high: Greatest code.
         log_base: None, ``'log2'`` or ``'log_sqrt2'``.
-        shift: What is taken from codes and zero point in the graph, where they are int8; None where they are uint8.
+        shift: What the graph subtracts from codes and zero point, so that the codes are int8; None: they are uint8.
     """
 
     scale: float
@@ -55,16 +68,16 @@ class IntegerWeight:
         codes: int8, in the layout that the graph multiplies with.
         scale: float32 (channels,).
         zero_point: int8, (channels,).
-        axis: Of the output channels.
+        axis: Axis of the output channels.
         bits: Width of a code.
         low: Least code, of all channels or (channels,) of each.
-        bias: Float32 (channels,), or None: the layer's own, with what reparameterization and batch normalization moved
-            into it.
-        layer: Name of the layer it belongs to; None for a constant of the export's own.
-        channels: Which of the layer's output channels it has, first and past the last; None for all.
-        apart: The zero points are no part of the product: it is of codes as they are, and what the zero points add to
-            it, the sum of the input times one number a channel, is added afterwards. No runtime has an integer kernel
-            for a weight with zero points of its channels.
+        bias: Float32 (channels,), or None: that of the layer, with what reparameterization and batch normalization add
+            to it.
+        layer: Name of its layer; None for a constant that the export adds.
+        channels: The output channels of the layer that it holds, as (first, past the last); None: all.
+        apart: Whether the zero points are left out of the product. The product is then of the codes alone, and what the
+            zero points add to it (the sum of the input times one number for each channel) is added afterwards: no
+            runtime has an integer kernel for weights with zero points of their channels.
     """
 
     codes: Tensor
@@ -87,27 +100,32 @@ class ExportableModel:
         model: The copy.
         quantizers: :class:`Codes` by name.
         weights: :class:`IntegerWeight` by name.
-        positions: By window attention, its relative position bias (heads, entries) and, for two tokens, which entry is
-            theirs (N, N).
-        orders: For a quantizer whose input has its last axis in another order than the model's, where each entry comes
-            from.
-        tracing: The trace that the model takes part in.
-        notes: By layer name, why something is not what one would expect of it.
+        products: By the name of a weight of a linear map, the product with it: dequantized codes with zero point 0 to
+            the result with its bias.
+        positions: By window attention, its relative position bias (heads, entries), and the entry of each pair of
+            tokens (N, N).
+        orders: By a module whose input has its last axis in another order than in the model, the place of each entry in
+            the model.
+        tracing: State of the current trace.
+        notes: By layer, why a part of it is exported in another way than usual.
+        names: Names of the modules of the copy.
     """
 
     model: nn.Module
     quantizers: Dict[str, Codes] = field(default_factory=dict)
     weights: Dict[str, IntegerWeight] = field(default_factory=dict)
+    products: Dict[str, TensorFunction] = field(default_factory=dict)
     positions: Dict[str, Tuple[Tensor, Tensor]] = field(default_factory=dict)
     orders: Dict[str, Tensor] = field(default_factory=dict)
     tracing: windows.Tracing = field(default_factory=windows.Tracing)
     notes: Dict[str, str] = field(default_factory=dict)
+    names: Dict[nn.Module, str] = field(default_factory=dict)
 
 
 def make_exportable(model: nn.Module) -> ExportableModel:
     """Copy a calibrated, quantized model into a form that can be traced.
 
-    Batch normalization that follows a convolution is folded into scale and bias of the *integer* weight: the codes stay
+    Batch normalization after a convolution is folded into scale and bias of the *integer* weight: the codes are still
     those of the fake-quantized layer.
 
     Args:
@@ -117,69 +135,58 @@ def make_exportable(model: nn.Module) -> ExportableModel:
         NotCalibratedError: A quantizer has no range.
         UnsupportedModelError: The model is not quantized.
     """
-    made = ExportableModel(copy.deepcopy(model).cpu().float())
-    made.model.eval()  # which gives nothing back in mmdet and mmseg
-    if next(quantizers(made.model), None) is None:
+    exportable = ExportableModel(copy.deepcopy(model).cpu().float())
+    network = exportable.model
+    network.eval()  # not chained: it returns None in mmdet and mmseg
+    if next(quantizers(network), None) is None:
         raise UnsupportedModelError(
             f'{type(model).__name__} is not quantized, so there is nothing integer to export: build it with '
             "model = dict(type='psaq_mm.Quantized', ...)"
         )
-    for parameter in made.model.parameters():
+    for parameter in network.parameters():
         parameter.requires_grad_(False)
-    names = _own_convolutions(made.model)
-    modules = list(made.model.named_modules())
-    for name, module in modules:  # first what moves weights around, then what reads them
-        if class_named(module, _PATCH_MERGING):
-            _rewrite_merging(made, name, module)
-    folded = {id(m.conv): m for _, m in modules if class_named(m, _CONV_MODULE) and _folds(m)}
-    attentions = {
-        f'{name}.qkv': module
-        for name, module in modules
-        if isinstance(module, QuantWindowMSAMixin) and _has_integer_products(module)
-    }
-    for name, attention in attentions.items():
-        _split_projection(made, name, dict(modules)[name], attention)
-    for name, module in modules:
+    originals = _separate_convolutions(network)
+    modules = dict(network.named_modules())
+    exportable.names.update({module: name for name, module in modules.items()})
+    for name, module in modules.items():  # before weights become integers: this moves their channels
+        if class_named(module, PATCH_MERGING):
+            _rewrite_merging(exportable, name, module)
+    attentions = _rewrite_attentions(exportable, modules)
+    operands = [o for row in attentions.values() for o in (row.operands or {}).values()]
+    shifts = {operand.quantizer: operand.shift for operand in operands}
+    split = {row.part('qkv') for row in attentions.values() if row.operands}
+    folded = {id(m.conv): m for m in modules.values() if class_named(m, _CONV_MODULE) and _folds(m)}
+    for name, module in modules.items():
         if isinstance(module, Quantizer) and module.mode != 'off' and not name.endswith('weight_quantizer'):
-            _rewrite_quantizer(made, name, module)
-        elif is_quantized_layer(module) and name not in attentions:
-            _rewrite_layer(made, name, module, folded.get(id(module)), names.get(name, name))
-        elif isinstance(module, QuantShiftWindowMSAMixin):
-            module.forward = types.MethodType(windows.shift_attention, module)
-        elif isinstance(module, QuantWindowMSAMixin):
-            made.positions[name] = (
-                module.relative_position_bias_table.detach().t().contiguous(),
-                module.relative_position_index,
-            )
-            module.export_name = name
-            module.export, module.tracing = getattr(module, 'export', None), made.tracing
-            module.forward = types.MethodType(windows.window_attention, module)
-        elif isinstance(module, QuantTimmSwinBlockMixin):
-            module._attn = types.MethodType(windows.timm_attention, module)
+            _rewrite_quantizer(exportable, name, module, shifts.get(name))
+        elif is_quantized_layer(module) and name not in split:
+            _rewrite_layer(exportable, name, module, folded.get(id(module)), originals.get(name, name))
         elif isinstance(module, nn.LayerNorm):
             _tap_input(name, module)
-    for _, module in modules:
         for key, child in list(module._modules.items()):  # named_children() leaves out a pooling's second name
             if type(child) is nn.AdaptiveAvgPool2d:
-                setattr(module, key, LinearPooling(child.output_size, made.tracing))
-    return made
+                setattr(module, key, LinearPooling(child.output_size, exportable.tracing))
+    return exportable
 
 
-def _rewrite_quantizer(made: ExportableModel, name: str, module: Quantizer) -> None:
-    if not bool(module.calibrated):
-        raise NotCalibratedError(
-            f'Quantizer {name!r} has no range: calibrate the model or load a quantized checkpoint before the export.'
-        )
-    made.quantizers[name] = Codes(
+def _rewrite_quantizer(exportable: ExportableModel, name: str, module: Quantizer, shift: Optional[int]) -> None:
+    _require_range(name, module)
+    exportable.quantizers[name] = Codes(
         float(module.scale),
         int(module.zero_point),
         module.qmin,
         module.qmax,
         module.base if isinstance(module, LogQuantizer) else None,
-        getattr(module, 'export_shift', None),
+        shift,
     )
-    module.export_name = name
     module.forward = lambda x, valid=None: symbols.quantizer(x, name)
+
+
+def _require_range(name: str, quantizer: Quantizer) -> None:
+    if not bool(quantizer.calibrated):
+        raise NotCalibratedError(
+            f'Quantizer {name!r} has no range: calibrate the model or load a quantized checkpoint before the export.'
+        )
 
 
 def _tap_input(name: str, norm: nn.LayerNorm) -> None:
@@ -189,73 +196,96 @@ def _tap_input(name: str, norm: nn.LayerNorm) -> None:
 
 # ---------------------------------------------------------------------- layers with weights
 def _rewrite_layer(
-    made: ExportableModel, name: str, layer: nn.Module, conv_module: Optional[nn.Module], original: str
+    exportable: ExportableModel, name: str, layer: nn.Module, conv_module: Optional[nn.Module], original: str
 ) -> None:
-    """``original`` is what the model calls the layer: another name than ``name`` for one of several that share its
-    weights.
+    """Replace the forward of a layer.
+
+    Args:
+        exportable: Its tables get the rows of the layer.
+        name: Of the layer in the copy.
+        layer: A linear map or a convolution.
+        conv_module: Module whose batch normalization is folded into the layer, or None.
+        original: Name of the layer in the model. It differs where several layers of the copy share a layer's weights.
     """
-    quantizer = layer.weight_quantizer
-    linear = isinstance(layer, nn.Linear)
+    linear, sums = isinstance(layer, nn.Linear), None
     bias = layer.full_bias() if linear else layer.bias
     bias = None if bias is None else bias.detach().clone()
-    if quantizer.mode == 'off':
-        made.notes[name] = 'its weight quantizer is switched off'
+    if layer.weight_quantizer.mode == 'off':
+        exportable.notes[name] = 'its weight quantizer is switched off'
         weight = layer.weight.detach()
+
+        def read(x: Tensor) -> Tensor:
+            return weight.t() if linear else weight
     else:
-        _require_range(name, layer)
-        integer = _integer_weight(original, layer)
-        if conv_module is not None:
-            bias = _fold_norm(made, name, integer, bias, conv_module)
-        integer.bias = bias
-        made.weights[name] = integer
-        weight = None
-    sums = None if weight is not None or linear else _sums_apart(made, name, layer)
-    shape = None if weight is not None else tuple(made.weights[name].codes.shape)
+        integer = exportable.weights[name] = _integer_weight(original, name, layer)
+        integer.bias = bias = bias if conv_module is None else _fold_norm(exportable, name, integer, bias, conv_module)
+        if linear and _is_affine(layer.input_quantizer):
+            _centre(integer, layer.input_quantizer)
+            layer.forward = _product_forward(exportable, name, layer)
+            return
+        sums = None if linear else _sums_apart(exportable, name, layer)
+        read = _reader(exportable, name)
+    multiply = _linear if linear else partial(_transposed if isinstance(layer, nn.ConvTranspose2d) else _conv, layer)
 
-    def read(x: Tensor) -> Tensor:
-        return symbols.weight(x, name, shape) if weight is None else (weight.t() if linear else weight)
-
-    def linear_forward(x: Tensor) -> Tensor:
-        # A product and a sum, not a Gemm: runtimes know the pattern for inputs of any number of dimensions.
+    def forward(x: Tensor, *args, **kwargs) -> Tensor:  # further ones: the output size of a transposed convolution
         x = layer.input_quantizer(x)
-        x = torch.matmul(x, read(x))
-        return layer._finish(x if bias is None else x + bias)
+        out = multiply(x, read(x), bias, *args, **kwargs)
+        if sums is not None:
+            out = out + multiply(x, sums.ones(x), None, *args, **kwargs) * sums.factors
+        return apply_edge(layer.output_quantizer, out)
 
-    def product_forward(x: Tensor) -> Tensor:
-        name = layer.input_quantizer.export_name
-        return layer._finish(
-            layer.export_product(symbols.values(symbols.codes(x, name, torch.uint8), name, centred=True))
-        )
-
-    def conv_forward(x: Tensor) -> Tensor:
-        x = layer.input_quantizer(x)
-        found = layer._conv_forward(x, read(x), bias)
-        return layer._finish(
-            found if sums is None else found + layer._conv_forward(x, sums.ones(x), None) * sums.factors
-        )
-
-    def transposed_forward(x: Tensor, output_size=None) -> Tensor:
-        padding = layer._output_padding(
-            x, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation
-        )
-        x = layer.input_quantizer(x)
-        settings = layer.stride, layer.padding, padding, layer.groups, layer.dilation
-        found = F.conv_transpose2d(x, read(x), bias, *settings)
-        return layer._finish(
-            found if sums is None else found + F.conv_transpose2d(x, sums.ones(x), None, *settings) * sums.factors
-        )
-
-    if linear and weight is None and _is_affine(layer.input_quantizer):
-        _centre(made.weights[name], layer.input_quantizer)
-        layer.export_product, layer.forward = _product(made, name), product_forward
-        return
-    layer.forward = (
-        linear_forward if linear else (transposed_forward if isinstance(layer, nn.ConvTranspose2d) else conv_forward)
-    )
+    layer.forward = forward
 
 
-def _integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
+def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    # A product and a sum, not a Gemm: runtimes know the pattern for inputs of any number of dimensions.
+    x = torch.matmul(x, weight)
+    return x if bias is None else x + bias
+
+
+def _conv(layer: nn.Module, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return layer._conv_forward(x, weight, bias)
+
+
+def _transposed(layer: nn.Module, x: Tensor, weight: Tensor, bias: Optional[Tensor], output_size=None) -> Tensor:
+    padding = layer._output_padding(x, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation)
+    return F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+
+
+def _product_forward(exportable: ExportableModel, name: str, layer: nn.Module) -> TensorFunction:
+    """Forward of a linear map whose input is quantized: the product of codes, see :attr:`ExportableModel.products`."""
+    quantizer, product = exportable.names[layer.input_quantizer], _add_product(exportable, name)
+
+    def forward(x: Tensor) -> Tensor:
+        codes = symbols.codes(x, quantizer, torch.uint8)
+        return apply_edge(layer.output_quantizer, product(symbols.values(codes, quantizer, centred=True)))
+
+    return forward
+
+
+def _add_product(exportable: ExportableModel, name: str) -> TensorFunction:
+    """Add the product with the weight ``name`` to :attr:`ExportableModel.products`."""
+    read, sums, bias = _reader(exportable, name), _sums_apart(exportable, name), exportable.weights[name].bias
+
+    def product(x: Tensor) -> Tensor:
+        out = torch.matmul(x, read(x))
+        if sums is not None:
+            out = out + torch.matmul(x, sums.ones(x)) * sums.factors
+        return out if bias is None else out + bias
+
+    exportable.products[name] = product
+    return product
+
+
+def _reader(exportable: ExportableModel, name: str) -> TensorFunction:
+    """Function that gives the dequantized weight ``name`` to be multiplied with its argument."""
+    shape = tuple(exportable.weights[name].codes.shape)  # read now, while nothing is traced
+    return lambda x: symbols.weight(x, name, shape)
+
+
+def _integer_weight(original: str, name: str, layer: nn.Module) -> IntegerWeight:
     quantizer, axis = layer.weight_quantizer, layer.output_axis
+    _require_range(f'{name}.weight_quantizer', quantizer)
     codes = quantize(layer.weight.detach(), quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax, axis)
     zero_point, low = quantizer.zero_point, quantizer.qmin
     if quantizer.qmin == 0 and quantizer.bits < 8 and not quantizer.reduced_range:
@@ -268,32 +298,30 @@ def _integer_weight(name: str, layer: nn.Module) -> IntegerWeight:
         codes, zero_point, low = codes - middle, zero_point - middle, -middle
     if isinstance(layer, nn.Linear):
         codes, axis = codes.t().contiguous(), 1
-    return IntegerWeight(
-        codes.to(torch.int8),
-        quantizer.scale.detach().clone(),
-        zero_point.to(torch.int8),
-        axis,
-        quantizer.bits,
-        low,
-        layer=name,
-    )
+    scale, zero_point = quantizer.scale.detach().clone(), zero_point.to(torch.int8)
+    return IntegerWeight(codes.to(torch.int8), scale, zero_point, axis, quantizer.bits, low, layer=original)
 
 
 class _Sums(NamedTuple):
     """What the zero points of a weight add to a product: ``factors`` times the product with ones."""
 
-    ones: Callable[[Tensor], Tensor]
+    ones: TensorFunction
     factors: Tensor
 
 
-def _sums_apart(made: ExportableModel, name: str, layer: Optional[nn.Module] = None) -> Optional[_Sums]:
-    """Take the zero points of a weight out of its product, in place; None where there are none, or groups of channels
-    have sums of their own.
+def _sums_apart(exportable: ExportableModel, name: str, layer: Optional[nn.Module] = None) -> Optional[_Sums]:
+    """Take the zero points of a weight out of its product, in place.
 
     Args:
-        layer: A convolution; None for a Linear.
+        exportable: Its weights get one of ones.
+        name: Of the weight.
+        layer: A convolution; None for a linear map.
+
+    Returns:
+        What is to be added to the product; None where there are no zero points, or the convolution has groups, which
+        have a sum each.
     """
-    weight = made.weights[name]
+    weight = exportable.weights[name]
     if not bool(weight.zero_point.any()) or getattr(layer, 'groups', 1) > 1:
         return None
     weight.apart = True
@@ -301,14 +329,10 @@ def _sums_apart(made: ExportableModel, name: str, layer: Optional[nn.Module] = N
     shape[weight.axis] = 1
     # one for all layers of this shape: of two that read one tensor, a runtime sums it once
     label = f'ones.{"x".join(map(str, shape))}'
-    made.weights.setdefault(
-        label,
-        IntegerWeight(
-            torch.ones(shape, dtype=torch.int8), torch.ones(1), torch.zeros(1, dtype=torch.int8), weight.axis, 8, -128
-        ),
-    )
+    ones, zero = torch.ones(shape, dtype=torch.int8), torch.zeros(1, dtype=torch.int8)
+    exportable.weights.setdefault(label, IntegerWeight(ones, torch.ones(1), zero, weight.axis, 8, -128))
     factors = (-weight.scale.double() * weight.zero_point).float()
-    return _Sums(lambda x: symbols.weight(x, label, tuple(shape)), factors if layer is None else factors[:, None, None])
+    return _Sums(_reader(exportable, label), factors if layer is None else factors[:, None, None])
 
 
 def _is_affine(quantizer: Optional[Quantizer]) -> bool:
@@ -316,26 +340,43 @@ def _is_affine(quantizer: Optional[Quantizer]) -> bool:
 
 
 def _centre(weight: IntegerWeight, inputs: Quantizer) -> None:
-    """Move the zero point of a Linear's input into its bias, in place: the product is of codes as they are, with
-    nothing to be taken from it for each channel afterwards.
+    """Move the zero point of a linear map's input into its bias, in place: the product is of the codes as they are, and
+    nothing is subtracted from it for each channel afterwards.
     """
     sums = (weight.codes.long() - weight.zero_point.long()).sum(0).double()
     moved = -int(inputs.zero_point) * inputs.scale.double() * weight.scale.double() * sums
     weight.bias = (moved if weight.bias is None else weight.bias.double() + moved).float()
 
 
-def _require_range(name: str, layer: nn.Module) -> None:
-    if not bool(layer.weight_quantizer.calibrated):
-        raise NotCalibratedError(
-            f'Quantizer {name + ".weight_quantizer"!r} has no range: calibrate the model or load a quantized '
-            'checkpoint before the export.'
-        )
-
-
 # ---------------------------------------------------------------------- window attention
+def _rewrite_attentions(
+    exportable: ExportableModel, modules: Mapping[str, nn.Module]
+) -> Dict[str, windows.AttentionExport]:
+    """Replace the forwards of window attentions and of the modules that shift them; what the forwards are bound to, by
+    the name of the attention.
+    """
+    rows = {}
+    for name, module in modules.items():
+        if isinstance(module, QuantWindowMSAMixin):
+            operands = _split_projection(exportable, name, module) if _has_integer_products(module) else None
+            exportable.positions[name] = (
+                module.relative_position_bias_table.detach().t().contiguous(),
+                module.relative_position_index,
+            )
+            rows[name] = windows.AttentionExport(name, exportable.tracing, exportable.products, operands)
+            module.forward = partial(windows.window_attention, module, rows[name])
+    for name, module in modules.items():
+        prefix = f'{name}.' if name else ''
+        if isinstance(module, QuantShiftWindowMSAMixin):
+            module.forward = partial(windows.shift_attention, module, rows[f'{prefix}w_msa'])
+        elif isinstance(module, QuantTimmSwinBlockMixin):
+            module._attn = partial(windows.timm_attention, module, rows[f'{prefix}attn'])
+    return rows
+
+
 def _has_integer_products(attention: nn.Module) -> bool:
-    """Whether every product of a window attention is of codes, and nothing between them is quantized that is not an
-    operand.
+    """Whether every product of a window attention is of codes, and nothing between them is quantized that is no operand
+    of one.
     """
     qk, av = attention.matmul_qk, attention.matmul_av
     layers = attention.qkv, attention.proj
@@ -343,90 +384,88 @@ def _has_integer_products(attention: nn.Module) -> bool:
         attention.scores_quantizer,
         qk.output_quantizer,
         av.output_quantizer,
-        *(getattr(l, 'output_quantizer', None) for l in layers),
+        *(getattr(layer, 'output_quantizer', None) for layer in layers),
     )
     if any(edge is not None for edge in edges) or not all(
-        is_quantized_layer(l) and l.weight_quantizer.mode != 'off' for l in layers
+        is_quantized_layer(layer) and layer.weight_quantizer.mode != 'off' for layer in layers
     ):
         return False
-    operands = [l.input_quantizer for l in layers] + [qk.lhs_quantizer, qk.rhs_quantizer, av.rhs_quantizer]
+    operands = [layer.input_quantizer for layer in layers] + [qk.lhs_quantizer, qk.rhs_quantizer, av.rhs_quantizer]
     return all(map(_is_affine, operands))
 
 
-def _split_projection(made: ExportableModel, name: str, layer: nn.Module, attention: nn.Module) -> None:
-    """Queries, keys and values as three products of ``qkv`` (``name``), each quantized as it comes, with the scale of
-    the scores in the weight of the first.
+def _split_projection(exportable: ExportableModel, name: str, attention: nn.Module) -> Dict[str, windows.Operand]:
+    """Split ``qkv`` of the attention ``name`` into three products, for queries, keys and values. Each is quantized as
+    it comes, and the scale of the scores is part of the weight of the first.
+
+    Returns:
+        Operands of the attention's products, see :class:`.windows.AttentionExport`.
     """
-    _require_range(name, layer)
-    whole, bias = _integer_weight(name, layer), layer.full_bias()
-    width, products = layer.out_features // 3, {}
+    layer, qkv = attention.qkv, f'{name}.qkv'
+    weight, bias, width = _integer_weight(qkv, qkv, layer), layer.full_bias(), layer.out_features // 3
     for i, (part, factor) in enumerate(dict(q=float(attention.scale), k=1.0, v=1.0).items()):
-        begin, end = i * width, (i + 1) * width
-        rows = slice(begin, end)
-        made.weights[f'{name}.{part}'] = IntegerWeight(
-            whole.codes[:, rows].contiguous(),
-            (whole.scale[rows].double() * factor).float(),
-            whole.zero_point[rows],
+        rows = slice(i * width, (i + 1) * width)
+        exportable.weights[f'{qkv}.{part}'] = IntegerWeight(
+            weight.codes[:, rows].contiguous(),
+            (weight.scale[rows].double() * factor).float(),
+            weight.zero_point[rows],
             1,
-            whole.bits,
-            whole.low[rows] if isinstance(whole.low, Tensor) else whole.low,
+            weight.bits,
+            weight.low[rows] if isinstance(weight.low, Tensor) else weight.low,
             None if bias is None else (bias.detach()[rows].double() * factor).float(),
-            name,
-            (begin, end),
+            qkv,
+            (rows.start, rows.stop),
         )
-        _centre(made.weights[f'{name}.{part}'], layer.input_quantizer)
-        products[part] = _product(made, f'{name}.{part}')
+        _centre(exportable.weights[f'{qkv}.{part}'], layer.input_quantizer)
+        _add_product(exportable, f'{qkv}.{part}')
     queries, keys, values = (
         attention.matmul_qk.lhs_quantizer,
         attention.matmul_qk.rhs_quantizer,
         attention.matmul_av.rhs_quantizer,
     )
-    queries.export_shift, keys.export_shift = _signed(queries), _signed(keys)
+    offset = int(queries.zero_point) - _signed(queries)
+    if offset:
+        _add_key_sums(exportable, f'{name}.key_sums', attention.num_heads, width, offset, queries.scale)
     # The zero point of values is no constant of anything: where int8 codes cannot have it at 0, their product stays
     # float.
-    values.export_shift = _signed(values) if _signed(values) == int(values.zero_point) else None
-    offset, sums = int(queries.zero_point) - queries.export_shift, None
-    if offset:
-        heads, label = attention.num_heads, f'{name.rpartition(".")[0]}.key_sums'
-        ones = torch.eye(heads, dtype=torch.int8).repeat_interleave(width // heads, 0)
-        made.weights[label] = IntegerWeight(
-            ones if offset < 0 else -ones,
-            (abs(offset) * queries.scale * torch.ones(heads)).float(),
-            torch.zeros(heads, dtype=torch.int8),
-            1,
-            4,
-            -8,
-        )
-        sums = _product(made, label)
-    attention.export = windows.IntegerAttention(products, sums)
+    value_shift = _signed(values) if _signed(values) == int(values.zero_point) else None
+    operands = dict(
+        tokens=(layer.input_quantizer, None),
+        q=(queries, _signed(queries)),
+        k=(keys, _signed(keys)),
+        v=(values, value_shift),
+        out=(attention.proj.input_quantizer, None),
+    )
+    return {part: windows.Operand(exportable.names[quantizer], shift) for part, (quantizer, shift) in operands.items()}
 
 
-def _product(made: ExportableModel, name: str) -> Callable[[Tensor], Tensor]:
-    weight = made.weights[name]
-    shape = tuple(weight.codes.shape)  # while nothing is traced
-    sums = _sums_apart(made, name)
-
-    def product(x: Tensor) -> Tensor:
-        found = torch.matmul(x, symbols.weight(x, name, shape))
-        if sums is not None:
-            found = found + torch.matmul(x, sums.ones(x)) * sums.factors
-        return found if weight.bias is None else found + weight.bias
-
-    return product
+def _add_key_sums(exportable: ExportableModel, name: str, heads: int, width: int, offset: int, scale: Tensor) -> None:
+    """Add the product of keys with ones that corrects the scores for the zero point ``offset`` of the queries."""
+    ones = torch.eye(heads, dtype=torch.int8).repeat_interleave(width // heads, 0)
+    exportable.weights[name] = IntegerWeight(
+        ones if offset < 0 else -ones,
+        (abs(offset) * scale * torch.ones(heads)).float(),
+        torch.zeros(heads, dtype=torch.int8),
+        1,
+        4,
+        -8,
+    )
+    _add_product(exportable, name)
 
 
 def _signed(quantizer: Quantizer) -> int:
-    """What to take from codes for them to be signed: where they are already, or have less than 8 bits, the zero point,
-    which is 0 then.
+    """What to subtract from codes for them to be signed. Where they are signed already, or have less than 8 bits, it is
+    their zero point, which is 0 afterwards.
     """
     return int(quantizer.zero_point) if quantizer.bits < 8 or quantizer.qmin < 0 else 128
 
 
 # ---------------------------------------------------------------------- batch normalization
-def _own_convolutions(model: nn.Module) -> Dict[str, str]:
-    """Give each ConvModule a convolution of its own, in place, with the weights and quantizers that they share: a head
-    may call one convolution for all levels and normalize each level by itself (RTMDet), and what is folded into it is
-    one ConvModule's alone.
+def _separate_convolutions(model: nn.Module) -> Dict[str, str]:
+    """Give each ConvModule a convolution for itself, in place. Weights and quantizers stay shared.
+
+    A head may call one convolution for all levels and normalize each level by itself (RTMDet), and what is folded into
+    a convolution belongs to one ConvModule only.
 
     Returns:
         By the name of each copy, the convolution's name in the model.
@@ -436,20 +475,20 @@ def _own_convolutions(model: nn.Module) -> Dict[str, str]:
     for module in model.modules():
         for child in module._modules.values():
             parents[id(child)] = parents.get(id(child), 0) + 1
-    found = {}
+    originals = {}
     for name, module in list(model.named_modules()):
         if (
             class_named(module, _CONV_MODULE)
             and parents.get(id(module.conv), 0) > 1
             and is_quantized_layer(module.conv)
         ):
-            found[f'{name}.conv' if name else 'conv'] = names[id(module.conv)]
+            originals[f'{name}.conv' if name else 'conv'] = names[id(module.conv)]
             module.conv = copy.copy(module.conv)
-    return found
+    return originals
 
 
 def _folds(module: nn.Module) -> bool:
-    """Whether a ConvModule is a quantized convolution straight before a batch normalization."""
+    """Whether a ConvModule is a quantized convolution with a batch normalization straight after it."""
     order = tuple(module.order)
     return (
         module.with_norm
@@ -462,12 +501,15 @@ def _folds(module: nn.Module) -> bool:
 
 
 def _fold_norm(
-    made: ExportableModel, name: str, weight: IntegerWeight, bias: Optional[Tensor], module: nn.Module
+    exportable: ExportableModel, name: str, weight: IntegerWeight, bias: Optional[Tensor], module: nn.Module
 ) -> Optional[Tensor]:
-    """Fold the normalization of a ConvModule into an integer weight, in place; the new bias.
+    """Fold the normalization of a ConvModule into an integer weight, in place.
 
     A channel with a negative gain changes the sign of its codes, as a scale is positive. Where that is not possible,
     the gain is 0 or a code has no negative, the normalization stays.
+
+    Returns:
+        The new bias.
     """
     norm = module.norm
     gain = (norm.weight.double() if norm.affine else 1.0) / torch.sqrt(norm.running_var.double() + norm.eps)
@@ -477,23 +519,23 @@ def _fold_norm(
     center = 2 * weight.zero_point.to(torch.int16)
     flipped = torch.where(flip[:, None, None, None], center[:, None, None, None] - codes, codes)
     low = weight.low
-    if isinstance(low, Tensor):  # of the channel's own: there a changed sign changes both ends
+    if isinstance(low, Tensor):  # each channel has a least code: there a changed sign changes both ends
         low = torch.where(flip, -(low + 2**weight.bits - 1), low)[:, None, None, None]
     high = low + 2**weight.bits - 1
     scale = (weight.scale.double() * gain.abs()).float()
     if bool(((flipped < low) | (flipped > high)).any()) or not bool((scale > 0).all()):
-        made.notes[name] = 'its batch normalization is not folded (a gain is 0, or a code has no negative)'
+        exportable.notes[name] = 'its batch normalization is not folded (a gain is 0, or a code has no negative)'
         return bias
     shift = -norm.running_mean.double() + (0.0 if bias is None else bias.double())
-    new = shift * gain + (norm.bias.double() if norm.affine else 0.0)
+    new_bias = shift * gain + (norm.bias.double() if norm.affine else 0.0)
     weight.codes, weight.scale = flipped.to(weight.codes.dtype), scale
     weight.low = low.flatten() if isinstance(low, Tensor) else low
     setattr(module, module.norm_name, nn.Identity())
-    return new.float()
+    return new_bias.float()
 
 
 # ---------------------------------------------------------------------- patch merging
-def _rewrite_merging(made: ExportableModel, name: str, module: nn.Module) -> None:
+def _rewrite_merging(exportable: ExportableModel, name: str, module: nn.Module) -> None:
     sampler, padding = module.sampler, getattr(module, 'adap_padding', None)
     plain = (
         _pair(sampler.kernel_size) == _pair(sampler.stride) == (2, 2)
@@ -513,10 +555,9 @@ def _rewrite_merging(made: ExportableModel, name: str, module: nn.Module) -> Non
             module.norm.bias.copy_(module.norm.bias[order])
         module.reduction.weight.copy_(module.reduction.weight[:, order])
     prefix = f'{name}.' if name else ''
-    made.orders[f'{prefix}reduction.input_quantizer'] = order
-    made.orders[f'{prefix}norm'] = order
-    module.tracing = made.tracing
-    module.forward = types.MethodType(windows.merge_patches, module)
+    exportable.orders[f'{prefix}reduction.input_quantizer'] = order
+    exportable.orders[f'{prefix}norm'] = order
+    module.forward = partial(windows.merge_patches, module, exportable.tracing)
 
 
 def _pair(value) -> Tuple[int, int]:

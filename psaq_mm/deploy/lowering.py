@@ -1,16 +1,17 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""From the traced graph with its symbols to plain ONNX: quantizers as QuantizeLinear and DequantizeLinear, weights as
-integers.
+"""Lowering of the traced graph with its symbols to plain ONNX: quantizers become QuantizeLinear and DequantizeLinear,
+weights become integers.
 
-An affine quantizer becomes QuantizeLinear (codes, uint8) and DequantizeLinear; with fewer than 8 bits a Clip stands
-before the two, because QuantizeLinear saturates at 0 and 255 alone. A logarithmic quantizer becomes ordinary
-operations. The larger tensors leave the graph for :mod:`.bundle`.
+An affine quantizer becomes QuantizeLinear (codes, uint8) and DequantizeLinear. With fewer than 8 bits a Clip comes
+before them, because QuantizeLinear saturates only at 0 and 255. A logarithmic quantizer becomes ordinary operations.
+Large tensors are moved out of the graph, see :mod:`psaq_mm.runtime.bundle`.
 """
 
 import hashlib
 import math
-from collections import Counter
-from typing import Callable, Dict, Iterable, List, Mapping, Set, Tuple, Union
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Set, Tuple, Union
 
 import numpy as np
 import onnx
@@ -42,14 +43,16 @@ class WeightStore:
         self._names: Dict[Tuple, str] = {}
 
     def add(self, name: str, array: np.ndarray, low: Union[int, np.ndarray, None] = None, shared: bool = True) -> str:
-        """The name under which ``array`` is kept: ``name``, another one's that has the same content, or ``name`` with a
-        number.
+        """Add a weight.
 
         Args:
             name: What the graph calls it.
             array: Its content.
             low: See :class:`.bundle.Weight`.
-            shared: Whether a tensor of another name may stand for it.
+            shared: Whether a weight of another name with the same content may replace it.
+
+        Returns:
+            The name that it is kept under: ``name``, that of a weight with the same content, or ``name`` with a number.
         """
         content = hashlib.sha256(array.tobytes()).digest(), None if low is None else np.asarray(low).tobytes()
         key = array.dtype.name, array.shape, *content, None if shared else name
@@ -63,50 +66,60 @@ class WeightStore:
         return self._names[key]
 
 
+@dataclass
 class LoweredGraph:
     """A graph as it is written to disk.
 
     Attributes:
-        model: Without the larger tensors.
-        weights: Names of the tensors it needs.
-        codes: By quantizer, the names of its tensors of codes, one a call (a head's layers are called for each level);
-            whole numbers in float32 for a logarithmic one.
-        values: The same, of the dequantized tensors.
-        taps: The same, of the tensors that enter a LayerNorm, by the LayerNorm's name.
+        model: Without the large tensors.
+        weights: Names of the tensors that it needs.
+        codes: By quantizer, the names of its tensors of codes, one for each call (a head's layers are called for each
+            level); of a logarithmic one they are whole numbers in float32.
+        values: By quantizer, the names of its dequantized tensors, one for each call.
+        taps: By LayerNorm, the names of its inputs, one for each call.
         layouts: See :class:`.windows.Tracing`.
     """
 
-    def __init__(self, model: onnx.ModelProto):
-        self.model = model
-        self.weights: List[str] = []
-        self.codes: Dict[str, List[str]] = {}
-        self.values: Dict[str, List[str]] = {}
-        self.taps: Dict[str, List[str]] = {}
-        self.layouts: Dict[str, Callable[[Tensor], Tensor]] = {}
+    model: onnx.ModelProto
+    weights: List[str] = field(default_factory=list)
+    codes: Dict[str, List[str]] = field(default_factory=lambda: defaultdict(list))
+    values: Dict[str, List[str]] = field(default_factory=lambda: defaultdict(list))
+    taps: Dict[str, List[str]] = field(default_factory=lambda: defaultdict(list))
+    layouts: Dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+def replace_items(repeated: Any, items: Iterable) -> None:
+    """Replace the content of a repeated field of an ONNX message."""
+    items = list(items)
+    del repeated[:]
+    repeated.extend(items)
 
 
 def mask_regions(height: int, width: int, rows: int, columns: int, down: int, across: int) -> np.ndarray:
-    """Which part of the image each token of a shifted window comes from (Swin, arXiv 2103.14030, section 3.2, figure
+    """The part of the image that each token of a shifted window comes from (Swin, arXiv 2103.14030, section 3.2, figure
     4).
 
-    Two tokens of one window attend to each other if they are of one part. The mask itself has the square of a window's
-    tokens for each window: these numbers stand for it on disk.
+    Two tokens of a window attend to each other if they come from the same part. The mask itself has the square of a
+    window's tokens for each window; on disk these numbers replace it.
 
     Args:
-        height, width: Of the padded token map, multiples of the window.
-        rows, columns: Of a window.
-        down, across: The cyclic shift.
+        height: Of the padded token map, a multiple of ``rows``.
+        width: Of the padded token map, a multiple of ``columns``.
+        rows: Height of a window.
+        columns: Width of a window.
+        down: Cyclic shift of rows.
+        across: Cyclic shift of columns.
 
     Returns:
         uint8 (windows, tokens of a window), row-major windows.
     """
 
-    def parts(size: int, side: int, moved: int) -> np.ndarray:
-        found = np.zeros(size, np.uint8)
-        if moved:
-            found[size - side : size - moved] = 1
-            found[size - moved :] = 2
-        return found
+    def parts(size: int, side: int, shift: int) -> np.ndarray:
+        part = np.zeros(size, np.uint8)
+        if shift:
+            part[size - side : size - shift] = 1
+            part[size - shift :] = 2
+        return part
 
     regions = parts(height, rows, down)[:, None] * 3 + parts(width, columns, across)
     regions = regions.reshape(height // rows, rows, width // columns, columns).transpose(0, 2, 1, 3)
@@ -117,26 +130,24 @@ def _least_codes(weight: IntegerWeight) -> Union[int, np.ndarray]:
     """See :class:`.bundle.Weight`."""
     if not isinstance(weight.low, Tensor):
         return weight.low
-    return (
-        weight.low.numpy()
-        .astype(np.int8)
-        .reshape([-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())])
-    )
+    shape = [-1 if axis == weight.axis else 1 for axis in range(weight.codes.dim())]
+    return weight.low.numpy().astype(np.int8).reshape(shape)
+
+
+def _numbered(name: str, calls: Mapping[str, List[str]]) -> str:
+    """``name``, with the number of this call from the second one on."""
+    count = len(calls[name])
+    return f'{name}.{count + 1}' if count else name
 
 
 def _dtype(codes: Codes):
     return np.int8 if codes.low < 0 or codes.shift is not None else np.uint8
 
 
-def _content(codes: Codes) -> Tuple:
-    return codes.scale, codes.zero_point, codes.low, codes.high, codes.log_base, codes.shift
-
-
 class _Lowering:
-    def __init__(self, model: onnx.ModelProto, made: ExportableModel, store: WeightStore):
-        self.graph, self.made, self.store = model.graph, made, store
-        self.out = LoweredGraph(model)
-        self.out.layouts = dict(made.tracing.layouts)
+    def __init__(self, model: onnx.ModelProto, exportable: ExportableModel, store: WeightStore):
+        self.graph, self.exportable, self.store = model.graph, exportable, store
+        self.out = LoweredGraph(model, layouts=dict(exportable.tracing.layouts))
         self.nodes: List[onnx.NodeProto] = []
         self.renamed: Dict[str, str] = {}
         self.constants: Dict[Tuple, str] = {}
@@ -164,44 +175,36 @@ class _Lowering:
 
     # ------------------------------------------------------------------ symbols
     def quantizer(self, x: str, name: str) -> str:
-        codes = self.made.quantizers[name]
+        codes = self.exportable.quantizers[name]
         if codes.log_base is None:
             return self.values(self.codes(x, name), name)
-        key = 'logarithmic', x, *_content(codes)
+        key = 'logarithmic', x, codes
         if key not in self.known:  # else one tensor that two layers read with the same range
-            self.known[key] = self._log(x, self._label(name), codes)
+            self.known[key] = self._log(x, _numbered(name, self.out.codes), codes)
         code, value = self.known[key]
-        self.out.codes.setdefault(name, []).append(code)
-        self.out.values.setdefault(name, []).append(value)
+        self.out.codes[name].append(code)
+        self.out.values[name].append(value)
         return value
 
     def codes(self, x: str, name: str) -> str:
-        codes = self.made.quantizers[name]
-        key = 'codes', x, *_content(codes)
+        codes = self.exportable.quantizers[name]
+        key = 'codes', x, codes
         if key not in self.known:
-            self.known[key] = self._quantize(x, self._label(name), codes)
-        self.out.codes.setdefault(name, []).append(self.known[key])
+            self.known[key] = self._quantize(x, _numbered(name, self.out.codes), codes)
+        self.out.codes[name].append(self.known[key])
         return self.known[key]
 
     def values(self, codes: str, name: str, centred: bool = False) -> str:
-        quantizer = self.made.quantizers[name]
+        quantizer = self.exportable.quantizers[name]
         key = 'values', codes, quantizer.scale, quantizer.zero_point, centred
         if key not in self.known:
-            count = len(self.out.values.get(name, ()))
-            label = f'{name}.{count + 1}' if count else name
+            label = _numbered(name, self.out.values)
             zero = 0 if centred else quantizer.zero_point - (quantizer.shift or 0)
             zero_point = self._zero_point(f'{label}.centred' if centred else label, quantizer, zero)
-            self.known[key] = self.node(
-                'DequantizeLinear',
-                [codes, self.scalar(np.float32(quantizer.scale), f'{label}.scale'), zero_point],
-                f'{label}.value',
-            )
-        self.out.values.setdefault(name, []).append(self.known[key])
+            scale = self.scalar(quantizer.scale, f'{label}.scale')
+            self.known[key] = self.node('DequantizeLinear', [codes, scale, zero_point], f'{label}.value')
+        self.out.values[name].append(self.known[key])
         return self.known[key]
-
-    def _label(self, name: str) -> str:
-        calls = len(self.out.codes.get(name, ()))
-        return f'{name}.{calls + 1}' if calls else name
 
     def _zero_point(self, name: str, codes: Codes, value: int) -> str:
         return self.constant(f'{name}.zero_point', np.array(value, _dtype(codes)))
@@ -219,43 +222,35 @@ class _Lowering:
         return self.node('QuantizeLinear', [x, self.scalar(scale, f'{name}.scale'), zero_point], f'{name}.codes')
 
     def _log(self, x: str, name: str, codes: Codes) -> Tuple[str, str]:
-        """Codes round(-m log2(x / delta)), values delta 2^(-code / m), and 0 from the last code on
+        """Codes round(-m log2(x / delta)) and their values delta 2^(-code / m); the code after the last one is 0
         (quantization/logarithmic.py).
         """
-        octave = BASES[codes.log_base]
-        zero_code = codes.high + 1
-        ratio = self.node('Div', [x, self.scalar(codes.scale, f'{name}.delta')], f'{name}.ratio')
-        # The logarithm of 0 is infinite: values that small have the code of zero, and are told by themselves.
-        log = self.node(
-            'Log', [self.node('Max', [ratio, self.scalar(LEAST, f'{name}.tiny')], f'{name}.above_zero')], f'{name}.log'
-        )
-        code = self.node(
-            'Round',
-            [self.node('Mul', [log, self.scalar(-octave / math.log(2), f'{name}.octaves')], f'{name}.real_code')],
-            f'{name}.whole_code',
-        )
-        code = self.node(
-            'Clip',
-            [code, self.scalar(0, f'{name}.first'), self.scalar(zero_code, f'{name}.last')],
-            f'{name}.nonzero_code',
-        )
-        tiny = self.node('Less', [ratio, self.scalar(LEAST, f'{name}.tiny')], f'{name}.is_tiny')
-        code = self.node('Where', [tiny, self.scalar(zero_code, f'{name}.last'), code], f'{name}.codes')
-        power = self.node(
-            'Exp',
-            [self.node('Mul', [code, self.scalar(-math.log(2) / octave, f'{name}.octave')], f'{name}.exponent')],
-            f'{name}.power',
-        )
-        value = self.node('Mul', [power, self.scalar(codes.scale, f'{name}.delta')], f'{name}.level')
-        none = self.node('Greater', [code, self.scalar(zero_code - 0.5, f'{name}.past')], f'{name}.is_zero')
-        return code, self.node('Where', [none, self.scalar(0, f'{name}.zero'), value], f'{name}.value')
+        octave, zero_code = BASES[codes.log_base], codes.high + 1
+
+        def node(kind: str, output: str, *inputs: str) -> str:
+            return self.node(kind, inputs, f'{name}.{output}')
+
+        def number(value: float, label: str) -> str:
+            return self.scalar(value, f'{name}.{label}')
+
+        ratio = node('Div', 'ratio', x, number(codes.scale, 'delta'))
+        # The logarithm of 0 is infinite. Values that are too small for one get the code of zero below.
+        log = node('Log', 'log', node('Max', 'above_zero', ratio, number(LEAST, 'tiny')))
+        code = node('Round', 'whole_code', node('Mul', 'real_code', log, number(-octave / math.log(2), 'octaves')))
+        code = node('Clip', 'nonzero_code', code, number(0, 'first'), number(zero_code, 'last'))
+        tiny = node('Less', 'is_tiny', ratio, number(LEAST, 'tiny'))
+        code = node('Where', 'codes', tiny, number(zero_code, 'last'), code)
+        power = node('Exp', 'power', node('Mul', 'exponent', code, number(-math.log(2) / octave, 'octave')))
+        value = node('Mul', 'level', power, number(codes.scale, 'delta'))
+        zero = node('Greater', 'is_zero', code, number(zero_code - 0.5, 'past'))
+        return code, node('Where', 'value', zero, number(0, 'zero'), value)
 
     def weight(self, name: str) -> str:
-        """The dequantized weight; each product that reads a wide one has its own, under names of its own. Where ONNX
+        """The dequantized weight. Each product with a wide weight has its own copy, under another name: where ONNX
         Runtime multiplies with wide weights plus 128, it makes these for each product by the name of the codes, and
-        does not start if two have one name.
+        does not start if two have one name. On disk the copies are one tensor.
         """
-        weight = self.made.weights[name]
+        weight = self.exportable.weights[name]
         wide = int(weight.codes.to(torch.int16).abs().max()) > NARROW
         self.readers[name] += 1
         copy = f'.{self.readers[name]}' if wide and self.readers[name] > 1 else ''
@@ -267,8 +262,8 @@ class _Lowering:
                 self.unshared.add(codes)
             if weight.bits <= PACKED_BITS:
                 self.packed[codes] = _least_codes(weight)
-            # Neither is shared with another weight: ONNX Runtime replaces the zero points of some weights, each by its
-            # name.
+            # Codes and zero point are not shared with another weight: ONNX Runtime replaces the zero points of some
+            # weights by their names.
             parameters = [f'{name}.weight.scale', f'{name}.weight{copy}.zero_point']
             zero_point = weight.zero_point.numpy()
             self.new_initializers.update(
@@ -279,8 +274,8 @@ class _Lowering:
         return self.known[key]
 
     def position_bias(self, scores: str, name: str, output: str) -> str:
-        """The table is looked up by the runtime when it loads."""
-        table, index = self.made.positions[name]
+        """Scores plus the position bias. The runtime looks the table up when it loads."""
+        table, index = self.exportable.positions[name]
         inputs = [
             self.constant(f'{name}.position_bias.table', table.numpy()),
             self.constant(f'{name}.position_bias.index', index.numpy().astype(np.int32)),
@@ -288,8 +283,8 @@ class _Lowering:
         return self.node('Add', [scores, self.node('Gather', inputs, f'{name}.position_bias', axis=1)], output)
 
     def window_mask(self, scores: str, windows: Tuple[int, ...], value: float, output: str) -> str:
-        """The mask, (windows, 1, N, N), is worked out once for all blocks of a stage, and by the runtime when it
-        loads.
+        """Scores plus the mask (windows, 1, N, N). All blocks of a stage share the mask, and the runtime computes it
+        when it loads.
         """
         key = 'mask', windows, value
         if key not in self.known:
@@ -311,7 +306,7 @@ class _Lowering:
         return self.node('Add', [scores, self.known[key]], output)
 
     def look_up(self, rows: str, settings: Mapping, output: str) -> str:
-        """The places are worked out by the runtime when it loads."""
+        """Rows at places, which the runtime computes when it loads."""
         shapes = np.reshape(settings['shapes'], (settings['tables'], -1))
         key = 'places', tuple(settings['entries']), shapes.tobytes(), settings['limit']
         if key not in self.known:
@@ -330,48 +325,47 @@ class _Lowering:
             self.known[key] = self.node('Reshape', [place, self.constant('flat', np.array([-1], np.int64))], label)
         return self.node('Gather', [rows, self.known[key]], output, axis=0)
 
-    # ------------------------------------------------------------------ the whole
+    def tap(self, x: str, name: str) -> str:
+        self.out.taps[name].append(x)
+        return x
+
+    # ------------------------------------------------------------------ the graph
     def run(self) -> LoweredGraph:
+        """Lower all nodes and tidy the graph up."""
         for node in self.graph.node:
             inputs = [self.renamed.get(name, name) for name in node.input]
-            settings = {a.name: helper.get_attribute_value(a) for a in node.attribute} if node.domain == DOMAIN else {}
-            name = settings['name'].decode() if 'name' in settings else ''
-            if node.domain != DOMAIN:
-                del node.input[:]
-                node.input.extend(inputs)
-                self.nodes.append(node)
-            elif node.op_type == 'Quantizer':
-                self.renamed[node.output[0]] = self.quantizer(inputs[0], name)
-            elif node.op_type == 'Codes':
-                self.renamed[node.output[0]] = self.codes(inputs[0], name)
-            elif node.op_type == 'Values':
-                self.renamed[node.output[0]] = self.values(inputs[0], name, bool(settings['centred']))
-            elif node.op_type == 'LookUp':
-                self.look_up(inputs[0], settings, node.output[0])
-            elif node.op_type == 'Tap':
-                self.out.taps.setdefault(name, []).append(inputs[0])
-                self.renamed[node.output[0]] = inputs[0]
-            elif node.op_type == 'Weight':
-                self.renamed[node.output[0]] = self.weight(name)
-            elif node.op_type == 'PositionBias':
-                self.position_bias(inputs[0], name, node.output[0])
-            elif node.op_type == 'WindowMask':
-                self.window_mask(inputs[0], tuple(settings['windows']), settings['value'], node.output[0])
+            if node.domain == DOMAIN:
+                self._symbol(node, *inputs)
             else:
-                raise AssertionError(node.op_type)
+                replace_items(node.input, inputs)
+                self.nodes.append(node)
         self._name_outputs()
         self._drop_unused()
         self._move_weights()
         model = self.out.model
-        kept = [o for o in model.opset_import if o.domain != DOMAIN]
-        del model.opset_import[:]
-        model.opset_import.extend(kept)
+        replace_items(model.opset_import, [opset for opset in model.opset_import if opset.domain != DOMAIN])
         model.producer_name = 'psaq_mm'
         del model.graph.value_info[:]
         return self.out
 
+    def _symbol(self, node: onnx.NodeProto, x: str = '') -> None:
+        settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        name, output = settings.get('name', b'').decode(), node.output[0]
+        tensor = {
+            'Quantizer': lambda: self.quantizer(x, name),
+            'Codes': lambda: self.codes(x, name),
+            'Values': lambda: self.values(x, name, bool(settings['centred'])),
+            'LookUp': lambda: self.look_up(x, settings, output),
+            'Tap': lambda: self.tap(x, name),
+            'Weight': lambda: self.weight(name),
+            'PositionBias': lambda: self.position_bias(x, name, output),
+            'WindowMask': lambda: self.window_mask(x, tuple(settings['windows']), settings['value'], output),
+        }[node.op_type]()
+        if tensor != output:
+            self.renamed[output] = tensor
+
     def _name_outputs(self) -> None:
-        """A graph whose output was a symbol's: give the tensor the name of the output."""
+        """Give the name of an output to the tensor that replaces a symbol there."""
         for output in self.graph.output:
             if output.name in self.renamed:
                 self.nodes.append(
@@ -385,15 +379,13 @@ class _Lowering:
             if needed.intersection(node.output):
                 kept.append(node)
                 needed.update(node.input)
-        del self.graph.node[:]
-        self.graph.node.extend(reversed(kept))
+        replace_items(self.graph.node, reversed(kept))
         initializers = [i for i in self.graph.initializer if i.name in needed]
         initializers += [numpy_helper.from_array(a, n) for n, a in self.new_initializers.items() if n in needed]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(initializers)
+        replace_items(self.graph.initializer, initializers)
 
     def _move_weights(self) -> None:
-        """Larger initializers and constants out of the graph, under the names of the store."""
+        """Move large initializers and constants to the store."""
         moved: Dict[str, str] = {}
         initializers, nodes = [], []
         for tensor in self.graph.initializer:
@@ -413,29 +405,25 @@ class _Lowering:
             else:
                 nodes.append(node)
         for node in nodes:
-            inputs = [moved.get(name, name) for name in node.input]
-            del node.input[:]
-            node.input.extend(inputs)
-        del self.graph.initializer[:]
-        del self.graph.node[:]
-        self.graph.initializer.extend(initializers)
-        self.graph.node.extend(nodes)
+            replace_items(node.input, [moved.get(name, name) for name in node.input])
+        replace_items(self.graph.initializer, initializers)
+        replace_items(self.graph.node, nodes)
         self.out.weights = sorted(set(moved.values()))
 
 
-def lower(model: onnx.ModelProto, made: ExportableModel, store: WeightStore) -> LoweredGraph:
-    """Write out the symbols of a traced graph.
+def lower(model: onnx.ModelProto, exportable: ExportableModel, store: WeightStore) -> LoweredGraph:
+    """Replace the symbols of a traced graph by ONNX operations.
 
     Args:
-        model: As PyTorch's exporter made it from ``made.model``; it is changed.
-        made: What the symbols stand for.
-        store: Where the larger tensors go.
+        model: Traced by PyTorch's exporter from ``exportable.model``; it is changed.
+        exportable: What the symbols stand for.
+        store: Gets the large tensors.
     """
-    return _Lowering(model, made, store).run()
+    return _Lowering(model, exportable, store).run()
 
 
 def with_weights(graph: LoweredGraph, weights: Mapping[str, Weight]) -> onnx.ModelProto:
-    """A copy of the whole graph as one ONNX message, its weights included."""
+    """A copy of a graph with its weights as one ONNX message."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     model.graph.initializer.extend(numpy_helper.from_array(weights[name].array, name) for name in graph.weights)

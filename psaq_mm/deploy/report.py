@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Which tensors of an exported graph are integer and which stay float, and why."""
+"""Report of an exported graph: which tensors are integer, and why the others are float."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,20 +24,20 @@ _FLOAT_OPERATIONS = {
 }
 
 
-def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[Dict[str, Any]]:
-    """One row a weight, a quantized activation, and a product that is not integer on both sides.
+def tensor_rows(graph, exportable: ExportableModel, report: ConversionReport) -> List[Dict[str, Any]]:
+    """One row for each weight, each quantized activation, and each product that is not integer on both sides.
 
     Args:
         graph: A :class:`.lowering.LoweredGraph`.
-        made: What it was made of.
-        report: Of the model's conversion, which knows why a layer stays float.
+        exportable: The model that it was traced from.
+        report: Of the model's conversion; it has the reasons why layers stay float.
 
     Returns:
         Dicts with ``name``, ``kind``, ``type`` and, where it is float, ``reason``.
     """
     rows: List[Dict[str, Any]] = []
-    # parts of one layer are alike
-    layers = {weight.layer: weight for weight in made.weights.values() if weight.layer is not None}
+    # one part of each layer: all parts of a layer have the same type
+    layers = {weight.layer: weight for weight in exportable.weights.values() if weight.layer is not None}
     for name, weight in layers.items():
         rows.append(
             dict(
@@ -47,7 +47,7 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
                 bits=weight.bits,
             )
         )
-    for name, codes in made.quantizers.items():
+    for name, codes in exportable.quantizers.items():
         if name not in graph.values:
             continue  # outside the graph (RoI heads)
         bits = (codes.high - codes.low + 1).bit_length() - 1
@@ -60,7 +60,7 @@ def tensor_rows(graph, made: ExportableModel, report: ConversionReport) -> List[
             signed = codes.low < 0 or codes.shift is not None
             rows.append(dict(name=name, kind='activation', type='int8' if signed else 'uint8', bits=bits))
     rows += [dict(name=row.name, kind=row.kind, type='float32', reason=row.reason) for row in report.floats]
-    rows += [dict(name=name, kind='layer', type='float32', reason=note) for name, note in made.notes.items()]
+    rows += [dict(name=name, kind='layer', type='float32', reason=note) for name, note in exportable.notes.items()]
     rows += _float_products(graph)
     counts = Counter(node.op_type for node in graph.model.graph.node)
     rows += [
@@ -104,7 +104,7 @@ def _is_integer(name: str, producer) -> bool:
 
 
 def summary(rows: List[Dict[str, Any]]) -> str:
-    """A table for the console: counts of what is integer, and every reason for which something is not."""
+    """A table for the console: counts of integer tensors, and every reason why something is float."""
     kinds = Counter((row['kind'], row['type'], row['bits']) for row in rows if 'reason' not in row)
     lines = [f'{count} {kind}s as {type_}, {bits} bits' for (kind, type_, bits), count in sorted(kinds.items())]
     reasons: Dict[str, List[Dict[str, Any]]] = {}
@@ -126,7 +126,7 @@ def sizes_of(model, exported) -> Tuple[int, int]:
 
 
 def execution(deployed, size: Tuple[int, int]) -> str:
-    """How a runtime executes the products of a graph: how many as integers, and which ones not.
+    """Text on how a runtime executes the products of a graph: how many as integers, and which ones as floats.
 
     Args:
         deployed: A :class:`~psaq_mm.runtime.DeployedModel`.

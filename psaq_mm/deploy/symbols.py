@@ -1,10 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Operations that stand in a traced graph for what ``lowering.py`` writes out: quantizers, integer weights, attention
+"""Symbols: operations in a traced graph that ``lowering.py`` replaces, for quantizers, integer weights and attention
 masks.
 
-Traced as they are, a quantizer would become six float operations and a weight a float one, and constants of the same
-value would be merged whatever they belong to. Each of these carries a name instead, under which the export keeps the
-real thing.
+Traced without them, a quantizer would become six float operations and a weight a float tensor, and constants of equal
+value would be merged. A symbol has a name instead, by which the export finds what it stands for in its tables.
 """
 
 import math

@@ -1,10 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Window attention of Swin in a form that exports well, for one image: windows, masks and heads as look-ups that stay
-small on disk.
+"""Window attention of Swin for one image, in a form that exports well: windows, masks and heads are look-ups, whose
+tables are small on disk.
 """
 
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from psaq_mm.deploy import symbols
 from psaq_mm.quantization import apply_edge, quantize
 
 __all__ = [
-    'IntegerAttention',
+    'AttentionExport',
+    'Operand',
     'TracedWindows',
     'Tracing',
     'Windows',
@@ -32,12 +33,14 @@ MASKED = -100.0  # as the libraries have it
 
 @dataclass
 class Tracing:
-    """The trace that a model takes part in.
+    """State of one trace of a model.
 
     Attributes:
-        dynamic: Whether height and width are left to the graph.
-        layouts: By quantizer, how its input in the model becomes that of the graph, where it is laid out otherwise.
-        cache: What several layers read, by what it is worked out from; kept with that, as its identity is the key.
+        dynamic: Whether the graph finds out height and width when it runs.
+        layouts: By quantizer whose input in the graph has another layout than in the model: the function from the
+            model's to the graph's.
+        cache: Tensors that several layers read, by what they are computed from. That is kept with them, because its
+            identity is the key.
     """
 
     dynamic: bool = False
@@ -45,7 +48,7 @@ class Tracing:
     cache: Dict[Tuple, Tuple] = field(default_factory=dict)
 
     def begin(self, dynamic: bool) -> None:
-        """Forget the trace before."""
+        """Start a trace; the state of the last one is dropped."""
         self.dynamic = dynamic
         self.layouts.clear()
         self.cache.clear()
@@ -53,13 +56,15 @@ class Tracing:
 
 @dataclass
 class Windows:
-    """How a token map is cut into shifted windows. A token is looked up by its place: one operation, where moving rows
-    and columns around takes six.
+    """How a token map is cut into shifted windows. Tokens are looked up by their places: this is one operation, and
+    moving rows and columns around would be six.
 
     Attributes:
-        height, width: Of the token map.
-        window, shift: In tokens, down and across.
-        pad_first: Pad, then shift, as OpenMMLab does; timm shifts first.
+        height: Of the token map.
+        width: Of the token map.
+        window: Height and width of a window, in tokens.
+        shift: Down and across, in tokens.
+        pad_first: Whether padding comes before the shift, as in OpenMMLab; timm shifts first.
     """
 
     height: int
@@ -70,7 +75,7 @@ class Windows:
 
     @property
     def plain(self) -> 'Windows':
-        """Those of the size that is known here and now."""
+        """Windows of the size in this trace, as constants."""
         return self
 
     @property
@@ -92,8 +97,8 @@ class Windows:
         return symbols.look_up(x, tables, count if padded else None).reshape(-1, rows * columns, channels)
 
     def join(self, x: Tensor) -> Tensor:
-        """(windows, heads, tokens, channels) to (H * W, heads * channels): the inverse of :meth:`cut`, and heads side
-        by side.
+        """The inverse of :meth:`cut`, with heads side by side: (windows, heads, tokens, channels) to
+        (H * W, heads * channels).
         """
         (height, width), (rows, columns) = self.padded, self.window
         heads, tokens, channels = (int(s) for s in x.shape[1:])
@@ -112,15 +117,15 @@ class Windows:
         )
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Scores (windows, heads, tokens, tokens) of shifted windows with :data:`MASKED` added between tokens that were
-        no neighbours.
+        """Scores (windows, heads, tokens, tokens) with :data:`MASKED` added between tokens that are in one window only
+        because of the shift.
         """
         if not any(self.shift):
             return scores
         return symbols.window_mask(scores, (*self.padded, *self.window, *self.shift), MASKED)
 
     def _sources(self, size: int, padded: int, shift: int) -> List[Optional[int]]:
-        """Of each place along an axis of the padded, shifted map, where its token comes from; None: padding."""
+        """For each place along an axis of the padded, shifted map, the place of its token; None: padding."""
         if self.pad_first:
             places = [(i + shift) % padded for i in range(padded)]
             return [i if i < size else None for i in places]
@@ -132,8 +137,8 @@ class Windows:
 
 @dataclass
 class TracedWindows(Windows):
-    """Windows of a token map whose size the graph finds out when it runs: what follows from it is part of the graph.
-    Pads first.
+    """Windows of a token map whose size the graph finds out when it runs: their places are computed in the graph.
+    Padding comes first.
 
     Attributes:
         size: Height and width in the trace.
@@ -145,6 +150,7 @@ class TracedWindows(Windows):
 
     @property
     def plain(self) -> Windows:
+        """As :attr:`Windows.plain`."""
         return Windows(self.height, self.width, self.window, self.shift, self.pad_first)
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -165,11 +171,11 @@ class TracedWindows(Windows):
         channels = int(x.shape[-1])
 
         def places() -> Tensor:
-            (height, width), found = self.size, []
+            (height, width), axes = self.size, []
             for size, padded, _, shift in self._axes():
                 source = torch.remainder(torch.arange(padded) + shift, padded)
-                found.append(torch.where(source < size, source if found else source * width, height * width))
-            down, across = found[0].reshape(-1, 1, self.window[0], 1), found[1].reshape(1, -1, 1, self.window[1])
+                axes.append(torch.where(source < size, source if axes else source * width, height * width))
+            down, across = axes[0].reshape(-1, 1, self.window[0], 1), axes[1].reshape(1, -1, 1, self.window[1])
             return torch.minimum(down + across, height * width).reshape(-1)
 
         x = torch.cat([x, padding.reshape(1, channels)])
@@ -210,82 +216,109 @@ class TracedWindows(Windows):
         return scores + self._once('mask', mask) if any(self.shift) else scores
 
 
+class Operand(NamedTuple):
+    """How an operand of a window attention is quantized.
+
+    Attributes:
+        quantizer: Name of its quantizer.
+        shift: See :attr:`.exportable.Codes.shift`.
+    """
+
+    quantizer: str
+    shift: Optional[int]
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of ``x``."""
+        return symbols.codes(x, self.quantizer, torch.uint8 if self.shift is None else torch.int8)
+
+    def values(self, codes: Tensor, centred: bool = True) -> Tensor:
+        """What codes stand for, see :func:`.symbols.values`."""
+        return symbols.values(codes, self.quantizer, centred)
+
+
+@dataclass(frozen=True)
+class AttentionExport:
+    """What the forward of an exported window attention reads beside the module.
+
+    Attributes:
+        name: Of the attention.
+        tracing: State of the current trace.
+        products: See :attr:`.exportable.ExportableModel.products`.
+        operands: Operands of the attention's products if all of them are codes: ``'tokens'`` (input of ``qkv``),
+            ``'q'``, ``'k'``, ``'v'`` and ``'out'`` (input of ``proj``); else None.
+    """
+
+    name: str
+    tracing: Tracing
+    products: Mapping[str, Callable[[Tensor], Tensor]]
+    operands: Optional[Mapping[str, Operand]]
+
+    def part(self, name: str) -> str:
+        """Dotted name of a part of the attention."""
+        return f'{self.name}.{name}'
+
+
 def _padding(qkv: nn.Module, channels: int) -> Tensor:
-    """What stands for 0 after reparameterization, (C,)."""
+    """The value that replaces 0 after reparameterization, (C,)."""
     fill = getattr(getattr(qkv, 'input_quantizer', None), 'fill', None)
     return torch.zeros(channels) if fill is None else fill
 
 
-def attend_windows(x: Tensor, attention: nn.Module, windows: Windows) -> Tensor:
+def attend_windows(x: Tensor, attention: nn.Module, export: AttentionExport, windows: Windows) -> Tensor:
     """Attention inside shifted windows, of tokens after the LayerNorm, (1, H * W, C)."""
-    qkv, proj, layouts, heads = attention.qkv, attention.proj, attention.tracing.layouts, attention.num_heads
-    channels = int(x.shape[-1])
-    padding = _padding(qkv, channels)
-    if attention.export is None:
-        return windows.join(
-            attention(windows.cut(x.reshape(-1, channels), padding), windows.mask).unsqueeze(1)
-        ).unsqueeze(0)
-    # What is moved around are codes, a quarter of the bytes; and each row of the projection has a token for its own, so
-    # that it may as well come after the windows are joined, where nothing is padding any more.
-    tokens, out, plain = qkv.input_quantizer, proj.input_quantizer, windows.plain
-    layouts[tokens.export_name] = lambda rows: plain.join(rows.unsqueeze(1)).unsqueeze(0)
-    layouts[out.export_name] = lambda rows: rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2)
-    padding = quantize(padding, tokens.scale, tokens.zero_point, tokens.qmin, tokens.qmax).to(torch.uint8)
+    channels, heads, layouts = int(x.shape[-1]), attention.num_heads, export.tracing.layouts
+    padding = _padding(attention.qkv, channels)
+    if export.operands is None:
+        tokens = windows.cut(x.reshape(-1, channels), padding)
+        return windows.join(attention(tokens, windows.mask).unsqueeze(1)).unsqueeze(0)
+    # What is moved around are codes, a quarter of the bytes. Each row of the projection reads one token, so that it may
+    # as well come after the windows are joined, where nothing is padding any more.
+    tokens, out, plain = export.operands['tokens'], export.operands['out'], windows.plain
+    layouts[tokens.quantizer] = lambda rows: plain.join(rows.unsqueeze(1)).unsqueeze(0)
+    layouts[out.quantizer] = lambda rows: rows.reshape(*rows.shape[:2], heads, -1).transpose(1, 2)
+    quantizer = attention.qkv.input_quantizer
+    padding = quantize(padding, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax).to(torch.uint8)
     # Quantized before any reshape: OpenVINO's LayerNorm then writes the codes itself.
-    codes = windows.cut(symbols.codes(x, tokens.export_name, torch.uint8).reshape(-1, channels), padding)
-    x = attend_integer(attention, symbols.values(codes, tokens.export_name, centred=True), windows.mask)
-    codes = windows.join(symbols.codes(x, out.export_name, torch.uint8)).unsqueeze(0)
-    return proj.export_product(symbols.values(codes, out.export_name, centred=True))
+    codes = windows.cut(tokens.codes(x).reshape(-1, channels), padding)
+    x = attend_integer(attention, export, tokens.values(codes), windows.mask)
+    return export.products[export.part('proj')](out.values(windows.join(out.codes(x)).unsqueeze(0)))
 
 
-class IntegerAttention(NamedTuple):
-    """What a window attention is exported with whose products are all of codes.
+def attend_integer(
+    attention: nn.Module, export: AttentionExport, x: Tensor, mask: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Window attention before its projection, on codes: dequantized tokens (windows, N, C) to
+    (windows, heads, N, C / heads).
 
-    Attributes:
-        products: By ``'q'``, ``'k'`` and ``'v'``, the third of ``qkv`` that makes it, from dequantized tokens (windows,
-            N, C).
-        key_sums: Codes of keys, dequantized as they are, (windows, N, C) to what :func:`attend_integer` adds to the
-            scores (windows, N, heads); None where that is 0.
+    The scores are a product of int8 codes without zero points, which runtimes have a kernel for. They are
+    s (q - a) (k - b), with codes q and k and their zero points a and b. The terms with b are equal for all keys of a
+    query, so softmax does not change with them. What is left beside s q k is -s a sum(k), one number for each key.
     """
-
-    products: Dict[str, Callable]
-    key_sums: Optional[Callable]
-
-
-def attend_integer(attention: nn.Module, x: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
-    """Window attention up to its projection, whose scores are a product of int8 codes without zero points, which
-    runtimes have a kernel for: dequantized tokens (windows, N, C) to (windows, heads, N, C / heads).
-
-    The scores are s (q - a) (k - b), with codes q and k and their zero points a and b. Of the four terms of that, those
-    with b are the same for all keys of a query, and softmax does not see them. What is left beside s q k is -s a
-    sum(k), a number a key.
-    """
-    export, heads = attention.export, attention.num_heads
+    heads = attention.num_heads
     tokens, channels = (int(s) for s in x.shape[1:])
-    quantizers = dict(
-        q=attention.matmul_qk.lhs_quantizer, k=attention.matmul_qk.rhs_quantizer, v=attention.matmul_av.rhs_quantizer
-    )
     back = dict(q=(0, 2, 1, 3), k=(0, 3, 1, 2), v=(0, 2, 1, 3))
-    found = {}
-    for part, quantizer in quantizers.items():
-        name = quantizer.export_name
-        dtype = torch.uint8 if quantizer.export_shift is None else torch.int8
-        # Dequantized before the heads part: OpenVINO finds the integer product so.
-        found[part] = symbols.values(symbols.codes(export.products[part](x), name, dtype), name, centred=part != 'v')
-        attention.tracing.layouts[name] = lambda rows, part=part: rows.permute(back[part]).reshape(-1, tokens, channels)
-    q = found['q'].reshape(-1, tokens, heads, channels // heads).transpose(1, 2)
-    k, v = (_heads_first(found[part], heads) for part in 'kv')
+    values = {}
+    for part, axes in back.items():
+        operand = export.operands[part]
+        # Dequantized before the heads are separated: only then OpenVINO finds the integer product.
+        values[part] = operand.values(operand.codes(export.products[export.part(f'qkv.{part}')](x)), part != 'v')
+        export.tracing.layouts[operand.quantizer] = lambda rows, axes=axes: rows.permute(axes).reshape(
+            -1, tokens, channels
+        )
+    q = values['q'].reshape(-1, tokens, heads, channels // heads).transpose(1, 2)
+    k, v = (_heads_first(values[part], heads) for part in 'kv')
     scores = torch.matmul(q, k.transpose(2, 3))
-    if export.key_sums is not None:
-        scores = scores + export.key_sums(found['k']).transpose(1, 2).unsqueeze(2)
-    scores = mask(symbols.position_bias(scores, attention.export_name))
+    key_sums = export.products.get(export.part('key_sums'))
+    if key_sums is not None:
+        scores = scores + key_sums(values['k']).transpose(1, 2).unsqueeze(2)
+    scores = mask(symbols.position_bias(scores, export.name))
     weights = apply_edge(attention.matmul_av.lhs_quantizer, attention.softmax(scores))
     return torch.matmul(weights, v)
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """(windows, N, C) to (windows, heads, N, C / heads), by looking rows up: a transpose of codes goes byte by byte in
-    OpenVINO. (One of queries is none there, it becomes the stride of their product.)
+    """Separate heads by looking rows up: (windows, N, C) to (windows, heads, N, C / heads). OpenVINO transposes codes
+    byte by byte. (It does not for queries: their transpose becomes the stride of the product.)
     """
     tokens, channels = (int(s) for s in x.shape[1:])
     rows = torch.from_numpy(np.arange(tokens * heads).reshape(tokens, heads).T.reshape(-1))
@@ -296,60 +329,63 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
     )
 
 
-def window_attention(self, x: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
-    """Forward of a quantized window attention; ``x`` (windows, N, C), ``mask`` what is done to the scores of shifted
-    windows.
+def window_attention(
+    attention: nn.Module, export: AttentionExport, x: Tensor, mask: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Forward of a quantized window attention.
 
-    ``export_name`` is what the export keeps its table of positions under.
+    Args:
+        attention: The module.
+        export: What the export knows of it.
+        x: Tokens of windows, (windows, N, C).
+        mask: Adds the mask of shifted windows to the scores.
     """
     tokens, channels = (int(s) for s in x.shape[1:])
-    q, k, v = (
-        self.qkv(x).reshape(-1, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-    )
-    scores = self.matmul_qk(q * self.scale, k.transpose(-2, -1))
-    scores = mask(apply_edge(self.scores_quantizer, symbols.position_bias(scores, self.export_name)))
-    x = self.matmul_av(self.softmax(scores), v).transpose(1, 2).reshape(-1, tokens, channels)
-    return self.proj(x)
+    heads = attention.num_heads
+    q, k, v = attention.qkv(x).reshape(-1, tokens, 3, heads, channels // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = symbols.position_bias(attention.matmul_qk(q * attention.scale, k.transpose(-2, -1)), export.name)
+    scores = mask(apply_edge(attention.scores_quantizer, scores))
+    x = attention.matmul_av(attention.softmax(scores), v).transpose(1, 2).reshape(-1, tokens, channels)
+    return attention.proj(x)
 
 
-def shift_attention(self, query: Tensor, hw_shape) -> Tensor:
+def shift_attention(module: nn.Module, export: AttentionExport, query: Tensor, hw_shape) -> Tensor:
     """Forward of OpenMMLab's ``ShiftWindowMSA``: (1, H * W, C) to (1, H * W, C)."""
     height, width = (int(s) for s in hw_shape)
-    shift, window, tracing = self.shift_size, self.window_size, self.w_msa.tracing
+    shift, window, tracing = module.shift_size, module.window_size, export.tracing
     # mmpretrain does not shift where one window holds the whole map.
-    if not getattr(self, 'pad_small_map', True) and min(height, width) == window:
+    if not getattr(module, 'pad_small_map', True) and min(height, width) == window:
         shift = 0
     windows = Windows(height, width, (window, window), (shift, shift), pad_first=True)
     if tracing.dynamic:
         windows = TracedWindows(height, width, windows.window, windows.shift, True, tuple(hw_shape), tracing.cache)
-    return attend_windows(query, self.w_msa, windows)
+    return attend_windows(query, module.w_msa, export, windows)
 
 
-def timm_attention(self, x: Tensor) -> Tensor:
+def timm_attention(block: nn.Module, export: AttentionExport, x: Tensor) -> Tensor:
     """``_attn`` of timm's ``SwinTransformerBlock``: (1, H, W, C) to (1, H, W, C)."""
     _, height, width, channels = (int(s) for s in x.shape)
-    windows = Windows(height, width, tuple(self.window_size), tuple(self.shift_size), pad_first=False)
-    return attend_windows(x.reshape(1, height * width, channels), self.attn, windows).reshape(
-        1, height, width, channels
-    )
+    windows = Windows(height, width, tuple(block.window_size), tuple(block.shift_size), pad_first=False)
+    x = attend_windows(x.reshape(1, height * width, channels), block.attn, export, windows)
+    return x.reshape(1, height, width, channels)
 
 
-def merge_patches(self, x: Tensor, input_size) -> Tuple[Tensor, Tuple[int, int]]:
+def merge_patches(module: nn.Module, tracing: Tracing, x: Tensor, input_size) -> Tuple[Tensor, Tuple[int, int]]:
     """Forward of OpenMMLab's ``PatchMerging`` of 2 x 2 patches, with the channels of one patch side by side.
 
-    The library's goes through ``nn.Unfold``, which becomes gathers in ONNX, and puts the four values of one channel
-    side by side. Whoever uses this reorders LayerNorm and reduction as :func:`patch_order` says. Where the size is left
-    to the graph, it is even.
+    The library's uses ``nn.Unfold``, which becomes gathers in ONNX and puts the four values of one channel side by
+    side. LayerNorm and reduction must be reordered by :func:`patch_order` for this. A size that the graph finds out
+    when it runs is even.
     """
     channels = int(x.shape[-1])
-    height, width = input_size if self.tracing.dynamic else (int(s) for s in input_size)
+    height, width = input_size if tracing.dynamic else (int(s) for s in input_size)
     x = x.reshape(1, height, width, channels)
-    if not self.tracing.dynamic and (height % 2 or width % 2):
+    if not tracing.dynamic and (height % 2 or width % 2):
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
     height, width = (height + 1) // 2, (width + 1) // 2
     x = x.reshape(1, height, 2, width, 2, channels).transpose(2, 3).reshape(1, height * width, 4 * channels)
-    x = self.norm(x) if self.norm is not None else x
-    return self.reduction(x), (height, width)
+    x = module.norm(x) if module.norm is not None else x
+    return module.reduction(x), (height, width)
 
 
 def patch_order(channels: int) -> Tensor:

@@ -16,18 +16,18 @@ __all__ = ['build_model', 'set_scope']
 
 
 def set_scope(config: Mapping) -> None:
-    """Look types up where a config says, else in the library of its model.
+    """Look types up in the config's ``default_scope``, else in the library of its model.
 
-    A pure-Python config says None, as its own types are no names; but those that a library writes into its code are,
-    such as the ``'Linear'`` of mmdet's box heads, and the scope of an earlier config would still be in force.
+    A pure-Python config has no scope: its types are classes. But a library's own code names types too, such as the
+    ``'Linear'`` of mmdet's box heads, and without a scope here that of an earlier config would still hold.
     """
     init_default_scope(config.get('default_scope') or _library_of(config.get('model') or {}))
 
 
 def _library_of(model: Mapping) -> str:
-    given = model.get('base_type') or model.get('type')
-    built = MODELS.get(given) if isinstance(given, str) else given
-    for base in getattr(built, '__mro__', ()):
+    kind = model.get('base_type') or model.get('type')
+    model_class = MODELS.get(kind) if isinstance(kind, str) else kind
+    for base in getattr(model_class, '__mro__', ()):
         library = base.__module__.partition('.')[0]
         if library in MODULE2PACKAGE:
             return library
@@ -35,14 +35,14 @@ def _library_of(model: Mapping) -> str:
 
 
 def build_model(config: Mapping, model: Optional[Mapping] = None) -> nn.Module:
-    """A model that weights are about to be loaded into: nothing that it was pretrained from is fetched.
+    """A model to load weights into. Pretrained weights that its config names are not downloaded.
 
     Args:
-        config: A whole config, which tells the scope.
+        config: A whole config, for its scope.
         model: The model's config. Defaults to None, that of ``config``.
 
     Returns:
-        The model, with the weights of its own initialization.
+        The model, with random weights.
     """
     model = copy.deepcopy(config['model'] if model is None else model)
     model = with_named_types(Config(dict(model=model))).model

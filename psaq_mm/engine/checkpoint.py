@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Checkpoints: read without running code, written whole or not at all."""
+"""Checkpoints: reading them without running code, and writing them in one step."""
 
 import _compat_pickle
 import hashlib
@@ -47,62 +47,38 @@ __all__ = [
 PathLike = Union[str, os.PathLike]
 
 RESTRICTED = 'psaq_mm://'
-"""Before a path that a runner of MMEngine loads from: it is then read as here, and not by an unrestricted
-``torch.load``."""
+"""Prefix of a path in ``load_from``: MMEngine's runner then reads the file with :func:`read_checkpoint`, not with an
+unrestricted ``torch.load``."""
 
 _ALLOWED = {
-    ('collections', 'OrderedDict'),
-    ('collections', 'defaultdict'),
-    ('collections', 'deque'),
-    ('builtins', 'set'),
-    ('collections', 'Counter'),  # milestones of a schedule
-    ('builtins', 'frozenset'),
-    ('builtins', 'slice'),
-    ('builtins', 'range'),
-    ('builtins', 'complex'),
-    ('builtins', 'bytearray'),
-    ('builtins', 'dict'),
-    ('builtins', 'list'),
-    ('builtins', 'tuple'),
-    ('builtins', 'int'),
-    ('builtins', 'float'),
-    ('builtins', 'str'),
-    ('builtins', 'bool'),
-    ('_codecs', 'encode'),
-    ('copyreg', '_reconstructor'),
-    ('builtins', 'object'),
-    ('torch._utils', '_rebuild_tensor'),
-    ('torch._utils', '_rebuild_tensor_v2'),
-    ('torch._utils', '_rebuild_parameter'),
-    ('torch', 'Size'),
-    ('torch', 'device'),
-    ('torch.nn.parameter', 'Parameter'),
-    ('torch.serialization', '_get_layout'),
-    ('numpy', 'ndarray'),
-    ('numpy', 'dtype'),
-    ('numpy.core.multiarray', '_reconstruct'),
-    ('numpy.core.multiarray', 'scalar'),
-    ('numpy._core.multiarray', '_reconstruct'),
-    ('numpy._core.multiarray', 'scalar'),
-    ('mmengine.logging.history_buffer', 'HistoryBuffer'),
-    ('mmengine.config.config', 'ConfigDict'),
-    ('argparse', 'Namespace'),
-    ('pathlib', 'PosixPath'),
-    ('pathlib', 'PurePosixPath'),
-    ('pathlib', 'WindowsPath'),
+    'builtins': 'set frozenset slice range complex bytearray dict list tuple int float str bool object',
+    'collections': 'OrderedDict defaultdict deque Counter',  # Counter: milestones of a schedule
+    '_codecs': 'encode',
+    'copyreg': '_reconstructor',
+    'torch': 'Size device',
+    'torch._utils': '_rebuild_tensor _rebuild_tensor_v2 _rebuild_parameter',
+    'torch.nn.parameter': 'Parameter',
+    'torch.serialization': '_get_layout',
+    'numpy': 'ndarray dtype int64 int32 float64 float32 bool_ uint8',
+    'numpy.core.multiarray': '_reconstruct scalar',
+    'numpy._core.multiarray': '_reconstruct scalar',
+    'mmengine.logging.history_buffer': 'HistoryBuffer',
+    'mmengine.config.config': 'ConfigDict',
+    'argparse': 'Namespace',
+    'pathlib': 'PosixPath PurePosixPath WindowsPath',
 }
-"""What checkpoints of OpenMMLab hold beside tensors: histories of the logger, numpy scalars, metainfo."""
+"""Types that checkpoints of OpenMMLab hold beside tensors: logged histories, NumPy scalars, metainfo."""
 
 
 _CONTENT_HASH = re.compile(r'-([0-9a-f]{8,})\.\w+$')
-"""What the names of OpenMMLab's and PyTorch's own checkpoints end with: how the SHA-256 of the content begins."""
+"""The end of a file name of OpenMMLab or PyTorch: the first digits of the SHA-256 of its content."""
 
 _DATE = re.compile(r'(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])')
-"""A name may end with the day instead, which tells nothing of the content."""
+"""A name may end with a date instead."""
 
 
 def _history_method(owner: type, name: str):
-    """``getattr`` for the one use that checkpoints have: the statistics of a logged history, pickled by reference."""
+    """``getattr`` for the statistics of a logged history, which are pickled by reference; an error for all else."""
     from mmengine.logging import HistoryBuffer
 
     if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current', 'statistics'):
@@ -117,6 +93,7 @@ class _Unpickler(pickle.Unpickler):
     """Finds the types of a checkpoint, and nothing that would run code."""
 
     def find_class(self, module: str, name: str):
+        """The type of this name if it is allowed; see :class:`pickle.Unpickler`."""
         # torch pickles as Python 2 does: its set is __builtin__.set, its subprocess is commands.
         module, name = _compat_pickle.NAME_MAPPING.get(
             (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
@@ -126,13 +103,8 @@ class _Unpickler(pickle.Unpickler):
         )
         if (module, name) == ('builtins', 'getattr'):
             return _history_method
-        numpy_types = (
-            module.split('.')[0] == 'numpy'
-            and name.endswith('DType')
-            or module == 'numpy'
-            and name in ('int64', 'int32', 'float64', 'float32', 'bool_', 'uint8')
-        )
-        if (module, name) in _ALLOWED or plain_torch or numpy_types:
+        numpy_type = module.split('.')[0] == 'numpy' and name.endswith('DType')
+        if name in _ALLOWED.get(module, '').split() or plain_torch or numpy_type:
             return super().find_class(module, name)
         raise CheckpointError(
             f'it holds {module}.{name}, which is no weight and could run code: only load it after '
@@ -151,12 +123,12 @@ def _pickle_module() -> types.ModuleType:
 
 
 def _load(path: str) -> Any:
-    """``torch.load``, weights only where that is enough, else under the allow-list above."""
+    """``torch.load`` of weights only; where that refuses, ``torch.load`` with the list of allowed types above."""
     # Before 2.6, torch's weights_only does not hold for files of its oldest format, which are no zip archives.
     if zipfile.is_zipfile(path) or tuple(int(n) for n in re.findall(r'\d+', torch.__version__)[:2]) >= (2, 6):
         try:
             return torch.load(path, map_location='cpu', weights_only=True)
-        except Exception:  # of many types; what is wrong the second reading tells, and names
+        except Exception:  # of many types; the second reading says what is wrong
             # It refuses the histories of the logger, which every OpenMMLab checkpoint has. torch's own list of further
             # types is new in 2.4, holds for the whole process, and takes no stand-in for getattr, which those histories
             # need, before 2.6.
@@ -165,7 +137,7 @@ def _load(path: str) -> Any:
 
 
 def _check_sums(path: str) -> None:
-    """Whether every part of a zip archive is what was written; torch itself only notices an end that is missing."""
+    """Compare the checksums of a zip archive. torch does not: it only notices that the end of a file is missing."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -173,7 +145,7 @@ def _check_sums(path: str) -> None:
 
 
 def _is_own(content: Any) -> bool:
-    """Whether a run of psaq_mm wrote a file; others may have been written without checksums."""
+    """Whether psaq_mm wrote a file. Files of other programs may lack checksums."""
     return isinstance(content, dict) and ('psaq_mm' in content or 'psaq_mm' in (content.get('meta') or {}))
 
 
@@ -228,7 +200,10 @@ def _download(url: str, path: Path, sha256: str) -> None:
 
 
 def load_restricted(path: PathLike) -> Any:
-    """What a ``.pth``, ``.pt`` or ``.safetensors`` file holds, read onto the CPU without running code.
+    """The content of a ``.pth``, ``.pt`` or ``.safetensors`` file, read onto the CPU without running code.
+
+    Args:
+        path: A local file.
 
     Raises:
         CheckpointError: The file is absent, cut short, of another kind, or would run code.
@@ -257,13 +232,15 @@ def load_restricted(path: PathLike) -> Any:
 
 
 def read_checkpoint(path: PathLike) -> Dict:
-    """Read a ``.pth`` or ``.safetensors`` file, or the URL of one, onto the CPU.
+    """Read a checkpoint onto the CPU.
+
+    Args:
+        path: A ``.pth`` or ``.safetensors`` file, or the URL of one.
 
     Returns:
-        ``{'state_dict': ..., 'meta': ..., ...}``; a bare state dict, or one under another name such as ``model``, is
-        brought into that form. Names are without what ``torch.compile`` and data-parallel training put into them.
-        ``meta['dataset_meta']`` holds classes and palette, also of checkpoints of OpenMMLab 1, in plain lists, tuples,
-        numbers and strings.
+        ``{'state_dict': ..., 'meta': ..., ...}``, also where the file holds a bare state dict, or one under another
+        name such as ``model``. The prefixes of ``torch.compile`` and of data-parallel training are removed from the
+        names. ``meta['dataset_meta']`` holds classes and palette in plain types, also for checkpoints of OpenMMLab 1.
 
     Raises:
         CheckpointError: The file is absent, cut short, no checkpoint, or would run code.
@@ -297,63 +274,52 @@ def read_checkpoint(path: PathLike) -> Dict:
 
 
 _CONTAINERS = (
-    'state_dict',
-    'model',
-    'model_state',
-    'model_state_dict',
-    'module',
-    'net',
-    'network',
-    'weights',
-    'params',
-    'state_dict_ema',
-    'model_ema',
-    'ema_state_dict',
-)
-"""Names under which training programs keep a state dict; where a file has several, the first."""
+    'state_dict model model_state model_state_dict module net network weights params '
+    'state_dict_ema model_ema ema_state_dict'
+).split()
+"""Keys under which training programs keep a state dict. The first that a file has is used."""
 
 
 def _weights_in(content: Any, depth: int = 3) -> Tuple[str, Mapping]:
-    """Where the state dict lies in a checkpoint, and the state dict; empty where there is none."""
+    """The key of the state dict in a checkpoint, and the state dict; both empty where there is none."""
     if not isinstance(content, dict):
         return '', {}
     for key in _CONTAINERS if depth else ():
-        found = _weights_in(content.get(key), depth - 1)[1]
-        if found:
-            return key, found
+        weights = _weights_in(content.get(key), depth - 1)[1]
+        if weights:
+            return key, weights
     return '', content if any(isinstance(v, Tensor) for v in content.values()) else {}
 
 
 def _tensors(weights: Mapping[str, Any], path: str) -> Mapping[str, Tensor]:
-    found = {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in weights.items()
-    }
-    strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
-    if strange:
-        print_log(f'{path}: {len(strange)} entries are left out, such as {strange[0]}: they are no tensors', 'current')
-    weights = OrderedDict((str(name), value) for name, value in found.items() if isinstance(value, Tensor))
-    for name, value in weights.items():
-        if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            kind = (
-                'is sparse'
-                if value.layout is not torch.strided
-                else 'has no values'
-                if value.is_meta
-                else 'is quantized by PyTorch'
-            )
+    values = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in weights.items()}
+    others = [name for name, value in values.items() if not isinstance(value, Tensor)]
+    if others:
+        print_log(f'{path}: {len(others)} entries are left out, such as {others[0]}: they are no tensors', 'current')
+    tensors = OrderedDict((str(name), value) for name, value in values.items() if isinstance(value, Tensor))
+    for name, value in tensors.items():
+        sparse = value.layout is not torch.strided
+        if sparse or value.is_meta or value.is_quantized:
+            kind = 'is sparse' if sparse else 'has no values' if value.is_meta else 'is quantized by PyTorch'
             raise CheckpointError(
                 f'{path}: {name} {kind}: save the state_dict of a model whose weights are ordinary tensors'
             )
-    return weights
+    return tensors
 
 
 def dataset_meta_of(meta: Mapping) -> Dict[str, Any]:
-    """Classes and palette as OpenMMLab 2 keeps them, from a ``meta`` of either generation; empty where it has none.
+    """Classes and palette in OpenMMLab 2's form, from the ``meta`` of a checkpoint of OpenMMLab 1 or 2.
 
-    In plain types: an array of NumPy in it would make a file that loading of weights alone refuses.
+    In plain types: ``torch.load(..., weights_only=True)`` refuses a file with an array of NumPy in it.
+
+    Args:
+        meta: Of a checkpoint.
+
+    Returns:
+        Empty where the checkpoint tells neither.
     """
-    given = meta.get('dataset_meta') or {k: meta[k] for k in ('CLASSES', 'PALETTE') if meta.get(k) is not None}
-    return {k.lower() if k in ('CLASSES', 'PALETTE') else k: to_plain(v, tuples=True) for k, v in dict(given).items()}
+    dataset_meta = meta.get('dataset_meta') or {k: meta[k] for k in ('CLASSES', 'PALETTE') if meta.get(k) is not None}
+    return {k.lower() if k in ('CLASSES', 'PALETTE') else k: to_plain(v, tuples=True) for k, v in dataset_meta.items()}
 
 
 @CheckpointLoader.register_scheme(prefixes=RESTRICTED, force=True)
@@ -369,15 +335,20 @@ def is_quantized(checkpoint: Dict) -> bool:
 def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
     """Load a checkpoint's weights, all of them or none.
 
+    Args:
+        model: Full-precision or quantized.
+        checkpoint: See :func:`read_checkpoint`.
+        source: Its path, for messages.
+
     Raises:
         CheckpointError: A key or shape does not fit, or a weight is NaN or infinite; the message names it and
             ``source``.
     """
     try:
-        found = match_names(model, checkpoint['state_dict'], checkpoint.get('meta') or {})
+        matched = match_names(model, checkpoint['state_dict'], checkpoint.get('meta') or {})
     except CheckpointError as error:
         raise CheckpointError(f'{source}: {error}') from error
-    weights = convert_timm_keys(model, found.weights)
+    weights = convert_timm_keys(model, matched.weights)
     for key, value in weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(
@@ -389,7 +360,7 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
             model.load_state_dict(weights, strict=False)
     except CheckpointError as error:
         raise CheckpointError(f'{source}: {error}') from error
-    for note in found.notes:
+    for note in matched.notes:
         print_log(f'{source}: {note}', 'current')
 
 
@@ -402,7 +373,7 @@ def save_atomic(content: Any, path: PathLike) -> None:
 def student_checkpoint(
     model: nn.Module, config_text: str, dataset_meta: Optional[Dict], teacher: Tuple[str, str], settings: Dict
 ) -> Dict:
-    """The deliverable: what inference and the next user need, and nothing else.
+    """The content of ``student.pth``: what inference needs, and how the student was made.
 
     Args:
         model: The calibrated student.

@@ -14,6 +14,8 @@ from psaq_mm.engine.methods import method_of
 from psaq_mm.engine.pipelines import image_sizes
 from psaq_mm.engine.presets import preset_name, resolve_dfq, with_method
 from psaq_mm.engine.pure_python import with_named_types
+from psaq_mm.engine.samples import reads_training_set
+from psaq_mm.engine.settings import LOOP_GROUPS, HookSettings, OptimizerSettings
 from psaq_mm.errors import ConfigError
 from psaq_mm.quantization import QuantSpec
 from psaq_mm.type_names import type_name
@@ -44,8 +46,8 @@ _DATA_HOOKS = (
     'SwitchRecipeHook',
     'SwAVHook',
 )
-"""Inherited hooks that expect the real dataset, keep a second copy of the weights that nothing here would use, or write
-checkpoints, which :class:`psaq_mm.engine.hooks.DataFreeQuantHook` does."""
+"""Inherited hooks that are dropped: they expect the real dataset, keep a second copy of the weights that nothing here
+uses, or write checkpoints, which :class:`psaq_mm.engine.hooks.DataFreeQuantHook` does."""
 
 
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -102,9 +104,7 @@ def quant_holder(model: Mapping) -> Any:
 
 
 def preset_of(quant: Any, method: Optional[str]) -> Any:
-    """A preset such as ``'w4a8'`` with a method's recipe before it; one that names a recipe, and a dict, stay as they
-    are.
-    """
+    """A preset such as ``'w4a8'`` with a method's recipe before it. A preset with a recipe, or a dict, stays."""
     plain = re.fullmatch(r'w\d+a(\d+)', quant, re.IGNORECASE) if isinstance(quant, str) else None
     return f'{method_of(method).recipe_for(int(plain[1]))}_{quant}' if method and plain else quant
 
@@ -137,14 +137,13 @@ def drop_pretrained(model: Any) -> None:
 
 
 def sample_size(config: Config) -> Tuple[int, int]:
-    """Height and width of the samples: the training crop where there is one, else the test resolution, in whole
-    strides.
+    """Height and width of the samples: the training crop, or else the test resolution, in whole strides.
 
-    A size that is one and the same for every test picture (a classifier's crop, a scale that keeps no ratio) is taken
-    as it is: a position embedding may fit no other.
+    If all test pictures have one size (a classifier's crop, a scale without ratio), it is taken as it is, because a
+    position embedding may fit no other.
 
     Raises:
-        ConfigError: The config tells neither; ``dfq.size`` then has to.
+        ConfigError: The config has neither: ``dfq.size`` must give it.
     """
     size = (config.model.get('data_preprocessor') or config.get('data_preprocessor') or {}).get('size')
     if not size:
@@ -169,8 +168,13 @@ def _sorted_hooks(config: Config) -> Tuple[List, List[str]]:
 
 
 def apply_method(config: Config, quant: Optional[str] = None, method: Optional[str] = None) -> Config:
-    """A copy of a config with another precision, another method, or both: see :func:`quantized_model_config` for the
-    quantizer and :func:`psaq_mm.engine.presets.with_method` for the samples and the training.
+    """A copy of a config with another precision, another method, or both.
+
+    Args:
+        config: A whole config.
+        quant: See :func:`quantized_model_config`.
+        method: See :func:`quantized_model_config` for the quantizer, and :func:`psaq_mm.engine.presets.with_method` for
+            samples and training.
     """
     config = copy.deepcopy(with_named_types(config))
     config.model = quantized_model_config(config, quant, method)
@@ -197,9 +201,9 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
         ConfigError: No checkpoint, no such file, no image size, or an unknown setting.
     """
     config = copy.deepcopy(with_named_types(config))
-    given = config.get('dfq')
-    dfq = resolve_dfq(given)
-    if dfq['samples'] == 'real':  # while the config still has its validation set, and before anything is written
+    dfq = resolve_dfq(config.get('dfq'))
+    if reads_training_set(dfq['samples']):
+        # While the config still has its validation set, and before anything is written.
         check_no_overlap(config)
     config.model = quantized_model_config(config, quant)
     check_preprocessor(config)
@@ -212,43 +216,27 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
 
     hooks, dropped = _sorted_hooks(config)
     config.custom_hooks = hooks + [
-        ConfigDict(type='psaq_mm.DataFreeQuantHook', **{name: dfq[name] for name in _OF_THE_HOOK})
+        ConfigDict(type='psaq_mm.DataFreeQuantHook', **{name: dfq[name] for name in HookSettings.names()})
     ]
-    iters = int(dfq['iters'])
-    if iters < 0:
-        raise ConfigError(f'dfq.iters={iters} must be 0 (calibrate only) or more')
-    lr, clip, rates = dfq['lr'], dfq['clip_grad'], {name: dfq[name] for name in ('vector_lr', 'range_lr')}
+    optimizer = OptimizerSettings(**{name: dfq[name] for name in OptimizerSettings.names()})
+    loop = ['generator', 'teacher', *(name for group in LOOP_GROUPS for name in group.names())]
     config.train_cfg = ConfigDict(
         type='psaq_mm.DataFreeTrainLoop',
-        max_iters=iters,
+        max_iters=optimizer.iters,
         dropped_hooks=[*before.get('dropped_hooks', ()), *dropped],
         model_config=config.model,
-        **_loop_settings(dfq),
+        **copy.deepcopy({name: dfq[name] for name in loop}),
     )
-    # Kept whole: the config that a run leaves in its work dir is that run, for whoever runs it again, also with another
-    # --method.
-    config.dfq = dict(preset=preset_name(given), **dfq)
-    # A runner wants a training dataloader beside a training loop; the loop brings its own over the pool of samples.
+    # All settings are kept, so that the config in a work dir is the run that left it, also with another --method.
+    config.dfq = dict(preset=preset_name(config.get('dfq')), **dfq)
+    # A runner asks for a training dataloader beside a training loop; the loop brings its own over the pool of samples.
     if not config.get('train_dataloader'):
         config.train_dataloader = ConfigDict(batch_size=dfq['batch_size'])
-    config.optim_wrapper = ConfigDict(
-        type='OptimWrapper',
-        optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
-        clip_grad=dict(max_norm=clip) if clip else None,
-    )
-    if lr < 0 or iters and (not lr or rates != dict(vector_lr=None, range_lr=0.0)):
-        config.optim_wrapper.update(constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates)
-    if dfq['amp'] == 'float16':  # its small gradients vanish unless the loss is scaled; bfloat16's do not
-        config.optim_wrapper.type = 'psaq_mm.Float16OptimWrapper'
-    # Without T_max: MMEngine ends it with the loop, also where somebody sets train_cfg.max_iters of the config that a
-    # run leaves.
-    config.param_scheduler = [ConfigDict(type='CosineAnnealingLR', eta_min=0, by_epoch=False)] if iters else []
-    config.pop('auto_scale_lr', None)
+    _set_optimizer(config, optimizer, dfq['amp'])
     if val and not all(config.get(key) is not None for key in ('val_dataloader', 'val_evaluator', 'val_cfg')):
         raise ConfigError(
             f'the config {config.filename} has no validation set: set val_dataloader, val_cfg and val_evaluator, or '
-            f'run '
-            'without --val'
+            'run without --val'
         )
     if not val:
         config.val_cfg = config.val_dataloader = config.val_evaluator = None
@@ -277,25 +265,34 @@ def _teacher(given: Optional[str], dfq: Mapping, config: Config, before: Mapping
     return str(path)
 
 
-_OF_THE_HOOK = ('checkpoint_interval', 'keep_checkpoints', 'sheet_interval')
-_OF_THE_OPTIMIZER = ('iters', 'lr', 'clip_grad', 'vector_lr', 'range_lr')
-
-
-def _loop_settings(dfq: Mapping) -> dict:
-    return {k: v for k, v in copy.deepcopy(dfq).items() if k not in ('method', *_OF_THE_HOOK, *_OF_THE_OPTIMIZER)}
+def _set_optimizer(config: Config, settings: OptimizerSettings, amp: Optional[str]) -> None:
+    """Optimizer of the student and its schedule."""
+    lr, clip = settings.lr, settings.clip_grad
+    rates = dict(vector_lr=settings.vector_lr, range_lr=settings.range_lr)
+    config.optim_wrapper = ConfigDict(
+        type='OptimWrapper',
+        optimizer=dict(type='Adam', lr=lr, betas=(0.9, 0.999)),
+        clip_grad=dict(max_norm=clip) if clip else None,
+    )
+    if lr < 0 or settings.iters and (not lr or rates != dict(vector_lr=None, range_lr=0.0)):
+        config.optim_wrapper.update(constructor='psaq_mm.StudentOptimWrapperConstructor', paramwise_cfg=rates)
+    if amp == 'float16':  # its small gradients vanish unless the loss is scaled; bfloat16's do not
+        config.optim_wrapper.type = 'psaq_mm.Float16OptimWrapper'
+    # Without T_max: MMEngine ends it with the loop, also where train_cfg.max_iters is changed in a work dir's config.
+    schedule = ConfigDict(type='CosineAnnealingLR', eta_min=0, by_epoch=False)
+    config.param_scheduler = [schedule] if settings.iters else []
+    config.pop('auto_scale_lr', None)
 
 
 def _by_iteration(log_processor: Mapping) -> ConfigDict:
-    """A log processor of an iteration loop, which refuses windows of an epoch: a run is one, so it takes all steps so
-    far.
-    """
-    found = ConfigDict({**copy.deepcopy(dict(log_processor)), 'type': 'LogProcessor', 'by_epoch': False})
-    if not isinstance(found.get('window_size', 1), int):
-        found.pop('window_size')
-    for one in found.get('custom_cfg') or []:
-        if one.get('window_size') == 'epoch':
-            one['window_size'] = 'global'
-    return found
+    """A log processor for an iteration loop, which has no epochs: their windows become windows of all steps so far."""
+    processor = ConfigDict({**copy.deepcopy(dict(log_processor)), 'type': 'LogProcessor', 'by_epoch': False})
+    if not isinstance(processor.get('window_size', 1), int):
+        processor.pop('window_size')
+    for entry in processor.get('custom_cfg') or []:
+        if entry.get('window_size') == 'epoch':
+            entry['window_size'] = 'global'
+    return processor
 
 
 def _set_runtime(config: Config, dfq: Mapping) -> None:

@@ -1,7 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Whether a config's training set and test set are the same pictures, as far as the config tells without opening
-them.
-"""
+"""Refuses samples that are pictures of the test set, as far as the config tells without opening a dataset."""
 
 import os
 from typing import Any, Iterator, List, Mapping, NamedTuple
@@ -12,9 +10,7 @@ __all__ = ['check_folder', 'check_no_overlap', 'dataset_leaves']
 
 
 class _Files(NamedTuple):
-    """Where a dataset reads: annotation file and image folder, absolute (empty: none is named), and a named split of
-    them.
-    """
+    """What a dataset reads: annotation file and image folder, absolute or empty, and the name of a split of them."""
 
     annotations: str
     images: str
@@ -22,12 +18,10 @@ class _Files(NamedTuple):
 
 
 def dataset_leaves(dataset: Any) -> Iterator[Mapping]:
-    """The dataset configs inside wrappers such as ``RepeatDataset`` and ``ConcatDataset``; the config itself without
-    one.
-    """
+    """The dataset configs inside wrappers such as ``RepeatDataset``; without a wrapper the config itself."""
     if isinstance(dataset, (list, tuple)):
-        for one in dataset:
-            yield from dataset_leaves(one)
+        for member in dataset:
+            yield from dataset_leaves(member)
     elif isinstance(dataset, Mapping):
         inner = dataset.get('dataset') or dataset.get('datasets')
         if isinstance(inner, (Mapping, list, tuple)):
@@ -38,10 +32,8 @@ def dataset_leaves(dataset: Any) -> Iterator[Mapping]:
 
 def _path(root: str, name: Any) -> str:
     name = name if isinstance(name, str) else ''
-    whole = os.path.join(root, name)
-    if not whole or '://' in whole:
-        return whole
-    return os.path.realpath(whole)
+    path = os.path.join(root, name)
+    return path if not path or '://' in path else os.path.realpath(path)
 
 
 def _files(leaf: Mapping) -> _Files:
@@ -73,9 +65,8 @@ def _same(one: _Files, other: _Files) -> bool:
 def check_no_overlap(config: Mapping) -> None:
     """Refuse real images from a training set that is the test or validation set under another name.
 
-    Compared are annotation file and image folder (symbolic links followed), inside dataset wrappers too. Without an
-    annotation file a dataset reads every picture below its folder, so that a folder overlaps with all that are inside
-    it.
+    Annotation files and image folders are compared (symbolic links followed), inside dataset wrappers too. Without an
+    annotation file a dataset reads every picture below its folder, so a folder overlaps with all folders inside it.
 
     Args:
         config: A config with ``train_dataloader``, and ``test_dataloader`` or ``val_dataloader``; the others may be
@@ -89,11 +80,11 @@ def check_no_overlap(config: Mapping) -> None:
     ]
     for loader in ('test_dataloader', 'val_dataloader'):
         for leaf in dataset_leaves((config.get(loader) or {}).get('dataset')):
-            found = next((files for files in training if _same(files, _files(leaf))), None)
-            if found is not None:
+            shared = next((files for files in training if _same(files, _files(leaf))), None)
+            if shared is not None:
                 raise ConfigError(
                     'real images would come from the set that is evaluated: train_dataloader and '
-                    f'{loader} both read {found.annotations or found.images}; point train_dataloader.dataset '
+                    f'{loader} both read {shared.annotations or shared.images}; point train_dataloader.dataset '
                     "at training images, or leave out the source 'real'"
                 )
 
@@ -101,8 +92,8 @@ def check_no_overlap(config: Mapping) -> None:
 def check_folder(config: Mapping, folder: Any) -> None:
     """Refuse a folder of images that a config's test or validation set reads.
 
-    A folder inside that of a set is refused too, with or without an annotation file: which of its pictures an
-    annotation file lists is not told by the config.
+    A folder inside that of a set is refused too, even with an annotation file: the config does not tell which pictures
+    the file lists.
 
     Args:
         config: A config with ``test_dataloader`` or ``val_dataloader``; both may be absent.
@@ -113,13 +104,12 @@ def check_folder(config: Mapping, folder: Any) -> None:
     """
     if not os.path.isdir(folder):
         return
-    given = os.path.realpath(folder)
+    samples = os.path.realpath(folder)
     for loader in ('test_dataloader', 'val_dataloader'):
         for leaf in dataset_leaves((config.get(loader) or {}).get('dataset')):
             read = _files(leaf).images
-            if read and _inside(given, read):
+            if read and _inside(samples, read):
                 raise ConfigError(
                     f'the samples in {folder} would come from the set that is evaluated: {loader} reads its pictures '
-                    f'in '
-                    f'{read}; give a folder that is not inside it'
+                    f'in {read}; give a folder that is not inside it'
                 )

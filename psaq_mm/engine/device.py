@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What a run needs of the device that MMEngine chose."""
+"""Checks of the device that MMEngine chose."""
 
 from mmengine.logging import print_log
 from torch import nn
@@ -8,8 +8,10 @@ __all__ = ['leave_device_without_float64']
 
 
 def leave_device_without_float64(model: nn.Module) -> None:
-    """Move a model off Apple's MPS, to the CPU, in place, with one line of log: ranges are found in float64, which MPS
-    does not have.
+    """Move a model from Apple's MPS to the CPU, in place, with one line of log: MPS lacks float64, which ranges need.
+
+    Args:
+        model: On any device; others than MPS are left as they are.
     """
     device = next((p.device for p in model.parameters()), None)
     if device is not None and device.type == 'mps':

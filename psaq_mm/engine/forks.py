@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Where the maintained forks of OpenMMLab differ from the originals in more than the name that pip knows them by."""
+"""Differences of OpenMMLab's maintained forks from the originals, beside the names of their distributions."""
 
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
@@ -10,12 +10,11 @@ __all__ = ['find_configs_of_forks']
 
 
 def find_configs_of_forks() -> None:
-    """Let ``_base_ = ['mmseg::...']`` be found under the forks, too.
+    """Make ``_base_ = ['mmseg::...']`` work with the forks too.
 
-    MMEngine looks a library's configs up under the name of its distribution, and knows the originals' alone:
-    ``mmsegmentation`` for mmseg, also in onedl-mmengine, beside which that distribution is never installed. The name of
-    the module, which MMEngine tries next, is the same in both families. Libraries whose original is installed are left
-    as they are.
+    MMEngine looks up a library's configs under the name of the original distribution: ``mmsegmentation`` for mmseg. So
+    does onedl-mmengine, although that distribution is never installed beside it. Without the original, the name of the
+    module is used instead, which is the same in both families.
     """
     for module, distribution in MODULE2PACKAGE.items():
         if module == distribution:
@@ -30,5 +29,5 @@ def find_configs_of_forks() -> None:
 def _is_there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ImportError:  # an import hook that keeps a library out says so this way
+    except ImportError:  # raised by an import hook that blocks a library
         return False

@@ -137,7 +137,7 @@ _LEAVES = dict(type='psaq_mm.DeadLeaves', exponent=2.0, radius=(3.0, 0.5), color
 """Dead leaves with more large ones than natural pictures' x ** -3 has, and colour coarser than brightness:
 docs/method.md."""
 
-_ROUNDED = dict(rounding='auto', rotate=True, damping=0.3, prior_rows=32, fresh=True, reobserve=False)
+_ROUNDED = dict(rounding='auto', rotate=True, fresh=True, reobserve=False)
 
 register_method(
     Method(

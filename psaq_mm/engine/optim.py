@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""The student's optimizer: a learning rate for each kind of what it learns."""
+"""The student's optimizer, with one learning rate for each kind of parameter."""
 
 import math
 from typing import Any, Dict, List, Mapping, Optional
@@ -18,10 +18,9 @@ __all__ = ['Float16OptimWrapper', 'StudentOptimWrapperConstructor', 'follow_sche
 
 @OPTIM_WRAPPERS.register_module()
 def Float16OptimWrapper(**settings: Any) -> OptimWrapper:
-    """What ``dfq.amp='float16'`` needs where it runs: MMEngine's ``AmpOptimWrapper``, which scales the loss, on a GPU.
+    """The optimizer wrapper of ``dfq.amp='float16'``: on a GPU MMEngine's ``AmpOptimWrapper``, which scales the loss.
 
-    Elsewhere a plain wrapper, with which the loop says that float16 needs a GPU: a config may be written on a computer
-    without one.
+    Without a GPU it is a plain wrapper, so that the config can be built there. The loop then refuses to train.
     """
     if get_device() in ('cpu', 'mps'):
         return OptimWrapper(**settings)
@@ -33,19 +32,19 @@ def parameter_groups(
 ) -> List[Dict[str, Any]]:
     """Parameters of a quantized model by kind, each kind with its learning rate. A kind whose rate is 0 is frozen.
 
-    Rounded weights lie on their codes, half a step from the next, and only a long way changes anything; the gains and
-    offsets of normalization layers and the biases are a few thousand numbers that bring the statistics of every layer
-    back (norm tweaking, Li et al., arXiv 2309.02784).
+    Rounded weights are half a quantization step away from another code, so small updates change nothing in them. Gains
+    and offsets of normalization layers and biases are a few thousand numbers that restore the statistics of every layer
+    (norm tweaking, Li et al., arXiv 2309.02784).
 
     Args:
-        model: Quantized model; a whole one, as frozen parameters are marked.
-        lr: Of parameters with two dimensions and more: weights, and tables of position embeddings and biases.
-        vector_lr: Of those with one: biases, gains and offsets of normalization layers. None: as ``lr``.
-        range_lr: Of the logarithms of the activations' scales (:func:`psaq_mm.quantization.learn_ranges_`). 0: ranges
-            stay as calibrated.
+        model: A whole quantized model: ``requires_grad`` of frozen parameters is set to False.
+        lr: Rate of parameters with two or more dimensions: weights, tables of position embeddings and biases.
+        vector_lr: Rate of those with one dimension: biases, gains and offsets of normalization layers. None: as ``lr``.
+        range_lr: Rate of the logarithms of the activations' scales (:func:`psaq_mm.quantization.learn_ranges_`). 0:
+            ranges stay as calibrated.
 
     Returns:
-        Groups for an optimizer; without one where all is frozen.
+        Groups for an optimizer; none for frozen kinds.
 
     Raises:
         ConfigError: A rate is negative or not finite.
@@ -69,7 +68,7 @@ class StudentOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Builds the optimizer of a data-free run, see :func:`parameter_groups`.
 
     Args:
-        optim_wrapper_cfg: As MMEngine's; the optimizer's ``lr`` is that of the weights.
+        optim_wrapper_cfg: As for MMEngine's constructor; the optimizer's ``lr`` is the rate of the weights.
         paramwise_cfg: ``dict(vector_lr=None, range_lr=0.)``.
 
     Raises:
@@ -84,7 +83,7 @@ class StudentOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().__init__(optim_wrapper_cfg, {**rates, **(paramwise_cfg or {})})
 
     def add_params(self, params: List[Dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
-        """Called once, with the whole model."""
+        """Add the model's groups to ``params``. MMEngine calls it once, with the whole model."""
         params.extend(parameter_groups(module, self.base_lr, **self.paramwise_cfg))
         if not params:
             raise ConfigError(
@@ -94,25 +93,27 @@ class StudentOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def follow_schedule(runner: Runner) -> None:
-    """Put a resumed run's schedules where a run of the config's own length has them after as many steps.
+    """Set the learning-rate schedules of a resumed run to the values of an uninterrupted run of the config's length.
 
-    MMEngine restores schedules with the length that they were saved with: a run that is resumed with more steps would
-    stay at the end of the old one, and a cosine would rise again. They are built anew from the config and taken through
-    the steps so far, which gives the values of an uninterrupted run bit for bit, as they follow from the first rates
-    and the number of steps alone. A schedule that follows metrics is left as it was restored, and so are all others
-    beside it.
+    MMEngine restores schedules with the length that they were saved with. A run that is resumed with more steps would
+    stay at the end of the old schedule, and a cosine would rise again. So schedules are built anew from the config and
+    stepped as often as the run has steps. The values are those of an uninterrupted run bit for bit, as they follow from
+    the first rates and the number of steps alone. If a schedule follows metrics, all stay as MMEngine restored them.
+
+    Args:
+        runner: After it loaded the checkpoint to resume from.
     """
-    given, wrapper, step = runner.cfg.get('param_scheduler'), runner.optim_wrapper, runner.iter
-    if not isinstance(runner.param_schedulers, list) or not given:
+    settings, wrapper, step = runner.cfg.get('param_scheduler'), runner.optim_wrapper, runner.iter
+    if not isinstance(runner.param_schedulers, list) or not settings:
         return
-    if any(isinstance(one, ReduceOnPlateauParamScheduler) for one in runner.param_schedulers):
+    if any(isinstance(schedule, ReduceOnPlateauParamScheduler) for schedule in runner.param_schedulers):
         return
-    for name in {one.param_name for one in runner.param_schedulers}:
+    for name in {schedule.param_name for schedule in runner.param_schedulers}:
         for group in wrapper.param_groups:
             group[name] = group.get(f'initial_{name}', group[name])
-    runner.param_schedulers = runner.build_param_scheduler(given)
+    runner.param_schedulers = runner.build_param_scheduler(settings)
     wrapper._global_step = step  # else each schedule warns of being stepped before the optimizer
     for _ in range(step):
-        for one in runner.param_schedulers:
-            if not one.by_epoch:
-                one.step()
+        for schedule in runner.param_schedulers:
+            if not schedule.by_epoch:
+                schedule.step()

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What sizes a config's test pipelines give its pictures, whatever data sets and transforms they are wrapped in."""
+"""Image sizes that a config's test pipelines produce, also inside wrappers of data sets and transforms."""
 
 import math
 from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -11,11 +11,13 @@ __all__ = ['ImageSize', 'image_sizes', 'padding_multiple']
 
 
 class ImageSize(NamedTuple):
-    """What a pipeline makes of a picture's size.
+    """The size of a picture at the end of a pipeline.
 
     Attributes:
-        height, width: In pixels.
-        bound: Whether they are a bound, the short side first: the picture keeps its ratio, upright or across.
+        height: In pixels.
+        width: In pixels.
+        bound: Whether height and width bound the short and the long side of a picture that keeps its aspect ratio, in
+            portrait or landscape.
     """
 
     height: int
@@ -24,11 +26,11 @@ class ImageSize(NamedTuple):
 
 
 def _pair(value: Any) -> Optional[Tuple[int, int]]:
-    """A number or two of them, width first as the libraries write them, as height and width; None for anything else."""
+    """Height and width from one number, or from width and height as the libraries write them; None for other values."""
     if isinstance(value, int):
         return value, value
-    whole = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
-    return (int(value[1]), int(value[0])) if whole else None
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
+    return (int(value[1]), int(value[0])) if pair else None
 
 
 def _resized(scale: Any, keep_ratio: bool) -> List[ImageSize]:
@@ -39,7 +41,7 @@ def _resized(scale: Any, keep_ratio: bool) -> List[ImageSize]:
 
 
 def _after(step: Mapping, before: List[ImageSize]) -> List[ImageSize]:
-    """The sizes that a step gives, ``before`` being those that it gets."""
+    """The sizes after a step, given those before it."""
     kind, keeps = type_name(step), bool(step.get('keep_ratio'))
     if kind in ('Resize', 'FixScaleResize', 'ResizeEdge'):
         return _resized(step.get('scale'), keeps) or before
@@ -52,10 +54,8 @@ def _after(step: Mapping, before: List[ImageSize]) -> List[ImageSize]:
         return [size for scale in step.get('scales') or () for size in _resized(scale, keeps)] or before
     if kind == 'RandomResize':
         return _random_resize(step, keeps) or before
-    if (
-        kind in ('CenterCrop', 'RandomCrop', 'EfficientNetCenterCrop')
-        and step.get('crop_type', 'absolute') == 'absolute'
-    ):
+    crops = kind in ('CenterCrop', 'RandomCrop', 'EfficientNetCenterCrop')
+    if crops and step.get('crop_type', 'absolute') == 'absolute':
         size = _pair(step.get('crop_size'))
         return [ImageSize(*size)] if size else before
     if kind == 'Pad':
@@ -66,16 +66,14 @@ def _after(step: Mapping, before: List[ImageSize]) -> List[ImageSize]:
 
 
 def _random_resize(step: Mapping, keeps: bool) -> List[ImageSize]:
-    """The largest size that it draws."""
+    """The largest size that the step can choose."""
     scales = step.get('scale')
-    scales = (
-        scales if isinstance(scales, (tuple, list)) and scales and isinstance(scales[0], (tuple, list)) else [scales]
-    )
-    sides = [_pair(scale) for scale in scales]
+    several = isinstance(scales, (tuple, list)) and scales and isinstance(scales[0], (tuple, list))
+    sides = [_pair(scale) for scale in (scales if several else [scales])]
     if None in sides:
         return []
-    most = max(step.get('ratio_range') or (1,))
-    return _resized((int(max(s[1] for s in sides) * most), int(max(s[0] for s in sides) * most)), keeps)
+    ratio = max(step.get('ratio_range') or (1,))
+    return _resized((int(max(s[1] for s in sides) * ratio), int(max(s[0] for s in sides) * ratio)), keeps)
 
 
 def _sizes_after(steps: Sequence, sizes: List[ImageSize]) -> List[ImageSize]:
@@ -85,7 +83,7 @@ def _sizes_after(steps: Sequence, sizes: List[ImageSize]) -> List[ImageSize]:
         inner = step.get('transforms')
         if not isinstance(inner, (tuple, list)):
             sizes = _after(step, sizes)
-        elif inner and all(isinstance(one, (tuple, list)) for one in inner):
+        elif inner and all(isinstance(branch, (tuple, list)) for branch in inner):
             sizes = _alternatives(type_name(step), inner, sizes)
         else:
             sizes = _sizes_after(inner, sizes)
@@ -93,30 +91,29 @@ def _sizes_after(steps: Sequence, sizes: List[ImageSize]) -> List[ImageSize]:
 
 
 def _alternatives(kind: str, inner: Sequence[Sequence], sizes: List[ImageSize]) -> List[ImageSize]:
-    if kind == 'TestTimeAug':  # one of each list, in turn
-        for choices in inner:
-            sizes = [size for one in choices for size in _sizes_after([one], sizes)] or sizes
+    if kind == 'TestTimeAug':  # one step of each list, in turn
+        for steps in inner:
+            sizes = [size for step in steps for size in _sizes_after([step], sizes)] or sizes
         return sizes
-    return [size for steps in inner for size in _sizes_after(steps, sizes)]  # one of the lists
+    return [size for steps in inner for size in _sizes_after(steps, sizes)]  # all steps of one of the lists
 
 
 def image_sizes(config: Mapping) -> List[ImageSize]:
-    """The sizes that the test pictures of a config have when they leave its pipelines, those of each data set, the last
-    one last; none where a pipeline resizes nothing.
+    """The sizes of test pictures at the end of each pipeline of a config, in order; empty where nothing is resized.
 
     Args:
-        config: A whole config. Data sets may stand in wrappers (``ConcatDataset``, ``RepeatDataset``), and so may
-            pipelines: a pipeline of the wrapper's own comes after those inside it.
+        config: A whole config. Data sets may be in wrappers (``ConcatDataset``, ``RepeatDataset``). A wrapper's own
+            pipeline runs after those inside it.
     """
-    found: List[ImageSize] = _sizes_after(config.get('test_pipeline') or (), [])
-    for sizes in _of_dataset((config.get('test_dataloader') or {}).get('dataset')):
-        found += sizes
-    return list(dict.fromkeys(found[::-1]))[::-1]
+    sizes: List[ImageSize] = _sizes_after(config.get('test_pipeline') or (), [])
+    for of_one in _of_dataset((config.get('test_dataloader') or {}).get('dataset')):
+        sizes += of_one
+    return list(dict.fromkeys(sizes[::-1]))[::-1]
 
 
 def _of_dataset(dataset: Any) -> List[List[ImageSize]]:
     if isinstance(dataset, (tuple, list)):
-        return [sizes for one in dataset for sizes in _of_dataset(one)]
+        return [sizes for part in dataset for sizes in _of_dataset(part)]
     if not isinstance(dataset, Mapping):
         return []
     if dataset in list(dataset_leaves(dataset)):
@@ -126,7 +123,11 @@ def _of_dataset(dataset: Any) -> List[List[ImageSize]]:
 
 
 def padding_multiple(config: Mapping) -> int:
-    """What the preprocessor pads height and width of test pictures to multiples of, in pixels."""
+    """The number of pixels that height and width of test pictures are padded to multiples of.
+
+    Args:
+        config: A whole config.
+    """
     settings = (config.get('model') or {}).get('data_preprocessor') or config.get('data_preprocessor') or {}
     at_test = settings.get('test_cfg') or {}
     return math.lcm(int(settings.get('pad_size_divisor') or 1), int(at_test.get('size_divisor') or 1))

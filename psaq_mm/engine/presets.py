@@ -6,6 +6,7 @@ import functools
 from typing import Any, Dict, Mapping, Union
 
 from psaq_mm.engine.methods import METHODS, method_of
+from psaq_mm.engine.samples import is_named
 from psaq_mm.engine.settings import GROUPS
 from psaq_mm.errors import ConfigError, nearest
 
@@ -74,7 +75,7 @@ def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any] = DFQ_DE
     """Settings with earlier keys and values turned into today's; each that changes is logged once.
 
     ``source='pink'`` is ``samples='pink'``. ``fresh=1.0``, ``fresh=dict(share=1.0, samples=...)`` are ``fresh=True``
-    and ``samples``. ``joint_lr=0`` is left out.
+    and ``samples``. ``joint_lr=0``, ``prior_rows=None`` and the values of ``damping`` that methods had are left out.
 
     Args:
         settings: As a config gives them.
@@ -89,6 +90,16 @@ def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any] = DFQ_DE
             f'dfq.joint_lr={settings["joint_lr"]} is no longer supported, samples move in rounds only: leave it out'
         )
     settings.pop('joint_lr', None)
+    if 'damping' in settings:
+        damping = settings.pop('damping')
+        if damping not in (0.1, 0.3):  # what methods had
+            raise ConfigError(
+                f'dfq.damping={damping} is no longer supported, the damping of a layer is dfq.prior_rows / its rows: '
+                'set dfq.prior_rows'
+            )
+        _log_once(f'dfq.damping={damping} is left out: the damping of a layer is dfq.prior_rows / its rows now')
+    if settings.get('prior_rows', 0) is None:  # formerly: dfq.damping
+        del settings['prior_rows']
     own = usual.get('samples', DFQ_DEFAULTS['samples'])
     if isinstance(settings.get('fresh'), Mapping):
         settings.update(_fresh_of(settings['fresh'], settings.get('samples'), own))
@@ -102,8 +113,7 @@ def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any] = DFQ_DE
         return settings
     samples = settings.get('samples', own)
     if source == 'generated':
-        if isinstance(samples, str) and not _is_path(samples):
-            samples = source
+        samples = source if is_named(samples) else samples
     elif samples in ('generated', own, source):
         samples = source
     else:
@@ -148,12 +158,6 @@ def _log_once(line: str) -> None:
     print_log(line)
 
 
-def _is_path(samples: Any) -> bool:
-    from psaq_mm.engine.samples import is_path  # imports the libraries, which command lines do without
-
-    return is_path(samples)
-
-
 # ---------------------------------------------------------------------- another method
 def _changes(dfq: DfqConfig) -> Dict[str, Any]:
     """The settings of ``dfq`` that differ from its own method's: a config in a work dir holds every setting."""
@@ -187,7 +191,8 @@ def with_method(dfq: DfqConfig, method: str) -> Dict[str, Any]:
         defining = target.settings.keys() - set(_MERGED)
         return {**{key: value for key, value in changed.items() if key not in defining}, 'preset': method}
     kept = {key: changed[key] for key in _KEPT if key in changed}
-    if target.reuses_samples and _is_path(changed.get('samples')):
-        kept['samples'] = changed['samples']
+    samples = changed.get('samples')
+    if target.reuses_samples and isinstance(samples, str) and not is_named(samples):
+        kept['samples'] = samples
     batch = (changed.get('generator') or {}).get('batch_size')
     return {**kept, 'preset': method, **(dict(generator=dict(batch_size=batch)) if batch else {})}

@@ -1,10 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""MMEngine's pure-Python configs (``read_base()``), whose types are classes, in the form of all others, whose types are
+"""Converts MMEngine's pure-Python configs (``read_base()``), whose types are classes, to text configs, whose types are
 names.
 
-A run writes its config into the work dir and into ``student.pth``, where a class has no text, and settings are compared
-by name in many places of the libraries. So a pure-Python config becomes a text one as soon as it is here, and
-everything behind that knows one form.
+A run writes its config into the work dir and into ``student.pth``, where a class has no text, and the libraries compare
+types by name in many places. So a pure-Python config is converted when it is loaded, and all other code knows one form.
 """
 
 from typing import Any
@@ -20,20 +19,20 @@ _TYPES = ('type', 'base_type', 'constructor', 'runner_type')
 """Keys whose values MMEngine looks up in a registry, by name or by path."""
 
 _BY_BARE_NAME = ('mmcv.ops', 'albumentations')
-"""Modules in which mmdet and mmcv look a type up themselves: ``RoIAlign`` and ``nms`` have no path there."""
+"""Modules whose types mmdet and mmcv look up by bare name: ``RoIAlign`` and ``nms`` have no path there."""
 
 
 def with_named_types(config: Config) -> Config:
     """A config whose types are names: ``'mmdet.models.FasterRCNN'`` in place of the class.
 
     Args:
-        config: Any config; a text one is given back as it is.
+        config: Any config. A text config is returned as it is.
 
     Returns:
         A copy that can be written and read again, without the names that a pure-Python file imports.
 
     Raises:
-        ImportError: A module that the config imports is not there.
+        ImportError: A module that the config imports does not exist.
     """
     if not _has_objects(config._cfg_dict):
         return config
@@ -43,7 +42,7 @@ def with_named_types(config: Config) -> Config:
 
 
 def _has_objects(value: Any) -> bool:
-    # dict.values: MMEngine's own imports what is not imported yet.
+    # dict.values: MMEngine's own values() would import what is not imported yet.
     if isinstance(value, dict):
         return any(map(_has_objects, dict.values(value)))
     if isinstance(value, (list, tuple)):
@@ -58,27 +57,27 @@ def _is_object(value: Any) -> bool:
 
 def _named(value: Any, key: Any = None) -> Any:
     if isinstance(value, dict):
-        return {name: _named(one, name) for name, one in dict.items(value)}
+        return {name: _named(item, name) for name, item in dict.items(value)}
     if isinstance(value, (list, tuple)):
-        return type(value)(_named(one) for one in value)
+        return type(value)(_named(item) for item in value)
     if not _is_object(value):
         return value
-    built = value.build() if isinstance(value, (LazyAttr, LazyObject)) else value
+    target = value.build() if isinstance(value, (LazyAttr, LazyObject)) else value
     if key in _TYPES:
-        return _name_of(built, value)
-    return built if _is_data(built) else value
+        return _name_of(target, value)
+    return target if _is_data(target) else value
 
 
-def _name_of(built: Any, given: Any) -> Any:
-    """What finds ``built`` again, by text; ``given`` itself where nothing does."""
-    module, name = str(getattr(built, '__module__', '')), str(getattr(built, '__qualname__', ''))
-    if module.startswith(_BY_BARE_NAME) and built not in MODELS.module_dict.values():
+def _name_of(target: Any, setting: Any) -> Any:
+    """The path or name by which the libraries find ``target``; the setting itself where no path leads to it."""
+    module, name = str(getattr(target, '__module__', '')), str(getattr(target, '__qualname__', ''))
+    if module.startswith(_BY_BARE_NAME) and target not in MODELS.module_dict.values():
         return name
-    paths = [f'{given.module}.{given}'] if isinstance(given, (LazyAttr, LazyObject)) else []
+    paths = [f'{setting.module}.{setting}'] if isinstance(setting, (LazyAttr, LazyObject)) else []
     while module:  # from mmdet.models.losses.smooth_l1_loss upwards: there, a function has the name of its module
         paths.append(f'{module}.{name}')
         module = module.rpartition('.')[0]
-    return next((path for path in paths if get_object_from_string(path) is built), given)
+    return next((path for path in paths if get_object_from_string(path) is target), setting)
 
 
 def _is_data(value: Any) -> bool:

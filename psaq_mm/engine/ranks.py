@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Ranks on machines without a GPU, where MMEngine's own set-up asks for one."""
+"""Starts several ranks on a machine without a GPU. MMEngine's own set-up needs GPUs."""
 
 import datetime
 import os
@@ -13,17 +13,17 @@ from psaq_mm.errors import ConfigError
 __all__ = ['join_ranks']
 
 TIMEOUT = 1800
-"""Seconds that a rank waits for another, where ``env_cfg.dist_cfg.timeout`` says nothing; PyTorch's own for gloo."""
+"""Seconds that a rank waits for another by default, as in PyTorch for gloo; ``env_cfg.dist_cfg.timeout`` sets it."""
 
 
 def join_ranks(config: Config) -> None:
-    """Make a config ready for ``config.launcher``, in place, and join the process group where MMEngine could not.
+    """Join the process group where there is no GPU, with gloo; with a GPU MMEngine's runner does that.
 
-    With a GPU nothing is done: the runner does it. Without one the group is gloo's, and the model's wrapper gets no
-    device ids.
+    Args:
+        config: Changed in place: the model's wrapper gets no device ids.
 
     Raises:
-        ConfigError: No launcher started this process, or it was another one than torchrun and there is no GPU.
+        ConfigError: No launcher started this process, or there is no GPU and the launcher is not torchrun.
     """
     if config.get('launcher', 'none') == 'none' or torch.cuda.is_available():
         return

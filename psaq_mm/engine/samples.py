@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from psaq_mm.engine import real_images  # noqa: F401  registers the source 'real'
 from psaq_mm.engine.checkpoint import load_restricted, save_atomic
 from psaq_mm.engine.data_overlap import check_folder
+from psaq_mm.engine.real_images import TrainingImages
 from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.models.task import reads_rgb
-from psaq_mm.pictures import SOURCES, Generated, ImageSpec, Mixture, Source, SourceConfig, register_source, source_of
+from psaq_mm.pictures import SOURCES, Generated, ImageSpec, Source, SourceConfig, register_source, source_of
 from psaq_mm.pictures.base import Make, checked_size, mixed
 from psaq_mm.pictures.image_spec import EIGHT_BITS
 from psaq_mm.registry import TASK_UTILS
@@ -26,9 +26,9 @@ __all__ = [
     'Saved',
     'SavedSamples',
     'build_source',
-    'is_path',
+    'is_named',
     'load_samples',
-    'procedural_of',
+    'reads_training_set',
     'samples_of',
     'save_samples',
 ]
@@ -324,9 +324,9 @@ class Saved(_Files, Generated):
         return _load(Path(self.path), tuple(size), image_spec, self.rgb is not False)
 
 
-def is_path(config: SourceConfig) -> bool:
-    """Whether a config of a source is a path, and not the name of a source."""
-    return isinstance(config, str) and config not in SOURCES
+def is_named(config: SourceConfig) -> bool:
+    """Whether a config of a source is the name of one; any other string is a path."""
+    return isinstance(config, str) and config in SOURCES
 
 
 def build_source(
@@ -354,14 +354,15 @@ def build_source(
     return source
 
 
+def reads_training_set(config: SourceConfig) -> bool:
+    """Whether a config of a source takes images of the training set, in a mixture too."""
+    if isinstance(config, str) and not is_named(config):
+        return False
+    source = build_source(config)
+    return any(isinstance(member, TrainingImages) for member in getattr(source, 'sources', [source]))
+
+
 def samples_of(config: SourceConfig, model: nn.Module, run: Mapping, seed: int = 0) -> Source:
     """The source that ``dfq.samples`` names: as :func:`build_source`, but a path gives the first samples alone."""
-    saved = isinstance(config, str) and is_path(config) and Path(config).exists()
+    saved = isinstance(config, str) and not is_named(config) and Path(config).exists()
     return build_source(dict(type=Saved, path=config) if saved else config, model, run, seed)
-
-
-def procedural_of(source: Source) -> Optional[Source]:
-    """The part of a source that needs no synthesis; None if all of it does."""
-    if isinstance(source, Mixture):
-        return source.procedural_part()
-    return source if source.procedural else None

@@ -40,8 +40,8 @@ class PictureSettings(Settings):
     )
     samples: Any = setting(
         'generated',
-        'Source of the pictures: a name such as generated, pink, dead_leaves, scenes or real; a dict; a list of them (a '
-        'mixture); or the path of a samples.pt or of a folder of images, which are the first pictures.',
+        'Source of the pictures: a name such as generated, pink, dead_leaves, scenes or real; a dict; a list of them '
+        '(a mixture); or the path of a samples.pt or of a folder of images, which are the first pictures.',
     )
     fresh: bool = setting(
         False,
@@ -110,6 +110,10 @@ class OptimizerSettings(Settings):
         0.0, "Of the logarithms of the activations' scales, learned with the weights; 0 leaves them as calibrated."
     )
     clip_grad: Optional[float] = setting(1.0, 'Greatest norm of the gradient. None: not bounded.')
+
+    def __post_init__(self) -> None:
+        if not self.iters >= 0:
+            raise ConfigError(f'{self.prefix}iters={self.iters} must be 0 (calibrate only) or more')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Rotating a whole model: its heads, and those of its residual streams whose readers are known."""
+"""Rotation of a model: its heads, and the residual streams whose readers are all known."""
 
-from typing import List, NamedTuple, Tuple
+from contextlib import contextmanager
+from typing import Iterator, List, NamedTuple, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from psaq_mm.quantization import full_float32, in_mode, quantizers, random_rotat
 __all__ = ['RotationReport', 'rotate_model_']
 
 TOLERANCE = 1e-3
-"""Greatest change of an output, beside its own spread: float32 alone gives 1e-6 to 1e-5, and TF32, which is off here,
+"""Greatest change of an output relative to its spread: float32 alone gives 1e-6 to 1e-5, and TF32, which is off here,
 up to 2e-3."""
 
 
@@ -41,11 +42,11 @@ class RotationReport(NamedTuple):
 
 @torch.no_grad()
 def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> RotationReport:
-    """Rotate what a model computes in, in place, before it is calibrated: in full precision it stays the same function.
+    """Rotate heads and residual streams of a model, in place, before calibration: the same function in full precision.
 
-    Random rotations, from ``seed`` alone: the same for every rank and every time. Norms that read a rotated stream end
-    with gains of 1, and the maps that a backbone hands to a known neck or head are rotated too, with the convolutions
-    that read them.
+    Rotations are random and depend on ``seed`` alone: every rank gets the same. The gains of norms that read a rotated
+    stream become 1. The maps that a backbone gives to a known neck or head are rotated too, with the convolutions that
+    read them.
 
     Args:
         model: Detector, segmentor, classifier or backbone with full-precision weights, its layers quantized already or
@@ -57,41 +58,47 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
         What was rotated, and what was not and why.
 
     Raises:
-        UnsupportedModelError: The outputs came out otherwise than before. The model has its old weights then.
+        UnsupportedModelError: The outputs changed. The model has its old weights then, as after any other error.
     """
     backbone, heads = find_backbone(model), 0
     streams, left = streams_of(model, network_of(backbone))
     parts = _parts(model) if streams else ('backbone',)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
     outputs = _outputs(model, parts, size)
     generator = torch.Generator().manual_seed(seed)
-    for _, attention in find_attention(backbone):
-        scores = is_identity(getattr(attention, 'q_norm', None), getattr(attention, 'k_norm', None))
-        values = is_identity(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
-        rotate_heads_(attention.qkv, attention.proj, attention.num_heads, generator, scores=scores, values=values)
-        heads += attention.num_heads if scores or values else 0
     done = []
-    for stream in streams:
-        try:
-            rotate_stream_(
-                random_rotation(stream.channels, generator, keep_mean=True),
-                stream.writers,
-                stream.tokens,
-                stream.readers,
+    with _undone_on_error(model):
+        for _, attention in find_attention(backbone):
+            scores = is_identity(getattr(attention, 'q_norm', None), getattr(attention, 'k_norm', None))
+            values = is_identity(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
+            rotate_heads_(attention.qkv, attention.proj, attention.num_heads, generator, scores=scores, values=values)
+            heads += attention.num_heads if scores or values else 0
+        for stream in streams:
+            rotation = random_rotation(stream.channels, generator, keep_mean=True)
+            try:
+                rotate_stream_(rotation, stream.writers, stream.tokens, stream.readers)
+            except DataError as error:
+                left.append(f'{stream.name}: {error}')
+            else:
+                done.append((stream.name, stream.channels))
+        change = max((_change(old, new) for old, new in zip(outputs, _outputs(model, parts, size))), default=0.0)
+        if not change <= TOLERANCE:
+            raise UnsupportedModelError(
+                f'rotating {type(model).__name__} changed its outputs by {change:.1%} of their spread, so something '
+                'reads its tokens that is not known here: set dfq.rotate=False'
             )
-        except DataError as error:
-            left.append(f'{stream.name}: {error}')
-        else:
-            done.append((stream.name, stream.channels))
-    change = max((_change(old, new) for old, new in zip(outputs, _outputs(model, parts, size))), default=0.0)
-    if not change <= TOLERANCE:
-        for name, value in model.named_parameters():
-            value.copy_(before[name])
-        raise UnsupportedModelError(
-            f'rotating {type(model).__name__} changed its outputs by {change:.1%} of their spread, so something '
-            'reads its tokens that is not known here: set dfq.rotate=False'
-        )
     return RotationReport(heads, done, left)
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Parameters get their old values back if the block raises an error."""
+    before = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, values in before:
+            parameter.copy_(values)
+        raise
 
 
 def _parts(model: nn.Module) -> Tuple[str, ...]:

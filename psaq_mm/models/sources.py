@@ -9,4 +9,4 @@ __all__ = ['SampleGenerator']
 
 TASK_UTILS.register_module(name='SampleGenerator', module=SampleGenerator)
 for _source in dict.fromkeys(SOURCES.values()):
-    TASK_UTILS.register_module(module=_source)
+    TASK_UTILS.register_module(module=_source, force=True)  # sources of the engine may be there already

@@ -77,6 +77,10 @@ class Source:
         """Whether no synthesis is needed, so that every batch of the student can be made anew."""
         return True
 
+    def procedural_part(self) -> Optional['Source']:
+        """The part of the source that needs no synthesis; None if all of it does."""
+        return self if self.procedural else None
+
     @property
     def paths(self) -> List[str]:
         """Files and folders that the source reads."""

@@ -87,16 +87,8 @@ class DeadLeaves(Source):
         DataError: A setting is out of range.
     """
 
-    fixed: ClassVar[Tuple[str, ...]] = (
-        'coverage',
-        'shapes',
-        'stretch',
-        'texture',
-        'wavelength',
-        'noise_exponent',
-        'shading',
-        'contrast',
-        'color_correlation',
+    fixed: ClassVar[Tuple[str, ...]] = tuple(
+        'coverage shapes stretch texture wavelength noise_exponent shading contrast color_correlation'.split()
     )
 
     def __init__(

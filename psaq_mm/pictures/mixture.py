@@ -20,7 +20,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 @register_source('mixture')
 class Mixture(Source):
-    """Each picture from one of several sources, in the proportions of their weights.
+    """Each picture from one of several sources, by their weights; by default half 1/f noise, half dead leaves.
 
     The picture's number decides which one. Multiples of the golden ratio fall evenly into 0 .. 1, so that a batch has
     the proportions too, to about one picture.
@@ -80,7 +80,7 @@ class Mixture(Source):
         for source in self.sources:
             source.open(model, config, seed)
 
-    def procedural_part(self) -> Optional['Mixture']:
+    def procedural_part(self) -> Optional[Source]:
         """The members that need no synthesis, at their weights; None if there are none, or all have weight 0."""
         kept = [(s, w) for s, w in zip(self.sources, self.weights) if s.procedural and w > 0]
         return Mixture([s for s, _ in kept], [w for _, w in kept], self.seed) if kept else None
@@ -115,7 +115,10 @@ class Mixture(Source):
 
 @register_source('generated')
 class Generated(Source):
-    """Samples that are synthesized out of the teacher (:class:`~psaq_mm.psaq_vit.SampleGenerator`)."""
+    """Samples that are synthesized out of the teacher.
+
+    The run makes them: see :class:`psaq_mm.psaq_vit.SampleGenerator`.
+    """
 
     @property
     def procedural(self) -> bool:

@@ -84,14 +84,7 @@ class Scenes(Source):
         torch.Size([8, 3, 224, 224])
     """
 
-    fixed: ClassVar[Tuple[str, ...]] = (
-        'objects',
-        'roughness',
-        'texture',
-        'shading',
-        'color_correlation',
-        'contrast',
-    )
+    fixed: ClassVar[Tuple[str, ...]] = tuple('objects roughness texture shading color_correlation contrast'.split())
 
     def __init__(self, radius: Sequence[float] = (0.05, 0.4), color_blur: int = 1, seed: int = 0) -> None:
         super().__init__(seed)

@@ -4,7 +4,7 @@
 from psaq_mm.psaq_vit.coevolution import CoEvolution
 from psaq_mm.psaq_vit.generator import GeneratedSamples, Objective, SampleGenerator
 from psaq_mm.psaq_vit.priors import total_variation, variation_prior, variation_target
-from psaq_mm.psaq_vit.similarity import SimilarityDensity, patch_similarity_density, patch_similarity_entropy
+from psaq_mm.psaq_vit.similarity import patch_similarity_entropy
 from psaq_mm.psaq_vit.synthesis import Synthesis, SynthesisSettings
 from psaq_mm.psaq_vit.taps import AttentionTap, AttentionTaps
 from psaq_mm.psaq_vit.weighting import AdaptiveWeight
@@ -17,10 +17,8 @@ __all__ = [
     'GeneratedSamples',
     'Objective',
     'SampleGenerator',
-    'SimilarityDensity',
     'Synthesis',
     'SynthesisSettings',
-    'patch_similarity_density',
     'patch_similarity_entropy',
     'total_variation',
     'variation_prior',

@@ -11,7 +11,6 @@ from typing import Any, Callable, ContextManager, Dict, Mapping, Optional
 from torch import Tensor
 
 from psaq_mm.calibration import Calibration, Network, StepLosses, StudentTraining, TrainingSettings
-from psaq_mm.calibration.student import PictureStream
 from psaq_mm.pictures import SampleStream
 from psaq_mm.psaq_vit.synthesis import Synthesis
 
@@ -37,7 +36,7 @@ class CoEvolution(StudentTraining):
         synthesis: Synthesis,
         settings: Optional[TrainingSettings] = None,
         *,
-        fresh: Optional[PictureStream] = None,
+        fresh: Optional[SampleStream] = None,
         seed: int = 0,
     ) -> None:
         super().__init__(teacher, calibration, stream, settings, fresh=fresh, seed=seed)

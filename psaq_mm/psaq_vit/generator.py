@@ -175,9 +175,8 @@ class SampleGenerator:
     Args:
         size: (height, width) of the samples in pixels, where :meth:`generate` is given no first images.
         batch_size: Number of samples made together.
-        init: Source of the first images: a name of :func:`~psaq_mm.pictures.source_names` such as 'gaussian', 'pink' and
-            'dead_leaves', or what :func:`~psaq_mm.pictures.source_of` takes, such as
-            ``dict(type='psaq_mm.DeadLeaves')``.
+        init: Source of the first images: a name of :func:`~psaq_mm.pictures.source_names` such as 'gaussian' and
+            'pink', or what :func:`~psaq_mm.pictures.source_of` takes, such as ``dict(type='psaq_mm.DeadLeaves')``.
         seed: Seed of a run that is given no random generator.
         **settings: Settings of the groups :class:`Loss`, :class:`Schedule`, :class:`Moves` and :class:`Density`.
 
@@ -202,7 +201,7 @@ class SampleGenerator:
         seed: int = 0,
         **settings: Any,
     ) -> None:
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size: Tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.batch_size, self.init, self.seed = batch_size, init, seed
         self.loss, self.schedule, self.moves, self.density = read_groups(settings, Loss, Schedule, Moves, Density)
         rounds, jitter = self.schedule.rounds, self.moves.jitter
@@ -377,7 +376,7 @@ class _Terms:
             entry['weight'] = self.loss.discrepancy_weight if adaptive is None else adaptive.follow(value)
             weights['discrepancy'] = -entry['weight']
         entry['total'] = sum(weights[name] * entry[name] for name in terms)
-        return sum(weights[name] * term for name, term in terms.items())
+        return functools.reduce(torch.add, (weights[name] * term for name, term in terms.items()))
 
     def _terms(self, moved: Tensor) -> Dict[str, Tensor]:
         """Terms that take part, by name and without their weights."""
@@ -410,7 +409,7 @@ class _Terms:
 
     def _entropy(self, taps: Sequence[AttentionTap]) -> Tensor:
         """Sum of the patch similarity entropies of the blocks."""
-        return sum(
+        entropies = (
             patch_similarity_entropy(
                 tap.tokens,
                 tap.valid,
@@ -422,6 +421,7 @@ class _Terms:
             )
             for tap in taps
         )
+        return functools.reduce(torch.add, entropies)
 
 
 class _Move(NamedTuple):

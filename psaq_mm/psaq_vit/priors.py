@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Priors on what a picture looks like, independent of task and model."""
+"""The total variation prior: how much a picture varies, independent of task and model."""
 
 import math
 from typing import Any, Iterator, Optional, Sequence, Tuple
@@ -37,7 +37,7 @@ def total_variation(images: Tensor, whole: Optional[WholeBatch] = None) -> Tenso
     squares = _Squares.apply(images)
     if whole is not None:
         squares = whole.sum(squares)
-    # Without a difference there is a root, but no slope of it.
+    # At zero the root has no gradient: it is left out there.
     least = torch.finfo(squares.dtype).tiny
     return torch.where(squares > 0, squares.clamp(min=least).sqrt(), torch.zeros_like(squares)).sum().to(images.dtype)
 
@@ -53,8 +53,7 @@ _NEIGHBOURS = (
     (..., slice(None, -1), slice(1, None)),  # rising
 )
 _PIXELS = 1 << 17
-"""Pixels worked on together: their differences stay in the cache, where those of all images would be written out and
-read again."""
+"""Pixels worked on at a time: their differences stay in the cache, those of all images would not."""
 
 
 class _Squares(torch.autograd.Function):
@@ -68,8 +67,8 @@ class _Squares(torch.autograd.Function):
         ctx.save_for_backward(images)
         sums = images.new_zeros(4, dtype=torch.float64)
         for planes in _planes(images):
-            # A channel at a time: its norm does not depend on what else is there, so that ranks with parts of a batch
-            # get the sums of one.
+            # Channel by channel: its norm does not depend on the rest of the batch, so that ranks with parts of a batch
+            # get the sums of one rank.
             norms = torch.stack([torch.linalg.vector_norm(a - b, dim=(1, 2)) for a, b in _pairs(planes)])
             sums += norms.double().square().sum(1)
         return sums
@@ -101,7 +100,7 @@ def _pairs(planes: Tensor) -> Iterator[Tuple[Tensor, Tensor]]:
 
 
 def variation_target(level: float, shape: Sequence[int]) -> float:
-    """Total variation that means for a batch of ``shape`` what ``level`` means for ``REFERENCE_SHAPE``.
+    """Target of the total variation of a batch of ``shape``, where ``level`` is that of ``REFERENCE_SHAPE``.
 
     The norms grow with the square root of the number of values, so the target does.
 
@@ -115,8 +114,8 @@ def variation_target(level: float, shape: Sequence[int]) -> float:
 def variation_prior(images: Tensor, level: float, whole: Optional[WholeBatch] = None) -> Tensor:
     """Distance |TV - target| to the scaled target, divided by the same scale.
 
-    The result is then of one size for every batch and picture size, so that one weight serves all.
-    PSAQ-ViT weighs it 0.05 at ``REFERENCE_SHAPE``, where both scales are one.
+    The result then has one scale for every batch and picture size, so that one weight serves all. PSAQ-ViT's weight is
+    0.05 at ``REFERENCE_SHAPE``, where the scale is one.
 
     Args:
         images: Shape (B, C, H, W), in standard units.

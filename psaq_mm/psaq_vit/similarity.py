@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Patch similarity entropy: how diverse the patches of an image are in the eyes of one attention block.
+"""Patch similarity entropy: how diverse the patches of an image are in the features of one attention block.
 
 PSAQ-ViT (arXiv 2203.02250), Sec. 3.2: the all-pairs cosine similarity of the patches is treated as samples of a random
 variable, its density is estimated with a Gaussian kernel, and the differential entropy of that density is maximized.
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from psaq_mm.errors import DataError
 from psaq_mm.quantization import RowMask
 
-__all__ = ['patch_similarity_entropy', 'patch_similarity_density', 'SimilarityDensity']
+__all__ = ['patch_similarity_entropy']
 
 RangeReducer = Callable[[Tensor, Tensor], Tuple[Tensor, Tensor]]
 
@@ -25,24 +25,14 @@ RangeReducer = Callable[[Tensor, Tensor], Tuple[Tensor, Tensor]]
 _NORM_FLOOR = 1e-8
 # Similarity given to pairs that take no part: the kernel there is negligible beside any eps.
 _NOWHERE = 1e3
+# Similarities (not the kernel) are kept for the backward pass up to this many bytes, and computed again otherwise.
+_KEEP_BYTES = 16 << 20
 # Kernels are cut off at 2^-126, the least normal float32: smaller ones cost several times more and change nothing.
 _LEAST_EXPONENT = -126.0
 # Strips of rows that similarities fall into at most, and the least height of one: narrower ones compute fewer pairs
 # twice and run slower. Nothing else counts: a group's similarities are summed alike whatever else is in the batch, so
 # that ranks agree.
 _STRIPS, _ROWS = 5, 16
-
-
-class SimilarityDensity(NamedTuple):
-    """Density of the patch similarities of each image.
-
-    Attributes:
-        grid: Similarities at which the density was evaluated, shape (points,).
-        density: Estimated density, shape (images, points), without the floor ``eps``.
-    """
-
-    grid: Tensor
-    density: Tensor
 
 
 def patch_similarity_entropy(
@@ -54,8 +44,6 @@ def patch_similarity_entropy(
     value_range: Optional[Tuple[float, float]] = None,
     groups_per_image: int = 1,
     reduce_range: Optional[RangeReducer] = None,
-    chunk: Optional[int] = None,
-    keep_bytes: int = 16 << 20,
 ) -> Tensor:
     """Mean over the images of the differential entropy of their patch similarities.
 
@@ -84,9 +72,6 @@ def patch_similarity_entropy(
         groups_per_image: Number of consecutive groups that belong to one image.
         reduce_range: Called with the batch's least and greatest similarity (0-dim tensors), returns those to use.
             Ranks of a distributed run pass a minimum and a maximum over the ranks, so that all share one grid.
-        chunk: Similarities processed at a time. Defaults to None, what fits the cache of the device.
-        keep_bytes: Similarities (not the kernel) are kept for the backward pass if they take no more than this,
-            and computed again otherwise.
 
     Returns:
         Entropy, shape (), in nats; differentiable with respect to ``tokens``.
@@ -98,41 +83,21 @@ def patch_similarity_entropy(
         >>> tokens = torch.randn(2, 196, 64, requires_grad=True)
         >>> patch_similarity_entropy(tokens).backward()
     """
-    plan = _Plan.build(tokens, valid, groups_per_image, points, bandwidth, chunk)
+    plan = _Plan.build(tokens, valid, groups_per_image, points, bandwidth)
     itemsize = 8 if tokens.dtype == torch.float64 else 4
-    keep = sum(block.pairs for block in plan.blocks()) * itemsize <= keep_bytes
+    keep = sum(block.pairs for block in plan.blocks()) * itemsize <= _KEEP_BYTES
     return _Entropy.apply(tokens, plan, eps, value_range, reduce_range, keep)
 
 
-@torch.no_grad()
-def patch_similarity_density(
-    tokens: Tensor,
-    valid: Optional[Tensor] = None,
-    points: int = 10,
-    bandwidth: float = 0.01,
-    value_range: Optional[Tuple[float, float]] = None,
-    groups_per_image: int = 1,
-) -> SimilarityDensity:
-    """Density that :func:`patch_similarity_entropy` takes the entropy of, for plots and reports.
-
-    Args: As there.
-
-    Returns:
-        SimilarityDensity: Grid (points,) and density (images, points).
-
-    Raises:
-        DataError: As there.
-    """
-    plan = _Plan.build(tokens, valid, groups_per_image, points, bandwidth, None)
-    with _full_precision(tokens):
-        unit, _ = _normalize(tokens, plan.valid)
-        grid, density, _ = _densities(unit, plan, value_range, None, False)
-    return SimilarityDensity(grid, density)
+def _chunk_on(device: torch.device) -> int:
+    """Similarities processed at a time: a few buffers of them stay in the cache of the cores that share the work."""
+    return (1 << 16) * max(2, torch.get_num_threads()) if device.type == 'cpu' else 1 << 23
 
 
 class _Block(NamedTuple):
-    """Some rows of the similarity matrices of some groups, from the diagonal on: (groups, rows, length -
-    rows.start).
+    """A range of rows of the similarity matrices of a range of groups, from the diagonal on.
+
+    Shape: (groups, rows, length - rows.start).
     """
 
     groups: slice
@@ -172,7 +137,6 @@ class _Plan:
         per_image: int,
         points: int,
         bandwidth: float,
-        chunk: Optional[int],
     ) -> '_Plan':
         if tokens.dim() != 3 or 0 in tokens.shape:
             raise DataError(f'tokens must be a non-empty (groups, tokens, channels) tensor, not {tuple(tokens.shape)}')
@@ -190,18 +154,15 @@ class _Plan:
                     f'({groups}, {length}) or with fewer rows that divide {groups}'
                 )
             valid = None if bool(valid.all()) else RowMask(valid).rows(tokens)
-        if chunk is None:
-            # A few buffers of this many values stay in the cache of the cores that share the work.
-            chunk = (1 << 16) * max(2, torch.get_num_threads()) if tokens.device.type == 'cpu' else 1 << 23
-        return cls(groups, length, valid, per_image, points, bandwidth, chunk)
+        return cls(groups, length, valid, per_image, points, bandwidth, _chunk_on(tokens.device))
 
     @property
     def images(self) -> int:
         return self.groups // self.per_image
 
     def blocks(self) -> Iterator[_Block]:
-        """Blocks of about one chunk that hold every unordered pair of tokens of a group, those of two rows of one strip
-        twice.
+        """Blocks of about one chunk each. Together they hold every unordered pair of tokens of a group; pairs inside a
+        strip of rows are there in both orders.
         """
         strips = max(min(_STRIPS, self.length // _ROWS), -(-(self.length**2) // self.chunk), 1)
         rows = -(-self.length // min(strips, self.length))
@@ -223,23 +184,13 @@ class _Plan:
         return pairs
 
 
-class _full_precision:
-    """Switches autocast off, which would run the matrix products in half precision."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._context = torch.autocast(tensor.device.type, enabled=False)
-
-    def __enter__(self) -> None:
-        self._context.__enter__()
-
-    def __exit__(self, *error) -> None:
-        self._context.__exit__(*error)
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Context without autocast, which would run the matrix products in half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _normalize(tokens: Tensor, valid: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
-    """Unit tokens and the reciprocals (B, N, 1) of their norms, both zero for tokens without direction and those that
-    are not valid.
-    """
+    """Unit tokens and the reciprocals (B, N, 1) of their norms; zero for tokens without direction or not valid."""
     tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
     norm = tokens.norm(dim=-1, keepdim=True)
     inverse = torch.where(norm > _NORM_FLOOR, norm.reciprocal(), torch.zeros_like(norm))
@@ -277,8 +228,8 @@ def _range(
 ) -> Tuple[Tensor, Tensor]:
     """Least and greatest similarity of the batch; appends the blocks of similarities to ``kept``."""
     # No similarity exceeds the greatest squared norm of a token that takes part, which is its similarity to itself.
-    own = unit.square().sum(-1)
-    greatest = (own if plan.valid is None else own.masked_fill(~plan.valid, -_NOWHERE)).amax()
+    squared = unit.square().sum(-1)
+    greatest = (squared if plan.valid is None else squared.masked_fill(~plan.valid, -_NOWHERE)).amax()
     lows = []
     for block in plan.blocks():
         similarity = similarities(block)
@@ -296,8 +247,8 @@ def _scale(bandwidth: float) -> float:
 class _Kernel:
     """The kernel of one block at one grid point at a time, in buffers that stay in the cache.
 
-    Pairs of two rows of the block's strip are there in both of their orders, all others in one: the kernel of the
-    former is halved.
+    Pairs inside the block's strip of rows are there in both orders, all others in one: the kernel of the former is
+    halved.
     """
 
     def __init__(self, plan: _Plan, grid: Tensor) -> None:
@@ -347,14 +298,14 @@ def _densities(
     kernel_at = _Kernel(plan, grid)
     sums = unit.new_zeros(plan.points, plan.groups)
     for index, block in enumerate(plan.blocks()):
-        similarity = blocks[index] if keep else similarities(block)
+        similarity = similarities(block) if blocks is None else blocks[index]
         sums[:, block.groups] += torch.stack([kernel.sum((1, 2)) for kernel, _ in kernel_at(similarity)])
     sums = 2 * sums.view(plan.points, plan.images, plan.per_image).sum(2).t()
     return grid, (sums * _factor(plan)).to(sums.dtype), blocks
 
 
 def _factor(plan: _Plan) -> Union[Tensor, float]:
-    """What turns a sum of kernels over the pairs of an image into its density."""
+    """Factor between the sum of the kernels over the pairs of an image and its density."""
     pairs = plan.pairs_per_image()
     constant = plan.bandwidth * math.sqrt(2 * math.pi)
     return 1 / (pairs.unsqueeze(1).double() * constant) if isinstance(pairs, Tensor) else 1 / (pairs * constant)
@@ -413,6 +364,6 @@ class _Entropy(torch.autograd.Function):
 
 
 def _add_products_(grad: Tensor, pairs: Tensor, unit: Tensor, block: _Block) -> None:
-    """Adds to ``grad`` what the gradients of a block's pairs (groups, rows, columns) mean for both tokens."""
+    """Add the gradients of both tokens of each pair to ``grad``, from those of the pairs (groups, rows, columns)."""
     grad[block.groups, block.rows] += pairs @ unit[block.groups, block.columns]
     grad[block.groups, block.columns] += pairs.transpose(1, 2) @ unit[block.groups, block.rows]

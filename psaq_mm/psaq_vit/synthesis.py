@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Samples out of a teacher, in batches and on all ranks: what the source ``Generated`` stands for."""
+"""Samples out of a teacher, in batches and on all ranks, for the source ``Generated``."""
 
 import contextlib
 import dataclasses
@@ -40,9 +40,9 @@ class SynthesisSettings(Settings):
 
 
 class Synthesis:
-    """Makes samples for a teacher, and, where asked, against a student.
+    """Makes samples out of a teacher, on request such as are hard for a student.
 
-    In a distributed run each rank makes its part of a batch; all of them get the whole, that of one rank.
+    In a distributed run each rank makes its part of a batch, and all ranks get the whole batch: that of one rank.
 
     Args:
         teacher: Full precision, frozen.
@@ -68,7 +68,7 @@ class Synthesis:
         random: Optional[torch.Generator] = None,
         progress: Optional[Callable[[Dict[str, Any]], None]] = None,
     ) -> None:
-        self.teacher, self.generator, self.size = teacher, generator, tuple(size)
+        self.teacher, self.generator, self.size = teacher, generator, (int(size[0]), int(size[1]))
         self.settings, self.progress = settings or SynthesisSettings(), progress
         self.random = torch.Generator().manual_seed(0) if random is None else random
         # A generator of weight 0 makes no use of a student: the weight is then never asked.
@@ -86,13 +86,9 @@ class Synthesis:
         """
         first = self.generator.first_images(count, self.size, self.teacher.image_spec, self.random)
         self.labels = self._draw_classes(count)
-        together = self.generator.batch_size * ranks()[1]
-        return torch.cat(
-            [
-                self._batch(first[part], None if self.labels is None else self.labels[part], student, number)
-                for part in (slice(start, start + together) for start in range(0, count, together))
-            ]
-        )
+        batches = first.split(self.generator.batch_size * ranks()[1])
+        labels = [None] * len(batches) if self.labels is None else self.labels.split(len(batches[0]))
+        return torch.cat([self._batch(batch, classes, student, number) for batch, classes in zip(batches, labels)])
 
     def _draw_classes(self, count: int) -> Optional[Tensor]:
         if self.settings.classes is None or self.teacher.num_classes is None:
@@ -106,10 +102,9 @@ class Synthesis:
             return self._part(first, labels, student, number, None)
         if count < world:  # a rank without an image has nothing to run: each makes all of them, and rank 0's are taken
             return broadcast_(self._part(first, labels, student, number, None))
-        own = own_part(count)
-        whole = WholeBatch(own.stop - own.start)
-        labels = None if labels is None else labels[own]
-        return gathered(self._part(first[own], labels, student, number, whole), count)
+        mine = own_part(count)
+        labels = None if labels is None else labels[mine]
+        return gathered(self._part(first[mine], labels, student, number, WholeBatch(mine.stop - mine.start)), count)
 
     def _part(
         self,
@@ -154,7 +149,7 @@ class Synthesis:
         )
 
     def _timed(self, progress: Callable[[Dict[str, Any]], None]) -> Callable[[Dict[str, float]], None]:
-        """``progress``, told also the number of steps and the seconds that are left."""
+        """``progress``, with the number of steps and the seconds that are left in each entry."""
         begun, steps = time.perf_counter(), self.generator.schedule.steps * self.generator.schedule.rounds
 
         def report(entry: Dict[str, float]) -> None:

@@ -1,13 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Taps on the attention of a model: what its blocks say about the patches of an image."""
+"""Taps on the attention of a model: the features that its blocks have of the patches of an image."""
 
 from contextlib import contextmanager
-from typing import Iterator, List, NamedTuple, Optional, Union
+from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from psaq_mm.calibration.attention import find_attention
+from psaq_mm.contexts import hooked
 from psaq_mm.errors import DataError, UnsupportedModelError
 from psaq_mm.quantization import RowMask, row_mask_of
 
@@ -60,13 +61,12 @@ class AttentionTaps:
         if not self.attention:
             raise UnsupportedModelError(
                 f'{type(model).__name__} has no self-attention with num_heads, qkv and proj, so patch similarity '
-                f'cannot '
-                'be measured; use a Swin, DeiT or ViT backbone, or set the weight of the entropy to 0'
+                'cannot be measured; use a Swin, DeiT or ViT backbone, or set the weight of the entropy to 0'
             )
 
     @contextmanager
     def record(self, images: Union[Tensor, int]) -> Iterator[List[AttentionTap]]:
-        """Records one forward pass run inside the ``with`` block.
+        """Record one forward pass that runs inside the ``with`` block.
 
         Args:
             images: The batch the model is about to see, or its size. A batch that requires gradients must give taps
@@ -81,31 +81,22 @@ class AttentionTaps:
                 cut the taps off the graph.
             DataError: In the forward pass, if the groups do not divide by the batch or no token is left.
         """
-        tensor = isinstance(images, Tensor)
-        batch = len(images) if tensor else images
-        needs_grad = tensor and images.requires_grad and torch.is_grad_enabled()
+        batch = len(images) if isinstance(images, Tensor) else images
+        needs_grad = isinstance(images, Tensor) and images.requires_grad and torch.is_grad_enabled()
         record: List[AttentionTap] = []
         calls: List[AttentionTap] = []
-        handles = []
+        attention_of: Dict[nn.Module, Tuple[str, nn.Module]] = {m.proj: (name, m) for name, m in self.attention}
 
-        def tap(name: str, module: nn.Module, output: Tensor) -> None:
+        def tap(projection: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
             # The mean of the heads is taken at once, so that no block's whole output is held until the last one has
             # run. Checkpointing compares the tensors a block saves with those of its recomputation, which runs without
             # the hook: it must not count these.
             with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-                calls.append(self._tap(name, module, output, row_mask_of(module), batch))
+                name, module = attention_of[projection]
+                calls.append(self._tap(name, module, inputs[0], row_mask_of(module), batch))
 
-        try:
-            for name, module in self.attention:
-                handles.append(
-                    module.proj.register_forward_pre_hook(
-                        lambda _, inputs, name=name, module=module: tap(name, module, inputs[0])
-                    )
-                )
+        with hooked(attention_of, lambda projection: projection.register_forward_pre_hook(tap)):
             yield record
-        finally:
-            for handle in handles:
-                handle.remove()
         record.extend(calls)
         if not record:
             raise UnsupportedModelError(

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""How strongly samples seek what the student still gets wrong."""
+"""The weight of the discrepancy in the loss of the samples."""
 
 import math
 from typing import Any, Dict, Optional, Tuple
@@ -10,11 +10,11 @@ __all__ = ['AdaptiveWeight']
 
 
 class AdaptiveWeight:
-    """Weight of the discrepancy in the loss of the samples, which keeps them hard but bounded.
+    """A weight that adapts, so that samples stay hard for the student and still look like pictures.
 
-    A fixed weight is too weak once the student is good, and lets samples run away from pictures while it is bad.
-    Hardness is the discrepancy on the samples over what the student showed in its own recent steps; the weight
-    follows it to a target::
+    A fixed weight is too weak once the student is good; while the student is bad, it takes samples far from pictures.
+    Hardness is the discrepancy on the samples, divided by its running mean in the student's own steps. The weight
+    steers it to a target::
 
         weight <- clamp(weight * (target / hardness) ** rate, *bounds)
 

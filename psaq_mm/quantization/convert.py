@@ -1,20 +1,21 @@
-"""Conversion of a model in place, and what is done to all its quantizers at once."""
+"""Conversion of a model in place, and functions over all its quantizers: modes, calibration, state-dict keys."""
 
 import re
 from fnmatch import fnmatchcase
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch import nn
 
-from psaq_mm.errors import DataError, SpecError, similar
+from psaq_mm.errors import DataError, SpecError, first_of, similar
 from psaq_mm.quantization.layers import QuantMatMul, adopt, is_quantized_layer, quant_class_of
 from psaq_mm.quantization.observers import reduce_observers
 from psaq_mm.quantization.precision import use_full_float32
 from psaq_mm.quantization.quantizers import STATE_NAMES, Quantizer, Range, check_mode, in_mode, observing
 from psaq_mm.quantization.spec import AdapterSpec, QuantSpec
+from psaq_mm.tables import text_table
 
-# Quantizers that the row of their layer or product speaks for.
+# Quantizers that have no row of their own in a report: the row of their layer or product covers them.
 _LAYER_QUANTIZERS = ('input_quantizer', 'weight_quantizer', 'lhs_quantizer', 'rhs_quantizer')
 
 _QUANTIZER_KEY = re.compile(r'(^|\.)\w+_quantizer\.(' + '|'.join(STATE_NAMES) + r')$')
@@ -70,34 +71,21 @@ class ConversionReport:
         floats: :class:`FloatLayer` rows.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.layers: List[QuantizedLayer] = []
         self.floats: List[FloatLayer] = []
 
     def to_table(self) -> str:
         """Text table of both lists."""
-        rows = [('layer', 'kind', 'weight bits', 'activation bits', 'note')]
-        rows += [
+        rows = [
             (r.name, r.kind, *('-' if bits is None else str(bits) for bits in (r.w_bits, r.a_bits)), '')
             for r in self.layers
         ]
         rows += [(r.name, r.kind, 'float', 'float', r.reason) for r in self.floats]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)] + [0]
-        return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        return text_table(('layer', 'kind', 'weight bits', 'activation bits', 'note'), rows, 'lllll', rule=False)
 
     def __repr__(self) -> str:
         return f'ConversionReport({len(self.layers)} layers quantized, {len(self.floats)} left in float)'
-
-
-def _walk(module: nn.Module, name: str = '', seen: Optional[Set[int]] = None) -> Iterator[Tuple[str, nn.Module]]:
-    """As ``named_modules``, but allows children to be exchanged when their parent is reached."""
-    seen = set() if seen is None else seen
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    yield name, module
-    for key, child in list(module.named_children()):
-        yield from _walk(child, f'{name}.{key}' if name else key, seen)
 
 
 class _Conversion:
@@ -111,6 +99,7 @@ class _Conversion:
         self.report = ConversionReport()
 
     def run(self) -> ConversionReport:
+        """Convert composite modules first, then the layers, then check that every override matched something."""
         composites = self._find_composites()
         self._check_names(composites)
         self._convert_composites(composites)
@@ -123,16 +112,16 @@ class _Conversion:
         return self.report
 
     def _find_composites(self) -> Dict[int, Tuple[str, nn.Module, Adapter]]:
-        found = {}
+        composites = {}
         for name, module in self.model.named_modules():
             if self.accept(name, module):
                 adapter = next((a for a in ADAPTERS if a.matcher(module)), None)
                 if adapter is not None:
-                    found[id(module)] = name, module, adapter
-        return found
+                    composites[id(module)] = name, module, adapter
+        return composites
 
     def _check_names(self, composites: Dict) -> None:
-        """Refuse wrong names before anything is changed, as far as they can be known."""
+        """Refuse wrong names before anything is changed, as far as names are known then."""
         layers = [n for n, m in self.model.named_modules() if quant_class_of(m)[0] and self.accept(n, m)]
         if self.first_layer is not None and self.first_layer not in layers:
             raise SpecError(
@@ -151,8 +140,7 @@ class _Conversion:
     def _convert_composites(self, composites: Dict) -> None:
         new: Dict[int, nn.Module] = {}
         for key, (name, module, adapter) in composites.items():
-            # Adapted even where its products stay float: adapters also see to what is not quantization, such as which
-            # rows are padding.
+            # An excluded module is adapted too: adapters also do what is not quantization, such as masks of padding.
             excluded = self.spec.points == 'linear' or self.spec.resolve(name) is None
             new[key] = adapter.convert(module, name, self.spec.excluded() if excluded else self.spec)
         if id(self.model) in new and new[id(self.model)] is not self.model:
@@ -160,7 +148,8 @@ class _Conversion:
                 f'{type(self.model).__name__} is converted as a whole and cannot be exchanged in place: '
                 'call quantize_ on a module that contains it.'
             )
-        for _, parent in _walk(self.model):
+        # modules() comes to the children of a module after it: also to those that are put in here.
+        for parent in self.model.modules():
             # Not named_children: it leaves out the second name of a module that a parent holds twice.
             for child_name, child in list(parent._modules.items()):
                 if id(child) in new and new[id(child)] is not child:
@@ -174,14 +163,13 @@ class _Conversion:
             quant_class, reason = quant_class_of(module)
             if quant_class is None and not reason:
                 continue
-            kind = type(module).__name__
+            kind, layer_spec = type(module).__name__, None
             if not self.accept(name, module):
-                self.report.floats.append(FloatLayer(name, kind, 'outside the scope'))
-                continue
-            layer_spec = self.spec.resolve(name, is_input=name == self.first_layer)
-            if layer_spec is None:
-                reason = 'override'
-            if reason:
+                reason = 'outside the scope'
+            else:
+                layer_spec = self.spec.resolve(name, is_input=name == self.first_layer)
+                reason = 'override' if layer_spec is None else reason
+            if quant_class is None or layer_spec is None or reason:
                 self.report.floats.append(FloatLayer(name, kind, reason))
                 continue
             output = self.spec.resolve(f'{name}.output') if self.spec.points == 'all' else None
@@ -218,14 +206,16 @@ def _hint(name: str, known: List[str]) -> str:
 
 
 def quantize_(
-    model: nn.Module, spec, filter_fn: Optional[FilterFn] = None, first_layer: Optional[str] = None
+    model: nn.Module,
+    spec: Union[QuantSpec, Mapping, str],
+    filter_fn: Optional[FilterFn] = None,
+    first_layer: Optional[str] = None,
 ) -> ConversionReport:
     """Quantize a model in place; the quantizers still need a calibration or a checkpoint.
 
-    Linear layers, convolutions and transposed convolutions become quantized ones, and composite modules that an
-    adapter knows (:func:`register_adapter`) get quantized products. Parameter names stay. A module that several
-    parents share is converted once. With ``spec.points='linear'`` the products
-    stay in floating point.
+    Linear layers, convolutions and transposed convolutions become quantized ones, and composite modules that an adapter
+    knows (:func:`register_adapter`) get quantized products. With ``spec.points='linear'`` the products stay in floating
+    point. Parameter names stay. A module that several parents share is converted once.
 
     TF32 is switched off for the whole process, see :mod:`.precision`.
 
@@ -277,13 +267,13 @@ def set_mode(model: nn.Module, mode: str, pattern: str = '*') -> List[str]:
         SpecError: The mode is not known, or the pattern matches nothing.
     """
     check_mode(mode)
-    found = dict(quantizers(model))
-    matched = [n for n in found if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition('.')[0], pattern)]
+    by_name = dict(quantizers(model))
+    matched = [n for n in by_name if fnmatchcase(n, pattern) or fnmatchcase(n.rpartition('.')[0], pattern)]
     if not matched:
-        owners = list(dict.fromkeys(n.rpartition('.')[0] for n in found))
+        owners = list(dict.fromkeys(n.rpartition('.')[0] for n in by_name))
         raise SpecError(f'The pattern {pattern!r} matches no quantizer' + _hint(pattern, owners))
     for name in matched:
-        found[name].mode = mode
+        by_name[name].mode = mode
     return matched
 
 
@@ -291,22 +281,22 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
     """Set all ranges: weights from the tensors, activations from one full-precision run.
 
     Where a layer's input is reparameterized (:attr:`.QuantSpec.reparameterize`), its LayerNorm and weight change as
-    :class:`.reparam.Folding` says. While ``run`` is under way nothing is quantized, so the ranges do not depend
-    on the order of the layers. In a distributed run each rank puts samples of its own through, and all get the ranges
-    of all samples. Quantizers that are switched off stay so. All ranges are found before the first is set: after an
-    error the model is as before.
+    :class:`.reparam.Folding` says. Nothing is quantized during ``run``, so the ranges do not depend on the order of the
+    layers. In a distributed run each rank passes its own samples, and all ranks get the ranges of all samples.
+    Quantizers that are switched off stay so. All ranges are known before the first is set: after an error the model is
+    as before.
 
     Args:
         model: Quantized model.
-        run: Puts the calibration samples through the model; called once, without gradients.
-        allow_unseen: Let quantizers that saw no data be; they raise NotCalibratedError when used, unless an earlier
-            calibration gave them a range.
+        run: Passes the calibration samples through the model; called once, without gradients.
+        allow_unseen: Accept quantizers that saw no data. They keep their range of an earlier calibration, or raise
+            NotCalibratedError when used.
 
     Raises:
         DataError: A weight or an activation holds NaN or infinity (names the layer), or a quantizer saw no data.
     """
     active = [(name, quantizer) for name, quantizer in quantizers(model) if quantizer.mode != 'off']
-    owner_of = {child: parent for parent in model.modules() for child in parent.children()}
+    owner_of = {model: model, **{child: parent for parent in model.modules() for child in parent.children()}}
     layers = {module.weight_quantizer: module for module in model.modules() if is_quantized_layer(module)}
     weights = [quantizer for _, quantizer in active if quantizer in layers]
     activations = {name: quantizer for name, quantizer in active if quantizer not in layers}
@@ -320,14 +310,14 @@ def calibrate(model: nn.Module, run: Callable[[], None], allow_unseen: bool = Fa
         _check_seen([name for name, quantizer in activations.items() if not quantizer.saw_data], allow_unseen)
         for quantizer in activations.values():
             if quantizer.saw_data:
-                ranges.update((found.quantizer, found) for found in quantizer.finish(owner_of[quantizer]))
-        for found in ranges.values():
-            found.set()
+                ranges.update((result.quantizer, result) for result in quantizer.finish(owner_of[quantizer]))
+        for result in ranges.values():
+            result.set()
 
 
 def _check_seen(unseen: List[str], allow_unseen: bool) -> None:
     if unseen and not allow_unseen:
-        names = ', '.join(unseen[:5]) + (f' and {len(unseen) - 5} more' if len(unseen) > 5 else '')
+        names = first_of(unseen, 5)
         raise DataError(
             f'{len(unseen)} quantizers saw no data in calibration ({names}): put samples through these '
             'layers, switch them off, or pass allow_unseen=True.'

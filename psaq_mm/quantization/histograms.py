@@ -1,7 +1,7 @@
-"""Counts of values in bins of a power-of-two width, and what follows from them: quantiles and squared errors.
+"""Histograms, and the quantiles and squared errors that follow from them.
 
-A bin's width only ever doubles, and bins merge in pairs. So no count is ever split by a guess, and the outcome does
-not depend on the order of the data or on how it was cut into batches.
+The width of a bin is a power of two. It only ever doubles, and bins merge in pairs, so that no count has to be split.
+The result does not depend on the order of the data or on how it was cut into batches.
 """
 
 import math
@@ -18,10 +18,10 @@ __all__ = ['ChannelHistogram', 'Distribution', 'Histogram']
 
 
 class Distribution(Values):
-    """What is known of the values in ``C`` histograms of ``B`` bins: each bin's values lie evenly over it.
+    """The values of ``C`` histograms of ``B`` bins, under the assumption that the values of a bin lie evenly over it.
 
-    The running sums of the values' powers 0, 1 and 2 give the squared error of any quantizer exactly under that
-    assumption, at the cost of its levels and not of the bins.
+    Running sums of the powers 0, 1 and 2 of the values then give the squared error of any quantizer exactly. The cost
+    grows with the number of levels and not of bins.
 
     Args:
         counts: ``(C, B)``, integers.
@@ -39,7 +39,7 @@ class Distribution(Values):
         super().__init__(low.double(), high.double())
         self.counts, self.interpolate = counts.double(), interpolate
         self.start, self.width = start[:, None], width[:, None]
-        # Positions are counted in bins from the middle one, which keeps the sums small.
+        # Positions are counted from the middle bin, which keeps the sums small.
         self._half = counts.shape[1] // 2
         left = torch.arange(counts.shape[1], dtype=torch.float64, device=counts.device) - self._half
         means = left + 0.5, left * left + left + 1 / 3  # of the values in a bin, and of their squares
@@ -121,7 +121,7 @@ class Histogram(Store):
     """
 
     BINS = 1 << 16
-    # values binned at a time: bounds the memory of the bin numbers, and keeps them in a processor's cache
+    # values processed at a time: bounds the memory of the bin numbers, and keeps them in a processor's cache
     _CHUNK = 1 << 20
     _MIN_EXPONENT = -100  # values below 2**-100 share a bin with 0
 
@@ -160,8 +160,7 @@ class Histogram(Store):
         if self.low is None:
             self.counts = torch.zeros(self.BINS, dtype=torch.int64)
         self.low, self.high = self.reduced_ends(channels)
-        # To the width that all values ask for; merging bins is exact, so this is the histogram of one rank that saw
-        # all.
+        # To the width that all values need. Merging bins is exact: this is the histogram of one rank that saw all.
         self._widen(int(maximum_(torch.tensor([self.exponent]))))
         sum_(self.counts)
 
@@ -188,7 +187,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 class ChannelHistogram(Store):
-    """Counts of all values seen of each channel; 8 KiB a channel however much data there was.
+    """Counts of all values seen of each channel, 8 KiB a channel however much data there was.
 
     Each channel has its own bin width, the least power of two with which all its values fit into the bins, and its
     own first bin: its least and greatest value lie 1023 to 2048 widths apart, also far from 0 (fewer only where float32
@@ -238,7 +237,7 @@ class ChannelHistogram(Store):
         """As :meth:`.stores.Store.reduce`."""
         low, high = self.reduced_ends(channels)
         self._cover(low, high)
-        # Bins lie where the ends alone say, on every rank: where they lay before depends on what a rank saw first.
+        # Place the bins by the ends alone, on every rank: their place so far depends on what a rank saw first.
         exponent = self._least_exponent(low, high)
         start = self._first_bin(low, high, exponent)
         for part in torch.arange(channels, device=low.device).split(self._CHANNELS):
@@ -258,7 +257,7 @@ class ChannelHistogram(Store):
             yield slice(first, first + self._CHANNELS)
 
     def _cover(self, low: Tensor, high: Tensor) -> None:
-        """Make every value between two ends per channel have a bin."""
+        """Place the bins so that they cover these ends, ``(C,)`` each, which are set."""
         exponent = self._least_exponent(low, high)
         start = self._first_bin(low, high, exponent)
         per_unit = _power_of_two(-exponent)
@@ -274,13 +273,13 @@ class ChannelHistogram(Store):
             self._move(channels, exponent[channels], start[channels])
 
     def _first_bin(self, low: Tensor, high: Tensor, exponent: Tensor) -> Tensor:
-        # The ends in the middle, so that there is room on both sides and bins move seldom.
+        # The range lies in the middle of the bins: with room on both sides, bins move seldom.
         per_unit = _power_of_two(-exponent)
         first, last = (low * per_unit).floor().long(), (high * per_unit).floor().long()
         return torch.div(first + last + 1 - self.BINS, 2, rounding_mode='floor')
 
     def _least_exponent(self, low: Tensor, high: Tensor) -> Tensor:
-        # A function of the two ends alone that never falls as they part: this is what makes batches not matter.
+        # It depends on the two ends alone and never falls as they move apart: so batches do not matter.
         low, high = low.double(), high.double()
         span, farthest = self._exponent_of(high - low), self._exponent_of(torch.maximum(low.abs(), high.abs()))
         exponent = torch.maximum(span - (self.BINS.bit_length() - 1), farthest - self._DIGITS)
@@ -289,13 +288,13 @@ class ChannelHistogram(Store):
         return exponent + ((high * per_unit).floor() - (low * per_unit).floor() >= self.BINS)
 
     def _exponent_of(self, value: Tensor) -> Tensor:
-        # frexp gives 0 the exponent 0, which is more than that of most numbers.
+        # For 0, frexp gives the exponent 0, which is greater than that of most numbers.
         return torch.where(value > 0, torch.frexp(value).exponent.long(), self._MIN_EXPONENT)
 
     def _move(self, channels: Tensor, exponent: Tensor, start: Tensor) -> None:
         old = self.start[channels][:, None] + torch.arange(self.BINS, device=channels.device)
         shift = (exponent - self.exponent[channels]).clamp(max=62)
-        # What the clamp catches are empty bins: all values have a place.
+        # The clamp moves empty bins only: all values have a place.
         index = ((old >> shift[:, None]) - start[:, None]).clamp_(0, self.BINS - 1)
         counts = self.counts[channels]
         self.counts[channels] = torch.zeros_like(counts).scatter_add_(1, index, counts)

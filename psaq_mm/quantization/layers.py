@@ -1,25 +1,34 @@
-"""Quantized layers, and the adoption of float layers as quantized ones.
+"""Quantized layers, and how a float layer becomes one in place.
 
-A quantized layer is the float layer with two quantizers more: same class hierarchy, same parameters, same state-dict
+A quantized layer is the float layer with two more quantizers: same class hierarchy, same parameters, same state-dict
 keys plus ``input_quantizer.*`` and ``weight_quantizer.*``. Biases stay in floating point.
 """
 
-from contextlib import contextmanager
-from typing import ContextManager, Dict, Iterator, Optional, Set, Tuple, Type
+from contextlib import ExitStack, contextmanager
+from typing import Any, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psaq_mm.contexts import replaced
 from psaq_mm.quantization.primitives import Rounded, straight_through
 from psaq_mm.quantization.quantizers import AffineQuantizer, LogQuantizer, Quantizer, in_mode
 from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before
-from psaq_mm.quantization.spec import LayerSpec, QuantSpec
+from psaq_mm.quantization.spec import AdapterSpec, LayerSpec
 
 # Subclasses that override forward without changing its outcome ("module.ClassName"); open to additions.
 SAME_AS_LINEAR: Set[str] = {'mmcv.cnn.bricks.wrappers.Linear'}
 SAME_AS_CONV2D: Set[str] = {'mmcv.cnn.bricks.wrappers.Conv2d'}
 SAME_AS_CONVTRANSPOSE2D: Set[str] = {'mmcv.cnn.bricks.wrappers.ConvTranspose2d'}
+
+
+class _CachedWeight(NamedTuple):
+    """A quantized weight, and what it was computed from."""
+
+    sources: Tuple[Tensor, Tensor, Tensor]
+    stamps: Tuple[Tuple[int, int], ...]
+    value: Union[Tensor, Rounded]
 
 
 class _QuantizedWeightLayer(nn.Module):
@@ -32,8 +41,11 @@ class _QuantizedWeightLayer(nn.Module):
     """
 
     output_axis = 0  # of the weight
-    _weight_cache: Optional[Tuple] = None
+    _weight_cache: Optional[_CachedWeight] = None
     _weight_is_held = False
+    input_quantizer: AffineQuantizer
+    weight_quantizer: AffineQuantizer
+    output_quantizer: Optional[AffineQuantizer]
 
     def add_quantizers(self, spec: LayerSpec, output: Optional[LayerSpec] = None) -> None:
         """Add uncalibrated quantizers on the device of the weight.
@@ -65,24 +77,6 @@ class _QuantizedWeightLayer(nn.Module):
     def _finish(self, out: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         return apply_edge(self.output_quantizer, out, valid)
 
-    @classmethod
-    def from_float(cls, layer: nn.Module, spec: LayerSpec) -> nn.Module:
-        """Quantized copy of a float layer; parameters are shared with it, the float layer stays as it is.
-
-        Args:
-            layer: Layer of the float class that ``cls`` extends.
-            spec: Bits and observers.
-
-        Returns:
-            An uncalibrated layer, instance of ``cls`` and of ``type(layer)``.
-        """
-        copy = type(layer).__new__(type(layer))
-        # One level deep: adding a quantizer to the copy must not add it to the original.
-        copy.__dict__ = {k: v.copy() if isinstance(v, (dict, set)) else v for k, v in vars(layer).items()}
-        copy = adopt(copy, cls)
-        copy.add_quantizers(spec)
-        return copy
-
     def quantized_weight(self) -> Tensor:
         """The weight as the layer multiplies with it.
 
@@ -99,16 +93,19 @@ class _QuantizedWeightLayer(nn.Module):
         sources = (weight, quantizer.scale, quantizer.zero_point)
         stamps = tuple((t._version, t.data_ptr()) for t in sources)
         cache = self._weight_cache
-        fits = cache is not None and cache[1] == stamps and all(a is b for a, b in zip(cache[0], sources))
-        if not fits or needs_grad and not isinstance(cache[2], Rounded):
+        if (
+            cache is None
+            or cache.stamps != stamps
+            or any(a is not b for a, b in zip(cache.sources, sources))
+            or (needs_grad and not isinstance(cache.value, Rounded))
+        ):
             # Not an inference tensor: a later forward with gradients towards the input must be able to save it.
             with torch.inference_mode(False), torch.no_grad():
-                found = quantizer.round_once(weight) if needs_grad else quantizer(weight)
-            cache = self._weight_cache = (sources, stamps, found)
-        found = cache[2]
-        if needs_grad:
-            return straight_through(weight, found)
-        return found.values if isinstance(found, Rounded) else found
+                value = quantizer.round_once(weight) if needs_grad else quantizer(weight)
+            cache = self._weight_cache = _CachedWeight(sources, stamps, value)
+        if not isinstance(cache.value, Rounded):
+            return cache.value
+        return straight_through(weight, cache.value) if needs_grad else cache.value.values
 
     def drop_weight_cache(self) -> None:
         """Forget the quantized weight; the next forward computes it anew."""
@@ -137,9 +134,9 @@ class _QuantizedWeightLayer(nn.Module):
 def hold_weights(model: nn.Module) -> Iterator[None]:
     """Quantize each weight once for all forward passes with gradients inside the ``with`` block.
 
-    For a training step that is made of several passes (accumulated batches, a head that every level goes through,
-    blocks that activation checkpointing runs twice). The gradients are those without it. In-place changes of a weight
-    are seen all the same; what is kept is dropped in the end, so that nothing is left for an optimizer that leaves no
+    For a training step of several passes (accumulated batches, a head that every level goes through, blocks that
+    activation checkpointing runs twice). The gradients are the same as without it. In-place changes of a weight are
+    still noticed. At the end the quantized weights are dropped, because some optimizers change a weight without a
     trace.
 
     Args:
@@ -151,29 +148,26 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
         ...         loss(student(part)).backward()
         >>> optimizer.step()
     """
-    layers = [m for m in model.modules() if is_quantized_layer(m) and not m._weight_is_held]
-    for layer in layers:
-        layer._weight_is_held = True
-    try:
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, _QuantizedWeightLayer) and not layer._weight_is_held:
+                stack.callback(layer.drop_weight_cache)
+                stack.enter_context(replaced(layer, '_weight_is_held', True))
         yield
-    finally:
-        for layer in layers:
-            layer._weight_is_held = False
-            layer.drop_weight_cache()
 
 
 class QuantLinearMixin(_QuantizedWeightLayer):
-    """Forward of a quantized linear layer: input ``(..., in_features)`` -> ``(..., out_features)``."""
+    """Forward of a quantized linear layer."""
 
     def full_bias(self) -> Optional[Tensor]:
-        """The bias the product is shifted by: the layer's own, and what reparameterization moved into it."""
+        """The layer's own bias plus the part that reparameterization folded into it."""
         return self.input_quantizer.shifted(self.bias, self.weight.dtype)
 
     def forward(self, input: Tensor, valid: Optional[Tensor] = None) -> Tensor:
-        """Product with the weight.
+        """``(..., in_features)`` to ``(..., out_features)``.
 
         Args:
-            input: ``(..., in_features)``.
+            input: As for ``nn.Linear``.
             valid: None, or a mask of the rows that take part in calibration (:class:`.RowMask`).
         """
         out = F.linear(self.input_quantizer(input, valid), self.quantized_weight(), self.full_bias())
@@ -181,22 +175,24 @@ class QuantLinearMixin(_QuantizedWeightLayer):
 
 
 class QuantConv2dMixin(_QuantizedWeightLayer):
-    """Forward of a quantized convolution: input ``(N, C, H, W)``."""
+    """Forward of a quantized convolution."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C', H', W')``."""
         return self._finish(self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias))
 
 
 class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
-    """Forward of a quantized transposed convolution: input ``(N, C, H, W)``.
+    """Forward of a quantized transposed convolution.
 
-    Its weight is ``(in_channels, out_channels / groups, kH, kW)``: one scale for each index of axis 1, which is what
-    ONNX can express. With groups, the channels at the same place of each group share a scale.
+    Its weight is ``(in_channels, out_channels / groups, kH, kW)``, with one scale for each index of axis 1, as ONNX can
+    express it. With groups, the channels at the same place of each group share a scale.
     """
 
     output_axis = 1
 
-    def forward(self, input: Tensor, output_size=None) -> Tensor:
+    def forward(self, input: Tensor, output_size: Optional[List[int]] = None) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C', H', W')``; ``output_size`` as for ``nn.ConvTranspose2d``."""
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
@@ -215,15 +211,15 @@ class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
 
 
 class QuantLinear(QuantLinearMixin, nn.Linear):
-    """Linear layer with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+    """Linear layer with quantized input and weight; made by ``quantize_``."""
 
 
 class QuantConv2d(QuantConv2dMixin, nn.Conv2d):
-    """Convolution with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+    """Convolution with quantized input and weight; made by ``quantize_``."""
 
 
 class QuantConvTranspose2d(QuantConvTranspose2dMixin, nn.ConvTranspose2d):
-    """Transposed convolution with quantized input and weight; made by :meth:`from_float` or by ``quantize_``."""
+    """Transposed convolution with quantized input and weight; made by ``quantize_``."""
 
 
 class QuantMatMul(nn.Module):
@@ -253,6 +249,7 @@ class QuantMatMul(nn.Module):
         symmetric: Tuple[bool, bool] = (False, False),
     ):
         super().__init__()
+        self.lhs_quantizer: Optional[Quantizer]
         if lhs_bits is None:
             self.lhs_quantizer = None
         elif lhs_kind == 'affine':
@@ -275,7 +272,8 @@ class QuantMatMul(nn.Module):
         Args:
             spec: As :meth:`.QuantSpec.resolve` returns it.
             quantize_lhs: False leaves the left operand in floating point, such as the attention weights.
-            lhs_kind, symmetric: As for the class.
+            lhs_kind: As for the class.
+            symmetric: As for the class.
         """
         if spec is None:
             return cls(None, None)
@@ -297,38 +295,39 @@ class QuantMatMul(nn.Module):
         return apply_edge(self.output_quantizer, a @ b, valid)
 
 
-def attention_products(spec: QuantSpec, name: str) -> Tuple[QuantMatMul, QuantMatMul]:
+def attention_products(spec: AdapterSpec, name: str) -> Tuple[QuantMatMul, QuantMatMul]:
     """The two products of an attention module: scores ``q @ k.T``, and ``softmax(scores) @ v``.
 
     With ``points='all'`` q, k and v come quantized out of their projection, as one tensor, and the scores are quantized
     after the product; otherwise the operands of both products are.
 
     Args:
-        spec: The model's.
+        spec: As an adapter gets it.
         name: Dotted name of the attention module; the products are its children ``matmul_qk`` and ``matmul_av``.
     """
     qk, av = spec.resolve(f'{name}.matmul_qk'), spec.resolve(f'{name}.matmul_av')
     kind, quantize_softmax = spec.softmax_quantizer, spec.quantize_softmax
     if spec.points == 'all':
-        scores = (
-            QuantMatMul(None, None, output_bits=qk.a_bits, observer=qk.a_observer) if qk else QuantMatMul(None, None)
-        )
-        bits = av.a_bits if av and quantize_softmax else None
-        return scores, QuantMatMul(bits, None, av.a_observer if av else 'minmax', kind)
+        scores, product = QuantMatMul(None, None), QuantMatMul(None, None)
+        if qk is not None:
+            scores = QuantMatMul(None, None, output_bits=qk.a_bits, observer=qk.a_observer)
+        if av is not None and quantize_softmax:
+            product = QuantMatMul(av.a_bits, None, av.a_observer, kind)
+        return scores, product
     queries, values = (spec.symmetric_attention, False), (False, spec.symmetric_attention)
     return QuantMatMul.from_spec(qk, symmetric=queries), QuantMatMul.from_spec(av, quantize_softmax, kind, values)
 
 
-def edge_quantizer(spec: QuantSpec, name: str) -> Optional[AffineQuantizer]:
+def edge_quantizer(spec: AdapterSpec, name: str) -> Optional[AffineQuantizer]:
     """Quantizer of an activation that is no layer's own, such as a residual sum; None unless ``points='all'``.
 
     Args:
-        spec: The model's.
-        name: What overrides know the edge by: the owner's dotted name and one component more. The owner keeps the
+        spec: As an adapter gets it.
+        name: Name of the edge for overrides: the owner's dotted name and one more component. The owner keeps the
             quantizer in an attribute of that component's name and ``_quantizer``.
     """
-    found = spec.resolve(name) if spec.points == 'all' else None
-    return None if found is None else AffineQuantizer(found.a_bits, observer=found.a_observer)
+    edge = spec.resolve(name) if spec.points == 'all' else None
+    return None if edge is None else AffineQuantizer(edge.a_bits, observer=edge.a_observer)
 
 
 def apply_layer(layer: nn.Module, x: Tensor, valid: Optional[Tensor]) -> Tensor:
@@ -341,20 +340,23 @@ def apply_edge(quantizer: Optional[Quantizer], x: Tensor, valid: Optional[Tensor
     return x if quantizer is None else quantizer(x, valid)
 
 
-class QuantOutputMixin:
-    """Any module with one tensor as output, which is quantized by ``output_quantizer``."""
+class QuantOutputMixin(nn.Module):
+    """Any module with one tensor as output, which ``output_quantizer`` quantizes."""
 
-    def forward(self, *args, **kwargs) -> Tensor:
+    output_quantizer: Quantizer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the module's own forward, quantized."""
         return self.output_quantizer(super().forward(*args, **kwargs))
 
 
-def quantize_output_(module: nn.Module, name: str, spec: QuantSpec) -> nn.Module:
+def quantize_output_(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
     """Quantize the output of ``module`` (a LayerNorm, a dropout after a sum), in place; only with ``points='all'``.
 
     Args:
         module: Any module but a quantized layer, which has an output quantizer of its own.
         name: Its dotted name.
-        spec: The model's.
+        spec: As an adapter gets it.
 
     Returns:
         ``module``.
@@ -367,33 +369,31 @@ def quantize_output_(module: nn.Module, name: str, spec: QuantSpec) -> nn.Module
 
 
 def feeds_activation(layer: nn.Module) -> nn.Module:
-    """Tell that only an activation function or a normalization reads the layer's output, so that it is no edge of its
-    own.
-    """
-    layer.output_feeds_activation = True
+    """Mark a layer whose output only an activation function or a normalization reads: it is not an edge. The layer."""
+    layer.output_feeds_activation = True  # type: ignore[assignment]  # of nn.Module's annotations
     return layer
 
 
-_ADOPTED: Dict[Tuple[type, type], type] = {}
+_ADOPTED: Dict[Tuple[type, type], Any] = {}
 
 
-def _rebuild_adopted(quant_class: type, base: type) -> nn.Module:
+def _rebuild_adopted(quant_class: Type[nn.Module], base: Type[nn.Module]) -> nn.Module:
     cls = _adopted_class(quant_class, base)
     return cls.__new__(cls)
 
 
-def _reduce_adopted(self, protocol):
-    # The class is made at run time and cannot be imported by name: name the two it is made of.
+def _reduce_adopted(self: Any, protocol: int) -> Tuple:
+    # The class is made at run time and cannot be imported by name. Its two bases can.
     state = self.__getstate__() if hasattr(self, '__getstate__') else dict(vars(self))
     return _rebuild_adopted, self._adopted_from, state
 
 
-def _adopted_class(quant_class: type, base: type) -> type:
+def _adopted_class(quant_class: Type[nn.Module], base: Type[nn.Module]) -> Type[nn.Module]:
     if issubclass(quant_class, base):
         return quant_class
     key = quant_class, base
     if key not in _ADOPTED:
-        namespace = dict(
+        namespace: Dict[str, Any] = dict(
             __module__=quant_class.__module__,
             __doc__=quant_class.__doc__,
             __reduce_ex__=_reduce_adopted,
@@ -427,9 +427,7 @@ def is_quantized_layer(module: nn.Module) -> bool:
 
 
 def full_precision_weights(model: nn.Module) -> ContextManager[None]:
-    """Inside the ``with`` block the weights of a model's quantized layers are not quantized; its activations are as
-    before.
-    """
+    """Inside the ``with`` block the weights of a model's quantized layers are not quantized; activations are."""
     return in_mode([m.weight_quantizer for m in model.modules() if is_quantized_layer(m)], 'off')
 
 

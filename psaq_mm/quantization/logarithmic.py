@@ -4,9 +4,9 @@ With base 2 or sqrt(2), and m = 1 or 2 codes to an octave::
 
     code  = round(-m log2(x / delta)), at least 0          value = delta 2^(-code / m)
 
-As in the released code, what lies past the last of the ``2**bits`` levels is 0. Here this zero has a code of its own,
-``2**bits``: codes run from 0 (the greatest value, delta) to ``2**bits - 1`` (the least), then comes zero. So an integer
-tensor of codes says everything, and a table of ``2**bits + 1`` values decodes it.
+As in the released code, a value past the last of the ``2**bits`` levels becomes 0. Here this zero has a code of its
+own, ``2**bits``: codes run from 0 (the greatest value, delta) to ``2**bits - 1`` (the least), then comes zero. So a
+table of ``2**bits + 1`` values decodes the integer codes.
 
 All is computed in float32, also under autocast; rounding is half to even.
 """
@@ -18,8 +18,7 @@ from torch import Tensor
 from psaq_mm.errors import DataError, SpecError
 from psaq_mm.quantization.primitives import qrange
 
-# The least normal float32. Whether a smaller number is itself or 0 depends on the machine and the runtime: here it is
-# 0.
+# The least normal float32. A smaller number counts as 0: whether it is 0 otherwise depends on machine and runtime.
 LEAST = 2.0**-126
 # Codes to an octave.
 BASES = {'log2': 1, 'log_sqrt2': 2}
@@ -40,7 +39,7 @@ def zero_code_of(bits: int) -> int:
 def _unclamped_codes(x: Tensor, delta: Tensor, per_octave: int) -> Tensor:
     """``round(-m log2(x / delta))`` in a new float32 tensor; infinite where the ratio is not above ``LEAST``."""
     # As in primitives.py, a division and not a product with the inverse: an exported model decides ties the same way.
-    return F.threshold_(torch.div(x.float(), delta), LEAST, 0).log2_().mul_(-per_octave).round_()
+    return F.threshold(torch.div(x.float(), delta), LEAST, 0, inplace=True).log2_().mul_(-per_octave).round_()
 
 
 def _to_real(codes: Tensor, delta: Tensor, zero_code: int, per_octave: int) -> Tensor:
@@ -53,8 +52,8 @@ def log_quantize(x: Tensor, delta: Tensor, bits: int, base: str) -> Tensor:
     """Integer codes, see the top of this file.
 
     Args:
-        x: Any shape, any floating dtype. What exceeds ``delta``, infinity too, saturates at code 0; what is not above
-            0, or so small that ``x / delta`` is no normal float32, gets the code of zero.
+        x: Any shape, any floating dtype. A value above ``delta``, infinity too, gets code 0; a value not above 0, or so
+            small that ``x / delta`` is no normal float32, gets the code of zero.
         delta: float32, ``()``, above 0.
         bits: Width of a code without the one for zero, 2 to 8.
         base: ``'log2'`` or ``'log_sqrt2'``.
@@ -95,7 +94,7 @@ def log_dequantize(code: Tensor, delta: Tensor, bits: int, base: str) -> Tensor:
 
 
 class _FakeLogQuantize(torch.autograd.Function):
-    """Rounding with a straight-through gradient; keeps one bool an element for backward and no float copy."""
+    """Rounding with a straight-through gradient. For backward it keeps one bool an element and no float copy."""
 
     @staticmethod
     def forward(ctx, x, delta, zero_code, per_octave):

@@ -41,6 +41,10 @@ __all__ = [
 ]
 
 
+PERCENTILES = (0.999, 0.9999, 0.99999, 1.0)
+FACTORS = tuple([1 - 0.02 * i for i in range(41)])
+
+
 # ---------------------------------------------------------------------- how values become a range
 class Rule(ABC):
     """Base of all rules: which ranges to choose from. The one with the least squared error is taken.
@@ -62,7 +66,7 @@ class MinMax(Rule):
     needs_values = False
 
     def ranges(self, values: Values, grid: Grid) -> Tuple[Tensor, Tensor]:
-        """None: the ends are what is taken without a candidate."""
+        """No candidate: without one the ends are taken."""
         return values.low.new_empty(0, len(values.low)), values.high.new_empty(0, len(values.high))
 
 
@@ -76,7 +80,7 @@ class Percentile(Rule):
         SpecError: A candidate is out of range.
     """
 
-    def __init__(self, candidates: Sequence[float] = (0.999, 0.9999, 0.99999, 1.0)):
+    def __init__(self, candidates: Sequence[float] = PERCENTILES):
         self.candidates = _widest_first(candidates, 0.5, 'percentile')
 
     def ranges(self, values: Values, grid: Grid) -> Tuple[Tensor, Tensor]:
@@ -94,7 +98,7 @@ class Shrink(Rule):
         SpecError: A factor is out of range.
     """
 
-    def __init__(self, factors: Sequence[float] = tuple(1 - 0.02 * i for i in range(41))):
+    def __init__(self, factors: Sequence[float] = FACTORS):
         self.factors = _widest_first(factors, 0, 'shrink factor')
 
     def ranges(self, values: Values, grid: Grid) -> Tuple[Tensor, Tensor]:
@@ -204,15 +208,17 @@ class Observer(ABC):
         # Of all candidates at once, and nothing in the loop asks for a value: the host would wait for the device each
         # time. The ends come first: they are taken where no candidate is usable.
         scale, zero_point = grid.qparams(torch.cat([values.low[None], low]), torch.cat([values.high[None], high]))
-        best = torch.full_like(values.low, torch.inf, dtype=torch.float64), scale[0], zero_point[0]
-        if len(low):
-            scale, zero_point = scale[1:], zero_point[1:]
-            errors = values.errors(grid, scale, zero_point)
-            for error, usable, *qparams in zip(errors, grid.usable(low, high), scale, zero_point):
-                error = torch.where(usable, error, torch.inf)
-                better = error < best[0]
-                best = tuple(torch.where(better, new, old) for new, old in zip((error, *qparams), best))
-        return best[1], best[2]
+        best_scale, best_zero, scale, zero_point = scale[0], zero_point[0], scale[1:], zero_point[1:]
+        if len(low) == 0:
+            return best_scale, best_zero
+        least = torch.full_like(values.low, torch.inf, dtype=torch.float64)
+        errors = values.errors(grid, scale, zero_point)
+        for error, usable, *candidate in zip(errors, grid.usable(low, high), scale, zero_point):
+            better = torch.where(usable, error, torch.inf) < least
+            least = torch.where(better, error, least)
+            best_scale = torch.where(better, candidate[0], best_scale)
+            best_zero = torch.where(better, candidate[1], best_zero)
+        return best_scale, best_zero
 
 
 class TensorObserver(Observer):

@@ -6,9 +6,9 @@ on request. A quantized weight is a code of up to 8 bits times a float32 scale, 
 has more than 10 digits, so TF32 would round it once more, and the model would no longer compute what its integer form
 does.
 
-So TF32 is switched off where a model is quantized, once, for the whole process. A switch around each layer's forward
-would not reach its backward, and would not be safe: PyTorch's switch is one for all threads, and a thread that left a
-layer would allow TF32 to another that is still in one.
+So TF32 is switched off when a model is quantized, once, for the whole process. A switch around each layer's forward
+would not cover its backward, and would not be safe: PyTorch has one switch for all threads, so a thread that leaves a
+layer would allow TF32 in another thread that is still inside one.
 """
 
 import contextlib
@@ -20,8 +20,10 @@ import torch
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """PyTorch 2.9 and later advise fp32_precision in place of allow_tf32. Who reads allow_tf32 after that was set gets
-    an error, and there are libraries that do; allow_tf32 sets both.
+    """Hides the advice of PyTorch 2.9 and later to use fp32_precision in place of allow_tf32.
+
+    The advice is not taken: once fp32_precision was set, reading allow_tf32 is an error, and some libraries read it.
+    Setting allow_tf32 sets both.
     """
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -33,7 +35,7 @@ def _allowed() -> Tuple[bool, str]:
     try:
         with _without_advice():
             return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through both of the interfaces that PyTorch 2.9 and later have: it does not tell then
+    except RuntimeError:  # PyTorch 2.9 and later, when both interfaces were used: the state is not known
         return True, 'high'
 
 
@@ -57,8 +59,9 @@ def use_full_float32() -> bool:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """As :func:`use_full_float32` inside the ``with`` block; as before afterwards. Like all of PyTorch's switches it is
-    one for all threads.
+    """As :func:`use_full_float32` inside the ``with`` block, as before afterwards.
+
+    The switch is PyTorch's own, one for all threads.
     """
     before = _allowed()
     try:

@@ -117,10 +117,10 @@ def along(param: Tensor, x: Tensor, axis: Optional[int]) -> Tensor:
 
 
 def memory_order(x: Tensor) -> Tuple[int, ...]:
-    """Dimensions of what is made of ``x``, the outermost in memory first.
+    """Order of the dimensions of a result of ``x`` in memory, the outermost first.
 
-    A view that is no matrix of its own, such as the keys of packed projections, is laid out as batched products read
-    it: the step that rounds it then also saves the copy that they would make.
+    A transposed view, such as the keys of a packed projection, gets the order in which a batched product reads it. This
+    saves the copy that the product would make.
     """
     dims = tuple(range(x.dim()))
     if x.is_contiguous():
@@ -131,7 +131,7 @@ def memory_order(x: Tensor) -> Tuple[int, ...]:
 
 
 def _empty(shape: Sequence[int], order: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """New memory whose dimensions, taken in ``order``, are contiguous."""
+    """Uninitialized tensor whose dimensions are contiguous in the given order."""
     places = [0] * len(order)
     for place, dim in enumerate(order):
         places[dim] = place
@@ -193,54 +193,58 @@ def _to_real(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return codes.sub_(offset).mul_(scale)
 
 
-# Values worked on at a time on the CPU. They stay in a processor's cache from one operation to the next, and are enough
-# to outweigh what it takes to wake the threads for each.
+# Values processed at a time on the CPU: few enough to stay in the cache from one operation to the next, and enough to
+# pay for waking the threads.
 _CHUNK = 1 << 21
 
 
 @lru_cache(maxsize=None)
 def _row_length(count: int) -> int:
-    """Values in a row: a divisor of ``count``, of some thousands where there is one."""
+    """Length of a row: a divisor of ``count`` from 1024 to 65535, or ``count`` itself where there is none."""
     return next((length for length in range(1 << 10, 1 << 16) if count % length == 0), count)
 
 
 class _Clipped:
-    """Where codes lay outside of theirs, found while they are made.
+    """Positions of clipped codes, recorded during quantization.
 
-    A range that was set by minimum and maximum clips a few values in a few places: looking for the places costs less
-    than a bool for every value, and so does leaving all other gradients as they are.
+    A range from minimum and maximum clips few values. To store only the rows that hold a clipped code costs less than a
+    bool mask of all values, and the gradients of all other rows stay as they are.
 
     Args:
-        order: Dimensions of the codes in memory, in which they are cut into rows.
+        order: Order of the dimensions in memory, see :func:`memory_order`; the codes are cut into rows in this order.
         low: Least code.
         high: Greatest code.
     """
 
     def __init__(self, order: Tuple[int, ...], low: float, high: float):
         self.order, self.low, self.high = order, low, high
-        self.rows: List[Tensor] = []  # numbers of rows with such a code
-        self.inside: List[Tensor] = []  # bool, (rows, length): which of their codes are not
+        self.rows: List[Tensor] = []  # indices of rows with a clipped code
+        self.inside: List[Tensor] = []  # bool, (rows, length): False where a code is clipped
 
     def look(self, codes: Tensor, first: int = 0) -> bool:
-        """Take in ``(rows, length)`` codes, the first of them row ``first``; whether any was outside (NaN is)."""
+        """Record the clipped codes among ``(rows, length)``; the first row has the index ``first``.
+
+        Returns:
+            Whether there were any. NaN counts as clipped.
+        """
         fits = (codes.amin(1) >= self.low).logical_and_(codes.amax(1) <= self.high)
         if bool(fits.all()):
             return False
         rows = fits.logical_not_().nonzero().squeeze(1)
-        found = codes[rows]
+        codes = codes[rows]
         self.rows.append(rows.add_(first))
-        self.inside.append((found >= self.low).logical_and_(found <= self.high))
+        self.inside.append((codes >= self.low).logical_and_(codes <= self.high))
         return True
 
     def stop(self, grad: Tensor) -> Tensor:
-        """The gradient, 0 where a code was clipped; ``grad`` itself stays as it is, as others may read it."""
+        """The gradient with 0 where a code was clipped. ``grad`` does not change: other functions may read it."""
         if not self.rows:
             return grad
-        found = _empty(grad.shape, self.order, grad.dtype, grad.device).copy_(grad)
-        flat = found.permute(self.order).view(-1, self.inside[0].shape[1])
+        passed = _empty(grad.shape, self.order, grad.dtype, grad.device).copy_(grad)
+        flat = passed.permute(self.order).view(-1, self.inside[0].shape[1])
         for rows, inside in zip(self.rows, self.inside):
             flat.index_copy_(0, rows, flat[rows] * inside)
-        return found
+        return passed
 
 
 def _in_chunks(x: Tensor, scale: Tensor, low: float, high: float, clipped: Optional[_Clipped] = None) -> Tensor:
@@ -249,18 +253,16 @@ def _in_chunks(x: Tensor, scale: Tensor, low: float, high: float, clipped: Optio
     Args:
         x: At least one value.
         scale: ``()``.
-        low: Least code, less the zero point.
-        high: Greatest code, less the zero point.
-        clipped: Told which values are outside; None if nobody asks.
+        low: ``qmin - zero_point``.
+        high: ``qmax - zero_point``.
+        clipped: Records which values are clipped; None if no gradient is needed.
     """
     order, length = memory_order(x), _row_length(x.numel())
     out = _empty(x.shape, order, torch.float32, x.device)
-    target, source = out.permute(order).view(-1, length), x.permute(order)
-    if source.is_contiguous():
-        source = source.view(-1, length)
-    else:
+    target = out.permute(order).view(-1, length)
+    source = x.permute(order).view(-1, length) if x.permute(order).is_contiguous() else None
+    if source is None:
         torch.div(x, scale, out=out)
-        source = None
     zero, unit, count = torch.zeros(()), float(scale), max(_CHUNK // length, 1)
     for first in range(0, len(target), count):
         codes = target[first : first + count]
@@ -269,17 +271,17 @@ def _in_chunks(x: Tensor, scale: Tensor, low: float, high: float, clipped: Optio
         codes.round_()
         if clipped is None or clipped.look(codes, first):
             codes.clamp_(low, high)
-        # As a product, and in the same step what makes -0.0 the 0.0 that code stands for.
+        # The product with the scale. Adding it to 0 also turns -0.0 into the 0.0 that the code stands for.
         torch.add(zero, codes, alpha=unit, out=codes)
     return out
 
 
 class Rounded(NamedTuple):
-    """A fake-quantized tensor that may serve several times, see :func:`round_once`.
+    """A fake-quantized tensor that can be used in several graphs, see :func:`round_once`.
 
     Attributes:
-        values: Outside the graph.
-        clipped: Where the gradient stops: a bool mask of the values that it passes, or places, or None for nowhere.
+        values: Without gradient.
+        clipped: Where the gradient is 0: a bool mask that is False there, the recorded positions, or None for nowhere.
     """
 
     values: Tensor
@@ -287,7 +289,7 @@ class Rounded(NamedTuple):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Rounding with a straight-through gradient; keeps for backward where values were clipped, at most one bool an
+    """Rounding with a straight-through gradient. For backward it keeps where values were clipped, at most one bool an
     element.
     """
 
@@ -309,8 +311,8 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):
-    """As :class:`_FakeQuantize`, with a gradient towards the logarithm of the scale; keeps the input and one bool an
-    element.
+    """As :class:`_FakeQuantize`, with a gradient for the logarithm of the scale. For backward it keeps the input, the
+    result and one bool an element.
     """
 
     @staticmethod
@@ -327,9 +329,9 @@ class _LearnedFakeQuantize(torch.autograd.Function):
         passed = grad * inside
         slope = None
         if ctx.needs_input_grad[1]:
-            # d values / d ln(scale) = values - x inside the range, and values where they are clipped. One sum of
-            # differences in float32: two sums of opposite sign would lose what they differ by, and overflow in float16
-            # under a loss scale.
+            # d values / d ln(scale) = values - x inside the range, and values where clipped. One float32 sum of the
+            # differences: two sums of opposite sign would cancel each other's digits, and overflow in float16 with a
+            # loss scale.
             slope = (values.float() - torch.where(inside, x.float(), 0.0)).mul_(grad).sum()
         return passed, slope, None, None, None, None
 
@@ -339,18 +341,18 @@ def learned_fake_quantize(
 ) -> Tensor:
     """As :func:`fake_quantize` with one scale, which is learned too.
 
-    Source: LSQ (arXiv 1902.08153, equation 3), times the scale, as its logarithm is what moves.
+    Source: LSQ (arXiv 1902.08153, equation 3), times the scale, because its logarithm is learned.
 
     Args:
         x: Any shape, any floating dtype.
         scale: float32, ``()``.
-        log_ratio: float32, ``()``, 0: gets the gradient of the scale's logarithm.
+        log_ratio: float32, ``()``, 0: receives the gradient of the scale's logarithm.
         zero_point: int32, ``()``.
         qmin: Least code.
         qmax: Greatest code.
 
     Returns:
-        The values of :func:`fake_quantize`, bit for bit, with its gradient towards ``x``.
+        The values of :func:`fake_quantize`, bit for bit, with the same gradient for ``x``.
     """
     return _LearnedFakeQuantize.apply(x, log_ratio, scale, zero_point.to(torch.float32), qmin, qmax)
 
@@ -359,7 +361,7 @@ def learned_fake_quantize(
 def round_once(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: Optional[int] = None
 ) -> Rounded:
-    """The outcome of :func:`fake_quantize`, to be given a gradient as often as needed by :func:`straight_through`."""
+    """The result of :func:`fake_quantize` without gradient; :func:`straight_through` adds one, as often as needed."""
     x, scale = x.detach(), along(scale, x, axis)
     offset = along(zero_point, x, axis).to(torch.float32)
     if _has_chunks(x, scale):
@@ -367,16 +369,18 @@ def round_once(
         values = _in_chunks(x.float(), scale, clipped.low, clipped.high, clipped)
         return Rounded(values.to(x.dtype), clipped if clipped.rows else None)
     codes = _unclamped_codes(x, scale, offset)
+    inside: Union[None, Tensor, _Clipped]
     if x.device.type == 'cpu' and x.numel():
         clipped = _Clipped(memory_order(x), qmin, qmax)
-        clipped = clipped if clipped.look(codes.permute(clipped.order).reshape(-1, _row_length(x.numel()))) else None
-    else:  # a device must not wait to hear whether there are any
-        clipped = (codes >= qmin).logical_and_(codes <= qmax)
-    return Rounded(_to_real(codes.clamp_(qmin, qmax), scale, offset).to(x.dtype), clipped)
+        any_clipped = clipped.look(codes.permute(clipped.order).reshape(-1, _row_length(x.numel())))
+        inside = clipped if any_clipped else None
+    else:  # to ask whether there are any would make the host wait for the device
+        inside = (codes >= qmin).logical_and_(codes <= qmax)
+    return Rounded(_to_real(codes.clamp_(qmin, qmax), scale, offset).to(x.dtype), inside)
 
 
 def straight_through(x: Tensor, rounded: Rounded) -> Tensor:
-    """``rounded.values`` with the gradient of :func:`fake_quantize` towards ``x``, out of which they were made."""
+    """``rounded.values`` with the gradient of :func:`fake_quantize` for ``x``, from which they were computed."""
     return _FakeQuantize.apply(x, rounded)
 
 
@@ -414,8 +418,8 @@ def fake_quantize(
     if x.requires_grad and torch.is_grad_enabled():
         return straight_through(x, round_once(x, scale, zero_point, qmin, qmax, axis))
     x, scale = x.detach(), along(scale, x, axis)
-    # As float, because the codes are: whole numbers up to 2**24 are exact, what lies beyond is clamped anyway. Going
-    # through the codes, instead of clamping at shifted ends, also makes round(-0.2) = -0.0 the +0.0 it decodes to.
+    # The offset is a float, as the codes are: whole numbers up to 2**24 are exact, and greater ones are clamped anyway.
+    # Computing the codes, instead of clamping at shifted ends, also makes round(-0.2) = -0.0 the +0.0 it decodes to.
     offset = along(zero_point, x, axis).to(torch.float32)
     if _has_chunks(x, scale):
         return _in_chunks(x.float(), scale, qmin - float(offset), qmax - float(offset)).to(x.dtype)

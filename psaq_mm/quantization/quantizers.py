@@ -1,4 +1,4 @@
-"""The quantizer modules: a range as buffers, and the three things a quantizer can do with a tensor."""
+"""Quantizer modules: a scale and a zero point as buffers, which calibration sets and fake quantization uses."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from psaq_mm.quantization.primitives import Rounded, fake_quantize, learned_fake
 
 MODES = ('on', 'off')
 
-# What the buffer ``calibrated`` holds beside 0: of which kind of quantizer the range is. Older checkpoints have 1
-# (True) for each.
+# Values of the buffer ``calibrated`` that say which kind of quantizer has the range; 0 means that none was set. Older
+# checkpoints have 1 (True) for every kind.
 KINDS = {'affine': 2, 'log2': 3, 'log_sqrt2': 4}
 
 # Buffers of a quantizer, the last component of its state-dict keys. The last two belong to a reparameterized input.
@@ -25,10 +25,10 @@ STATE_NAMES = ('scale', 'zero_point', 'calibrated', 'code_range', 'fill', 'folde
 
 @dataclass(frozen=True, eq=False)
 class Range:
-    """A scale and a zero point that calibration found for a quantizer and that are not set yet.
+    """Result of calibration: the scale and zero point of a quantizer, not set yet.
 
     Raises:
-        DataError: The quantizer does not take them.
+        DataError: They do not fit the quantizer.
     """
 
     quantizer: 'Quantizer'
@@ -39,7 +39,7 @@ class Range:
         self.quantizer.check_qparams(self.scale, self.zero_point)
 
     def set(self) -> None:
-        """Give them to the quantizer."""
+        """Set them."""
         self.quantizer.set_qparams(self.scale, self.zero_point)
 
 
@@ -49,8 +49,8 @@ class Quantizer(nn.Module):
     The buffers ``scale`` (float32), ``zero_point`` (int32), both ``()`` or ``(C,)``, ``calibrated`` (uint8, 0 or a
     number of :data:`KINDS`) and ``code_range`` (int32, least and greatest code) are in the state dict. The last two are
     compared on loading: a checkpoint of other bits, or of another kind of quantizer, is refused and leaves the
-    quantizer uncalibrated, instead of giving wrong values silently. Older checkpoints have ``calibrated`` as a bool,
-    which fits every kind.
+    quantizer uncalibrated. It would give wrong values without an error otherwise. Older checkpoints have ``calibrated``
+    as a bool, which fits every kind.
 
     Args:
         grid: Which values the codes stand for.
@@ -60,7 +60,7 @@ class Quantizer(nn.Module):
     Attributes:
         name: What errors call this quantizer; set on conversion.
         mode: ``'on'`` fake-quantizes, ``'off'`` passes the input on.
-        observer: None, or what records the input, which is then passed on whatever the mode.
+        observer: None outside :func:`observing`. Inside it records the input, which is passed on in every mode.
     """
 
     scale: Tensor
@@ -77,17 +77,11 @@ class Quantizer(nn.Module):
         self.observer: Optional[Observer] = None
         self.register_buffer('scale', torch.ones(shape))
         self.register_buffer('zero_point', torch.zeros(shape, dtype=torch.int32))
-        # The kind is kept here and not under a key of its own: strict loading of checkpoints from before, and by code
-        # from before, goes on.
+        # The kind has no key of its own, so that older checkpoints load strictly here, and new ones in older versions.
         self.register_buffer('calibrated', torch.tensor(0, dtype=torch.uint8))
         self.register_buffer('code_range', torch.tensor([self.qmin, self.qmax], dtype=torch.int32))
-        # Reading the buffer in every forward would make the host wait for the device.
+        # A copy of ``calibrated``: to read the buffer in every forward would make the host wait for the device.
         self._ready = False
-
-    @property
-    def state_names(self) -> Tuple[str, ...]:
-        """Names of this quantizer's buffers."""
-        return tuple(self._buffers)
 
     def forward(self, x: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         """Record ``x`` while observing, else apply the current mode.
@@ -117,7 +111,7 @@ class Quantizer(nn.Module):
 
     def require_calibrated(self) -> None:
         """Raise NotCalibratedError, naming the quantizer, if it has no range."""
-        # The buffer itself is asked only on the way to an error: weight averaging may have copied into it.
+        # The buffer is read only before an error: weight averaging may have copied into it.
         if not self._ready and not self._refresh():
             raise NotCalibratedError(
                 f'Quantizer {self.name!r} was never calibrated: calibrate the model, load a quantized checkpoint, or '
@@ -150,13 +144,13 @@ class Quantizer(nn.Module):
         return self.observer is not None and self.observer.saw_data
 
     def finish(self, owner: nn.Module) -> List[Range]:
-        """What follows from the observed data. Nothing is set yet.
+        """Ranges that follow from the observed data. Nothing is set yet.
 
         Args:
-            owner: The module whose child this quantizer is.
+            owner: Parent module of this quantizer.
 
         Returns:
-            The range of this quantizer, and those of others that change with it.
+            The range of this quantizer, and of others that change with it.
 
         Raises:
             NotCalibratedError: Nothing was observed.
@@ -193,22 +187,22 @@ class Quantizer(nn.Module):
             )
         return Range(self, *observer.qparams(self.grid))
 
-    # ------------------------------------------------------------------ what folding into the input's norm changes
+    # ------------------------------------------------------------------ effects of folding, see :mod:`.reparam`
     def shifted(self, bias: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
-        """The bias of the layer that reads this quantizer's output: its own, and what was folded into it.
+        """The bias to add after the product with this quantizer's output: the layer's own and the folded one.
 
         Args:
             bias: The layer's own, or None.
-            dtype: Of its weight.
+            dtype: Of the layer's weight.
         """
         return bias
 
     def fill_padding(self, x: Tensor, valid: Tensor) -> Tensor:
-        """``x``, ``(..., C)``, with rows of what 0 stands for where ``valid``, ``(...)``, is False and ``x`` is 0."""
+        """The input ``x``, ``(..., C)``, whose padding (``valid``, ``(...)``, is False) gets the value of 0 now."""
         return x
 
     def forget_folding(self) -> None:
-        """Called when full-precision weights of the layer were loaded: what was folded into others goes with those."""
+        """Undo the folding. Called before full-precision weights replace the folded ones."""
 
     @torch.no_grad()
     def forget_range(self) -> None:
@@ -228,7 +222,7 @@ class Quantizer(nn.Module):
             DataError: Shape or value does not fit.
         """
         self.check_qparams(scale, zero_point)
-        # In place: whoever holds the buffers (a DDP wrapper, an average of weights) keeps seeing the right ones.
+        # In place: a DDP wrapper or an average of weights may hold the buffers.
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         self.calibrated.fill_(KINDS[self.kind])
@@ -249,7 +243,7 @@ class Quantizer(nn.Module):
     def _apply(self, fn, *args, **kwargs):
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer.is_floating_point()}
         super()._apply(fn, *args, **kwargs)
-        # model.half() would round the scale; ranges stay float32 whatever the dtype of the model.
+        # Ranges stay float32 whatever the dtype of the model: model.half() would round the scale.
         for name, buffer in exact.items():
             if self._buffers[name].dtype != torch.float32:
                 self._buffers[name] = buffer.to(self._buffers[name].device)
@@ -258,7 +252,7 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        # Not load_state_dict: mmengine's loader calls this method of every module itself.
+        # Not in load_state_dict: mmengine's loader calls this method of every module directly.
         problem = self._problem_of(state_dict.get(prefix + 'code_range'), state_dict.get(prefix + 'calibrated'))
         if problem:
             error_msgs.append(f'{prefix[:-1]} was saved {problem}')
@@ -268,12 +262,12 @@ class Quantizer(nn.Module):
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
             if self._refresh():
-                # Also from a checkpoint that does not say the kind: what is saved from here on does.
+                # An older checkpoint does not say the kind; one saved from now on does.
                 self.calibrated = self.calibrated.to(torch.uint8).fill_(KINDS[self.kind])
         self._refresh()
 
     def _problem_of(self, codes: Optional[Tensor], calibrated: Optional[Tensor]) -> str:
-        """Why a state is not this quantizer's; empty where it is, or does not say."""
+        """Why a state does not fit this quantizer; empty where it does, or where nothing tells."""
         if codes is not None and codes.tolist() != [self.qmin, self.qmax]:
             return (
                 f'with codes {codes.tolist()} but has {[self.qmin, self.qmax]} here: build the model with the bits '
@@ -297,7 +291,7 @@ def check_mode(mode: str) -> None:
 
 @contextmanager
 def in_mode(chosen: Iterable[Quantizer], mode: str) -> Iterator[None]:
-    """Quantizers in one mode inside the ``with`` block, each in its own again afterwards.
+    """Quantizers have one mode inside the ``with`` block; afterwards each has its own again.
 
     Args:
         chosen: Quantizers of a model.
@@ -319,9 +313,9 @@ def in_mode(chosen: Iterable[Quantizer], mode: str) -> Iterator[None]:
 
 @contextmanager
 def observing(quantizers: Iterable[Quantizer]) -> Iterator[None]:
-    """Quantizers record their inputs inside the ``with`` block and pass them on as they are.
+    """Quantizers record their inputs inside the ``with`` block and pass them on.
 
-    Each has a new observer, which is dropped in the end: :meth:`Quantizer.finish` is called inside the block.
+    Each has a new observer, which is removed at the end: call :meth:`Quantizer.finish` inside the block.
     """
     watched = list(quantizers)
     try:
@@ -345,9 +339,9 @@ class AffineQuantizer(Quantizer):
         full_range: See :func:`.primitives.choose_qparams`.
 
     Attributes:
-        log_ratio: None, or what the scale is learned by, see :func:`.ranges.learn_ranges_`.
-        reduced_range: Whether its codes are of 7 bits so that products of a byte and two of them fit into 16 bits, see
-            :class:`.spec.QuantSpec`.
+        log_ratio: None, or the parameter that the scale is learned by, see :func:`.ranges.learn_ranges_`.
+        reduced_range: Whether the codes have 7 bits because integer kernels add two products in 16 bits, see
+            ``w_reduce_range`` of :class:`.spec.QuantSpec`.
 
     Raises:
         SpecError: A setting is out of range.
@@ -380,15 +374,17 @@ class AffineQuantizer(Quantizer):
         self.symmetric = symmetric
         self.channel_axis = channel_axis
         self.observer_name = observer
-        build_observer(observer)  # a wrong name shall fail here, not in calibration
+        build_observer(observer)  # a wrong name fails here and not in calibration
 
     def extra_repr(self) -> str:
+        """Settings for ``repr``."""
         channels = '' if self.channel_axis is None else f', channels={self.scale.numel()} on axis {self.channel_axis}'
         return (
             f'bits={self.bits}, symmetric={self.symmetric}{channels}, observer={self.observer_name}, mode={self.mode}'
         )
 
     def fake_quantize(self, x: Tensor) -> Tensor:
+        """As :meth:`Quantizer.fake_quantize`."""
         if self.log_ratio is not None and self.log_ratio.requires_grad and torch.is_grad_enabled():
             return learned_fake_quantize(x, self.scale, self.log_ratio, self.zero_point, self.qmin, self.qmax)
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.channel_axis)
@@ -405,7 +401,7 @@ class AffineQuantizer(Quantizer):
 class LogQuantizer(Quantizer):
     """Fake quantization of one nonnegative tensor with steps of equal ratio (RepQ-ViT, arXiv 2212.08254, section 3.3).
 
-    ``scale`` is the greatest value, that of code 0; ``zero_point`` is 0 and unused. See
+    ``scale`` is the value of code 0, the greatest one; ``zero_point`` is 0 and unused. See
     :func:`.logarithmic.log_quantize` for the codes.
 
     Args:
@@ -421,9 +417,11 @@ class LogQuantizer(Quantizer):
         self.base = base
 
     def extra_repr(self) -> str:
+        """Settings for ``repr``."""
         return f'bits={self.bits}, base={self.base}, mode={self.mode}'
 
     def fake_quantize(self, x: Tensor) -> Tensor:
+        """As :meth:`Quantizer.fake_quantize`."""
         return fake_log_quantize(x, self.scale, self.bits, self.base)
 
     def new_observer(self) -> Observer:

@@ -1,7 +1,7 @@
-"""Scale reparameterization: ranges per channel after a LayerNorm, folded away so that one scale serves.
+"""Scale reparameterization: ranges per channel after a LayerNorm are folded into the weights around, leaving one scale.
 
 Source: RepQ-ViT (arXiv 2212.08254), section 3.2. A LayerNorm output y, observed with a scale s and zero point z for
-each channel, is rewritten with one scale s~ and zero point z~ for all::
+each channel, is replaced by a y' with one scale s~ and zero point z~ for all::
 
     ratio = s / s~          shift = s * (z - z~)          y' = (y + shift) / ratio
 
@@ -11,7 +11,7 @@ y + b``. The code of y' under (s~, z~) is that of y under (s, z). s~ is the mean
 z~ is the *rounded* mean of the zero points, moved into the code range, where the released code keeps a fraction that no
 integer kernel has.
 
-A channel that is constant on the samples has no scale. Its value goes into the bias as a whole: y' is 0 there.
+A channel that is constant on the samples has no scale. Its value is moved into the bias: y' is 0 there.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,13 @@ from psaq_mm.quantization.grids import ChannelGrid
 from psaq_mm.quantization.observers import FeatureObserver, Observer, build_rule
 from psaq_mm.quantization.quantizers import AffineQuantizer, Range
 
-# A channel that hardly varies on the samples would get a gain out of float32's comfort, and clip all that varies more.
+# Least ratio of a channel's scale. Without it a channel that hardly varies on the samples would get a huge gain, and a
+# value that varies more would be clipped.
 MIN_RATIO = 1e-4
 
 
 def norm_feeds(norm: nn.Module, linear: nn.Module) -> None:
-    """Tell that the output of a LayerNorm goes to one Linear and nowhere else but through row-wise moves.
+    """Declare that only this Linear reads the output of a LayerNorm. Rows may be moved in between.
 
     Without :attr:`.QuantSpec.reparameterize` it has no effect. A LayerNorm without gain and offset has nothing to fold
     into: its Linear then keeps one range.
@@ -43,7 +44,7 @@ def norm_feeds(norm: nn.Module, linear: nn.Module) -> None:
     if norm_before(linear) not in (None, norm):
         raise SpecError('A Linear can only be reparameterized with one LayerNorm before it.')
     # In a tuple: as an attribute of its own it would be a second name of the LayerNorm, with state-dict keys.
-    linear.norm_before = (norm,)
+    vars(linear)['norm_before'] = (norm,)
 
 
 def norm_before(linear: nn.Module) -> Optional[nn.Module]:
@@ -56,11 +57,13 @@ class Folding(Range):
     """The range of a layer's input that holds once its channels are folded into LayerNorm and layer.
 
     Attributes:
-        layer: The Linear whose input quantizer this is; its LayerNorm as :func:`norm_feeds` named it.
+        norm: The LayerNorm.
+        layer: The Linear that reads its output, through this quantizer.
         ratio: ``(in_features,)``, float64, see the top of this file.
         shift: ``(in_features,)``, float64, see the top of this file.
     """
 
+    norm: nn.Module
     layer: nn.Module
     ratio: Tensor
     shift: Tensor
@@ -79,7 +82,7 @@ class Folding(Range):
         was folded before adds up.
         """
         super().set()
-        quantizer, norm, ratio, shift = self.layer.input_quantizer, norm_before(self.layer), self.ratio, self.shift
+        quantizer, norm, ratio, shift = self.layer.input_quantizer, self.norm, self.ratio, self.shift
         quantizer.folded_bias.copy_(quantizer.folded_bias.double() - self.layer.weight.double() @ shift)
         quantizer.fill.copy_((quantizer.fill.double() + shift) / ratio)
         self.layer.weight.copy_(self.weight())
@@ -90,9 +93,9 @@ class Folding(Range):
 class ReparameterizedQuantizer(AffineQuantizer):
     """Input quantizer of a Linear after a LayerNorm: observes per channel, quantizes per tensor.
 
-    Two more buffers hold what folding leaves behind: ``fill`` ``(in_features,)``, the image of 0 under it, which
-    whoever pads the LayerNorm output has to pad with, and ``folded_bias`` ``(out_features,)``, to be added after the
-    product (a buffer and not the layer's bias, because some layers have none). Both are 0 before any folding.
+    Two more buffers hold what folding does not write into LayerNorm and layer. ``fill`` ``(in_features,)`` is what 0
+    becomes: pad the LayerNorm output with it. ``folded_bias`` ``(out_features,)`` is added after the product; it is a
+    buffer and not the layer's bias, because some layers have none. Both are 0 before any folding.
 
     Args:
         bits: Width of a code, 2 to 8.
@@ -128,6 +131,8 @@ class ReparameterizedQuantizer(AffineQuantizer):
     @torch.no_grad()
     def _folding(self, layer: nn.Module) -> Folding:
         observer, norm = self._observed(), norm_before(layer)
+        if norm is None:
+            raise SpecError(f'Quantizer {self.name!r} has no LayerNorm before it: name the one that feeds its layer.')
         scale, zero_point = (t.double() for t in observer.qparams(ChannelGrid(self.bits)))
         if not norm.weight.shape == scale.shape == (layer.weight.shape[1],):
             raise DataError(
@@ -150,7 +155,7 @@ class ReparameterizedQuantizer(AffineQuantizer):
         zero_point = torch.where(held, (middle - center / scale).round(), zero_point)
         ratio = torch.where(live, scale / one_scale, torch.ones_like(scale))
         shift = torch.where(live, scale * (zero_point - one_zero), -low.double())
-        return Folding(self, one_scale.float(), one_zero.to(torch.int32), layer, ratio, shift)
+        return Folding(self, one_scale.float(), one_zero.to(torch.int32), norm, layer, ratio, shift)
 
     def shifted(self, bias: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
         """As :meth:`.Quantizer.shifted`, with the folded bias."""

@@ -1,15 +1,13 @@
-"""Rotations of a transformer's inner coordinates: the same function in full precision, with weights that few bits hold
-better.
+"""Rotations inside a transformer: the same function in full precision, with weights that fewer bits represent well.
 
-What a transformer computes does not hang on the axes of its residual stream, nor on those of a head's queries, keys and
-values: an orthogonal matrix may stand between any layer that writes there and every layer that reads, folded into the
-weights of both. A weight or token that sticks out on one axis is then spread over all of them, so that ranges narrow
-and steps shrink (QuaRot, Ashkboos et al., arXiv 2404.00456, section 3; SliceGPT, arXiv 2401.15024, section 3, for why
-the norms allow it). LayerNorm takes the mean out, which is the direction (1, ..., 1): rotations of a stream leave that
-direction where it is, and LayerNorm between rotated tokens is the rotated LayerNorm, no mean to be moved elsewhere
-first.
+The output of a transformer does not depend on the axes of its residual stream, nor on those of a head's queries, keys
+and values. An orthogonal matrix may be folded into the weights of every layer that writes there and every layer that
+reads there. An outlier on one axis is then spread over all axes, so that ranges and steps get smaller (QuaRot, Ashkboos
+et al., arXiv 2404.00456, section 3; SliceGPT, arXiv 2401.15024, section 3, for why the norms allow it). LayerNorm
+removes the mean, which is the direction (1, ..., 1). Rotations of a stream keep that direction fixed, so LayerNorm of
+rotated tokens is the rotated LayerNorm.
 
-A token is a row x here, and x R the rotated one.
+A token is a row x here, and x R is the rotated token.
 """
 
 import math
@@ -23,20 +21,20 @@ from psaq_mm.errors import DataError
 __all__ = ['StreamReader', 'random_rotation', 'rotate_heads_', 'rotate_stream_']
 
 MIN_GAIN = 1e-3
-"""Of a LayerNorm, beside its greatest: offsets are divided by gains where zeros are padded to what it gives."""
+"""Least gain of a LayerNorm relative to its greatest, where its output is padded and offsets are divided by gains."""
 
 
 class StreamReader(NamedTuple):
-    """A LayerNorm that reads a residual stream, and the layers that read it.
+    """A LayerNorm that reads a residual stream, and the layers that read the LayerNorm.
 
     Attributes:
         norm: With gain and offset.
-        layers: Linear layers and convolutions; every reader of ``norm``. One that reads more channels has those of
+        layers: All Linear layers and convolutions that read ``norm``. One that reads more channels has those of
             ``norm`` first.
         tokens: How many tokens of the stream the norm spans: 4 in Swin's patch merging.
-        interleaved: Whether those lie beside each other channel by channel, as ``nn.Unfold`` gives them, and not one
-            after the other.
-        padded: Whether zeros join its output as tokens or positions of their own, by window or convolution: they have
+        interleaved: Whether these tokens are interleaved channel by channel, as by ``nn.Unfold``, instead of
+            concatenated.
+        padded: Whether the output is padded with zeros as tokens or positions, by a window or a convolution: they have
             to stay zeros.
     """
 
@@ -88,17 +86,17 @@ def rotate_heads_(
 ) -> None:
     """Rotate the queries with the keys, and the values with what reads them, in place.
 
-    All heads alike: the mean of their outputs is then rotated too, and what PSAQ-ViT reads off it, the similarity of
-    its patches, stays.
+    All heads get the same rotation: the mean of their outputs is then rotated too, and the similarity of its patches,
+    which PSAQ-ViT uses, stays.
 
     Args:
         qkv: Outputs (3, heads, width): queries, keys, values.
         proj: Reads the heads' outputs, (heads, width).
         heads: Their number.
         generator: Source of randomness, on the CPU.
-        scores: Whether queries and keys are rotated; not where something stands between them and their product, as a
-            norm.
-        values: The same of values and ``proj``.
+        scores: Whether queries and keys are rotated; not where an operation such as a norm is between them and their
+            product.
+        values: The same for values and ``proj``.
 
     Raises:
         DataError: The layers' widths do not fit.
@@ -132,8 +130,8 @@ def rotate_stream_(
 ) -> None:
     """Rotate a residual stream, in place: everything that writes to it, and everything that reads it.
 
-    LayerNorms that read end with gains of 1. Their offsets move into the layers behind them, or stay, rotated, where
-    that has no bias or zeros are padded between the two.
+    The gains of LayerNorms that read the stream become 1. Their offsets move into the layers after them, or stay,
+    rotated, where such a layer has no bias or zeros are padded between the two.
 
     Args:
         rotation: (channels, channels), orthogonal, with (1, ..., 1) as a fixed point: :func:`random_rotation` with
@@ -175,7 +173,7 @@ def rotate_stream_(
 
 
 def _check_named_once(writers: Sequence[nn.Module], tokens: Sequence[Tensor], readers: Sequence[StreamReader]) -> None:
-    """By parameter, as two modules may share one: what is rotated twice is rotated too far."""
+    """Refuse a parameter that would be rotated twice; two modules may share one."""
     norms, layers = (
         [getattr(reader.norm, 'weight', None) for reader in readers],
         [layer for reader in readers for layer in reader.layers],
@@ -215,7 +213,7 @@ def _check_reader(reader: StreamReader, size: int) -> None:
 def _turn_reader(reader: StreamReader, rotation: Tensor) -> None:
     norm, wide = reader.norm, len(rotation) * reader.tokens
     several = torch.eye(reader.tokens, dtype=torch.float64)
-    whole = torch.kron(rotation, several) if reader.interleaved else torch.kron(several, rotation)
+    full = torch.kron(rotation, several) if reader.interleaved else torch.kron(several, rotation)
     gain, offset = norm.weight.double().cpu(), norm.bias.double().cpu()
     stays = _offset_stays(reader)
     for layer in reader.layers:
@@ -224,7 +222,7 @@ def _turn_reader(reader: StreamReader, rotation: Tensor) -> None:
         if not stays and layer.bias is not None:
             layer.bias.copy_(layer.bias.double().cpu() + torch.einsum('oi...,i->o', part, offset))
         scaled = torch.einsum('oi...,i->oi...', part, gain)
-        weight[:, :wide] = torch.einsum('oi...,ij->oj...', scaled, whole)
+        weight[:, :wide] = torch.einsum('oi...,ij->oj...', scaled, full)
         layer.weight.copy_(weight)
     norm.weight.fill_(1)
-    norm.bias.copy_(torch.where(offset != 0, offset / gain, offset) @ whole if stays else torch.zeros_like(offset))
+    norm.bias.copy_(torch.where(offset != 0, offset / gain, offset) @ full if stays else torch.zeros_like(offset))

@@ -1,13 +1,12 @@
-"""Weights rounded one input at a time, each error carried over into the inputs that are still to come.
+"""Compensated rounding: weights are rounded input by input, and each error is carried into the inputs after it.
 
-Rounding every weight to its nearest code is the best there is only if the inputs of a layer are uncorrelated; those of
-a transformer are anything but. With the Gram matrix of the layer's inputs the error of one weight can be made up for by
-the weights after it: optimal brain compression (Frantar & Alistarh, arXiv 2208.11580) in the order and with the
-Cholesky form of GPTQ (Frantar et al., arXiv 2210.17323, section 3). Scales and codes stay those of the weight's own
-quantizer: what runs afterwards is the same integer model with better codes in it.
+The nearest code of every weight is the best choice only where the inputs of a layer are uncorrelated, and those of a
+transformer are not. With the Gram matrix of the layer's inputs, later weights can compensate the error of one weight:
+optimal brain compression (Frantar & Alistarh, arXiv 2208.11580) in the order and with the Cholesky form of GPTQ
+(Frantar et al., arXiv 2210.17323, section 3). Scales and the code range of the weight's quantizer stay: the result is
+the same integer model with better codes.
 """
 
-import contextlib
 import math
 from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psaq_mm.contexts import hooked
 from psaq_mm.errors import DataError
 from psaq_mm.quantization.layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
 from psaq_mm.quantization.primitives import fake_quantize
@@ -24,10 +24,12 @@ from psaq_mm.ranks import broadcast_, maximum_, sum_
 __all__ = ['RoundedLayer', 'compensated_rounding', 'round_weights_']
 
 BLOCK = 128
-"""Columns that are worked through before the rest of the matrix hears of their errors (GPTQ's lazy batch)."""
+"""Columns that are rounded before their errors are carried into the rest of the matrix (GPTQ's lazy batch)."""
 
 STRIP = 1 << 26
 """Bytes of a convolution's inputs that are unfolded at a time."""
+
+NamedLayer = Tuple[str, nn.Module]
 
 
 class LowRankError(DataError):
@@ -39,9 +41,9 @@ class RoundedLayer(NamedTuple):
 
     Attributes:
         name: Of the layer.
-        nearest: Squared error of its output with every weight at its nearest code, relative to the squared output.
+        nearest: Squared error of its output with nearest codes, relative to the squared output.
         compensated: The same error after compensation.
-        reason: Why it stayed at its nearest codes; empty if it did not.
+        reason: Why it keeps its nearest codes; empty if it does not.
     """
 
     name: str
@@ -53,7 +55,7 @@ class RoundedLayer(NamedTuple):
 def compensated_rounding(
     weight: Tensor, gram: Tensor, round_columns: Callable[[Tensor], Tensor], damping: float = 0.1
 ) -> Tensor:
-    """Round a matrix so that its products with given inputs change little.
+    """Round a matrix so that its product with the inputs changes little.
 
     Source: GPTQ, arXiv 2210.17323, section 3 (Cholesky form, lazy batches, inputs of greatest energy first).
 
@@ -61,8 +63,8 @@ def compensated_rounding(
         weight: (outputs, inputs).
         gram: X^T X of the inputs X (rows, inputs): (inputs, inputs), symmetric, finite.
         round_columns: Rounds columns (outputs, n) to the grid; works on each output by itself.
-        damping: Added to the diagonal, as a multiple of its mean; positive. Much of it trusts the inputs less: 0 would
-            fit the rows of X alone, and infinity is rounding to the nearest.
+        damping: Added to the diagonal, as a multiple of its mean; positive. A greater one trusts the inputs less: 0
+            would fit the rows of X alone, and infinity is rounding to the nearest.
 
     Returns:
         (outputs, inputs), on the grid, in the dtype of ``weight``; not differentiable.
@@ -108,13 +110,11 @@ def compensated_rounding(
 
 
 def _ordered(gram: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of ``gram`` in an order, as a new float64 matrix; a strip of rows at a time, so that there is
-    one copy alone.
-    """
-    found = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
-    for rows, part in zip(found.split(BLOCK), order.split(BLOCK)):
+    """``gram`` with rows and columns reordered, as float64; by strips of rows, so that memory holds one copy."""
+    ordered = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+    for rows, part in zip(ordered.split(BLOCK), order.split(BLOCK)):
         rows.copy_(gram[part][:, order])
-    return found
+    return ordered
 
 
 def _inverse_factor_(gram: Tensor, shift: float, damping: float) -> Tensor:
@@ -129,8 +129,8 @@ def _inverse_factor_(gram: Tensor, shift: float, damping: float) -> Tensor:
         if bool(failed):
             raise LowRankError(
                 f'damping={damping:g} is too little: the inputs of the layer span fewer directions than it has inputs, '
-                f'and '
-                'nothing tells how to share errors among the others; give more damping, or more samples'
+                'and nothing tells how to share errors among the others; give more damping (in a config, '
+                'dfq.prior_rows), or more samples'
             )
     return gram
 
@@ -139,45 +139,40 @@ def _inverse_factor_(gram: Tensor, shift: float, damping: float) -> Tensor:
 def round_weights_(
     model: nn.Module,
     run: Callable[[], None],
-    damping: float = 0.1,
+    prior_rows: float = 32.0,
     memory: int = 2**30,
     max_inputs: int = 8192,
     importance: Optional[Mapping[str, Tensor]] = None,
-    prior_rows: Optional[float] = None,
 ) -> List[RoundedLayer]:
-    """Round the weights of every quantized Linear and convolution to codes that fit the layer's own quantized inputs,
-    in place.
+    """Round the weights of quantized Linears and convolutions to codes that fit their quantized inputs, in place.
 
-    The model has to be calibrated; ranges, codes and scales stay. The samples go through the model with its activations
-    quantized, so a layer's weights also answer for what that did to the inputs. Weights that are still to be rounded
-    are in full precision meanwhile: their nearest codes spoil the inputs of the layers behind them more than the codes
-    that they will get. Gram matrices of several layers are gathered in one pass, as many as ``memory`` holds; later
-    passes see the weights rounded before.
+    The model has to be calibrated; ranges and scales stay. The samples go through the model with quantized activations,
+    so the weights of a layer also compensate the error of its inputs. Weights that are not rounded yet are in full
+    precision meanwhile: their nearest codes change the inputs of later layers more than the codes that they will get.
+    Gram matrices of several layers are gathered in one pass, as many as ``memory`` holds; later passes see the weights
+    rounded before.
 
     Beside those matrices a pass needs the memory of the model's forward, the quantized inputs of a layer once more in
-    float32, of a convolution at most 64 MiB of its unfolded inputs at a time (twice that with ``importance``), and
-    rounding what :func:`compensated_rounding` says, for one layer at a time. Matrices are float32 and summed in float32
-    also under autocast.
+    float32 (of a convolution at most 64 MiB of its unfolded inputs, twice that with ``importance``), and what
+    :func:`compensated_rounding` needs for one layer. Matrices are float32 and summed in float32 also under autocast.
 
     Args:
         model: Calibrated quantized model.
         run: Puts the samples through the model; called once a pass, without gradients. In a distributed run each rank
-            puts samples of its own through, and all round alike.
-        damping: See :func:`compensated_rounding`.
+            puts its own samples through, and all get the same codes.
+        prior_rows: Damping of a layer, as a number of rows: as if so many more rows of uncorrelated inputs of the mean
+            energy had been seen. The damping is ``prior_rows`` divided by the effective number of rows, which is
+            (sum w)^2 / sum w^2 for rows with weights w. So a layer with few rows that matter is trusted less
+            (shrinkage, Ledoit & Wolf, J. Multivariate Analysis 88, 2004). Positive.
         memory: Bytes for the Gram matrices of one pass.
-        max_inputs: Layers with more inputs (channels times kernel) stay at their nearest codes: time grows with the
-            third power.
-        importance: By layer name, the weight of each row that ``run`` sends through, as :func:`.row_importance` finds
-            it: errors are made small where outputs matter. Rows of layers that are missing weigh alike.
-        prior_rows: Damping of the layers with ``importance``, in place of ``damping``: as if so many rows more of
-            uncorrelated inputs of the mean energy had been seen, beside the effective number of rows under those
-            weights, (sum w)^2 / sum w^2. The fewer rows matter, the less they are trusted (shrinkage, Ledoit & Wolf, J.
-            Multivariate Analysis 88, 2004). Positive.
+        max_inputs: Layers with more inputs (channels times kernel) keep their nearest codes: time grows with the third
+            power.
+        importance: Weight of each row that ``run`` sends through a layer, by name of the layer, as
+            :func:`.row_importance` returns it. The rows of a missing layer have equal weights.
 
     Returns:
-        One entry a layer whose weight is quantized, its errors under those weights. A layer that compensation would not
-        help stays as it was, and so does one whose inputs are of too low a rank for the damping: its ``reason`` says
-        so.
+        One entry for each layer with a quantized weight, its errors under those weights. A layer stays unchanged where
+        compensation does not help, or the rank of its inputs is too low for the damping: ``reason`` says so.
 
     Raises:
         DataError: An input holds NaN or infinity, ``importance`` is of other rows than ``run`` sends (names the layer),
@@ -187,45 +182,24 @@ def round_weights_(
         >>> calibrate(model, lambda: model(samples))
         >>> report = round_weights_(model, lambda: model(samples))
     """
-    dampings = {} if prior_rows is None else _shrinkage(importance or {}, prior_rows)
-    done: Dict[str, RoundedLayer] = {}
-    waiting: List[Tuple[str, nn.Module]] = []
+    if not 0 < prior_rows < math.inf:
+        raise DataError(f'prior_rows={prior_rows} must be positive and finite: 32 is the usual value')
     layers = [(n, m) for n, m in model.named_modules() if is_quantized_layer(m) and m.weight_quantizer.mode == 'on']
-    for name, layer in layers:
-        reason = _reason_to_leave(layer, max_inputs)
-        if reason:
-            done[name] = RoundedLayer(name, math.nan, math.nan, reason)
-        else:
-            waiting.append((name, layer))
-    while waiting:
-        batch, used = [], 0
-        while waiting and (not batch or used + 4 * _inputs(waiting[0][1]) ** 2 <= memory):
-            used += 4 * _inputs(waiting[0][1]) ** 2
-            batch.append(waiting.pop(0))
+    reasons = {name: _reason_to_leave(layer, max_inputs) for name, layer in layers}
+    reports = {name: RoundedLayer(name, math.nan, math.nan, reason) for name, reason in reasons.items()}
+    for batch in _batches([(name, layer) for name, layer in layers if not reasons[name]], memory):
         with full_precision_weights(model):
             grams = _gather(batch, run, importance or {})
         for name, layer in batch:
             gram = grams.pop(name, None)
             if gram is None:
-                done[name] = RoundedLayer(name, math.nan, math.nan, 'no sample went through it')
+                reports[name] = RoundedLayer(name, math.nan, math.nan, 'no sample went through it')
                 continue
             try:
-                done[name] = _round_layer(name, layer, gram, dampings.get(name, damping))
+                reports[name] = _round_layer(name, layer, gram.matrix, gram.damping(prior_rows))
             except DataError as error:
                 raise DataError(f'Layer {name!r}: {error}') from error
-    return [done[name] for name, _ in layers]
-
-
-def _shrinkage(importance: Mapping[str, Tensor], prior_rows: float) -> Dict[str, float]:
-    """By layer name, the damping that so many rows more come to."""
-    if not 0 < prior_rows < math.inf:
-        raise DataError(f'prior_rows={prior_rows} must be positive and finite: 32 is the usual value')
-    found = {}
-    for name, weights in importance.items():
-        weights = weights.double()
-        total, squares = sum_(torch.stack([weights.sum(), weights.pow(2).sum()])).tolist()
-        found[name] = prior_rows * squares / total**2
-    return found
+    return [reports[name] for name, _ in layers]
 
 
 def _inputs(layer: nn.Module) -> int:
@@ -233,6 +207,7 @@ def _inputs(layer: nn.Module) -> int:
 
 
 def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
+    """Why a layer cannot be rounded; empty where it can."""
     if isinstance(layer, QuantConv2dMixin):
         if layer.groups != 1:
             return f'{layer.groups} groups'
@@ -243,94 +218,118 @@ def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
     return f'{_inputs(layer)} inputs, more than {max_inputs}' if _inputs(layer) > max_inputs else ''
 
 
+def _batches(layers: Sequence[NamedLayer], memory: int) -> Iterator[List[NamedLayer]]:
+    """Layers in order, as many at a time as have Gram matrices within ``memory`` bytes, and at least one."""
+    batch: List[NamedLayer] = []
+    used = 0
+    for name, layer in layers:
+        needed = 4 * _inputs(layer) ** 2
+        if batch and used + needed > memory:
+            yield batch
+            batch, used = [], 0
+        batch.append((name, layer))
+        used += needed
+    if batch:
+        yield batch
+
+
 def _gather(
-    layers: List[Tuple[str, nn.Module]], run: Callable[[], None], importance: Mapping[str, Tensor]
-) -> Dict[str, Tensor]:
-    """Gram matrices of the quantized inputs of ``layers`` over one run."""
-    grams: Dict[str, Tensor] = {}
+    layers: Sequence[NamedLayer], run: Callable[[], None], importance: Mapping[str, Tensor]
+) -> Dict[str, '_Gram']:
+    """Gram matrices of the quantized inputs of ``layers`` over one run of all ranks, of those that samples reach."""
     calls = getattr(importance, 'calls', {})
-    weights = {name: _Weights(name, importance[name], calls.get(name)) for name, _ in layers if name in importance}
-    with contextlib.ExitStack() as hooks:
-        for name, layer in layers:
-            # On the input's quantizer: layers whose owner multiplies for them (packed projections) are seen as well.
-            handle = layer.input_quantizer.register_forward_hook(_gram_hook(grams, name, layer, weights.get(name)))
-            hooks.callback(handle.remove)
+    # Hooks are on the input quantizers: layers whose owner multiplies for them (packed projections) are seen as well.
+    grams = {layer.input_quantizer: _Gram(name, layer, importance.get(name), calls.get(name)) for name, layer in layers}
+    with hooked(grams, lambda quantizer: quantizer.register_forward_hook(grams[quantizer].add)):
         run()
-    for given in weights.values():
-        given.close()
-    return _reduced(layers, grams)
+    for gram in grams.values():
+        gram.check_all_used()
+    rows = sum_(torch.tensor([gram.rows for gram in grams.values()], dtype=torch.float64)).tolist()
+    return {gram.name: gram.summed(count) for gram, count in zip(grams.values(), rows) if count}
 
 
-class _Weights:
-    """Weights of the rows that go through a layer, in their order.
+class _Gram:
+    """Gram matrix of the inputs of a layer, summed over the calls of its input quantizer.
 
     Args:
         name: Of the layer.
-        values: (rows,).
-        calls: How many of them each call had, see :class:`.RowImportance`; None where their order says enough.
+        layer: Whose inputs they are.
+        weights: Of the rows, (rows,), in their order; None where all weigh alike.
+        calls: How many rows each call had, see :class:`.RowImportance`; None where their order says enough.
+
+    Attributes:
+        matrix: (inputs, inputs), float32.
+        rows: How many rows it is the sum of.
     """
 
-    def __init__(self, name: str, values: Tensor, calls: Optional[Sequence[int]] = None):
-        self.name, self.values, self.calls = name, values, calls
-        self.used = self.made = 0
+    def __init__(
+        self, name: str, layer: nn.Module, weights: Optional[Tensor], calls: Optional[Sequence[int]] = None
+    ) -> None:
+        self.name, self.layer, self.weights, self.calls = name, layer, weights, calls
+        self.rows = self.calls_seen = self.used = 0
+        self._sum: Optional[Tensor] = None
 
-    def begin(self, count: int) -> None:
-        """A call of so many rows follows."""
-        if self.calls is not None and self.calls[self.made : self.made + 1] != (count,):
+    @property
+    def matrix(self) -> Tensor:
+        """The sum so far."""
+        if self._sum is None:
+            inputs = _inputs(self.layer)
+            self._sum = torch.zeros(inputs, inputs, device=self.layer.weight.device)
+        return self._sum
+
+    def add(self, quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
+        """Hook of the layer's input quantizer."""
+        rows = valid_rows_of(output, row_mask_given(args))
+        self._begin_call(_count(self.layer, rows))
+        # Sums of thousands of products need more than the 8 bits that autocast may leave.
+        with torch.autocast(output.device.type, enabled=False):
+            for part in _rows(self.layer, rows.float()):
+                if self.weights is not None:
+                    part = part * self._next_weights(self.weights, len(part)).sqrt()
+                if self._sum is None:
+                    self._sum = part.t() @ part
+                else:
+                    self._sum.addmm_(part.t(), part)
+
+    def _begin_call(self, count: int) -> None:
+        if self.calls is not None and self.calls[self.calls_seen : self.calls_seen + 1] != (count,):
             raise DataError(
-                f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit. It is called several times in a '
-                f'pass, '
-                f'call {self.made + 1} has {count} rows, and the weights are of calls of '
-                f'{", ".join(map(str, self.calls[:8]))} '
-                'rows: put the same samples through in the same batches both times.'
+                f'Layer {self.name!r}: weights of {sum(self.calls)} rows do not fit. It is called several times in a '
+                f'pass, call {self.calls_seen + 1} has {count} rows, and the weights are of calls of '
+                f'{", ".join(map(str, self.calls[:8]))} rows: put the same samples through in the same batches both '
+                'times.'
             )
-        self.made += 1
+        self.calls_seen += 1
+        self.rows += count
 
-    def next(self, count: int) -> Tensor:
+    def _next_weights(self, weights: Tensor, count: int) -> Tensor:
         """(count, 1)."""
         self.used += count
-        if self.used > len(self.values):
-            self.close()
-        return self.values[self.used - count : self.used, None]
+        if self.used > len(weights):
+            self.check_all_used()
+        return weights[self.used - count : self.used, None]
 
-    def close(self) -> None:
-        """After the last row."""
-        if self.used != len(self.values):
+    def check_all_used(self) -> None:
+        """DataError where the weights are not those of the rows that came."""
+        if self.weights is not None and self.used != len(self.weights):
             raise DataError(
-                f'Layer {self.name!r}: weights of {len(self.values)} rows do not fit {self.used} rows: take both from '
-                f'the '
-                'same samples, in the same order.'
+                f'Layer {self.name!r}: weights of {len(self.weights)} rows do not fit {self.used} rows: take both from '
+                'the same samples, in the same order.'
             )
 
+    def summed(self, rows: int) -> '_Gram':
+        """Sum the matrix over the ranks, which saw ``rows`` rows together; itself."""
+        self.rows = rows
+        sum_(self.matrix)
+        return self
 
-def _reduced(layers: List[Tuple[str, nn.Module]], grams: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Gram matrices of the samples of all ranks; a rank may have sent none through a layer."""
-    seen = maximum_(torch.tensor([name in grams for name, _ in layers], dtype=torch.int32))
-    for (name, layer), anywhere in zip(layers, seen.tolist()):
-        if anywhere:
-            inputs = _inputs(layer)
-            sum_(grams.setdefault(name, torch.zeros(inputs, inputs, device=layer.weight.device)))
-    return grams
-
-
-def _gram_hook(grams: Dict[str, Tensor], name: str, layer: nn.Module, weights: Optional[_Weights]):
-
-    def hook(quantizer: nn.Module, args: Tuple, output: Tensor) -> None:
-        rows = valid_rows_of(output, row_mask_given(args))
-        if weights is not None:
-            weights.begin(_count(layer, rows))
-        # sums of thousands of products are no numbers of eight bits
-        with torch.autocast(output.device.type, enabled=False):
-            for part in _rows(layer, rows.float()):
-                if weights is not None:
-                    part = part * weights.next(len(part)).sqrt()
-                found = grams.get(name)
-                if found is None:
-                    grams[name] = part.t() @ part
-                else:
-                    found.addmm_(part.t(), part)
-
-    return hook
+    def damping(self, prior_rows: float) -> float:
+        """``prior_rows`` relative to the effective number of rows; after :meth:`summed`."""
+        if self.weights is None:
+            return prior_rows / self.rows
+        values = self.weights.double()
+        total, squares = sum_(torch.stack([values.sum(), values.pow(2).sum()])).tolist()
+        return prior_rows * squares / total**2
 
 
 def _places(layer: nn.Module, x: Tensor) -> Tuple[int, int]:
@@ -353,9 +352,7 @@ def _count(layer: nn.Module, x: Tensor) -> int:
 
 
 def _rows(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """The vectors (rows, inputs) that the layer multiplies with, of a convolution an image at a time, or a strip of
-    one.
-    """
+    """The vectors (rows, inputs) that the layer multiplies with; of a convolution an image, or a strip of one, each."""
     if not isinstance(layer, QuantConv2dMixin):
         yield x.reshape(-1, x.shape[-1])
         return
@@ -401,9 +398,7 @@ def _round_layer(name: str, layer: nn.Module, gram: Tensor, damping: float) -> R
 
 
 def _squared(weight: Tensor, gram: Tensor) -> float:
-    """Squared norm of X weight^T over the rows of X that ``gram`` was made of; in float64, some columns of it at a
-    time.
-    """
+    """Squared norm of X weight^T for X with X^T X = ``gram``; in float64, by strips of columns."""
     weight = weight.double()
     return float(
         sum(

@@ -1,6 +1,5 @@
-"""What to quantize and to how many bits: frozen dataclasses, checked when built, with a JSON round trip."""
+"""What to quantize and to how many bits: frozen dataclasses that are checked when built and convert to plain dicts."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -33,9 +32,9 @@ RECIPES: Dict[str, Dict[str, Any]] = {
     ),
 }
 
-# What a recipe has else where weights have fewer than 8 bits. V2's naive quantizer was published for 8 alone: below
-# that a zero point is worth a sixth of the divergence from full precision (docs/method.md), and costs nothing: codes
-# less their zero point fit a signed byte.
+# What a recipe changes where weights have fewer than 8 bits. V2's naive quantizer was published for 8 bits alone. Below
+# that a zero point removes a sixth of the divergence from full precision (docs/method.md) at no cost: codes minus their
+# zero point fit a signed byte.
 FEW_BITS: Dict[str, Dict[str, Any]] = {'psaq_v2': dict(w_symmetric=False)}
 
 _PRESET = re.compile(r'(?:(\w+?)_)?w(\d+)a(\d+)', re.IGNORECASE)
@@ -65,8 +64,9 @@ def _check_keys(what: str, given: Mapping, known: Iterable[str]) -> None:
 
 
 def _without_idle_softmax(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
-    """``chosen`` less its ``softmax_quantizer`` where ``settings`` quantize no attention weights. A preset's choice
-    then means nothing, nor does one in a file from before the two were refused beside each other.
+    """``chosen`` without its ``softmax_quantizer`` where ``settings`` quantize no attention weights.
+
+    A preset's choice has no effect then, nor has one in an older file: the two were not refused together before.
     """
     idle = settings.get('quantize_softmax') is False or settings.get('points') == 'linear'
     return {key: value for key, value in chosen.items() if not (idle and key == 'softmax_quantizer')}
@@ -108,14 +108,8 @@ class Override:
 
     def to_dict(self) -> Dict[str, Any]:
         """Plain dict with the keys that are set."""
-        out: Dict[str, Any] = dict(pattern=self.pattern)
-        if self.w_bits is not None:
-            out['w_bits'] = self.w_bits
-        if self.a_bits is not None:
-            out['a_bits'] = self.a_bits
-        if self.float_:
-            out['float'] = True
-        return out
+        settings = dict(pattern=self.pattern, w_bits=self.w_bits, a_bits=self.a_bits, float=self.float_ or None)
+        return {key: value for key, value in settings.items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping) -> 'Override':
@@ -130,8 +124,9 @@ class Override:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer gets: bits, weight scheme and observers (see :class:`QuantSpec`). With ``w_reduce_range`` the bits
-    of the weights are those of their codes, 7 instead of 8.
+    """Bits, weight scheme and observers of one layer (see :class:`QuantSpec`).
+
+    With ``w_reduce_range`` ``w_bits`` is 7, the bits of the codes, instead of 8.
     """
 
     w_bits: int = 8
@@ -206,15 +201,9 @@ class QuantSpec:
     def __post_init__(self):
         for key in ('w_bits', 'a_bits', 'input_bits'):
             _check_bits(key, getattr(self, key))
-        for key in (
-            'quantize_softmax',
-            'symmetric_attention',
-            'reparameterize',
-            'w_symmetric',
-            'w_full_range',
-            'w_reduce_range',
-        ):
-            _check_bool(key, getattr(self, key))
+        for field in fields(self):
+            if isinstance(field.default, bool):
+                _check_bool(field.name, getattr(self, field.name))
         _check_choice('scope', self.scope, SCOPES)
         _check_choice('points', self.points, POINTS)
         _check_choice('softmax_quantizer', self.softmax_quantizer, SOFTMAX_QUANTIZERS)
@@ -225,15 +214,13 @@ class QuantSpec:
         if self.symmetric_attention and self.points != 'gemm':
             raise SpecError(
                 f'symmetric_attention=True contradicts points={self.points!r}, where queries and values have no '
-                f'quantizers of '
-                "their own: choose points='gemm'."
+                "quantizers of their own: choose points='gemm'."
             )
         if self.softmax_quantizer != 'affine' and (not self.quantize_softmax or self.points == 'linear'):
             off = 'quantize_softmax=False' if not self.quantize_softmax else "points='linear'"
             raise SpecError(
                 f'softmax_quantizer={self.softmax_quantizer!r} contradicts {off}, which leaves the attention weights '
-                f'in floating '
-                'point: leave one of the two out.'
+                'in floating point: leave one of the two out.'
             )
         _check_choice('w_observer', self.w_observer, OBSERVERS)
         _check_choice('a_observer', self.a_observer, OBSERVERS)
@@ -244,8 +231,7 @@ class QuantSpec:
         if self.w_reduce_range and MAX_BITS not in (self.w_bits, *(override.w_bits for override in overrides)):
             raise SpecError(
                 f'w_reduce_range=True has nothing to do with w_bits={self.w_bits}: it holds weights of 8 bits within '
-                f'7, and fewer '
-                'bits are within 7 as they are; leave it out, or set w_bits=8.'
+                '7, and fewer bits are within 7 as they are; leave it out, or set w_bits=8.'
             )
 
     @property
@@ -292,24 +278,9 @@ class QuantSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> 'QuantSpec':
-        """Inverse of :meth:`to_dict`; missing keys have their defaults, SpecError on an unknown key."""
+        """Inverse of :meth:`to_dict`. Missing keys have their defaults; an unknown key raises SpecError."""
         _check_keys('the quantization', data, (f.name for f in fields(cls)))
         return cls(**_without_idle_softmax(data, data))
-
-    def to_json(self) -> str:
-        """JSON text of :meth:`to_dict`."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> 'QuantSpec':
-        """Inverse of :meth:`to_json`; SpecError where the text is no JSON object."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SpecError(f'The quantization is no valid JSON ({error}): write it with QuantSpec.to_json.') from error
-        if not isinstance(data, dict):
-            raise SpecError(f'The quantization must be a JSON object, not {data!r}: write it with QuantSpec.to_json.')
-        return cls.from_dict(data)
 
     @classmethod
     def parse(cls, x: Union['QuantSpec', Mapping, str]) -> 'QuantSpec':

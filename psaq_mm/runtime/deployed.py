@@ -9,7 +9,7 @@ import numpy as np
 from psaq_mm.errors import DataError
 from psaq_mm.runtime.bundle import read_manifest, read_weights
 from psaq_mm.runtime.glue import finish
-from psaq_mm.runtime.registry import Runtime, check_kernels, find_runtime, start, starting
+from psaq_mm.runtime.registry import Runtime, find_runtime, start, starting
 from psaq_mm.runtime.wire import append_initializers
 
 __all__ = ['DeployedModel', 'load']
@@ -44,8 +44,7 @@ class DeployedModel:
         threads: Optional[int] = None,
         kernels: str = 'auto',
     ):
-        find_runtime(runtime)
-        check_kernels(kernels)
+        find_runtime(runtime, kernels)
         self.directory, self.runtime, self.threads, self._wanted_kernels = directory, runtime, threads, kernels
         self.manifest = read_manifest(directory)
         self.task: str = self.manifest['task']
@@ -194,7 +193,7 @@ class DeployedModel:
             DataError: The images do not fit.
         """
         batch = self.normalize(images)
-        return finish(self.run(batch), self.manifest, batch.shape[2:])
+        return finish(self.run(batch), self.manifest, (batch.shape[2], batch.shape[3]))
 
 
 def load(

@@ -59,23 +59,7 @@ class Runtime(abc.ABC):
         kernels: What the graph runs with, one of :data:`.kernels.KERNELS`.
         input_names: Inputs that the graph has left: a runtime may drop one that nothing reads.
 
-    Example:
-        >>> @register_runtime
-        ... class Reference(Runtime):
-        ...     name, title, package = 'reference', "ONNX's reference", 'onnx'
-        ...
-        ...     def __init__(self, graph, threads, way):
-        ...         from onnx import load_model_from_string
-        ...         from onnx.reference import ReferenceEvaluator
-        ...
-        ...         self.session = ReferenceEvaluator(load_model_from_string(graph))
-        ...         self.kernels, self.input_names = 'float', set(self.session.input_names)
-        ...
-        ...     def run(self, inputs):
-        ...         return dict(zip(self.session.output_names, self.session.run(None, dict(inputs))))
-        ...
-        ...     def products(self, graph):
-        ...         return []
+    docs/deploy.md has an example.
     """
 
     name: ClassVar[str]
@@ -150,12 +134,14 @@ def _find_exact_way(runtime: Type[Runtime]) -> str:
     )
 
 
-def find_runtime(name: str) -> Type[Runtime]:
+def find_runtime(name: str, kernels: str = 'auto') -> Type[Runtime]:
     """The class of a runtime, whose package can be imported.
 
     Raises:
-        ConfigError: The runtime is not known or not installed.
+        ConfigError: The runtime is not known or not installed, or ``kernels`` is none of :data:`.kernels.KERNELS`.
     """
+    if kernels not in KERNELS:
+        raise ConfigError(f'kernels={kernels!r} is not known: {nearest(kernels, KERNELS)}')
     if name not in RUNTIMES:
         raise ConfigError(f'runtime={name!r} is not known: {nearest(name, RUNTIMES)}')
     runtime = RUNTIMES[name]
@@ -167,12 +153,6 @@ def find_runtime(name: str) -> Type[Runtime]:
             f'the runtime {name} is not installed ({error}): {runtime.install}, or choose another one of {others}'
         ) from error
     return runtime
-
-
-def check_kernels(kernels: str) -> None:
-    """Raises ConfigError where ``kernels`` is none of :data:`.kernels.KERNELS`."""
-    if kernels not in KERNELS:
-        raise ConfigError(f'kernels={kernels!r} is not known: {nearest(kernels, KERNELS)}')
 
 
 def start(graph: bytes, runtime: str, threads: Optional[int] = None, kernels: str = 'auto') -> Runtime:
@@ -191,8 +171,7 @@ def start(graph: bytes, runtime: str, threads: Optional[int] = None, kernels: st
         ConfigError: The runtime is not known or not installed, has no exact kernels on this processor, or ``kernels``
             is not known.
     """
-    check_kernels(kernels)
-    session = find_runtime(runtime).begin(graph, threads, kernels)
+    session = find_runtime(runtime, kernels).begin(graph, threads, kernels)
     if kernels == 'auto':
         _warn_of_slow_kernels(session)
     return session

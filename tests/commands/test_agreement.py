@@ -237,7 +237,8 @@ test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(
     type='BaseSegDataset', img_suffix='.png', reduce_zero_label=True,
     metainfo=dict(classes=tuple('abcde'), palette=[[i, i, i] for i in range(5)]),
     data_root={str(folder)!r}, data_prefix=dict(img_path='images', seg_map_path='maps'), pipeline=[
-        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True), dict(type='PackSegInputs')]))
+        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=True),
+        dict(type='PackSegInputs')]))
 """,
     )
 

@@ -13,7 +13,7 @@ from mmengine.config import Config  # noqa: E402
 from tiny_classifier import ClassifierProject  # noqa: E402
 
 from psaq_mm.commands import compare as module  # noqa: E402
-from psaq_mm.commands.compare import main, plan  # noqa: E402
+from psaq_mm.commands.compare import Wanted, main, plan  # noqa: E402
 from psaq_mm.engine.data_overlap import check_no_overlap, dataset_leaves  # noqa: E402
 from psaq_mm.errors import ConfigError  # noqa: E402
 
@@ -31,7 +31,7 @@ def project(tmp_path_factory):
 def compared(project):
     """Two presets on noise, two seeds."""
     work_dir = project.folder / 'work'
-    arguments = [str(project.path), '--calibration', 'gaussian', '--quant', 'w8a8', 'w2a2', '--work-dir', str(work_dir)]
+    arguments = [str(project.path), '--samples', 'gaussian', '--quant', 'w8a8', 'w2a2', '--work-dir', str(work_dir)]
     assert main([*arguments, '--seeds', '0', '1']) == 0
     return arguments, work_dir, content(work_dir)
 
@@ -127,7 +127,7 @@ def test_a_second_call_runs_nothing_and_another_seed_runs_its_rows_alone(compare
 
 
 def test_a_stopped_comparison_goes_on_where_it_was(project, tmp_path, monkeypatch, capsys):
-    arguments = [str(project.path), '--calibration', 'gaussian', 'real', '--seeds', '0', '--work-dir', str(tmp_path)]
+    arguments = [str(project.path), '--samples', 'gaussian', 'real', '--seeds', '0', '--work-dir', str(tmp_path)]
     run, names = module._run, []
 
     def stop_at_the_second(one, *rest):
@@ -152,7 +152,7 @@ def test_what_a_row_rests_on_is_in_its_key(project, tmp_path):
     def key(path=project.path, source='gaussian', quant=None, seed=0, train=False, **changes):
         config = Config.fromfile(path)
         config.merge_from_dict(changes)
-        return plan({'c': config}, [source], [seed], [quant], train)[0].key
+        return plan({'c': config}, Wanted((source,), (seed,), (quant,), train=train))[0].key
 
     base = key()
     assert key() == base and key(work_dir='/elsewhere', **{'dfq.log_interval': 7}) == base
@@ -210,12 +210,12 @@ def test_saved_samples_are_used_in_place_of_generated_ones(project, tmp_path):
         for p in (tmp_path / 'w').glob('runs/*/student.pth')
     }
     assert used['generated']['meta']['psaq_mm']['dfq']['samples'] == str(samples)
-    assert used['gaussian']['meta']['psaq_mm']['dfq']['samples'] is None
+    assert used['gaussian']['meta']['psaq_mm']['dfq']['samples'] == 'gaussian'
     made = torch.load(tmp_path / 'made' / 'student.pth', weights_only=False)['state_dict']
     assert all(torch.equal(made[k], v) for k, v in used['generated']['state_dict'].items())
 
     def key(path):
-        return plan({'c': Config.fromfile(project.path)}, ['generated'], [0], samples=str(path))[0].key
+        return plan({'c': Config.fromfile(project.path)}, Wanted(('generated',), (0,), saved=str(path)))[0].key
 
     samples.rename(tmp_path / 'moved.pt')
     assert key(tmp_path / 'moved.pt') == generated['key']
@@ -231,7 +231,7 @@ def test_training_runs_the_configs_own_steps(project, tmp_path):
         main(
             [
                 str(project.path),
-                '--calibration',
+                '--samples',
                 'pink',
                 '--seeds',
                 '0',
@@ -248,13 +248,15 @@ def test_training_runs_the_configs_own_steps(project, tmp_path):
     (row,) = content(tmp_path)['rows']
     assert row['iters'] == 2
     student = torch.load(next(tmp_path.glob('runs/*/student.pth')), weights_only=False)
-    assert student['meta']['psaq_mm']['dfq']['source'] == 'pink' and student['meta']['psaq_mm']['dfq']['max_iters'] == 2
+    assert (
+        student['meta']['psaq_mm']['dfq']['samples'] == 'pink' and student['meta']['psaq_mm']['dfq']['max_iters'] == 2
+    )
     plain = torch.load(project.checkpoint)['state_dict']
     assert any(not torch.equal(plain[k], student['state_dict'][k]) for k in plain)
 
 
 def test_a_row_that_fails_is_kept_with_its_reason_and_the_rest_goes_on(project, tmp_path, capsys):
-    arguments = [str(project.path), '--calibration', 'real', 'gaussian', '--seeds', '0', '--work-dir', str(tmp_path)]
+    arguments = [str(project.path), '--samples', 'real', 'gaussian', '--seeds', '0', '--work-dir', str(tmp_path)]
     assert main([*arguments, '--cfg-options', f'train_dataloader.dataset.data_root={tmp_path}/nowhere']) == 1
     captured = capsys.readouterr()
     assert '1 of 2 rows failed' in captured.err and 'real seed 0 first' in captured.err
@@ -273,7 +275,7 @@ def test_diverged_training_is_named(project, tmp_path):
         main(
             [
                 str(project.path),
-                '--calibration',
+                '--samples',
                 'gaussian',
                 '--seeds',
                 '0',
@@ -295,16 +297,18 @@ def test_diverged_training_is_named(project, tmp_path):
 @pytest.mark.parametrize(
     'arguments, words',
     [
-        (['--calibration', 'gausian'], ['gausian', 'did you mean gaussian?']),
-        (['--calibration', 'imagenet'], ['imagenet', 'generated', 'real']),
+        (['--samples', 'gausian'], ['gausian', 'did you mean gaussian?']),
+        (['--samples', 'imagenet'], ['imagenet', 'generated', 'real']),
         (['--quant', 'w9a8'], ['w_bits=9']),
         (['--calibration', 'gaussian', '--samples', 'saved.pt'], ['saved.pt', 'generated']),
-        (['--samples', 'saved.pt'], ['saved.pt', 'does not exist']),
+        (['--samples', 'saved.pt'], ['saved.pt', 'no such folder']),
+        (['--calibration', 'generated', '--samples', 'saved.pt'], ['saved.pt', 'does not exist']),
+        (['--calibration', 'generated', '--samples', 'pink', 'real'], ['earlier name']),
         (['--cfg-options', 'load_from=none.pth'], ['none.pth', 'does not exist']),
         (['--cfg-options', 'test_dataloader.dataset.data_prefix=gone'], ['gone', 'does not exist']),
-        (['--calibration', 'real', '--cfg-options', 'train_dataloader=None'], ['real', 'train_dataloader']),
+        (['--samples', 'real', '--cfg-options', 'train_dataloader=None'], ['real', 'train_dataloader']),
         (
-            ['--calibration', 'real', '--cfg-options', 'train_dataloader.dataset.data_prefix=test'],
+            ['--samples', 'real', '--cfg-options', 'train_dataloader.dataset.data_prefix=test'],
             ['test_dataloader', 'data/test'],
         ),
     ],
@@ -316,7 +320,7 @@ def test_mistakes_are_named_before_anything_runs(project, tmp_path, capsys, argu
 
 def test_a_file_of_other_rows_is_not_overwritten(project, tmp_path, capsys):
     (tmp_path / 'compare.json').write_text('[1, 2]')
-    refused(capsys, [project.path, '--calibration', 'gaussian', '--work-dir', tmp_path], 'compare.json', 'move it away')
+    refused(capsys, [project.path, '--samples', 'gaussian', '--work-dir', tmp_path], 'compare.json', 'move it away')
     assert (tmp_path / 'compare.json').read_text() == '[1, 2]'
 
 
@@ -334,10 +338,7 @@ def test_two_processes_do_not_share_a_work_dir(compared, capsys):
 def test_methods_bring_their_quantizer_and_train_or_not(project):
     runs = plan(
         {str(project.path): module.load_config(str(project.path))},
-        ['gaussian'],
-        [0],
-        ['w4a4'],
-        methods=['repq', 'repq_v2'],
+        Wanted(('gaussian',), (0,), ('w4a4',), ('repq', 'repq_v2')),
     )
     assert [(run.method, run.quant, run.iters > 0) for run in runs] == [
         ('repq', 'repq_w4a4', False),

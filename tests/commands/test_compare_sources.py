@@ -11,7 +11,7 @@ pytest.importorskip('mmpretrain')
 from tiny_classifier import ClassifierProject  # noqa: E402
 
 from psaq_mm.commands.common import load_config  # noqa: E402
-from psaq_mm.commands.compare import main, plan  # noqa: E402
+from psaq_mm.commands.compare import Wanted, _settings_that_count, main, plan  # noqa: E402
 from psaq_mm.commands.curves import draw_curves, fixed_subset  # noqa: E402
 from psaq_mm.commands.sample_rows import FIELDS, bits_of, merge_rows, read_rows, rows_of  # noqa: E402
 from psaq_mm.engine.checkpoint import read_checkpoint  # noqa: E402
@@ -33,7 +33,7 @@ def trained(project):
     work_dir, rows = project.folder / 'work', project.folder / 'results' / 'samples.json'
     arguments = [
         str(project.path),
-        '--calibration',
+        '--samples',
         'gaussian',
         'pink',
         'dead_leaves',
@@ -65,7 +65,7 @@ def content(work_dir):
 
 
 def plans(project, *sources, **options):
-    return plan({str(project.path): load_config(str(project.path))}, sources, [0], **options)
+    return plan({str(project.path): load_config(str(project.path))}, Wanted(sources, (0,), **options))
 
 
 def test_every_source_trains(trained, project):
@@ -122,7 +122,7 @@ def test_rows_that_are_there_join_another_list_without_a_run(trained, project, c
 
 
 def test_a_row_without_a_curve_is_run_again_for_one(project, tmp_path, capsys):
-    arguments = [str(project.path), '--calibration', 'pink', '--train', '--seeds', '0', '--work-dir', str(tmp_path)]
+    arguments = [str(project.path), '--samples', 'pink', '--train', '--seeds', '0', '--work-dir', str(tmp_path)]
     assert main(arguments) == 0
     (plain,) = content(tmp_path)['rows']
     assert main([*arguments, '--curve', '1']) == 0
@@ -135,7 +135,7 @@ def test_a_row_without_a_curve_is_run_again_for_one(project, tmp_path, capsys):
 def test_equal_seconds(project, tmp_path):
     arguments = [
         str(project.path),
-        '--calibration',
+        '--samples',
         'mixture',
         '--train',
         '--seeds',
@@ -173,74 +173,73 @@ def test_what_a_run_with_a_folder_rests_on(project, tmp_path):
     assert plans(project, str(tmp_path))[0].key != first.key
 
 
-def test_settings_that_came_later_leave_the_keys_of_other_rows_alone(project):
-    from psaq_mm.commands import compare as module
-    from psaq_mm.engine.presets import DFQ_DEFAULTS
-
-    later = {'fresh', 'max_seconds'}
-    assert not later & module._FIRST
-    for name in later:
-        assert module._new_and_unused(name, DFQ_DEFAULTS[name]) and not module._new_and_unused(name, 0.5)
-    assert not module._new_and_unused('evolve_every', DFQ_DEFAULTS['evolve_every'])
+def test_what_counts_in_the_key_of_a_row(project):
     (base,) = plans(project, 'pink', train=True)
-    assert plans(project, 'pink', train=True, options={'dfq.fresh': 0.5})[0].key != base.key
+    assert plans(project, 'pink', train=True, options={'dfq.fresh': True})[0].key != base.key
     assert plans(project, 'pink', train=True, seconds=3.0)[0].key != base.key
     assert plans(project, 'pink', train=True, label='other')[0].key == base.key
+    assert plans(project, 'pink', train=True, options={'dfq.fresh': False, 'dfq.range_lr': 0.0})[0].key == base.key
+
+
+def test_keys_are_spelled_as_in_earlier_releases():
+    """Rows that are there are found again: a named source had a key of its own, and fresh was a share."""
+    usual = dict(type='T', iters=1, log_interval=3, fresh=False, rotate=False, evolve_every=50)
+    counts = dict(type='T', iters=1, evolve_every=50)
+    assert _settings_that_count(dict(usual, samples='pink')) == dict(counts, iters=1, source='pink', samples=None)
+    for samples in ('generated', 'saved.pt', [dict(type='psaq_mm.PinkNoise')]):
+        assert _settings_that_count(dict(usual, samples=samples, fresh=True)) == dict(
+            counts, source='generated', samples=None, fresh=1.0
+        )
 
 
 def test_labels_say_what_steps_and_seconds_do_not(project):
     def label(*args, **kwargs):
         return plans(project, *args, **kwargs)[0].label
 
-    assert label('generated') == 'generated' and label('generated', methods=['best']) == 'best'
+    assert label('generated') == 'generated' and label('generated', methods=('best',)) == 'best'
     assert label('generated', train=True, label='best less entropy') == 'best less entropy'
-    assert label('pink', train=True, options={'dfq.fresh': 0.5}) == 'pink, 50% fresh'
+    assert label('pink', train=True, options={'dfq.fresh': True}) == 'pink, 100% fresh'
     assert label('pink', train=True, seconds=30.0) == 'pink, 30 s'
-    assert label('generated', methods=['fast']) == 'fast'
+    assert label('generated', methods=('fast',)) == 'fast'
     assert (
-        label('pink', methods=['psaq_v2']) == 'pink'
-        and label('pink', methods=['psaq_v2'], options={'dfq.fresh': 1.0}) == 'pink, 100% fresh'
+        label('pink', methods=('psaq_v2',)) == 'pink'
+        and label('pink', methods=('psaq_v2',), options={'dfq.fresh': 1.0}) == 'pink, 100% fresh'
     )
 
 
 def test_a_control_has_nothing_of_other_sources(project):
-    fresh = dict(share=0.5, samples=dict(type='psaq_mm.DeadLeaves'))
+    pictures = [dict(type='psaq_mm.DeadLeaves')]
     control, best = (
-        plans(project, source, methods=['best'], options={'dfq.fresh': fresh})[0].config.dfq
+        plans(project, source, methods=('best',), options={'dfq.samples': pictures})[0].config.dfq
         for source in ('pink', 'generated')
     )
-    assert control['fresh'] == 0.5 and 'samples' not in control
-    assert best['fresh'] == fresh
+    assert control['samples'] == 'pink' and best['samples'] == pictures
 
 
 def test_a_time_bounds_what_trains_and_leaves_the_rest(project):
-    runs = plans(project, 'real', methods=['repq', 'psaq_v2'], quants=['w4a8'], seconds=9.0)
+    runs = plans(project, 'real', methods=('repq', 'psaq_v2'), quants=('w4a8',), seconds=9.0)
     assert [(run.by_time, run.iters) for run in runs] == [(False, 0), (True, 10**6)]
     assert runs[1].config.dfq['max_seconds'] == 9
 
 
 def test_fast_runs_on_its_own_pictures_and_on_controls(project):
-    own, pink = plans(project, 'generated', 'pink', methods=['fast'], quants=['w8a8'])
+    own, pink = plans(project, 'generated', 'pink', methods=('fast',), quants=('w8a8',))
     from psaq_mm.engine.config import to_data_free
 
     assert to_data_free(own.config).train_cfg.samples['type'] == 'psaq_mm.DeadLeaves'
     free = to_data_free(pink.config).train_cfg
-    assert (
-        free.samples is None
-        and free.source == 'pink'
-        and free.max_iters == to_data_free(own.config).train_cfg.max_iters
-    )
+    assert free.samples == 'pink' and free.max_iters == to_data_free(own.config).train_cfg.max_iters
 
 
 @pytest.mark.parametrize(
     'arguments, words',
     [
-        (['--calibration', 'dead_leafs'], ['dead_leafs', 'did you mean dead_leaves?', 'folder']),
-        (['--calibration', 'pink', '--seconds', '5'], ['--seconds 5', '--train']),
-        (['--calibration', 'pink', '--train', '--seconds', '0'], ['--seconds 0']),
-        (['--calibration', 'pink', '--curve', '-1'], ['--curve -1']),
-        (['--calibration', '{data}/test'], ['data/test', 'test_dataloader']),
-        (['--calibration', 'pink', '--rows', '{data}/bad.json'], ['bad.json', 'move it away']),
+        (['--samples', 'dead_leafs'], ['dead_leafs', 'did you mean dead_leaves?', 'folder']),
+        (['--samples', 'pink', '--seconds', '5'], ['--seconds 5', '--train']),
+        (['--samples', 'pink', '--train', '--seconds', '0'], ['--seconds 0']),
+        (['--samples', 'pink', '--curve', '-1'], ['--curve -1']),
+        (['--samples', '{data}/test'], ['data/test', 'test_dataloader']),
+        (['--samples', 'pink', '--rows', '{data}/bad.json'], ['bad.json', 'move it away']),
     ],
 )
 def test_mistakes_are_named(project, tmp_path, capsys, arguments, words):

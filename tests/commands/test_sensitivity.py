@@ -281,7 +281,7 @@ def test_mistakes_on_the_command_line(project, capsys):
         assert sensitivity_command([str(a) for a in (*arguments, '--work-dir', project.folder / 'refused')]) == 1
         return capsys.readouterr().err
 
-    assert 'no source of samples' in fails(project.path, project.checkpoint, '--source', 'brown')
+    assert 'no source of samples' in fails(project.path, project.checkpoint, '--samples', 'brown')
     assert 'must be at least 1' in fails(project.path, project.checkpoint, '--number', 0)
     assert 'is full-precision' in fails(project.base, project.checkpoint)
     assert 'there is no checkpoint' in fails(project.path, project.folder / 'none.pth')

@@ -143,7 +143,7 @@ def test_symmetric_queries_and_values_leave_nothing_to_correct(name, quant, tmp_
     model = build_backbone('mmdet', **SWIN) if name == 'mmdet' else build_other(name)
     model, images = calibrated(model, dict(preset=quant, symmetric_attention=True), size)
     exported = export_model(model, tmp_path / 'out', [size])
-    assert not any(label.endswith('key_sums') for label in exported.made.weights)
+    assert not any(label.endswith('key_sums') for label in exported.exportable.weights)
     rows = {row['name']: row['type'] for row in exported.manifest['tensors'] if row['kind'] == 'activation'}
     values = [name for name in rows if name.endswith('matmul_av.rhs_quantizer')]
     assert values and {rows[name] for name in values} == {'int8'}
@@ -221,7 +221,7 @@ def test_asymmetric_weights_of_few_bits_are_signed_bytes_without_zero_points(w_b
         read_manifest(exported.directory),
         read_weights(exported.directory, read_manifest(exported.directory)),
     )
-    kept = {name: weight for name, weight in exported.made.weights.items() if weight.layer}
+    kept = {name: weight for name, weight in exported.exportable.weights.items() if weight.layer}
     assert kept and not any(weight.apart or weight.zero_point.any() for weight in kept.values())
     assert any(f'{name}.weight.codes' in codes for name in kept), 'small ones stay in the graph'
     for name, weight in kept.items():
@@ -240,7 +240,7 @@ def test_products_with_asymmetric_weights_are_integer(runtime, tmp_path):
     pytest.importorskip(runtime)
     model, _ = calibrated(build_backbone('mmdet', **SWIN), 'repq_w8a8', SIZE)
     exported = export_model(model, tmp_path / 'out', [SIZE])
-    assert any(weight.apart for weight in exported.made.weights.values()) and not wrong_weights(model, exported)
+    assert any(weight.apart for weight in exported.exportable.weights.values()) and not wrong_weights(model, exported)
     told = execution(load(exported.directory, runtime, 1, kernels='integer'), SIZE)
     linears = sum(
         1 for row in exported.manifest['tensors'] if row['kind'] == 'weight' and not row['name'].startswith('ones.')

@@ -75,10 +75,10 @@ def test_a_convolution_that_levels_share_has_the_normalization_of_each(tmp_path)
         and head.cls_convs[0][0].norm is not head.cls_convs[1][0].norm
     )
     assert (
-        made.exported.made.model.bbox_head.cls_convs[0][0].conv
-        is not made.exported.made.model.bbox_head.cls_convs[1][0].conv
+        made.exported.exportable.model.bbox_head.cls_convs[0][0].conv
+        is not made.exported.exportable.model.bbox_head.cls_convs[1][0].conv
     )
-    assert made.manifest['dense_head'] == 'bbox_head' and not made.exported.made.notes, 'all are folded'
+    assert made.manifest['dense_head'] == 'bbox_head' and not made.exported.exportable.notes, 'all are folded'
     images = torch.cat([made.image, -made.image])
     with torch.no_grad():
         wanted = [level for kind in head(made.model.extract_feat(images)) for level in kind]

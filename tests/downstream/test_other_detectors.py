@@ -15,8 +15,8 @@ from psaq_mm.quantization import is_quantizer_key
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.filterwarnings('ignore')
 
-SWIN = """dict(_delete_=True, type='SwinTransformer', embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8], window_size=7,
-                  out_indices={out}, drop_path_rate=0.2)"""
+SWIN = """dict(_delete_=True, type='SwinTransformer', embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8],
+                  window_size=7, out_indices={out}, drop_path_rate=0.2)"""
 TRANSFORMER = 'encoder=dict(num_layers=1), decoder=dict(num_layers=1), num_queries=10, test_cfg=dict(max_per_img=5)'
 DETECTORS = dict(
     retinanet=f"""

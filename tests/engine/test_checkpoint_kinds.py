@@ -11,8 +11,8 @@ from mmengine.config import Config
 from safetensors.torch import save_file
 from tiny import SEGMENTOR, Project
 
-from psaq_mm.commands.convert_checkpoint import convert_checkpoint, dataset_meta_of
-from psaq_mm.engine.checkpoint import load_weights, read_checkpoint, save_atomic, student_checkpoint
+from psaq_mm.commands.convert_checkpoint import convert_checkpoint
+from psaq_mm.engine.checkpoint import dataset_meta_of, load_weights, read_checkpoint, save_atomic, student_checkpoint
 from psaq_mm.engine.config import drop_pretrained, to_data_free
 from psaq_mm.errors import CheckpointError, ConfigError
 

@@ -7,25 +7,28 @@ from classifier_models import CLASSIFIER, build_classifier
 from PIL import Image
 from tiny import Project
 
+from psaq_mm.calibration import check_size
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
-from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, SampleGenerator
+from psaq_mm.psaq_vit import SampleGenerator, Synthesis, SynthesisSettings
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 TIMM = CLASSIFIER.replace(
     'model = dict(',
     """model = dict(
-    _delete_=True, type='TimmClassifier', model_name='vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=5, pretrained=True)
+    _delete_=True, type='TimmClassifier', model_name='vit_tiny_patch16_224', img_size=32, patch_size=8,
+    embed_dim=32, depth=4, num_heads=2, num_classes=5, pretrained=True)
 unused = dict(""",
 )
 
 PHOTOGRAPHS = """
 train_dataloader = dict(dataset=dict(_delete_=True, type='CustomDataset', data_root={train!r}, pipeline=[
     dict(type='LoadImageFromFile'), dict(type='RandomResizedCrop', scale=32), dict(type='PackInputs')]))
-test_dataloader = dict(dataset=dict(_delete_=True, type='CustomDataset', data_root={test!r}, pipeline=_base_.test_pipeline))
+test_dataloader = dict(dataset=dict(
+    _delete_=True, type='CustomDataset', data_root={test!r}, pipeline=_base_.test_pipeline))
 """
 
 
@@ -109,27 +112,21 @@ def test_photographs_that_are_the_test_set_are_refused(project, photographs, cap
     assert str(photographs / 'test') in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    'settings, match',
-    [
-        (dict(size=(40, 40)), r'\(40, 40\) does not fit the position embedding of the model: set dfq.size=\(32, 32\)'),
-        (dict(size=(32, 32), classes='cats'), "classes='cats'"),
-    ],
-)
-def test_settings_that_do_not_fit_a_classifier(settings, match):
-    task = TaskModel(build_classifier('timm-vit'))
-    with pytest.raises(ConfigError, match=match):
-        CoEvolution(task, task, SampleGenerator(), CoEvolutionSettings(**settings))
+def test_a_size_that_does_not_fit_a_classifier():
+    with pytest.raises(
+        ConfigError, match=r'\(40, 40\) does not fit the position embedding of the model: set size=\(32, 32'
+    ):
+        check_size(TaskModel(build_classifier('timm-vit')), (40, 40))
 
 
 def test_samples_of_a_class_are_seen_as_it():
     task = TaskModel(build_classifier('timm-vit'))
     maker = SampleGenerator(steps=60, entropy_weight=0.0, prior_weight=0.0, jitter=0, flip=0.0, lr=0.1)
-    evolution = CoEvolution(task, task, maker, CoEvolutionSettings(size=(32, 32), classes='random'))
-    made = evolution.make_samples(12, compete=False)  # two batches: labels and samples stay together
+    synthesis = Synthesis(task, maker, (32, 32), SynthesisSettings(classes='random'))
+    made = synthesis.make(12)  # two batches: labels and samples stay together
     with torch.no_grad():
         seen = task.run(made, with_logits=True).logits.argmax(1)
-    assert len(evolution.labels.unique()) > 2 and float((seen == evolution.labels).float().mean()) > 0.8
-    plain = CoEvolution(task, task, SampleGenerator(steps=1), CoEvolutionSettings(size=(32, 32)))
-    plain.make_samples(2, compete=False)
-    assert plain.labels is None and 'class' not in plain.history[-1] and 'class' in evolution.history[-1]
+    assert len(synthesis.labels.unique()) > 2 and float((seen == synthesis.labels).float().mean()) > 0.8
+    plain = Synthesis(task, SampleGenerator(steps=1), (32, 32))
+    plain.make(2)
+    assert plain.labels is None and 'class' not in plain.history[-1] and 'class' in synthesis.history[-1]

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from tiny_classifier import ClassifierProject
 
 from psaq_mm.commands.common import load_config
-from psaq_mm.commands.compare import plan
+from psaq_mm.commands.compare import Wanted, plan
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import apply_method, drop_pretrained, is_quantized_config, to_data_free, type_name
@@ -157,6 +157,7 @@ def test_the_config_in_the_work_dir_runs_the_same_steps(project, tmp_path, prese
         assert all(torch.equal(value, other['state_dict'][key]) for key, value in first['state_dict'].items())
     # A comparison sees one run in both.
     keys = [
-        plan({str(path): source}, ['generated'], [0], train=True)[0].key for source in (given, load_config(str(left)))
+        plan({str(path): source}, Wanted(('generated',), (0,), train=True))[0].key
+        for source in (given, load_config(str(left)))
     ]
     assert keys[0] == keys[1]

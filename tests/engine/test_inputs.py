@@ -168,7 +168,7 @@ def test_a_range_that_is_not_known_is_refused_and_given_by_one_key(mean, std, st
         set_input_(model, config(*steps))
     if mean and not steps:  # without a config too
         with pytest.raises(ConfigError, match=r'dfq\.value_range=\(low, high\)'):
-            TaskModel(model).image_spec
+            TaskModel(model).image_spec  # noqa: B018
     spec = set_input_(model, config(*steps), (-1000, [65535] * channels)).spec
     assert spec.min_value == -1000 and spec.max_value == 65535
     assert spans(

@@ -4,6 +4,8 @@ import pytest
 from mmengine.config import Config
 
 from psaq_mm.commands.common import load_config
+from psaq_mm.commands.dfq_train import main as dfq_train
+from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import apply_method, quant_holder, quantized_model_config, to_data_free
 from psaq_mm.engine.methods import METHODS
 from psaq_mm.engine.presets import resolve_dfq, with_method
@@ -135,7 +137,36 @@ def test_a_training_set_that_is_evaluated_is_refused_before_anything_is_built(tm
     )
     assert to_data_free(config).train_cfg.samples == 'real'
     config.train_dataloader.dataset.data_root = twin
-    with pytest.raises(ConfigError, match='the set that is evaluated'):
-        to_data_free(config)
+    for samples in ('real', ['pink', dict(type='psaq_mm.TrainingImages')]):
+        config.dfq.samples = samples
+        with pytest.raises(ConfigError, match='the set that is evaluated'):
+            to_data_free(config)
     config.dfq.samples = 'generated'
     assert to_data_free(config).train_cfg.samples == 'generated'
+
+
+MINE = """
+from psaq_mm.engine.methods import Method, register_method
+
+register_method(Method('mine', 'Scenes set the ranges.', dict(samples='scenes', calibration_samples=2), trains=False))
+"""
+
+
+def test_a_method_of_ones_own_is_one_registered_object(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('mmpretrain')
+    from tiny_classifier import ClassifierProject
+
+    project = ClassifierProject(tmp_path, per_class=1)
+    path = project.config(size=(32, 32), iters=7, samples='pink')
+    path.write_text(path.read_text() + "\ncustom_imports = dict(imports=['my_method'])\n")
+    (tmp_path / 'my_method.py').write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert dfq_train([str(path), '--method', 'mine', '--work-dir', str(tmp_path / 'run')]) == 0
+        settings = read_checkpoint(tmp_path / 'run' / 'student.pth')['meta']['psaq_mm']['dfq']
+        assert (settings['samples'], settings['calibration_samples'], settings['steps']) == ('scenes', 2, 0)
+        capsys.readouterr()
+        assert dfq_train([str(path), '--method', 'mien', '--work-dir', str(tmp_path / 'wrong')]) == 1
+        assert "the method 'mien' is not known: did you mean mine?" in capsys.readouterr().err
+    finally:
+        METHODS.pop('mine', None)

@@ -44,13 +44,13 @@ def test_psaq_v1_is_the_released_method():
     assert (dfq['iters'], dfq['evolve_every'], dfq['calibration_samples']) == (0, 0, 32)
     assert dfq['samples'] == 'generated' and dfq['classes'] == 'random' and dfq['size'] is None
     generator = generator_of('psaq_v1')
-    assert {k: getattr(generator, k) for k in V1_GENERATOR} == V1_GENERATOR
+    assert {k: generator.settings()[k] for k in V1_GENERATOR} == V1_GENERATOR
     assert generator.rate_for(ToyTransformer()) == 0.20
     assert generator.rate_for(build_backbone('mmdet')) == 0.25
 
 
 def test_psaq_v1_warms_up_for_100_of_500_steps_and_falls_as_a_cosine():
-    schedule = generator_of('psaq_v1')._schedule
+    schedule = generator_of('psaq_v1').schedule.share
     assert schedule(0) == pytest.approx(1 / 100) and schedule(99) == 1.0 and schedule(100) == 1.0
     assert schedule(300) == pytest.approx(0.5) and 0 < schedule(499) < 1e-4
 
@@ -126,6 +126,12 @@ def test_fresh_is_a_switch_and_its_earlier_values_are_read():
     assert resolve_dfq(dict(joint_lr=0.0)).keys() == DFQ_DEFAULTS.keys()
 
 
+def test_what_recorded_configs_hold_of_the_earlier_damping_is_left_out():
+    for damping, prior_rows in ((0.1, None), (0.3, 32)):
+        settings = resolve_dfq(dict(preset='fast', damping=damping, prior_rows=prior_rows))
+        assert settings == resolve_dfq('fast') and settings['prior_rows'] == 32
+
+
 @pytest.mark.parametrize(
     'dfq, message',
     [
@@ -135,6 +141,7 @@ def test_fresh_is_a_switch_and_its_earlier_values_are_read():
         (dict(fresh=dict(share=1, samples='pink'), samples='real'), 'contradict each other'),
         (dict(source='real', samples='here.pt'), "dfq.samples=here.pt and dfq.source='real' contradict"),
         (dict(joint_lr=0.05), 'dfq.joint_lr=0.05 is no longer supported'),
+        (dict(damping=0.2), 'dfq.damping=0.2 is no longer supported.*set dfq.prior_rows'),
         (dict(sample='pink'), 'dfq.sample is no setting: did you mean samples'),
         ('psaq_v3', "'psaq_v3' is not known: did you mean psaq_v2"),
     ],

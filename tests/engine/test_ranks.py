@@ -10,14 +10,16 @@ from classifier_models import SIZES, build_classifier
 from tiny_classifier import ClassifierProject
 from two_ranks import on_two_ranks, ranks_of_tool, spied, tool
 
+from psaq_mm.calibration import Calibration, CalibrationSettings, StudentTraining, TrainingSettings
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.commands.test import main as evaluate_command
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.models import TaskModel
-from psaq_mm.pictures import ImageSpec, PinkNoise, SampleStream, source_of
-from psaq_mm.psaq_vit import CoEvolution, CoEvolutionSettings, FreshPool, SampleGenerator, SourcedEvolution
+from psaq_mm.pictures import ImageSpec, SampleStream, Source, source_of
+from psaq_mm.psaq_vit import CoEvolution, SampleGenerator, Synthesis, SynthesisSettings
 from psaq_mm.quantization import set_mode
 from psaq_mm.ranks import ranks, sum_gradients_
+from psaq_mm.settings import read_groups
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -45,11 +47,10 @@ CASES = dict(
     compensated=dict(rounding='compensated', source='pink'),
     guided=dict(rounding='guided', source='pink'),
     few=dict(calibration_samples=1, evolve_samples=1),
-    real=dict(source='real'),
+    real=dict(),
     mixture=dict(),
     accumulated=dict(),
-    joint=dict(source='pink', joint_lr=0.05),
-    uneven=dict(source='pink', joint_lr=0.05, calibration_samples=3, pool_size=3, evolve_samples=1),
+    uneven=dict(source='pink', calibration_samples=3, pool_size=3, evolve_samples=1),
 )
 
 
@@ -57,19 +58,11 @@ BATCHES = ('accumulated', 'uneven')
 """Cases whose steps are made of two batches each."""
 
 
-class Pictures:
+class Pictures(Source):
     """Stands for a training set: picture by number."""
 
-    def __init__(self):
-        self.position = 0
-
-    def take(self, count, only=None):
-        numbers = [self.position + place for place in (range(count) if only is None else only)]
-        self.position += count
-        made = [torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(n)) for n in numbers]
-        return torch.stack(made) if made else torch.empty(0)
-
-    __call__ = take
+    def draw(self, numbers, size, image_spec, seed=0, generated=None):
+        return torch.stack([torch.randn(3, *size, generator=torch.Generator().manual_seed(n)) for n in numbers])
 
 
 def in_double(model):
@@ -91,34 +84,23 @@ def evolution_of(case):
     teacher = copy.deepcopy(student)
     set_mode(teacher, 'off')
     teacher.requires_grad_(False)
-    pair = (TaskModel(m, ('blocks',), block_stride=1) for m in (teacher, student))
-    batch = 4 // ranks()[1]
-    settings = CoEvolutionSettings(
-        **{
-            **dict(
-                size=SIZE,
-                scope='full',
-                batch_size=batch // 2 if case in BATCHES else batch,
-                calibration_samples=6,
-                evolve_samples=5,
-                evolve_every=2,
-                pool_size=8,
-            ),
-            **CASES[case],
-        }
-    )
-    # What samples are to each other, they are within a part of a step, and the parts of three samples are others on two
-    # ranks.
-    alone = dict(prior_weight=0.0, value_range=(-1, 1)) if case == 'uneven' else {}
-    arguments = (*pair, SampleGenerator(size=SIZE, batch_size=batch, steps=2, jitter=4, **alone), settings)
-    if case == 'mixture':
-        stream = SampleStream(source_of(['pink', 'generated']), SIZE, ImageSpec(), 0)
-        return SourcedEvolution(stream, *arguments)
-    found = CoEvolution(*arguments, real_source=Pictures() if case == 'real' else None)
-    if case in ('real', 'compensated'):
-        stream = found.real_source if case == 'real' else SampleStream(PinkNoise(), SIZE, ImageSpec(), 0, 'fresh')
-        found.pool = FreshPool(8, stream, 0.25 if case == 'real' else 0.5, replace='random')
-    return found
+    teacher, student = (TaskModel(m, ('blocks',), block_stride=1) for m in (teacher, student))
+    batch, given = 4 // ranks()[1], dict(CASES[case])
+    source, classes = given.pop('source', 'generated'), SynthesisSettings(classes=given.pop('classes', None))
+    common = dict(batch_size=batch // 2 if case in BATCHES else batch, calibration_samples=6)
+    steps = dict(evolve_samples=5, evolve_every=2, pool_size=8)
+    settings, training = read_groups({**common, **steps, **given}, CalibrationSettings, TrainingSettings)
+    random = torch.Generator().manual_seed(0)
+    calibration = Calibration(student, settings, scope='full', random=random)
+    sources = dict(mixture=['pink', 'generated'], real=Pictures())
+    source = source_of(sources.get(case, source))
+    stream = SampleStream(source, SIZE, ImageSpec(), 0)
+    if source.procedural:
+        fresh = SampleStream(source, SIZE, ImageSpec(), 0, 'fresh') if case in ('real', 'compensated') else None
+        return StudentTraining(teacher, calibration, stream, training, fresh=fresh)
+    maker = SampleGenerator(size=SIZE, batch_size=batch, steps=2, jitter=4)
+    synthesis = Synthesis(teacher, maker, SIZE, classes, random=random)
+    return CoEvolution(teacher, calibration, stream, synthesis, training)
 
 
 def evolved(case):
@@ -133,19 +115,20 @@ def evolved(case):
         if evolution.due(step):
             evolution.evolve()
         batches = 2 if case in BATCHES else 1
-        losses.append(evolution.learn(evolution.draw(batches), torch.Tensor.backward, batches))
+        losses.append(torch.stack(evolution.learn(evolution.draw(batches), torch.Tensor.backward, batches)))
         sum_gradients_(student.parameters())
         optimizer.step()
         optimizer.zero_grad()
+    synthesis = getattr(evolution, 'synthesis', None)
     return dict(
         losses=torch.stack(losses),
         first=first,
         last=student.state_dict(),
         pool=evolution.pool.samples,
-        weight=evolution.weight.state_dict(),
+        weight=synthesis and synthesis.weight.state_dict(),
         random=evolution.random.get_state(),
-        made=getattr(evolution.pool, 'made', 0),
-        history=[{k: v for k, v in step.items() if k != 'step'} for step in evolution.history],
+        made=evolution.fresh_samples,
+        history=[{k: v for k, v in step.items() if k != 'step'} for step in (synthesis.history if synthesis else ())],
     )
 
 

@@ -18,7 +18,8 @@ CONFIG = """
 _base_ = ['{root}/configs/demo/mask_rcnn_swin_demo.py']
 model = dict(type='psaq_mm.Quantized', base_type={{{{_base_.model.type}}}}, quant='w4a8')
 load_from = '{root}/demo/checkpoints/mask_rcnn_swin_demo.pth'
-dfq = dict(preset='calibrate', size=(64, 64), batch_size=2, calibration_samples=2, generator=dict(batch_size=2, steps=1))
+dfq = dict(preset='calibrate', size=(64, 64), batch_size=2, calibration_samples=2,
+           generator=dict(batch_size=2, steps=1))
 test_dataloader = dict(batch_size=2, dataset=dict(data_root='{scenes}/'))
 test_evaluator = dict(ann_file='{scenes}/annotations/instances_val.json')
 """

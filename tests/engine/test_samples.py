@@ -1,5 +1,6 @@
 """Samples kept by one run and used by another."""
 
+import contextlib
 import re
 import shutil
 
@@ -14,6 +15,7 @@ from torch import nn
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.data_overlap import check_folder
+from psaq_mm.engine.runner import clock
 from psaq_mm.engine.samples import Folder, build_source, load_samples, save_samples
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models.task import reads_rgb
@@ -270,15 +272,17 @@ def test_the_name_of_a_source_and_its_dict_are_two_spellings(project):
 
 
 def test_fresh_batches_are_not_those_of_the_pool(project, monkeypatch):
+    from psaq_mm.calibration import StudentTraining
+
     seen = []
-    draw = CoEvolution.draw
+    draw = StudentTraining.draw
     monkeypatch.setattr(
-        CoEvolution, 'draw', lambda self, *given: seen.append((self, draw(self, *given))) or seen[-1][1]
+        StudentTraining, 'draw', lambda self, *given: seen.append((self, draw(self, *given))) or seen[-1][1]
     )
     options = dict(
         preset='fast', samples=None, source='pink', iters=4, augment=False, calibration_samples=4, pool_size=4
     )
-    student = run(project, 'fresh', fresh=1.0, **options)
+    student = run(project, 'fresh', fresh=True, **options)
     assert student['meta']['psaq_mm']['dfq']['fresh_samples'] == 8
     pool = seen[0][0].pool.samples
     batches = torch.cat([batch for _, batch in seen])
@@ -301,8 +305,7 @@ def test_synthesis_that_begins_with_a_source(project):
     student = run(
         project,
         'begin',
-        preset='best',
-        iters=0,
+        preset='calibrate',
         calibration_samples=4,
         generator=dict(batch_size=4, steps=1, init=dict(type='Folder', path=str(project.folder / 'first' / 'samples'))),
     )
@@ -321,9 +324,7 @@ class Clock:
 
 
 def test_a_budget_of_seconds_ends_the_run_and_its_learning_rate(project, monkeypatch):
-    from psaq_mm.engine.runner import loop
-
-    monkeypatch.setattr(loop, 'time', Clock())
+    monkeypatch.setattr(clock, 'time', Clock())
     options = dict(preset='fast', iters=100000, calibration_samples=4, pool_size=4, lr=1e-3)
     student = run(project, 'budget', max_seconds=20.0, log_interval=1, **options)
     steps = student['meta']['psaq_mm']['dfq']['steps']
@@ -335,11 +336,9 @@ def test_a_budget_of_seconds_ends_the_run_and_its_learning_rate(project, monkeyp
 
 
 def test_a_round_of_synthesis_that_does_not_fit_is_left_out(project, monkeypatch):
-    from psaq_mm.engine.runner import loop
-
-    clock, evolve = Clock(), CoEvolution.evolve
-    monkeypatch.setattr(loop, 'time', clock)
-    monkeypatch.setattr(CoEvolution, 'evolve', lambda self: setattr(clock, 'now', clock.now + 30) or evolve(self))
+    hands, evolve = Clock(), CoEvolution.evolve
+    monkeypatch.setattr(clock, 'time', hands)
+    monkeypatch.setattr(CoEvolution, 'evolve', lambda self: setattr(hands, 'now', hands.now + 30) or evolve(self))
     options = dict(
         preset='psaq_v2',
         iters=100000,
@@ -353,18 +352,30 @@ def test_a_round_of_synthesis_that_does_not_fit_is_left_out(project, monkeypatch
     assert student['rounds'] == 2 and student['steps'] > 8
 
 
-def test_a_pause_is_no_time_of_the_run(monkeypatch):
-    from psaq_mm.engine.runner import loop
+@pytest.mark.parametrize('fails', [False, True])
+def test_a_pause_is_no_time_of_the_run(monkeypatch, fails):
+    hands = Clock()
+    monkeypatch.setattr(clock, 'time', hands)
+    run_clock = clock.RunClock(budget=1000.0)
+    before = run_clock.elapsed
+    with contextlib.suppress(ValueError), run_clock.paused():
+        hands.now += 100
+        inside = run_clock.elapsed
+        if fails:
+            raise ValueError
+    assert inside - before <= 0.5 and run_clock.elapsed - before <= 1 and 100 <= run_clock.paused_seconds <= 101
+    assert run_clock.has_time_for(990) and not run_clock.has_time_for(1001)
 
-    run_loop = loop.DataFreeTrainLoop.__new__(loop.DataFreeTrainLoop)
-    clock = Clock()
-    monkeypatch.setattr(loop, 'time', clock)
-    run_loop._begun, run_loop._stopped, run_loop.seconds_paused = 0.0, None, 0.0
-    before = run_loop.elapsed
-    with run_loop.paused():
-        clock.now += 100
-        inside = run_loop.elapsed
-    assert inside - before <= 0.5 and run_loop.elapsed - before <= 1 and 100 <= run_loop.seconds_paused <= 101
+
+def test_the_time_of_a_part_counts_also_where_it_fails(monkeypatch):
+    hands = Clock()
+    monkeypatch.setattr(clock, 'time', hands)
+    run_clock = clock.RunClock()
+    for _ in range(2):
+        with contextlib.suppress(ValueError), run_clock.counted('student'):
+            hands.now += 3
+            raise ValueError
+    assert run_clock.seconds == dict(synthesis=0.0, student=6.5) and run_clock.share == 0.0
 
 
 @pytest.mark.parametrize(

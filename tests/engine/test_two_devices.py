@@ -58,7 +58,7 @@ def whole_models(monkeypatch):
 
     def watched(self):
         made = run(self)
-        found.append({p.device.type for p in made.state_dict().values()} | {self.evolution.device.type})
+        found.append({p.device.type for p in made.state_dict().values()} | {self.calibration.device.type})
         return made
 
     monkeypatch.setattr(DataFreeTrainLoop, 'run', watched)
@@ -88,7 +88,7 @@ def test_settings_that_no_preset_has(classifier, whole_models, on_device):
         classes='random',
         accumulative_counts=2,
         augment=True,
-        fresh=0.5,
+        fresh=True,
         samples=sources,
         range_lr=1e-3,
         vector_lr=1e-3,
@@ -123,11 +123,11 @@ def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monke
     for key in ('data_free_w8a8', 'data_free_w4a8'):
         write_png(np.zeros((4, 4, 3), np.uint8), tmp_path / 'detection' / key / 'samples' / '0.png')
     with on_device():
-        evolution = run_data_free(config).train_loop.evolution
+        loop = run_data_free(config).train_loop
         assert whole_models == [{'cuda'}]
         demo = types.SimpleNamespace(out=tmp_path, seed=0)
         samples, densities = Demo._samples(
-            demo, types.SimpleNamespace(name='detection'), evolution, evolution.pool.samples[:1].cuda()
+            demo, types.SimpleNamespace(name='detection'), loop, loop.training.pool.samples[:1].cuda()
         )
     assert samples and len(densities) == 3 and all(densities.values())
 

@@ -132,9 +132,11 @@ def test_a_work_dir_that_cannot_be_made(project, tmp_path, capsys):
 WRAPPED = """
 _base_ = ['{base}']
 custom_hooks = [dict(type='EMAHook')]
-train_dataloader = dict(dataset=dict(_delete_=True, type='RepeatDataset', times=2, dataset={{{{_base_.train_dataloader.dataset}}}}))
+train_dataloader = dict(dataset=dict(
+    _delete_=True, type='RepeatDataset', times=2, dataset={{{{_base_.train_dataloader.dataset}}}}))
 test_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[
-    {{{{_base_.test_dataloader.dataset}}}}, dict(type='RepeatDataset', times=2, dataset={{{{_base_.test_dataloader.dataset}}}})]))
+    {{{{_base_.test_dataloader.dataset}}}},
+    dict(type='RepeatDataset', times=2, dataset={{{{_base_.test_dataloader.dataset}}}})]))
 test_evaluator = [dict(type='Accuracy', topk=(1, )), dict(type='SingleLabelMetric', items=('precision', ))]
 """
 

@@ -11,7 +11,15 @@ from psaq_mm.errors import CheckpointError, NotCalibratedError, UnsupportedModel
 from psaq_mm.models import quantize_model_
 from psaq_mm.models.adapters.swin import valid_query_rows
 from psaq_mm.psaq_vit import AttentionTaps
-from psaq_mm.quantization import AffineQuantizer, calibrate, is_quantizer_key, quantizers, row_mask_of, set_mode
+from psaq_mm.quantization import (
+    AffineQuantizer,
+    calibrate,
+    is_quantizer_key,
+    observing,
+    quantizers,
+    row_mask_of,
+    set_mode,
+)
 
 
 @pytest.mark.parametrize('library', LIBRARIES)
@@ -137,15 +145,13 @@ def test_padding_of_one_pass_is_unknown_to_the_next(fails):
         model(torch.randn(1, 3, 60, 60))
     handle.remove()
     assert seen and all(row_mask_of(module) is None for module in model.modules())
-    attention.proj.input_quantizer.begin_observing()
     attention.proj.register_forward_pre_hook(lambda _, args: seen.append(args))
-    with torch.no_grad():
+    quantizer = attention.proj.input_quantizer
+    with observing([quantizer]), torch.no_grad():
         attention(seen[0])
-    attention.proj.input_quantizer.finish_observing()
+        (found,) = quantizer.finish(attention.proj)
     (x,) = seen[1]
-    wanted = AffineQuantizer(8)
-    wanted.calibrate_from(x)
-    assert torch.equal(attention.proj.input_quantizer.scale, wanted.scale)
+    assert torch.equal(found.scale, AffineQuantizer(8).range_of(x).scale)
 
 
 def test_checkpointed_blocks_give_the_same_tapped_gradients():

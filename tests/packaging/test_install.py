@@ -121,6 +121,10 @@ def test_wheel_holds_every_module_and_template(names):
     assert {path.relative_to(ROOT).as_posix() for path in (*MODULES, *TEMPLATES)} <= set(names)
 
 
+def test_wheel_says_that_the_package_has_type_hints(names):
+    assert 'psaq_mm/py.typed' in names
+
+
 def test_wheel_holds_configs_and_tools_as_mim_expects_them(source, names):
     expected = {
         f'psaq_mm/.mim/{path.relative_to(source).as_posix()}'
@@ -154,7 +158,7 @@ def test_metadata(wheel):
     assert 'Apache License' in read_license(wheel)
     hard = {re.match(r'[\w.-]+', line).group() for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line}
     # An OpenMMLab library here would be installed over a maintained fork of the same import name.
-    assert hard == {'torch', 'numpy', 'filelock', 'jinja2', 'rich'}
+    assert hard == {'torch', 'numpy', 'filelock', 'jinja2', 'matplotlib', 'pillow', 'rich'}
     assert set(metadata.get_all('Provides-Extra')) == {
         'all',
         'deploy',
@@ -274,6 +278,13 @@ def test_pins_do_not_contradict_the_bounds(files):
     assert 'numpy' in pins and 'opencv-python' in pins
     for name, version in pins.items():
         assert all(version in spec for spec in bounds[name]), f'{name}=={version} against {bounds[name]}'
+
+
+def test_versions_of_the_checks_are_the_same_everywhere():
+    pins = dict(line.split('==') for line in (ROOT / 'requirements-tools.txt').read_text().splitlines() if '==' in line)
+    setup, hooks = (ROOT / 'setup.py').read_text(), (ROOT / '.pre-commit-config.yaml').read_text()
+    assert f"'ruff=={pins['ruff']}'" in setup and f"'mypy=={pins['mypy']}'" in setup
+    assert f'ruff-pre-commit\n    rev: v{pins["ruff"]}\n' in hooks
 
 
 def floor_of_python():

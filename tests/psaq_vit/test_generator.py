@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from toys import ToyTransformer
 
-from psaq_mm.errors import DataError, UnsupportedModelError
+from psaq_mm.errors import ConfigError, DataError, UnsupportedModelError
 from psaq_mm.pictures import ImageSpec
-from psaq_mm.psaq_vit import SampleGenerator
+from psaq_mm.psaq_vit import AdaptiveWeight, Objective, SampleGenerator
 
 SPEC = ImageSpec((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
@@ -50,11 +50,11 @@ def test_no_parameter_gets_a_gradient_and_settings_are_restored():
     teacher, student = ToyTransformer(), ToyTransformer(seed=1)
     teacher.embed.weight.requires_grad_(False)
     before = [p.requires_grad for p in teacher.parameters()]
-    small().generate(teacher, SPEC, discrepancy=lambda x: (student(x) - teacher(x)).abs().mean())
+    small().generate(teacher, SPEC, Objective(discrepancy=lambda x: (student(x) - teacher(x)).abs().mean()))
     assert [p.requires_grad for p in teacher.parameters()] == before
     assert all(p.grad is None for model in (teacher, student) for p in model.parameters())
     with pytest.raises(DataError):
-        small().generate(teacher, SPEC, class_loss=lambda out: out.sum() * math.nan)
+        small().generate(teacher, SPEC, Objective(class_loss=lambda out: out.sum() * math.nan))
     assert [p.requires_grad for p in teacher.parameters()] == before
 
 
@@ -64,19 +64,26 @@ def test_samples_seek_what_the_student_gets_wrong():
     def discrepancy(images):
         return (student(images) - teacher(images)).abs().mean()
 
-    made = small(steps=30, prior_weight=0, jitter=0, flip=0.0).generate(
-        teacher, SPEC, discrepancy=discrepancy, weight=10.0
+    made = small(steps=30, prior_weight=0, jitter=0, flip=0.0, discrepancy_weight=10.0).generate(
+        teacher, SPEC, Objective(discrepancy=discrepancy)
     )
     assert made.history[-1]['discrepancy'] > made.history[0]['discrepancy']
-    weights = iter(range(100))
-    made = small().generate(teacher, SPEC, discrepancy=discrepancy, weight=lambda value: next(weights))
-    assert [entry['weight'] for entry in made.history] == list(range(6))
+    assert {entry['weight'] for entry in made.history} == {10.0}
+
+
+def test_a_weight_that_adapts_is_asked_in_each_step():
+    weight, wanted = (AdaptiveWeight(2.0) for _ in range(2))
+    for each in (weight, wanted):
+        each.observe(0.1)
+    made = small().generate(ToyTransformer(), SPEC, Objective(discrepancy=lambda x: x.square().mean(), weight=weight))
+    assert [entry['weight'] for entry in made.history] == [wanted.follow(e['discrepancy']) for e in made.history]
+    assert made.history[0]['weight'] != 2.0
 
 
 def test_total_is_the_weighted_sum_of_the_terms():
     model, labels = ToyTransformer(), torch.tensor([1, 3])
     made = small(entropy_weight=2.0, prior_weight=0.5, discrepancy_weight=3.0, class_weight=4.0, steps=1).generate(
-        model, SPEC, discrepancy=lambda x: x.mean(), class_loss=lambda out: F.cross_entropy(out, labels)
+        model, SPEC, Objective(discrepancy=lambda x: x.mean(), class_loss=lambda out: F.cross_entropy(out, labels))
     )
     entry = made.history[0]
     expected = -2 * entry['entropy'] + 0.5 * entry['prior'] - 3 * entry['discrepancy'] + 4 * entry['class']
@@ -86,7 +93,7 @@ def test_total_is_the_weighted_sum_of_the_terms():
 def test_class_loss_raises_the_class():
     model, labels = ToyTransformer(), torch.tensor([1, 3])
     made = small(steps=30, jitter=0, flip=0.0, prior_weight=0.0).generate(
-        model, SPEC, class_loss=lambda out: F.cross_entropy(out, labels)
+        model, SPEC, Objective(class_loss=lambda out: F.cross_entropy(out, labels))
     )
     assert made.history[-1]['class'] < made.history[0]['class']
 
@@ -104,7 +111,7 @@ def test_forward_runs_before_the_discrepancy_of_each_step():
 
     for weight in (1.0, 0.0):
         calls.clear()
-        small(steps=2, entropy_weight=weight).generate(model, SPEC, forward, discrepancy)
+        small(steps=2, entropy_weight=weight).generate(model, SPEC, Objective(forward, discrepancy))
         assert calls == ['forward', 'discrepancy'] * 2
 
 
@@ -146,12 +153,16 @@ def test_works_inside_no_grad_and_tells_progress():
         (dict(class_loss=lambda out: out.sum() * math.inf), 'the class term is (-?inf|nan)'),
         (dict(discrepancy=lambda x: (x - x).sum().sqrt()), 'the gradient of the samples is (nan|inf)'),
         (dict(discrepancy=lambda x: x.mean((1, 2, 3))), r'discrepancy term has shape \(2,\)'),
-        (dict(init=torch.zeros(2, 1, 24, 24)), r'init of shape \(2, 1, 24, 24\)'),
     ],
 )
 def test_what_is_not_finite_or_does_not_fit_is_named(options, match):
     with pytest.raises(DataError, match=match):
-        small().generate(ToyTransformer(), SPEC, **options)
+        small().generate(ToyTransformer(), SPEC, Objective(**options))
+
+
+def test_first_images_that_do_not_fit_are_named():
+    with pytest.raises(DataError, match=r'init of shape \(2, 1, 24, 24\)'):
+        small().generate(ToyTransformer(), SPEC, init=torch.zeros(2, 1, 24, 24))
 
 
 def test_broken_weights_are_found_in_the_entropy():
@@ -170,10 +181,15 @@ def test_model_without_attention_needs_a_weight_of_zero():
         small(entropy_weight=0.0, prior_weight=0.0).generate(model, SPEC)
 
 
+def test_a_setting_that_is_not_known_is_named():
+    with pytest.raises(ConfigError, match='step is no setting: did you mean steps'):
+        small(step=3)
+
+
 @pytest.mark.parametrize(
     'options,match',
     [
-        (dict(size=(24, 3), min_size=4), 'samples of 24 x 3 pixels are smaller than the 4 x 4'),
+        (dict(size=(24, 0)), r'size=\(24, 0\)'),
         (dict(batch_size=0), 'batch_size=0'),
         (dict(steps=0), 'steps=0'),
         (dict(lr=0.0), 'lr=0'),
@@ -207,17 +223,18 @@ def test_the_target_of_the_total_variation_is_drawn_from_its_range():
 @pytest.mark.parametrize('given', [False, True])
 def test_works_inside_inference_mode(given):
     teacher, student = ToyTransformer(), ToyTransformer(seed=1)
-    settings = dict(
+    objective = Objective(
         discrepancy=lambda x: (student(x) - teacher(x)).abs().mean(), class_loss=lambda out: out.square().mean()
     )
+    settings = {}
     if given:
         settings['init'] = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
-    wanted = small().generate(teacher, SPEC, **settings)
+    wanted = small().generate(teacher, SPEC, objective, **settings)
     with torch.inference_mode():
         if given:
             settings['init'] = settings['init'].clone()
             assert settings['init'].is_inference()
-        found = small().generate(teacher, SPEC, **settings)
+        found = small().generate(teacher, SPEC, objective, **settings)
         assert torch.is_inference_mode_enabled()
     assert torch.equal(found.samples, wanted.samples) and found.history == wanted.history
     assert not found.samples.requires_grad and not found.samples.is_inference()

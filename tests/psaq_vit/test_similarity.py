@@ -1,4 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+import contextlib
 import math
 
 import hypothesis.strategies as st
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from psaq_vit import reference
 
 from psaq_mm.errors import DataError
-from psaq_mm.psaq_vit import patch_similarity_density, patch_similarity_entropy
+from psaq_mm.psaq_vit import patch_similarity_entropy, similarity
 
 
 def value_and_grad(function, tokens, **kwargs):
@@ -24,8 +25,19 @@ def random_tokens(*shape, spread=1.0, seed=0, dtype=torch.float64):
     return common + spread * torch.randn(shape, generator=generator, dtype=dtype)
 
 
+@contextlib.contextmanager
+def memory(chunk=None, keep_bytes=16 << 20):
+    """Other sizes of what is computed at a time and of what is kept, so that small tensors take every path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(similarity, '_KEEP_BYTES', keep_bytes)
+        if chunk:
+            patch.setattr(similarity, '_chunk_on', lambda device: chunk)
+        yield
+
+
 def assert_same(tokens, rtol=1e-11, chunk=None, keep_bytes=16 << 20, **kwargs):
-    value, grad = value_and_grad(patch_similarity_entropy, tokens, chunk=chunk, keep_bytes=keep_bytes, **kwargs)
+    with memory(chunk, keep_bytes):
+        value, grad = value_and_grad(patch_similarity_entropy, tokens, **kwargs)
     expected, expected_grad = value_and_grad(reference.patch_similarity_entropy, tokens, **kwargs)
     torch.testing.assert_close(value, expected, rtol=rtol, atol=rtol)
     torch.testing.assert_close(grad, expected_grad, rtol=0, atol=rtol * max(1e-3, float(expected_grad.abs().max())))
@@ -87,20 +99,6 @@ def test_broadcast_similarities_of_the_released_code_give_the_same():
     torch.testing.assert_close(patch_similarity_entropy(tokens), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_windows_share_the_density_of_their_image():
-    tokens = random_tokens(6, 9, 4)
-    density = patch_similarity_density(tokens, groups_per_image=3, value_range=(-1.0, 1.0))
-    single = patch_similarity_density(tokens, groups_per_image=1, value_range=(-1.0, 1.0))
-    torch.testing.assert_close(density.density, single.density.view(2, 3, -1).mean(1))
-
-
-def test_density_integrates_to_one_on_a_fine_grid():
-    found = patch_similarity_density(random_tokens(2, 30, 4), points=4001, value_range=(-1.1, 1.1))
-    torch.testing.assert_close(
-        torch.trapz(found.density, found.grid.expand(2, -1)), torch.ones(2).double(), rtol=1e-6, atol=0
-    )
-
-
 def test_equal_tokens_have_no_entropy_and_no_gradient():
     value, grad = value_and_grad(patch_similarity_entropy, torch.ones(2, 9, 4))
     assert abs(value) < 1e-4 and grad.isfinite().all()
@@ -136,8 +134,9 @@ def test_range_can_be_shared_between_ranks():
         reduced.append((float(low), float(high)))
         return both_low, both_high
 
-    grid = patch_similarity_density(both).grid
-    both_low, both_high = grid[0], grid[-1]
+    ranges = []
+    patch_similarity_entropy(both, reduce_range=lambda low, high: ranges.append((low, high)) or (low, high))
+    ((both_low, both_high),) = ranges
     halves = [value_and_grad(patch_similarity_entropy, half, reduce_range=reduce) for half in both.split(1)]
     value, grad = value_and_grad(patch_similarity_entropy, both)
     torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, value)
@@ -165,7 +164,8 @@ def test_nothing_of_the_size_of_the_kernel_is_saved():
     tokens = torch.randn(2, 100, 8, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        patch_similarity_entropy(tokens, keep_bytes=0)
+        with memory(keep_bytes=0):
+            patch_similarity_entropy(tokens)
     assert saved and max(saved) == tokens.numel()
 
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from psaq_mm.errors import DataError
-from psaq_mm.quantization import calibrate, full_precision_weights, quantize_, round_weights_, row_importance
+from psaq_mm.quantization import calibrate, full_precision_weights, quantize_, round_weights_, rounding, row_importance
+from psaq_mm.quantization.rounding import compensated_rounding
 
 
 class Reader(nn.Module):
@@ -110,7 +111,7 @@ def test_rounding_spares_the_rows_that_count(images):
         seen = []
         report = {
             layer.name: layer
-            for layer in round_weights_(net, lambda: net(images), damping=0.01, importance=importance, memory=1)
+            for layer in round_weights_(net, lambda: net(images), prior_rows=0.24, importance=importance, memory=1)
         }
         handle = net.second.register_forward_hook(lambda layer, args, out: seen.append(layer.input_quantizer(args[0])))
         net(images)
@@ -120,20 +121,23 @@ def test_rounding_spares_the_rows_that_count(images):
     assert errors[True] < 0.7 * errors[False]
 
 
-def test_few_rows_that_count_are_trusted_less(images):
-    """Pseudo-rows weigh against the effective number of rows, which is that of all of them only where they weigh
-    alike."""
+def test_few_rows_that_count_are_trusted_less(images, monkeypatch):
+    """Pseudo-rows weigh against the effective number of rows, which is that of all of them where they weigh alike."""
+    dampings = []
+
+    def recorded(weight, gram, round_columns, damping):
+        dampings.append(damping)
+        return compensated_rounding(weight, gram, round_columns, damping)
+
+    monkeypatch.setattr(rounding, 'compensated_rounding', recorded)
     net = made(images, preset='w3a8')
-    start = {name: value.clone() for name, value in net.state_dict().items()}
     one = torch.full((24,), 1e-9)
     one[0] = 24.0
-    for weights, damping in ((torch.ones(24), 6 / 24), (torch.ones(24) * 5, 6 / 24), (one, 6.0)):
-        rounded = []
-        for settings in (dict(damping=damping), dict(damping=1e-6, prior_rows=6)):
-            net.load_state_dict(start)
-            report = round_weights_(net, lambda: net(images), importance=dict(first=weights), **settings)
-            rounded.append(next(layer for layer in report if layer.name == 'first'))
-        assert rounded[0] == rounded[1]
+    for weights, wanted in ((None, 6 / 24), (torch.ones(24), 6 / 24), (torch.ones(24) * 5, 6 / 24), (one, 6.0)):
+        importance = None if weights is None else dict(first=weights)
+        dampings.clear()
+        report = [layer.name for layer in round_weights_(net, lambda: net(images), 6, importance=importance)]
+        assert dampings[report.index('first')] == pytest.approx(wanted)
     with pytest.raises(DataError, match='prior_rows=0 must be positive'):
         round_weights_(net, lambda: net(images), importance=dict(first=one), prior_rows=0)
 

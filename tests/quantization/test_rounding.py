@@ -144,7 +144,7 @@ def test_a_model_gets_nearer_to_full_precision_with_the_same_scales(calibrated):
     state = {k: v.clone() for k, v in net.state_dict().items()}
     with torch.no_grad():
         before = (net(x) - expected).pow(2).mean()
-        report = {layer.name: layer for layer in round_weights_(net, lambda: net(x), damping=0.01)}
+        report = {layer.name: layer for layer in round_weights_(net, lambda: net(x), prior_rows=2.56)}
         after = (net(x) - expected).pow(2).mean()
     assert after < 0.9 * before
     changed = {k for k, v in net.state_dict().items() if not torch.equal(v, state[k])}
@@ -266,19 +266,19 @@ def test_autocast_around_the_samples_changes_no_sum(batches, importance):
                 for batch in x.chunk(batches):
                     net(batch)
 
-        (report,) = round_weights_(net, run, damping=1e-4, importance=weights)
+        (report,) = round_weights_(net, run, prior_rows=0.1, importance=weights)
         found.append((report, net[0].weight.detach().clone()))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1]) and not found[0][0].reason
 
 
 # ---------------------------------------------------------------------- what cannot be inverted
-def low_rank(damped=1e-30):
+def low_rank(prior_rows=5e-29):
     """A layer whose inputs are all alike."""
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(40, 8)), torch.ones(50, 40)
     quantize_(net, 'w4a8')
     calibrate(net, lambda: net(x))
-    return net, lambda: round_weights_(net, lambda: net(x), damping=damped)
+    return net, lambda: round_weights_(net, lambda: net(x), prior_rows=prior_rows)
 
 
 def test_inputs_of_too_low_a_rank_are_named():
@@ -289,7 +289,7 @@ def test_inputs_of_too_low_a_rank_are_named():
     (report,) = rounding()
     assert 'damping=1e-30 is too little' in report.reason and report.nearest == report.compensated > 0
     assert torch.equal(net[0].weight, weight)
-    (report,) = low_rank(0.1)[1]()
+    (report,) = low_rank(5.0)[1]()
     assert not report.reason and report.compensated < report.nearest
 
 

@@ -32,11 +32,11 @@ SPECS = st.builds(
 
 @given(SPECS)
 def test_round_trips(spec):
-    assert QuantSpec.from_json(spec.to_json()) == spec
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert QuantSpec.from_dict(spec.to_dict()) == spec
     assert QuantSpec.parse(spec.to_dict()) == spec
     assert QuantSpec.parse(spec) is spec
-    assert hash(spec) == hash(QuantSpec.from_json(spec.to_json()))
+    assert hash(spec) == hash(QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))))
     json.dumps(spec.to_dict())
 
 
@@ -100,12 +100,6 @@ def test_bad_settings_get_one_clear_sentence(given_, message):
     assert '\n' not in str(error.value) and str(error.value).endswith('.')
 
 
-@pytest.mark.parametrize('text', ['{', '[]', '"w8a8"'])
-def test_bad_json(text):
-    with pytest.raises(SpecError, match='to_json'):
-        QuantSpec.from_json(text)
-
-
 def test_resolve_applies_overrides_in_order():
     spec = QuantSpec(
         w_bits=4,
@@ -138,9 +132,9 @@ def test_a_recipe_may_differ_below_eight_bits():
 @pytest.mark.parametrize('kind', ['log2', 'log_sqrt2'])
 @pytest.mark.parametrize('off', [dict(quantize_softmax=False), dict(points='linear')])
 def test_a_softmax_quantizer_without_a_softmax_to_quantize_is_refused(kind, off):
-    for given in (dict(softmax_quantizer=kind, **off), dict(preset='repq_w4a4', softmax_quantizer=kind, **off)):
+    for settings in (dict(softmax_quantizer=kind, **off), dict(preset='repq_w4a4', softmax_quantizer=kind, **off)):
         with pytest.raises(SpecError, match=f"softmax_quantizer='{kind}' contradicts {next(iter(off))}"):
-            QuantSpec.parse(given)
+            QuantSpec.parse(settings)
     # A preset's own choice gives way, and a file from before says what it said.
     wanted = QuantSpec.parse(dict(preset='repq_w4a4', softmax_quantizer='affine', **off))
     assert QuantSpec.parse(dict(preset='repq_w4a4', **off)) == wanted
@@ -150,7 +144,7 @@ def test_a_softmax_quantizer_without_a_softmax_to_quantize_is_refused(kind, off)
 
 def test_a_reduced_range_is_of_weights_of_8_bits():
     spec = QuantSpec.parse(dict(preset='w8a8', w_reduce_range=True, overrides=[dict(pattern='head*', w_bits=4)]))
-    assert QuantSpec.from_json(spec.to_json()) == spec and spec.label == 'W8A8 (7-bit weights)'
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec and spec.label == 'W8A8 (7-bit weights)'
     assert spec.resolve('fc').w_bits == 7 and spec.resolve('fc').w_reduce_range
     assert spec.resolve('head').w_bits == 4 and not spec.resolve('head').w_reduce_range
     before = {k: v for k, v in spec.to_dict().items() if k != 'w_reduce_range'}

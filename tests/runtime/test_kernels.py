@@ -226,7 +226,7 @@ def test_a_graph_that_shares_a_wide_weight_is_started_all_the_same(without_vnni)
 def test_a_reduced_range_holds_every_code_within_7_bits(preset, tmp_path):
     student = exported_swin(dict(preset=preset, w_reduce_range=True), tmp_path / 'out')
     model, _, exported = student
-    codes = {name: weight.codes for name, weight in exported.made.weights.items()}
+    codes = {name: weight.codes for name, weight in exported.exportable.weights.items()}
     assert all(int(c.to(torch.int16).abs().max()) <= NARROW for c in codes.values())
     assert max(int(c.max()) for c in codes.values()) > 32 and wrong_weights(model, exported) == []
     assert read_manifest(exported.directory)['quant']['w_reduce_range'] is True
@@ -238,8 +238,8 @@ def test_a_reduced_range_holds_every_code_within_7_bits(preset, tmp_path):
 def test_a_layer_that_has_8_bits_among_fewer_is_held_too(tmp_path):
     quant = dict(preset='w4a8', w_reduce_range=True, overrides=[dict(pattern='patch_embed*', w_bits=8)])
     model, _, exported = exported_swin(quant, tmp_path / 'out')
-    assert exported.made.weights['patch_embed.projection'].bits == 7
-    assert all(int(w.codes.to(torch.int16).abs().max()) <= NARROW for w in exported.made.weights.values())
+    assert exported.exportable.weights['patch_embed.projection'].bits == 7
+    assert all(int(w.codes.to(torch.int16).abs().max()) <= NARROW for w in exported.exportable.weights.values())
 
 
 def test_a_reduced_range_needs_no_other_kernels_where_weights_alone_are_products(tmp_path, without_vnni):

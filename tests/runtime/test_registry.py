@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,7 @@ from psaq_mm.deploy import export_model
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import quantize_model_
 from psaq_mm.quantization import calibrate
-from psaq_mm.runtime import RUNTIMES, Runtime, load, register_runtime
-from psaq_mm.runtime.registry import Product
+from psaq_mm.runtime import RUNTIMES, load
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (32, 32)
@@ -31,53 +31,36 @@ def student(tmp_path_factory):
 
 
 @pytest.fixture
-def reference():
-    """A runtime whose name is not that of its package, which has float kernels alone."""
+def plain():
+    """The runtime that the docs show: its name is not that of its package, and it has float kernels only."""
     pytest.importorskip('onnxruntime')
-    before = dict(RUNTIMES)
-
-    @register_runtime
-    class Reference(Runtime):
-        name, title, package = 'reference', 'The reference', 'onnxruntime'
-
-        def __init__(self, graph, threads, way):
-            import onnxruntime
-
-            options = onnxruntime.SessionOptions()
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            self.session = onnxruntime.InferenceSession(graph, options, providers=['CPUExecutionProvider'])
-            self.kernels, self.input_names = way, {port.name for port in self.session.get_inputs()}
-
-        def run(self, inputs):
-            return dict(zip((port.name for port in self.session.get_outputs()), self.session.run(None, dict(inputs))))
-
-        def products(self, graph):
-            return [Product('all', 'MatMul', 'float')]
-
-    yield Reference
+    before, text = dict(RUNTIMES), (ROOT / 'docs' / 'deploy.md').read_text()
+    code = text[text.index('    from psaq_mm.runtime import Runtime') : text.index('`psaq_mm.DeployedBackbone`')]
+    exec(textwrap.dedent(code), {})
+    yield RUNTIMES['plain']
     RUNTIMES.clear()
     RUNTIMES.update(before)
 
 
-def test_a_registered_runtime_loads_executes_and_verifies(student, reference, capsys):
+def test_a_registered_runtime_loads_executes_and_verifies(student, plain, capsys):
     model, images, exported = student
-    found = load(exported.directory, 'reference', 1).run(images.numpy())['logits']
+    found = load(exported.directory, 'plain', 1).run(images.numpy())['logits']
     wanted = load(exported.directory, 'onnxruntime', 1, kernels='float').run(images.numpy())['logits']
     assert np.allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
-    assert _chosen_runtimes(['reference'], False) == ['reference'] and 'reference' in _chosen_runtimes([], True)
-    told = _execution(exported, 'reference', 1)
-    assert told.startswith('reference, 32 x 32: 0 of 1 products are integer, float kernels'), told
-    _verify(model, exported, ['reference'], 1)
-    assert 'reference ran the graph with float kernels' in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="runtime='referenc' is not known: did you mean reference"):
-        load(exported.directory, 'referenc')
+    assert _chosen_runtimes(['plain'], False) == ['plain'] and 'plain' in _chosen_runtimes([], True)
+    told = _execution(exported, 'plain', 1)
+    assert told.startswith('plain, 32 x 32: 0 of 1 products are integer, float kernels'), told
+    _verify(model, exported, ['plain'], 1)
+    assert 'plain ran the graph with float kernels' in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="runtime='plane' is not known: did you mean plain"):
+        load(exported.directory, 'plane')
 
 
-def test_a_runtime_without_its_package_is_refused(student, reference, monkeypatch):
-    reference.package = 'psaq_mm_absent'
-    with pytest.raises(ConfigError, match='the runtime reference is not installed'):
-        load(student[2].directory, 'reference')
-    assert not reference.installed() and 'reference' not in _chosen_runtimes([], True)
+def test_a_runtime_without_its_package_is_refused(student, plain, monkeypatch):
+    plain.package = 'psaq_mm_absent'
+    with pytest.raises(ConfigError, match='the runtime plain is not installed'):
+        load(student[2].directory, 'plain')
+    assert not plain.installed() and 'plain' not in _chosen_runtimes([], True)
 
 
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])

@@ -28,16 +28,12 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 def student_of(project, quant):
     """A calibrated student's config and checkpoint."""
+    from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import load_weights, read_checkpoint, save_atomic, student_checkpoint
-    from psaq_mm.engine.config import drop_pretrained
     from psaq_mm.models import TaskModel
 
     config = load_config(str(project.config(quant)))
-    from mmengine.registry import MODELS, init_default_scope
-
-    init_default_scope(config.default_scope)
-    drop_pretrained(config.model)
-    model = MODELS.build(config.model)
+    model = build_model(config)
     load_weights(model, read_checkpoint(project.checkpoint), project.checkpoint)
     model.eval()
     images = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
@@ -69,12 +65,9 @@ def segmentor(tmp_path_factory):
 
 def built(config):
     """The config's model with random weights."""
-    from mmengine.registry import MODELS, init_default_scope
+    from psaq_mm.engine.building import build_model
 
-    init_default_scope(config.default_scope)
-    model = MODELS.build(config.model)
-    model.eval()
-    return model
+    return build_model(config).eval()
 
 
 # ---------------------------------------------------------------------- in the library's model
@@ -98,7 +91,8 @@ def test_a_detector_takes_features_and_proposals_from_the_graph(detector):
 RETINANET = """
 _base_ = ['mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py']
 model = dict(
-    backbone=dict(embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8]), neck=dict(in_channels=[32, 64, 128], out_channels=16),
+    backbone=dict(embed_dims=16, depths=[2, 2, 1, 1], num_heads=[1, 2, 4, 8]),
+    neck=dict(in_channels=[32, 64, 128], out_channels=16),
     bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=2))
 """
 
@@ -158,7 +152,7 @@ def test_heads_of_the_full_scope_are_integer_too(segmentor):
     weights = [row['name'] for row in exported.manifest['tensors'] if row['kind'] == 'weight']
     assert 'decode_head.fpn_bottleneck.conv.weight' in weights and 'decode_head.conv_seg.weight' in weights
     kinds = [node.op_type for node in exported.graphs[SIZE].model.graph.node]
-    assert 'BatchNormalization' not in kinds or exported.made.notes
+    assert 'BatchNormalization' not in kinds or exported.exportable.notes
     found = verify(model, exported, images, 'onnxruntime', 1)
     assert not found.weights
     assert max(layer.step for layer in found.layers) <= 1

@@ -1,11 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What a data-free run leaves behind: checkpoints to resume from, sample sheets, ``student.pth``; its samples, if
-asked.
-"""
+"""Files of a data-free run: checkpoints to resume from, sample sheets, ``student.pth``, and its samples if asked."""
 
 import re
 from pathlib import Path
-from typing import List
+from typing import List, Union
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process, master_only
@@ -15,45 +13,44 @@ from mmengine.logging import print_log
 from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint
 from psaq_mm.engine.samples import save_samples
 from psaq_mm.engine.settings import HookSettings
-from psaq_mm.files import whole_file
+from psaq_mm.files import whole_file, write_whole
 from psaq_mm.ranks import barrier
 from psaq_mm.registry import HOOKS
 from psaq_mm.visualization import sample_sheet, write_png
 
 __all__ = ['DataFreeQuantHook', 'checkpoints_in']
 
-_NAME = re.compile(r'iter_(\d+)\.pth')
+_NAME = re.compile(r'iter_\d+\.pth')
+
+_STUDENT_KEYS = ('custom_imports', 'test_pipeline', 'test_dataloader')
+"""Keys of the run's config that ``student.pth`` holds beside the model. Without ``custom_imports`` an inferencer that
+builds from the checkpoint alone would not find classes of the user's project."""
 
 
-_OF_A_STUDENT = ('custom_imports', 'test_pipeline', 'test_dataloader')
-"""What of a run's config goes into ``student.pth`` beside the model: without its ``custom_imports``, a class of a
-project of its own is not found by an inferencer that builds from the checkpoint alone."""
-
-
-def checkpoints_in(work_dir: str) -> List[Path]:
+def checkpoints_in(work_dir: Union[str, Path]) -> List[Path]:
     """``iter_N.pth`` of a folder, oldest first."""
     return sorted((p for p in Path(work_dir).glob('iter_*.pth') if _NAME.fullmatch(p.name)), key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(_NAME.fullmatch(checkpoint.name).group(1))
+    return int(checkpoint.stem.partition('_')[2])
 
 
 @HOOKS.register_module()
 class DataFreeQuantHook(Hook):
-    """Saves atomically, and draws the samples.
+    """Writes checkpoints, each as a whole, and draws sample sheets.
 
     MMEngine's CheckpointHook removes the old checkpoint before it writes the new one, and writes in place: a run killed
-    in between has none. Here the new one is moved into place whole, and only then does an old one go. In a distributed
-    run rank 0 writes, and the others wait.
+    in between has none. Here the new one is moved into place as a whole, and only then is an old one removed. In a
+    distributed run rank 0 writes, and the others wait.
 
-    What an earlier run left in the same work dir (``iter_N.pth`` and sheets) is moved to ``earlier/<time>`` in it once
-    the new run's settings have proved right: it is neither counted among the run's own checkpoints nor resumed.
+    Files of an earlier run in the same work dir (``iter_N.pth`` and sheets) are moved to ``earlier/<time>`` in it, once
+    the new run's settings are known to be right. They are neither counted as this run's checkpoints nor resumed.
     ``student.pth`` stays until the new one takes its place.
 
     Args:
-        **settings: See :class:`psaq_mm.engine.settings.HookSettings`. ``iter_0.pth`` comes once samples and ranges are
-            there.
+        **settings: See :class:`psaq_mm.engine.settings.HookSettings`. With student steps, ``iter_0.pth`` is written
+            after calibration.
     """
 
     priority = 'VERY_LOW'
@@ -67,23 +64,21 @@ class DataFreeQuantHook(Hook):
         checkpoint['psaq_mm'] = runner.train_loop.state_dict()
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Hand them back to the loop when a run resumes."""
+        """Give them back to the loop when a run resumes."""
         if 'psaq_mm' in checkpoint and getattr(runner, '_train_loop', None) is not None:
             runner.train_loop.load_state_dict(checkpoint['psaq_mm'])
 
     # ------------------------------------------------------------------ steps
     @master_only
     def before_train(self, runner) -> None:
-        """What a run left that was killed while it wrote goes."""
+        """Remove half-written files of a run that was killed."""
         for name in ('iter_*.pth', 'student.pth', 'samples.pt', 'last_checkpoint'):
             for partial in Path(runner.work_dir).glob(f'.{name}.*.partial'):
                 partial.unlink(missing_ok=True)
 
     @master_only
     def before_samples(self, runner) -> None:
-        """What an earlier run left goes aside: of a resumed run what is newer than the checkpoint it goes on from, else
-        all.
-        """
+        """Move files of an earlier run aside: all, or in a resumed run those newer than its checkpoint."""
         folder, step = Path(runner.work_dir), runner.iter if runner.train_loop.resumed else -1
         old = [path for path in checkpoints_in(folder) if _step_of(path) > step]
         sheets = [
@@ -110,7 +105,7 @@ class DataFreeQuantHook(Hook):
             )
 
     def before_train_epoch(self, runner) -> None:
-        """The samples that set the ranges."""
+        """Draw and save the samples that set the ranges; write ``iter_0.pth``."""
         self._draw_sheet(runner)
         loop = runner.train_loop
         if loop.picture_settings.save_samples and loop.first_pictures is not None:  # a resumed run has none of its own
@@ -120,18 +115,16 @@ class DataFreeQuantHook(Hook):
         barrier()
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Checkpoint and sheet, when due."""
-        step = runner.iter + 1
-        if self.settings.sheet_interval and step % self.settings.sheet_interval == 0:
+        """Write a checkpoint and a sheet where one is due."""
+        step, sheet, checkpoint = runner.iter + 1, self.settings.sheet_interval, self.settings.checkpoint_interval
+        if sheet and step % sheet == 0:
             self._draw_sheet(runner)
-        if self.settings.checkpoint_interval and (
-            step % self.settings.checkpoint_interval == 0 or step == runner.max_iters
-        ):
+        if checkpoint and (step % checkpoint == 0 or step == runner.max_iters):
             self._save(runner, step)
             barrier()
 
     def after_train(self, runner) -> None:
-        """``student.pth``."""
+        """Write ``student.pth``."""
         if is_main_process():
             self._save_student(runner)
         barrier()
@@ -143,7 +136,7 @@ class DataFreeQuantHook(Hook):
             dict(
                 default_scope=runner.cfg.get('default_scope'),
                 model=loop.model_config,
-                **{k: runner.cfg[k] for k in _OF_A_STUDENT if runner.cfg.get(k)},
+                **{k: runner.cfg[k] for k in _STUDENT_KEYS if runner.cfg.get(k)},
             )
         )
         teacher = (loop.teacher_config['checkpoint'], loop.teacher_config.get('sha256') or '')
@@ -187,13 +180,11 @@ class DataFreeQuantHook(Hook):
         with whole_file(final) as partial:
             runner.save_checkpoint(runner.work_dir, partial.name, by_epoch=False, meta=dict(iter=step))
         self._name_last(final)
-        for old in [path for path in checkpoints_in(runner.work_dir) if _step_of(path) <= step][
-            : -max(1, self.settings.keep_checkpoints)
-        ]:
+        written = [path for path in checkpoints_in(runner.work_dir) if _step_of(path) <= step]
+        for old in written[: -max(1, self.settings.keep_checkpoints)]:
             old.unlink()
 
     @staticmethod
     def _name_last(checkpoint: Path) -> None:
-        """What ``--resume`` of the libraries' own tools reads."""
-        with whole_file(checkpoint.with_name('last_checkpoint')) as partial:
-            partial.write_text(str(checkpoint))
+        """Write the file that ``--resume`` of the libraries' own tools reads."""
+        write_whole(checkpoint.with_name('last_checkpoint'), str(checkpoint))

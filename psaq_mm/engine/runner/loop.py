@@ -59,9 +59,8 @@ def _tune(model: nn.Module) -> nn.Module:
 class DataFreeTrainLoop(BaseLoop):
     """Calibrates a student on pictures of a source, then trains it, as an iteration loop of MMEngine.
 
-    What a run needs is made for it and no more: without student steps there is a :class:`Calibration` alone; steps
-    add a :class:`StudentTraining`; sources that are synthesized add a :class:`Synthesis`, and both together are
-    PSAQ-ViT V2's :class:`CoEvolution`.
+    A run has the parts that it needs: a :class:`Calibration` always, a :class:`StudentTraining` for student steps, a
+    :class:`Synthesis` for samples that are synthesized. Training with synthesis is PSAQ-ViT V2's :class:`CoEvolution`.
 
     In a distributed run each rank works on its part of every batch, and the loop itself reduces what couples the batch:
     statistics of samples, ranges, gradients. The forward of a DistributedDataParallel around the model is not called.
@@ -81,7 +80,8 @@ class DataFreeTrainLoop(BaseLoop):
 
     Attributes:
         clock: The time of the run.
-        calibration: Of the student; None before :meth:`run`.
+        teacher: In full precision, frozen; set by :meth:`run`.
+        calibration: Of the student; set by :meth:`run`.
         training: Of the student; None without student steps.
         synthesis: None where no picture is synthesized.
     """
@@ -113,8 +113,8 @@ class DataFreeTrainLoop(BaseLoop):
         self.synthesis_settings, self.settings = groups[3:]
         self.distil = self.settings.distil
         self._resumed: Optional[Dict[str, Any]] = None
-        self.teacher: Optional[TaskModel] = None
-        self.calibration: Optional[Calibration] = None
+        self.teacher: TaskModel
+        self.calibration: Calibration
         self.training: Optional[StudentTraining] = None
         self.synthesis: Optional[Synthesis] = None
         self.labels: Optional[Tensor] = None  # classes that the first pictures were made for, (n,)
@@ -234,12 +234,12 @@ class DataFreeTrainLoop(BaseLoop):
         )
 
     def _build_training(self, pictures: RunPictures) -> StudentTraining:
-        common = dict(fresh=pictures.fresh(), seed=self.settings.seed)
-        arguments = (self.teacher, self.calibration, pictures.stream)
+        teacher, calibration, stream, settings = self.teacher, self.calibration, pictures.stream, self.training_settings
+        fresh, seed = pictures.fresh(), self.settings.seed
         with named_dfq():
             if self.synthesis is None:
-                return StudentTraining(*arguments, self.training_settings, **common)
-            return CoEvolution(*arguments, self.synthesis, self.training_settings, **common)
+                return StudentTraining(teacher, calibration, stream, settings, fresh=fresh, seed=seed)
+            return CoEvolution(teacher, calibration, stream, self.synthesis, settings, fresh=fresh, seed=seed)
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         self.runner.call_hook('before_samples')
@@ -275,7 +275,7 @@ class DataFreeTrainLoop(BaseLoop):
         self._first = first
         if saved is not None:
             self.labels = saved.labels
-        elif isinstance(pictures.source, Generated):  # classes of a part of the pictures would be none of them all
+        elif self.synthesis is not None and isinstance(pictures.source, Generated):  # in a mixture, a part has classes
             self.labels = self.synthesis.labels
         label, seconds = spec_of(self.model).label, self.clock.seconds['synthesis']
         print_log(f'Calibrated {label} on them in {seconds:.1f} s', 'current')
@@ -335,8 +335,8 @@ class DataFreeTrainLoop(BaseLoop):
                 'its ranges are calibrated',
                 'current',
             )
-        while not over:
-            self._step()
+        while self.training is not None and not over:
+            self._step(self.training)
             over = self._over()
             due = self.val_interval and self._iter % self.val_interval == 0
             if self.runner.val_loop is not None and (over or due):
@@ -383,24 +383,23 @@ class DataFreeTrainLoop(BaseLoop):
     def _over(self) -> bool:
         return self.stop_training or self.progress >= 1
 
-    def _evolve(self) -> None:
+    def _evolve(self, training: StudentTraining) -> None:
         """A round of new pictures, where one is due and the budget has the time that the last one took."""
-        if not self.training.due(self._iter) or not self.clock.has_time_for(self._last_round):
+        if not training.due(self._iter) or not self.clock.has_time_for(self._last_round):
             return
         with self.clock.measured() as lap, self.clock.counted('synthesis'):
-            self.training.evolve()
+            training.evolve()
         self._last_round = lap.seconds
 
-    def _step(self) -> None:
-        self._evolve()  # before the step, so that a checkpoint never falls between a round and its step
+    def _step(self, training: StudentTraining) -> None:
+        self._evolve(training)  # before the step, so that a checkpoint never falls between a round and its step
         share = 0.5 * (1 + math.cos(math.pi * self.progress))
         for group, rate in zip(self.runner.optim_wrapper.param_groups, self._rates):
             group['lr'] = rate * share
         self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
         with self.clock.counted('student'):
             wrapper, batches = self.runner.optim_wrapper, self._batches
-            images = self.training.draw(batches)
-            losses = self.training.learn(images, wrapper.backward, batches, self._precision)
+            losses = training.learn(training.draw(batches), wrapper.backward, batches, self._precision)
             # Not update_params: between its backward and its step the ranks have to add up their gradients.
             sum_gradients_(parameter for group in wrapper.param_groups for parameter in group['params'])
             wrapper.step()

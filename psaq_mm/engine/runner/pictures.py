@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 from mmengine.logging import print_log
 
-from psaq_mm.engine.samples import Saved, SavedSamples, procedural_of, samples_of
+from psaq_mm.engine.samples import Saved, SavedSamples, samples_of
 from psaq_mm.engine.settings import PictureSettings
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
@@ -70,10 +70,10 @@ class RunPictures:
         """
         if not self.settings.fresh:
             return None
-        source = procedural_of(self.source)
+        source = self.source.procedural_part()
         if source is None:
             raise ConfigError(
-                f'dfq.fresh=True needs samples that can be made for each batch, and dfq.samples={self.settings.samples} '
+                f'dfq.fresh=True needs samples that are quick to make, and dfq.samples={self.settings.samples} '
                 "are synthesized, which takes too long: set dfq.samples to another source, such as 'pink'"
             )
         return SampleStream(source, self.settings.size, self.teacher.image_spec, self.seed, 'fresh')

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""One adapter an attention class: where a library multiplies matrices outside of any module, an adapter says so.
+"""Adapters: one for each class of attention or block that multiplies matrices or adds tensors outside of any module.
 
-Importing this package registers them all. No adapter imports the library it adapts: classes are known by their
+Importing this package registers them all. No adapter imports the library it adapts: classes are recognized by their
 qualified names, so that a user with mmdet alone needs neither mmseg nor mmpretrain.
 """
 

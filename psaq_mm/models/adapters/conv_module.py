@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""mmcv's ConvModule: convolution, normalization and activation as one layer, whose edge is its end."""
+"""mmcv's ConvModule: convolution, normalization and activation as one layer; the edge is the output of the last."""
 
 from torch import nn
 
@@ -10,7 +10,7 @@ _CONV_MODULE = ('mmcv.cnn.bricks.conv_module.ConvModule',)
 
 
 def _convert(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    # Batch normalization is folded into the convolution at export, and nothing must stand between the two.
+    # Batch normalization is folded into the convolution at export, so no quantizer may be between the two.
     if module.with_norm or module.with_activation:
         feeds_activation(module.conv)
     return module

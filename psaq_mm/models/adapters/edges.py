@@ -16,20 +16,6 @@ from psaq_mm.quantization import (
     quantize_output_,
 )
 
-__all__ = [
-    'BlockParts',
-    'SEQUENTIAL_FFN',
-    'TIMM_MLP',
-    'add_residual_edges',
-    'adopt_block',
-    'first_layers',
-    'join',
-    'mark_ffn',
-    'mark_norm',
-    'outputs_are_edges',
-    'quantize_outputs',
-]
-
 SEQUENTIAL_FFN = ('mmcv.cnn.bricks.transformer.FFN', 'mmpretrain.models.backbones.deit3.DeiT3FFN')
 _PACKED_GATE = ('mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN', 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFNFused')
 TIMM_MLP = ('timm.layers.mlp.Mlp',)

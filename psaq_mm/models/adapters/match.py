@@ -19,9 +19,9 @@ def qualified_name(cls: type) -> str:
 def class_named(module: object, names: Collection[str], method: str = 'forward') -> Optional[str]:
     """The qualified name in ``names`` whose computation ``module`` inherits unchanged.
 
-    A downstream project may subclass a library's attention to change its constructor; its computation is still the
-    library's as long as ``method`` is not overridden. One that overrides it computes something an adapter does not
-    know, and must not be replaced.
+    A downstream project may subclass a library's attention to change its constructor. Its computation is still the
+    library's as long as ``method`` is not overridden. A class that overrides it computes something unknown, and must
+    not be replaced.
 
     Args:
         module: The instance looked at.
@@ -62,8 +62,7 @@ class Architecture(NamedTuple):
     def strangers(self, backbone: nn.Module) -> List[Tuple[str, nn.Module]]:
         """Names and modules of the blocks and attention modules of ``backbone`` that are of another class.
 
-        Such an attention would stay in floating point without a word: a parallel block, or attention that pools the
-        tokens.
+        Such attention would stay in floating point silently: a parallel block, or attention that pools the tokens.
         """
         strangers: List[Tuple[str, nn.Module]] = []
         inside: Tuple[str, ...] = ()

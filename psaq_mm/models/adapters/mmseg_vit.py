@@ -1,9 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Vision Transformer of mmseg, whose attention is mmcv's wrapper around ``nn.MultiheadAttention``.
 
-``nn.MultiheadAttention`` holds its three input projections in one parameter, ``in_proj_weight``, which no layer owns,
-and reads the weight of ``out_proj`` without calling it. Here both are layers that are called, so that they are
-quantized, calibrated and tapped as any other, while every parameter keeps its place and its key.
+``nn.MultiheadAttention`` holds its three input projections in one parameter, ``in_proj_weight``, which belongs to no
+layer, and reads the weight of ``out_proj`` without calling it. Here both are layers that are called, so that they are
+quantized, calibrated and tapped as any other. Every parameter keeps its place and its key.
 """
 
 from typing import Optional, Tuple
@@ -35,8 +35,7 @@ class PackedProjection(nn.Linear):
     """The packed query, key and value projection of an ``nn.MultiheadAttention``, as a layer.
 
     It owns no parameter: ``weight`` and ``bias`` are the attention's ``in_proj_weight`` and ``in_proj_bias``, looked up
-    at each use, whatever loading, moving or averaging has done to them. So the state dict has no key of it but its
-    quantizers'.
+    at each use, so that loading, moving or averaging may replace them. Its only state-dict keys are its quantizers'.
 
     Args:
         attention: Whose projection it is: one width of queries, keys and values.
@@ -63,8 +62,8 @@ class PackedProjection(nn.Linear):
 class QuantPackedAttentionMixin:
     """Self-attention of ``nn.MultiheadAttention`` as explicit products; ``qkv`` is a :class:`PackedProjection`.
 
-    It runs batch first inside, which changes nothing but the order of rows in its projections: the output is the
-    library's to rounding.
+    It computes batch first, which changes only the order of rows in its projections: the output is the library's to
+    rounding.
     """
 
     @property

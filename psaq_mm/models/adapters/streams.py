@@ -1,9 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Residual streams: which layers write to one and which norms read it, in the backbones and behind them.
 
-A ViT has one from its patch embedding to its head. A Swin has one a stage; the first begins behind a LayerNorm, whose
-gain belongs to single channels, and is left as it is. Stages end in norms that a neck or a head reads: where that is
-one known here, the stream may be rotated up to its convolutions.
+A ViT has one from its patch embedding to its head. A Swin has one in each stage; the first is left as it is, because it
+begins after a LayerNorm, whose gain belongs to single channels. Stages end in norms that a neck or a head reads: where
+its class is known here, the stream may be rotated up to its convolutions.
 """
 
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union

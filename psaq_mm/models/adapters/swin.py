@@ -27,6 +27,7 @@ from psaq_mm.quantization import (
 )
 
 __all__ = [
+    'PATCH_MERGING',
     'SWIN_BACKBONES',
     'valid_query_rows',
     'QuantWindowMSAMixin',
@@ -48,7 +49,7 @@ _SHIFT_WINDOW_MSA = tuple(f'{m}.ShiftWindowMSA' for m in _SWIN_MODULES) + (
 _SWIN_BLOCK = tuple(f'{m}.SwinBlock' for m in _SWIN_MODULES) + (
     'mmpretrain.models.backbones.swin_transformer.SwinBlock',
 )
-_PATCH_MERGING = (
+PATCH_MERGING = (
     'mmdet.models.layers.transformer.utils.PatchMerging',
     'mmseg.models.utils.embed.PatchMerging',
     'mmcv.cnn.bricks.transformer.PatchMerging',
@@ -191,6 +192,6 @@ def _convert_block(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module
 adapt(_WINDOW_MSA, convert_window_attention)
 adapt(_SHIFT_WINDOW_MSA, lambda module, name, spec: adopt(module, QuantShiftWindowMSAMixin))
 adapt(_SWIN_BLOCK, _convert_block)
-adapt(_PATCH_MERGING, convert_merging)
+adapt(PATCH_MERGING, convert_merging)
 # What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is one.
 adapt(SWIN_BACKBONES, outputs_are_edges('drop_after_pos'))

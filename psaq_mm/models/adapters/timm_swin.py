@@ -1,8 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Swin Transformer of timm, as mmpretrain's ``TimmClassifier`` and ``TIMMBackbone`` build it.
 
-It differs from OpenMMLab's in the order of things: timm shifts the token map first and pads it afterwards, so that the
-padding lies at the right and at the bottom whatever the shift. With every quantizer off, the output is that of timm's
+It differs from OpenMMLab's in the order of two steps: timm shifts the token map first and pads it afterwards, so that
+the padding is at the right and at the bottom whatever the shift. With every quantizer off, the output is that of timm's
 own unfused attention to the last bit.
 """
 

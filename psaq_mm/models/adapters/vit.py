@@ -1,9 +1,9 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Vision Transformer and DeiT of mmpretrain.
 
-The library's attention is fused; here its two products are written out, so that its output agrees to rounding, and with
-the library's own unfused fallback to the last bit wherever the square root of a head's width is a power of two (64 in
-every zoo model).
+The library's attention is fused; here its two products are explicit. The output is equal to rounding, and to the
+library's own unfused fallback to the last bit where the square root of a head's width is a power of two (64 in every
+zoo model).
 """
 
 import torch.nn.functional as F

@@ -1,15 +1,15 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""What the releases of Swin call a weight, and what OpenMMLab calls it.
+"""Names of Swin's weights in its releases, in timm and in OpenMMLab.
 
-Three namings are known, told apart by the names alone:
+Three namings are known; the names alone tell which one a checkpoint has:
 
 ============  =====================================================  ===================================
-naming        who                                                    a block's attention
+naming        used by                                                a block's attention
 ============  =====================================================  ===================================
 ``original``  Swin's releases: classification, mmdet 2, mmseg 0.x,   ``layers.0.blocks.0.attn.qkv``,
               and timm before 0.9                                    ``layers.0.downsample``
-``timm``      timm since 0.9, whose downsampling opens a stage       ``layers.0.blocks.0.attn.qkv``,
-              instead of closing it                                  ``layers.1.downsample``
+``timm``      timm since 0.9, where downsampling is the first        ``layers.0.blocks.0.attn.qkv``,
+              part of a stage and not the last                       ``layers.1.downsample``
 ``openmmlab`` mmdet, mmseg and mmpretrain                            ``stages.0.blocks.0.attn.w_msa.qkv``
 ============  =====================================================  ===================================
 
@@ -40,7 +40,7 @@ class Renamed(NamedTuple):
     Attributes:
         weights: New name to weight; weights that are no part of the backbone keep their name.
         sources: New name to old name.
-        derived: Old names of what every model makes anew when it is built: position indices and attention masks.
+        derived: Old names of tensors that a model computes when it is built: position indices and attention masks.
         naming: ``'original'``, ``'timm'`` or ``'openmmlab'``.
     """
 
@@ -51,7 +51,7 @@ class Renamed(NamedTuple):
 
 
 def unfold_order(x: Tensor) -> Tensor:
-    """The last axis of a patch-merging weight in the order of ``nn.Unfold``.
+    """Reorder the last axis of a patch-merging weight as ``nn.Unfold`` orders it.
 
     Swin concatenates the four neighbours (row, column) = (0, 0), (1, 0), (0, 1), (1, 1), each with all its channels
     (arXiv 2103.14030, section 3.1, released code); unfolding gives each channel with its four neighbours, row by row.
@@ -75,19 +75,20 @@ def unfold_order(x: Tensor) -> Tensor:
 
 
 def backbone_prefix(names) -> Optional[str]:
-    """What stands before ``layers.0.blocks...`` or ``stages.0.blocks...`` in ``names``, None where there are no such
-    blocks.
+    """The prefix of ``layers.0.blocks...`` or ``stages.0.blocks...`` in ``names``; None where there are no such blocks.
+
+    Args:
+        names: Of weights.
 
     Raises:
         CheckpointError: There are several backbones.
     """
-    found = {match['prefix'] for match in map(_BLOCK.fullmatch, names) if match}
-    if len(found) > 1:
+    prefixes = {match['prefix'] for match in map(_BLOCK.fullmatch, names) if match}
+    if len(prefixes) > 1:
         raise CheckpointError(
-            f'the checkpoint holds several backbones ({", ".join(repr(p) for p in sorted(found))}): save one of them '
-            f'alone'
+            f'the checkpoint holds several backbones ({", ".join(map(repr, sorted(prefixes)))}): save one of them alone'
         )
-    return found.pop() if found else None
+    return prefixes.pop() if prefixes else None
 
 
 def _naming(names: List[str]) -> Tuple[str, int]:
@@ -100,7 +101,7 @@ def _naming(names: List[str]) -> Tuple[str, int]:
 
 
 def rename_swin(weights: Mapping[str, Tensor]) -> Renamed:
-    """Rename a checkpoint with a Swin backbone as OpenMMLab's models have it, the backbone under ``backbone.``.
+    """Rename the weights of a checkpoint with a Swin backbone to OpenMMLab's names, the backbone under ``backbone.``.
 
     A classification head of Swin's releases and of timm (``head.*``) becomes mmpretrain's ``head.fc.*``; the LayerNorm
     after the last stage (``norm.*``) becomes the output norm of that stage, ``norm3.*``.
@@ -118,11 +119,11 @@ def rename_swin(weights: Mapping[str, Tensor]) -> Renamed:
             f'the checkpoint holds no Swin Transformer (its first keys are {shown}): give one with blocks such as '
             'layers.0.blocks.0.attn.qkv.weight or stages.0.blocks.0.attn.w_msa.qkv.weight'
         )
-    strange = next((name for name in weights if _VERSION_2.search(name)), None)
-    if strange:
+    version_2 = next((name for name in weights if _VERSION_2.search(name)), None)
+    if version_2:
         raise CheckpointError(
-            f'the checkpoint is a Swin Transformer V2 ({strange}), which is not converted: give one of the first '
-            f'version'
+            f'the checkpoint is a Swin Transformer V2 ({version_2}), which is not converted: give one of the first '
+            'version'
         )
     names = [name[len(prefix) :] for name in weights if name.startswith(prefix)]
     naming, stages = _naming(names)
@@ -161,10 +162,8 @@ def _rename(name: str, value: Tensor, naming: str, stages: int) -> Tuple[str, Te
     stage, part, rest = int(match[1]), match[2], match[3]
     if part == 'downsample.':
         stage -= naming == 'timm'
-        return f'stages.{stage}.{part}{rest}', unfold_order(value) if rest.split('.')[0] in (
-            'norm',
-            'reduction',
-        ) else value
+        merges = rest.split('.')[0] in ('norm', 'reduction')
+        return f'stages.{stage}.{part}{rest}', unfold_order(value) if merges else value
     for old, new in _IN_A_BLOCK:
         if rest.startswith(old):
             rest = new + rest[len(old) :]
