@@ -195,7 +195,7 @@ def test_every_published_number_has_a_command_that_can_be_run():
 
     parser = argparse.ArgumentParser()
     parser.add_argument('config')
-    for name in ('--quant', '--method', '--calibration', '--cfg-options'):
+    for name in ('--quant', '--method', '--samples', '--cfg-options'):
         parser.add_argument(name)
     rows = re.findall(
         r'^\| ([^|]+) \| (W\dA\d) \| `(configs/[^`]+)` \|$', (ROOT / 'README.md').read_text(), re.MULTILINE
@@ -209,7 +209,7 @@ def test_every_published_number_has_a_command_that_can_be_run():
         quantized = merge_options(apply_method(config, args.quant, args.method), options)
         assert QuantSpec.parse(quantized.model.quant).label == label, command
         assert quantized.load_from.startswith('checkpoints/') or 'classification/' in command
-        assert args.calibration in ('generated', 'real')
+        assert args.samples in ('generated', 'real')
         if re.search(r' (V1|V2|RepQ)', published):
             assert (
                 args.method == dict(V1='psaq_v1', V2='psaq_v2', RepQ='repq')[re.search(r' (V1|V2|RepQ)', published)[1]]
