@@ -8,7 +8,7 @@ step of synthesis has them::
 
 On a machine that does other work too, the CPU seconds of the process tell more than the clock.
 
-The rivals are written with autograd alone (``tests/synthesis/reference.py``):
+The rivals are written with autograd alone (``tests/psaq_vit/reference.py``):
 
 - ``plain``: unit tokens, their matrix product, and the kernel on (images, points, pairs).
 - ``released``: the same, with the similarities by broadcasting every pair of tokens, as the released code of PSAQ-ViT
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'synthesis')]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 from benchmarks.measuring import Row, row  # noqa: E402
 from psaq_mm.psaq_vit import patch_similarity_entropy  # noqa: E402
@@ -76,7 +76,7 @@ def ours(blocks: List[Block]) -> Tensor:
 
 
 def plain(blocks: List[Block], broadcast: bool = False) -> Tensor:
-    import reference
+    from psaq_vit import reference
 
     return sum(reference.patch_similarity_entropy(t, groups_per_image=n, broadcast=broadcast) for t, _, n in blocks)
 
