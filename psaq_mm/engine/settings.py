@@ -6,6 +6,7 @@ A config gives them flat, such as ``dfq = dict(iters=200, rounding='auto')``. Ea
 
 import contextlib
 import dataclasses
+import re
 from typing import Any, ClassVar, Iterator, Optional, Sequence, Tuple
 
 from psaq_mm.calibration import CalibrationSettings, TrainingSettings
@@ -136,9 +137,9 @@ GROUPS = (*LOOP_GROUPS, OptimizerSettings, HookSettings)
 
 @contextlib.contextmanager
 def named_dfq() -> Iterator[None]:
-    """Messages of lower floors, which begin with the name of a setting, name it as the user does: ``dfq.NAME``."""
+    """Messages of lower floors name a setting as the user does, ``dfq.NAME``: at their start, and after ``set``."""
     try:
         yield
     except ConfigError as error:
-        text = str(error)
+        text = re.sub(r': set (?=\w+=)', ': set dfq.', str(error))
         raise ConfigError(text if text.startswith('dfq.') else f'dfq.{text}') from error
