@@ -118,9 +118,9 @@ def gathered(part: Tensor, count: int) -> Tensor:
     if ranks()[1] == 1:
         return part
     # Each rank writes its own rows into zeros: x + 0 is x, and parts need not be of one size.
-    whole = part.new_zeros(count, *part.shape[1:])
-    whole[own_part(count)] = part
-    return sum_(whole)
+    full = part.new_zeros(count, *part.shape[1:])
+    full[own_part(count)] = part
+    return sum_(full)
 
 
 def sum_gradients_(parameters: Iterable[nn.Parameter]) -> None:

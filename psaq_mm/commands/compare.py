@@ -386,7 +386,7 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
     from psaq_mm.engine.checkpoint import read_checkpoint
     from psaq_mm.engine.config import to_data_free
 
-    student, hook, found = folder / 'student.pth', AgreementHook(truth), {}
+    student, hook, results = folder / 'student.pth', AgreementHook(truth), {}
     with silence():
         begun = time.perf_counter()
         runner = data_free_runner(to_data_free(isolated(run.config, folder)))
@@ -396,11 +396,11 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
 
             curve = CurveHook(truth, run.config, shown.points, shown.pictures)
             runner.register_hook(curve)
-            found['curve'] = curve.curve
+            results['curve'] = curve.curve
         runner.train()
         loop = runner.train_loop
         seconds, samples = time.perf_counter() - begun - loop.clock.paused_seconds, _samples_used(loop.summary())
-        found['iters'] = loop.iter
+        results['iters'] = loop.iter
         del runner, loop  # before another model takes its place on the device
         gc.collect()
         metrics = evaluate(
@@ -408,7 +408,7 @@ def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown
         )
     others = other_metrics(metrics)
     return dict(
-        found,
+        results,
         samples=samples,
         seconds=round(seconds, 2),
         metrics=scalars(metrics),

@@ -180,7 +180,7 @@ def analyse(
         say(f'[{done:>3}/{count}] {row.error:.5f}  {row.name}')
 
     budgets, spec, settings = dict(budgets or {}), spec_of(model), None
-    rows, whole = measure_layers(model, batches, tuple(budgets), progress)
+    rows, all_layers = measure_layers(model, batches, tuple(budgets), progress)
     report: Dict[str, Any] = dict(
         config=str(config.filename),
         checkpoint=str(checkpoint),
@@ -189,7 +189,7 @@ def analyse(
         samples=sum(len(batch) for batch in batches),
         size=list(batches[0].shape[-2:]),
         seed=seed,
-        error=whole,
+        error=all_layers,
     )
     if budgets:
         choice = choose_bits(rows, budgets)

@@ -90,10 +90,10 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
             {**model, 'type': 'psaq_mm.Quantized', 'base_type': model.type, 'quant': preset_of(quant, method)}
         )
     holder = quant_holder(model)
-    own = QuantSpec.parse(holder.get('quant', 'w8a8'))
+    spec = QuantSpec.parse(holder.get('quant', 'w8a8'))
     if quant is not None or method:
-        holder.quant = dict(preset=preset_of(quant or f'w{own.w_bits}a{own.a_bits}', method), scope=own.scope)
-        if own.w_reduce_range and QuantSpec.parse(holder.quant).w_bits == 8:  # it is about the processor
+        holder.quant = dict(preset=preset_of(quant or f'w{spec.w_bits}a{spec.a_bits}', method), scope=spec.scope)
+        if spec.w_reduce_range and QuantSpec.parse(holder.quant).w_bits == 8:  # it is about the processor
             holder.quant.w_reduce_range = True
     return model
 

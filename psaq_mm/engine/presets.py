@@ -100,21 +100,21 @@ def current_names(settings: Mapping[str, Any], usual: Mapping[str, Any] = DFQ_DE
         _log_once(f'dfq.damping={damping} is left out: the damping of a layer is dfq.prior_rows / its rows now')
     if settings.get('prior_rows', 0) is None:  # formerly: dfq.damping
         del settings['prior_rows']
-    own = usual.get('samples', DFQ_DEFAULTS['samples'])
+    usual_samples = usual.get('samples', DFQ_DEFAULTS['samples'])
     if isinstance(settings.get('fresh'), Mapping):
-        settings.update(_fresh_of(settings['fresh'], settings.get('samples'), own))
+        settings.update(_fresh_of(settings['fresh'], settings.get('samples'), usual_samples))
     if 'fresh' in settings:
         settings['fresh'] = _switch(settings['fresh'])
     source = settings.pop('source', None)
     if 'samples' in settings and settings['samples'] is None:
         # Formerly None: what source names. A method's own source was given as samples where it is a dict.
-        settings['samples'] = own if isinstance(own, str) and source is None else 'generated'
+        settings['samples'] = usual_samples if isinstance(usual_samples, str) and source is None else 'generated'
     if source is None:
         return settings
-    samples = settings.get('samples', own)
+    samples = settings.get('samples', usual_samples)
     if source == 'generated':
         samples = source if is_named(samples) else samples
-    elif samples in ('generated', own, source):
+    elif samples in ('generated', usual_samples, source):
         samples = source
     else:
         raise ConfigError(

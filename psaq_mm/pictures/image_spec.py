@@ -200,12 +200,12 @@ def _one_or_each(name: str, value: Any, channels: int) -> Union[float, Tuple[flo
     """A number, or a tuple of one of each channel, which is a number where all are equal."""
     if not isinstance(value, (tuple, list)):
         return float(value)
-    found = tuple(float(v) for v in value)
-    if len(found) not in (1, channels):
+    values = tuple(float(v) for v in value)
+    if len(values) not in (1, channels):
         raise DataError(
-            f'{name} has {len(found)} values for {channels} channels; give one number, or one of each channel'
+            f'{name} has {len(values)} values for {channels} channels; give one number, or one of each channel'
         )
-    return found[0] if len(set(found)) == 1 else found
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _short(values: Sequence[float]) -> str:

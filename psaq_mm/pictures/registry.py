@@ -100,9 +100,9 @@ def _class_of(config: Mapping, find: Callable[[str], Any]) -> Type[Source]:
     cls: Optional[Any] = kind if isinstance(kind, type) else SOURCES.get(name) or find(str(kind))
     if isinstance(cls, type) and issubclass(cls, Source):
         return cls
-    found = '' if cls is None else f' ({cls!r})'
+    shown = '' if cls is None else f' ({cls!r})'
     known = [key for key, source in SOURCES.items() if key == source.__name__]
-    raise ConfigError(f'type={kind!r}{found} is no source of samples: {nearest(name, known)}')
+    raise ConfigError(f'type={kind!r}{shown} is no source of samples: {nearest(name, known)}')
 
 
 def _built(cls: Type[Source], settings: Mapping[str, Any]) -> Source:

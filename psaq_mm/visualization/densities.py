@@ -130,8 +130,8 @@ def similarity_densities(
         with taps.record(batch) as record:
             run(batch)
         for tap in record:
-            found = pair_histogram(tap.tokens, tap.valid, bins)
-            counts[tap.name] = counts[tap.name] + found if tap.name in counts else found
+            histogram = pair_histogram(tap.tokens, tap.valid, bins)
+            counts[tap.name] = counts[tap.name] + histogram if tap.name in counts else histogram
     return [_density(name, count) for name, count in counts.items()]
 
 

@@ -457,8 +457,8 @@ class DataFreeTrainLoop(BaseLoop):
             )
         self._resumed = dict(state)
         # The file may have moved; its hash tells whether it is the same one.
-        given = {k: v for k, v in self.teacher_config.items() if v}
-        self.teacher_config = {**state['teacher'], **given, 'sha256': state['teacher'].get('sha256')}
+        settings = {k: v for k, v in self.teacher_config.items() if v}
+        self.teacher_config = {**state['teacher'], **settings, 'sha256': state['teacher'].get('sha256')}
 
     def _identity(self) -> Dict[str, Any]:
         """Settings that make it this run and no other. Its length, batches and intervals are not among them.

@@ -79,13 +79,13 @@ def streams_of(model: nn.Module, backbone: nn.Module) -> Tuple[List[Stream], Lis
         ]
     else:
         return [], [f'the stream of {type(backbone).__name__}: its parts are not told']
-    found, left = [], []
+    streams, left = [], []
     for name, look in parts:
         try:
-            found.append(look()._replace(name=name))
+            streams.append(look()._replace(name=name))
         except _Unknown as reason:
             left.append(f'{name}: {reason}')
-    return found, left
+    return streams, left
 
 
 def _need(condition: object, reason: str) -> None:
