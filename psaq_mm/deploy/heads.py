@@ -184,7 +184,10 @@ def feature_quantizer(place: HeadPlace, head: nn.Module) -> Optional[AffineQuant
     pooled = place.kind == 'box' and head.with_avg_pool and any(reader.flat for reader in _box_readers(head))
     if len(readers) != 1 or pooled:
         return None
-    quantizer = getattr(readers[0].layer, 'input_quantizer', None)
+    layer = readers[0].layer
+    if not is_quantized_layer(layer) or layer.weight_quantizer.mode == 'off':
+        return None
+    quantizer = layer.input_quantizer
     return quantizer if isinstance(quantizer, AffineQuantizer) and quantizer.mode != 'off' else None
 
 
@@ -230,8 +233,13 @@ class _HeadGraph(nn.Module):
 
     def _features(self, features: Tensor, flat: bool) -> Tensor:
         """The features as a layer reads them: flattened, (N, h * w * C), or (N, C, h, w)."""
-        features = features.flatten(1) if flat else features.permute(0, 3, 1, 2)
-        return features if self.quantizer is None else symbols.given_codes(features, self.quantizer)
+        if self.quantizer is None:
+            return features.flatten(1) if flat else features.permute(0, 3, 1, 2)
+        if flat:
+            return symbols.quantized(features.flatten(1), self.quantizer)
+        # OpenVINO has no integer convolution where codes are transposed before they are dequantized.
+        values = symbols.values(features, self.quantizer)
+        return symbols.quantized(values.permute(0, 3, 1, 2), self.quantizer)
 
 
 class BoxGraph(_HeadGraph):

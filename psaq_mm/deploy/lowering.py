@@ -156,7 +156,7 @@ class _Lowering:
         self.packed: Dict[str, Union[int, np.ndarray]] = {}
         self.unshared: Set[str] = set()
         self.readers: Counter = Counter()
-        self.given_codes: Dict[Tuple[str, str], str] = {}
+        self.quantized: Dict[Tuple[str, str], str] = {}
 
     # ------------------------------------------------------------------ building blocks
     def constant(self, name: str, array: np.ndarray) -> str:
@@ -176,6 +176,8 @@ class _Lowering:
 
     # ------------------------------------------------------------------ symbols
     def quantizer(self, x: str, name: str) -> str:
+        if (x, name) in self.quantized:
+            return self.quantized[x, name]
         codes = self.exportable.quantizers[name]
         if codes.log_base is None:
             return self.values(self.codes(x, name), name)
@@ -187,14 +189,14 @@ class _Lowering:
         self.out.values[name].append(value)
         return value
 
-    def given(self, codes: str, name: str, output: str) -> str:
-        """Codes that are an input of the graph: :meth:`codes` of ``output`` gives them."""
-        self.given_codes[output, name] = codes
+    def quantized_before(self, x: str, name: str, output: str) -> str:
+        """``x`` is what :meth:`codes` or :meth:`quantizer` of ``output`` gives."""
+        self.quantized[output, name] = x
         return output
 
     def codes(self, x: str, name: str) -> str:
-        if (x, name) in self.given_codes:  # they are no row of ``out.codes``: the graph does not compute them
-            return self.given_codes[x, name]
+        if (x, name) in self.quantized:  # no row of ``out.codes``: the graph does not compute them
+            return self.quantized[x, name]
         codes = self.exportable.quantizers[name]
         key = 'codes', x, codes
         if key not in self.known:
@@ -385,7 +387,7 @@ class _Lowering:
             'Tap': lambda: self.tap(x, name),
             'Weight': lambda: self.weight(name),
             'WeightRows': lambda: self.weight_rows(x, name, output),
-            'Given': lambda: self.given(x, name, output),
+            'Quantized': lambda: self.quantized_before(x, name, output),
             'PositionBias': lambda: self.position_bias(x, name, output),
             'WindowMask': lambda: self.window_mask(x, tuple(settings['windows']), settings['value'], output),
         }[node.op_type]()

@@ -16,10 +16,10 @@ from torch import Tensor
 __all__ = [
     'DOMAIN',
     'codes',
-    'given_codes',
     'look_up',
     'mark_tap',
     'position_bias',
+    'quantized',
     'quantizer',
     'values',
     'weight',
@@ -93,14 +93,14 @@ class _Weight(torch.autograd.Function):
         return g.op(f'{DOMAIN}::Weight', name_s=name).setType(one.type().with_sizes(list(shape)))
 
 
-class _Given(torch.autograd.Function):
+class _Quantized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, codes, name):
-        return codes.float()
+    def forward(ctx, x, name):
+        return x.to(torch.float32, copy=True)
 
     @staticmethod
-    def symbolic(g, codes, name):
-        return g.op(f'{DOMAIN}::Given', codes, name_s=name).setType(codes.type().with_dtype(torch.float32))
+    def symbolic(g, x, name):
+        return g.op(f'{DOMAIN}::Quantized', x, name_s=name).setType(x.type().with_dtype(torch.float32))
 
 
 class _WeightRows(torch.autograd.Function):
@@ -166,11 +166,12 @@ def weight(x: Tensor, name: str, shape: Tuple[int, ...]) -> Tensor:
     return _Weight.apply(x.reshape(-1)[0], name, shape)
 
 
-def given_codes(codes: Tensor, name: str) -> Tensor:
-    """A tensor that stands for ``codes``, an input of the graph. The layer whose input quantizer is ``name`` reads these
-    codes, and nothing quantizes again. Nothing else may read the tensor.
+def quantized(x: Tensor, name: str) -> Tensor:
+    """A tensor that is quantized already by ``name``, the input quantizer of the layer that reads it: what the graph
+    has for :func:`codes` of it (where ``x`` is codes) or for :func:`quantizer` of it (where ``x`` is their values).
+    Nothing else may read it.
     """
-    return _Given.apply(codes, name)
+    return _Quantized.apply(x, name)
 
 
 def weight_rows(places: Tensor, name: str, width: int) -> Tensor:
