@@ -66,6 +66,7 @@ def detect(
     heads: Optional[Heads],
     images: Sequence[ImageInfo],
     threads: Optional[int] = None,
+    channel_last: Optional[bool] = None,
 ) -> List[Detections]:
     """Detections of pictures out of a network's maps.
 
@@ -78,6 +79,8 @@ def detect(
         heads: Box and mask heads; None for a one-stage detector. Not called without RoIs.
         images: Sizes of the N pictures.
         threads: For RoIAlign. Defaults to None, one.
+        channel_last: Which of the two layouts ``levels`` have. Defaults to None: the axis tells that has the channels
+            of the settings in all levels; of two such axes it is the last one.
 
     Raises:
         DataError: Maps and settings do not fit.
@@ -89,7 +92,7 @@ def detect(
         return [Detections(*candidates) for candidates in found]
     assert heads is not None
     boxes = [proposals(settings.dense, maps, i.shape).boxes for maps, i in zip(pictures, images)]
-    stage = _RoiStages(settings, _channel_last(settings, levels, dense), heads, images, threads)
+    stage = _RoiStages(settings, _channel_last(settings.box[0].align, levels, channel_last), heads, images, threads)
     candidates = stage.detections(boxes)
     if not settings.mask:
         return [Detections(*c) for c in candidates]
@@ -105,23 +108,17 @@ def _check_dense(settings: DetectorSettings, dense: Sequence[Sequence[np.ndarray
         )
 
 
-def _channel_last(
-    settings: DetectorSettings, levels: Sequence[np.ndarray], dense: Sequence[Sequence[np.ndarray]]
-) -> List[np.ndarray]:
+def _channel_last(align: RoiAlignSettings, levels: Sequence[np.ndarray], last: Optional[bool]) -> List[np.ndarray]:
     """The levels that RoIs read as (N, h, w, C) with adjacent channels; views where they are so already."""
-    align, strides = settings.box[0].align, [stride[0] for stride in settings.dense.priors.strides]
-    arrays = []
-    for level, stride in zip(levels, align.strides):
-        last = level.shape[3] == align.channels
-        if last and level.shape[1] == align.channels and stride in strides:  # as many cells as channels
-            last = level.shape[1:3] == dense[0][strides.index(stride)].shape[2:]
-        if not last and level.shape[1] != align.channels:
-            raise DataError(
-                f'a level of shape {level.shape} has no axis of the {align.channels} channels that RoI heads read: '
-                'give the maps of the neck, in the order of its levels'
-            )
-        arrays.append(np.ascontiguousarray(level if last else level.transpose(0, 2, 3, 1)))
-    return arrays
+    levels = levels[: len(align.strides)]
+    axes = [axis for axis in (3, 1) if all(level.shape[axis] == align.channels for level in levels)]
+    if len(levels) < len(align.strides) or not axes:
+        raise DataError(
+            f'levels of the shapes {[level.shape for level in levels]} have no axis of the {align.channels} channels '
+            f'of {len(align.strides)} levels that RoI heads read: give the maps of the neck, in the order of its levels'
+        )
+    last = axes[0] == 3 if last is None else last
+    return [np.ascontiguousarray(level if last else level.transpose(0, 2, 3, 1)) for level in levels]
 
 
 class _RoiStages:
