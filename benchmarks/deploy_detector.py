@@ -209,15 +209,13 @@ class Exports(NamedTuple):
 
 def export_both(config, library: Library, picture: np.ndarray, folder: str) -> Exports:
     """Quantize a model on a picture and export it, with its quantizers and with all of them switched off."""
-    from psaq_mm.engine.pipelines import picture_steps
-
     student = build_model(config, quantized_model_config(config))
     load_weights(student, dict(state_dict=library.model.state_dict(), meta={}), 'the full-precision model')
     student.eval()
     images, task = library.images(picture), TaskModel(student)
     with torch.no_grad():
         calibrate(student, lambda: task.calibration_forward(images, student.quant_spec.scope), allow_unseen=True)
-    settings = dict(sizes=[tuple(images.shape[-2:])], pipeline=picture_steps(config))
+    settings = dict(sizes=[tuple(images.shape[-2:])])
     integer, float32 = (os.path.join(folder, name) for name in ('integer', 'float32'))
     label = export_model(student, integer, **settings).manifest['label']
     for _, quantizer in quantizers(student):

@@ -103,7 +103,7 @@ _FLAGS = ('avx2', 'avx512f', 'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'amx_int8
 
 
 def processor() -> str:
-    """One line: vendor, family, model, name and flags of the processor, as Linux tells them; ``'not known'`` elsewhere."""
+    """One line: vendor, family, model, name and flags of the processor, where Linux tells them."""
     try:
         lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
     except OSError:
