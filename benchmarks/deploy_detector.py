@@ -50,6 +50,7 @@ from psaq_mm.deploy import export_model, load  # noqa: E402
 from psaq_mm.engine.building import build_model  # noqa: E402
 from psaq_mm.engine.checkpoint import load_weights, read_checkpoint  # noqa: E402
 from psaq_mm.engine.config import full_precision_model_config, quantized_model_config  # noqa: E402
+from psaq_mm.engine.pipelines import pipeline_steps  # noqa: E402
 from psaq_mm.models import TaskModel  # noqa: E402
 from psaq_mm.pictures import DeadLeaves, ImageSpec, SampleStream  # noqa: E402
 from psaq_mm.quantization import calibrate, quantizers  # noqa: E402
@@ -215,7 +216,11 @@ def export_both(config, library: Library, picture: np.ndarray, folder: str) -> E
     images, task = library.images(picture), TaskModel(student)
     with torch.no_grad():
         calibrate(student, lambda: task.calibration_forward(images, student.quant_spec.scope), allow_unseen=True)
-    settings = dict(sizes=[tuple(images.shape[-2:])])
+    test = pipeline_steps(config)
+    if test.unknown:
+        raise SystemExit(f'the runtimes cannot prepare pictures: the test pipeline has {test.unknown}')
+    preparation = dict(pipeline=test.pipeline, pad_divisor=test.pad_divisor, slide=test.slide)
+    settings = dict(sizes=[tuple(images.shape[-2:])], preparation=preparation)
     integer, float32 = (os.path.join(folder, name) for name in ('integer', 'float32'))
     label = export_model(student, integer, **settings).manifest['label']
     for _, quantizer in quantizers(student):
