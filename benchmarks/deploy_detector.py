@@ -61,6 +61,8 @@ from psaq_mm.tables import text_table  # noqa: E402
 
 CANDIDATES = 10
 """Boxes above the threshold of scores, for one that the detector may give."""
+DELTA = 0.2
+"""Spread of the deltas of a random RPN: what trained ones have, about."""
 GRAPHS = ('dense', 'box', 'mask')
 GLUE = ('proposals', 'one_stage', 'roi_align', 'suppress', 'paste')
 """Functions of :mod:`psaq_mm.runtime.detection.detector` whose time is shown; the rest of the glue is ``other``."""
@@ -135,14 +137,18 @@ def allowed_boxes(model) -> Boxes:
     return Boxes(rpn.max_per_img if rpn else None, rcnn.max_per_img)
 
 
-def library_boxes(library: Library, picture: np.ndarray) -> Boxes:
-    """How many boxes a model of the library has on a picture."""
+def library_boxes(library: Library, picture: np.ndarray, sides: Optional[List[float]] = None) -> Boxes:
+    """How many boxes a model of the library has on a picture. The square roots of the proposals' areas are added to
+    ``sides``.
+    """
     counts: List[int] = []
     head = getattr(library.model, 'roi_head', None)
     predict = getattr(head, 'predict', None)
 
     def counted(levels, proposals, *args, **kwargs):
         counts.extend(map(len, proposals))
+        if sides is not None:
+            sides += (proposals[0].bboxes[:, 2:] - proposals[0].bboxes[:, :2]).prod(1).sqrt().tolist()
         return predict(levels, proposals, *args, **kwargs)
 
     with contextlib.nullcontext() if head is None else replaced(head, 'predict', counted):
@@ -169,6 +175,31 @@ def _recorded_scores(scores: List[np.ndarray]) -> Iterator[None]:
 
     with replaced(bbox_head, 'multiclass_nms', rois), replaced(base_dense_head, 'filter_scores_and_topk', level):
         yield
+
+
+def seed_(library: Library, picture: np.ndarray) -> None:
+    """Give random weights proposals as large as in photographs, in place. As they come, the largest map has nearly all
+    of the best scores, and deltas of 1 make thin boxes of its anchors.
+
+    Levels are scaled so that each has as many scores among the best, and deltas get a spread of :data:`DELTA`. Without
+    biases, the RPN's outputs are proportional to the level.
+    """
+    rpn = getattr(library.model, 'rpn_head', None)
+    if rpn is None:
+        return
+    with torch.no_grad():
+        for module in rpn.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.zeros_(module.bias)
+        rpn.rpn_cls.weight -= rpn.rpn_cls.weight.mean(1, keepdim=True)
+        images, convs = library.images(picture), library.model.neck.fpn_convs
+        share = library.model.test_cfg.rpn.max_per_img // len(convs)
+        for conv, scores in zip(convs, rpn(library.model.extract_feat(images))[0]):
+            best = scores.flatten().sort(descending=True).values[:share]
+            for parameter in conv.parameters():
+                parameter /= best[-1]
+        deltas = torch.cat([level.flatten() for level in rpn(library.model.extract_feat(images))[1]])
+        rpn.rpn_reg.weight *= DELTA / deltas.std()
 
 
 def lower_thresholds_(config, library: Library, picture: np.ndarray) -> List[str]:
@@ -497,9 +528,15 @@ def main() -> None:
     config = load_config(args.config, {'model.quant.scope': args.scope}, args.quant)
     picture = drawn_picture(args.size) if args.picture is None else cv2.imread(args.picture)
     library = Library(float_model(config, args.checkpoint), config)
+    if not args.checkpoint:
+        seed_(library, picture)
     changes = lower_thresholds_(config, library, picture)
     wanted = allowed_boxes(library.model)
-    check_boxes(PYTORCH, library_boxes(library, picture), wanted)
+    proposal_sides: List[float] = []
+    check_boxes(PYTORCH, library_boxes(library, picture, proposal_sides), wanted)
+    if proposal_sides:
+        low, middle, high = np.percentile(proposal_sides, (5, 50, 95))
+        changes.append(f'proposals of {low:.0f} to {high:.0f} pixels, half of them above {middle:.0f}')
     with tempfile.TemporaryDirectory() as folder:
         exports = export_both(config, library, picture, folder)
         sides = make_sides(exports, library, picture, args)
