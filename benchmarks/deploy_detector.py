@@ -148,7 +148,7 @@ def library_boxes(library: Library, picture: np.ndarray, sides: Optional[List[fl
     def counted(levels, proposals, *args, **kwargs):
         counts.extend(map(len, proposals))
         if sides is not None:
-            sides += (proposals[0].bboxes[:, 2:] - proposals[0].bboxes[:, :2]).prod(1).sqrt().tolist()
+            sides.extend((proposals[0].bboxes[:, 2:] - proposals[0].bboxes[:, :2]).prod(1).sqrt().tolist())
         return predict(levels, proposals, *args, **kwargs)
 
     with contextlib.nullcontext() if head is None else replaced(head, 'predict', counted):
