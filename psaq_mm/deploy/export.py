@@ -1,11 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Export of a quantized model: a directory that a runtime executes with integers."""
 
-import inspect
-import io
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -13,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import psaq_mm
+from psaq_mm.deploy.detectors import detector_settings, why_not_covered
 from psaq_mm.deploy.exportable import ExportableModel, make_exportable
+from psaq_mm.deploy.heads import HeadPlace, head_places, input_entry, trace_head, why_roi_apart
 from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower, rest_state, with_task_of_outputs
-from psaq_mm.deploy.symbols import DOMAIN
+from psaq_mm.deploy.tracing import trace
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
@@ -23,6 +22,7 @@ from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.network import find_backbone
 from psaq_mm.models.task import reads_rgb
 from psaq_mm.models.tasks import task_of
+from psaq_mm.plain import to_plain
 from psaq_mm.runtime.bundle import write_bundle
 
 __all__ = ['ExportedModel', 'GraphModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
@@ -45,6 +45,7 @@ class ExportedModel(NamedTuple):
         graphs: :class:`.lowering.LoweredGraph` by size.
         weights: :class:`.bundle.Weight` by name.
         parts: What of the model is in the graphs.
+        heads: Graphs of box and mask heads; none where the library runs them.
     """
 
     directory: Path
@@ -53,6 +54,7 @@ class ExportedModel(NamedTuple):
     graphs: Mapping
     weights: Mapping
     parts: GraphParts
+    heads: Sequence['HeadExport'] = ()
 
 
 class GraphModel(nn.Module):
@@ -87,7 +89,8 @@ class GraphModel(nn.Module):
         if 'neck' in parts.prefixes:
             levels = model.neck(levels)
         if parts.with_levels:
-            self.levels = self._name(levels, 'level_0' if isinstance(levels, Tensor) else 'level', outputs)
+            maps = [level.permute(0, 2, 3, 1) for level in levels] if parts.channel_last else levels
+            self.levels = self._name(maps, 'level_0' if isinstance(levels, Tensor) else 'level', outputs)
             if parts.dense and not isinstance(levels, (tuple, list)):
                 raise NotInGraph(f'it reads a {type(levels).__name__} that other parts read too')
         if parts.dense:
@@ -184,42 +187,18 @@ def _trace(graph: GraphModel, size: Tuple[int, int], channels: int, opset: int, 
     Returns:
         ONNX model, and the shapes of its outputs by name.
     """
-    import onnx
-
     images = torch.zeros(1, channels, *size)
     tracing.begin(False)
     with torch.no_grad():
         outputs = graph(images)  # names the outputs
     shapes = {name: tuple(output.shape) for name, output in zip(graph.names, outputs)}
     tracing.begin(dynamic)
-    file = io.BytesIO()
-    settings: Dict[str, Any] = dict(
-        input_names=['images'],
-        output_names=list(graph.names),
-        opset_version=opset,
-        custom_opsets={DOMAIN: 1},
-        do_constant_folding=True,
-    )
+    axes: Dict[str, Dict[int, str]] = {}
     if dynamic:
         maps = [name for name, shape in shapes.items() if len(shape) == 4]
-        settings['dynamic_axes'] = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in ('images', *maps)}
-    if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
-        settings['dynamo'] = False  # the default exporter of newer PyTorch does not know the symbols
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # it warns that sizes become constants, as they should
-        try:
-            torch.onnx.export(graph, (images,), file, **settings)
-        except Exception as error:  # its own errors, and any other one that an unknown operator leads to
-            raise NotInGraph(
-                f'the exporter ends in "{(str(error).strip() or type(error).__name__).splitlines()[0]}"'
-            ) from error
-    model = onnx.load_model_from_string(file.getvalue())
-    foreign = sorted(
-        {f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain not in ('', 'ai.onnx', DOMAIN)}
-    )
-    if foreign:
-        raise NotInGraph(f'it needs {" and ".join(foreign)}, which ONNX does not have')
-    return model, shapes
+        first = {name: _height_axis(graph.parts, name) for name in ('images', *maps)}
+        axes = {name: {axis: f'{name}_height', axis + 1: f'{name}_width'} for name, axis in first.items()}
+    return trace(graph, dict(images=images), graph.names, opset, axes), shapes
 
 
 def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
@@ -251,13 +230,20 @@ def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[in
         parts = known
 
 
-def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Dict[str, int]:
+def _height_axis(parts: GraphParts, name: str) -> int:
+    """The axis of the height of a map; that of the width follows."""
+    return 1 if parts.channel_last and name.startswith('level_') else 2
+
+
+def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int], parts: GraphParts) -> Dict[str, int]:
     """Number of pixels that one position stands for, by output that is a map."""
     strides = {}
     for name, shape in shapes.items():
         if len(shape) == 4:
-            stride = 2 ** round(math.log2(size[0] / shape[2]))
-            if -(-size[0] // stride) == shape[2] and -(-size[1] // stride) == shape[3]:
+            axis = _height_axis(parts, name)
+            height, width = shape[axis : axis + 2]
+            stride = 2 ** round(math.log2(size[0] / height))
+            if -(-size[0] // stride) == height and -(-size[1] // stride) == width:
                 strides[name] = stride
     return strides
 
@@ -273,12 +259,12 @@ def _image_settings(model: nn.Module) -> Dict[str, Any]:
     )
 
 
-def _interface(model: nn.Module, graph: GraphModel) -> Dict[str, Any]:
+def _interface(model: nn.Module, graph: GraphModel, parts: GraphParts) -> Dict[str, Any]:
     """What the manifest says of the model and the graph's outputs."""
-    parts = graph.parts
     outputs = dict(
         names=list(graph.names),
         levels=[n for n in graph.names if n.startswith('level_')],
+        channel_last=[n for n in graph.names if n.startswith('level_')] if parts.channel_last else [],
         features=graph.levels,
         dense=graph.dense,
     )
@@ -292,20 +278,79 @@ def _interface(model: nn.Module, graph: GraphModel) -> Dict[str, Any]:
     )
 
 
-def _rows(graph, exportable: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
-    """Rows of the report: without weights outside of the graph, and with a row for each part that runs in PyTorch."""
+def _rows(graphs: Sequence, exportable: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
+    """Rows of the report: without weights outside of the graphs, and with a row for each part that runs in PyTorch."""
     from psaq_mm.deploy.report import tensor_rows
 
     inside = tuple(f'{p}.' if p else '' for p in parts.prefixes)
-    rows = [
-        row
-        for row in tensor_rows(graph, exportable, report)
-        if row['kind'] != 'weight' or row['name'].startswith(inside)
-    ]
-    return rows + [
+    rows: Dict[Tuple, Dict[str, Any]] = {}  # what several graphs hold has one
+    for graph in graphs:
+        for row in tensor_rows(graph, exportable, report):
+            if row['kind'] != 'weight' or row['name'].startswith(inside):
+                rows.setdefault(tuple(row.items()), row)
+    return list(rows.values()) + [
         dict(name=name, kind='part', type='float32', reason=f'runs in PyTorch: {reason}')
         for name, reason in parts.outside.items()
     ]
+
+
+class HeadExport(NamedTuple):
+    """A box or mask head in an export.
+
+    Attributes:
+        place: Which one.
+        graph: Its :class:`.lowering.LoweredGraph`.
+        entry: Its entry in the manifest.
+    """
+
+    place: HeadPlace
+    graph: Any
+    entry: Dict[str, Any]
+
+
+def _export_heads(model: nn.Module, exportable: ExportableModel, store: Any, opset: int) -> List[HeadExport]:
+    from psaq_mm.deploy.lowering import lower
+
+    heads = []
+    for place in head_places(model):
+        graph = lower(trace_head(exportable, place, opset), exportable, store)
+        outputs = {name: name for name in place.outputs}
+        entry = dict(file=place.file, weights=graph.weights, input=input_entry(exportable, place), outputs=outputs)
+        heads.append(HeadExport(place, graph, entry))
+    return heads
+
+
+class _Detector(NamedTuple):
+    """How the boxes of a detector are decoded.
+
+    Attributes:
+        settings: What the glue between the graphs needs; None: the library decodes them.
+        reason: Then, why.
+        part: The part that the library runs then.
+    """
+
+    settings: Optional[Dict[str, Any]]
+    reason: Optional[str]
+    part: str
+
+    def parts(self, parts: GraphParts) -> GraphParts:
+        """The parts of a graph: with the RoI heads, which have graphs too, or with the reason why not."""
+        if parts.dense is None or parts.task != 'detection':
+            return parts
+        if self.settings is None:
+            return parts._replace(outside={**parts.outside, self.part: self.reason or ''})
+        return parts._replace(prefixes=(*parts.prefixes, self.part)) if self.part == 'roi_head' else parts
+
+
+def _detector(model: nn.Module) -> _Detector:
+    part = 'roi_head' if getattr(model, 'roi_head', None) is not None else 'decoding of boxes'
+    reason = why_not_covered(model) or why_roi_apart(model)
+    return _Detector(None if reason else detector_settings(model), reason, part)
+
+
+def _is_complete(parts: GraphParts, detector: Optional[Mapping]) -> bool:
+    """Whether an export gives final predictions without the library."""
+    return detector is not None or parts.task in ('classification', 'segmentation') and not parts.outside
 
 
 def export_model(
@@ -315,6 +360,7 @@ def export_model(
     opset: int = OPSET,
     classes: Optional[Sequence[str]] = None,
     dynamic: bool = False,
+    preparation: Optional[Mapping[str, Any]] = None,
 ) -> ExportedModel:
     """Export a calibrated, quantized model.
 
@@ -326,6 +372,9 @@ def export_model(
         classes: Names of the classes, for the manifest.
         dynamic: One graph for every size: images are padded to multiples of :data:`MULTIPLE`. ``sizes`` is then the one
             size that the graph is traced and verified with.
+        preparation: Of test pictures, for the manifest: ``pipeline``, ``pad_divisor`` and ``slide`` of
+            :class:`psaq_mm.engine.pipelines.PipelineSteps`, and ``palette``. Defaults to None: pictures are taken as
+            they come.
 
     Raises:
         ConfigError: A size or the opset does not fit, or ``out`` exists and is no exported model.
@@ -336,7 +385,7 @@ def export_model(
         >>> export_model(model, 'work_dirs/deployed', [(800, 1216), (1216, 800)])
     """
     try:
-        from psaq_mm.deploy.lowering import WeightStore, lower
+        from psaq_mm.deploy.lowering import WeightStore
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
     spec = spec_of(model)
@@ -346,35 +395,72 @@ def export_model(
     if dynamic:
         check_dynamic(model, parts)
         sizes = [tuple(-(-s // MULTIPLE) * MULTIPLE for s in sizes[0])]
-    exportable = make_exportable(model)
+    decoding = _detector(model) if parts.task == 'detection' else None
+    if decoding is not None and decoding.settings is not None and parts.dense:
+        parts = parts._replace(channel_last=decoding.part == 'roi_head')
+    exportable, store = make_exportable(model), WeightStore()
     image = _image_settings(model)
-    tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
-    graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
-    finish = task_of(model).finish_settings(model, graph.parts.dense, shapes)
-    store, lowered, entries, strides = WeightStore(), {}, [], {}
-    for size in sizes:
-        if size != sizes[0]:
-            traced, shapes = _trace(graph, size, tracing=exportable.tracing, **tracing)
-        strides = _strides(shapes, size)
-        lowered[size] = lower(traced, exportable, store)
-        name = 'graph_dynamic.onnx' if dynamic else f'graph_{size[0]}x{size[1]}.onnx'
-        entries.append(
-            dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None)
-        )
+    dense = _dense_graphs(exportable, parts, sizes, store, channels=image['channels'], opset=opset, dynamic=dynamic)
+    parts = dense.graph.parts if decoding is None else decoding.parts(dense.graph.parts)
+    detector = decoding.settings if decoding is not None and dense.graph.parts.dense else None
+    heads = [] if detector is None else _export_heads(model, exportable, store, opset)
+    graphs = [dense.lowered[sizes[0]], *(head.graph for head in heads)]
     manifest = dict(
         psaq_mm=psaq_mm.__version__,
         label=spec.label,
         quant=spec.to_dict(),
         opset=opset,
         classes=list(classes or ()),
-        graphs=entries,
-        strides=strides,
-        tensors=_rows(lowered[sizes[0]], exportable, report_of(model), graph.parts),
+        **to_plain(dict(preparation or {})),
+        graphs=dense.entries,
+        heads={kind: [h.entry for h in heads if h.place.kind == kind] for kind in ('box', 'mask')} if heads else None,
+        detector=detector,
+        complete=_is_complete(parts, detector),
+        strides=dense.strides,
+        tensors=_rows(graphs, exportable, report_of(model), parts),
         **image,
-        **_interface(model, graph),
-        **finish,
+        **_interface(model, dense.graph, parts),
+        **task_of(model).finish_settings(model, dense.graph.parts.dense, dense.shapes),
     )
-    files = {entry['file']: lowered[tuple(entry['size'])].model.SerializeToString() for entry in entries}
-    rest = {name: value.detach().cpu().numpy() for name, value in rest_state(model, graph.parts.prefixes).items()}
-    directory = write_bundle(out, manifest, files, store.weights, rest)
-    return ExportedModel(directory, manifest, exportable, lowered, store.weights, graph.parts)
+    files = {entry['file']: dense.lowered[tuple(entry['size'])].model.SerializeToString() for entry in dense.entries}
+    files.update({head.place.file: head.graph.model.SerializeToString() for head in heads})
+    rest = {} if manifest['complete'] else rest_state(model, parts.prefixes)
+    arrays = {name: value.detach().cpu().numpy() for name, value in rest.items()}
+    directory = write_bundle(out, manifest, files, store.weights, arrays)
+    return ExportedModel(directory, manifest, exportable, dense.lowered, store.weights, parts, heads)
+
+
+class _Dense(NamedTuple):
+    """The dense graphs of an export.
+
+    Attributes:
+        graph: Traced.
+        lowered: By size.
+        entries: Of the manifest.
+        strides: See :func:`_strides`.
+        shapes: Of the outputs, at the first size.
+    """
+
+    graph: GraphModel
+    lowered: Dict[Tuple[int, int], Any]
+    entries: List[Dict[str, Any]]
+    strides: Dict[str, int]
+    shapes: Mapping[str, Tuple[int, ...]]
+
+
+def _dense_graphs(
+    exportable: ExportableModel, parts: GraphParts, sizes: Sequence[Tuple[int, int]], store: Any, **tracing: Any
+) -> _Dense:
+    from psaq_mm.deploy.lowering import lower
+
+    graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
+    first, strides, lowered, entries = shapes, {}, {}, []
+    for size in sizes:
+        if size != sizes[0]:
+            traced, shapes = _trace(graph, size, tracing=exportable.tracing, **tracing)
+        strides = _strides(shapes, size, graph.parts)
+        lowered[size] = lower(traced, exportable, store)
+        name = 'graph_dynamic.onnx' if tracing['dynamic'] else f'graph_{size[0]}x{size[1]}.onnx'
+        multiple = MULTIPLE if tracing['dynamic'] else None
+        entries.append(dict(size=list(size), file=name, weights=lowered[size].weights, multiple=multiple))
+    return _Dense(graph, lowered, entries, strides, first)
