@@ -156,11 +156,7 @@ class _Lowering:
         self.new_initializers: Dict[str, np.ndarray] = {}
         self.packed: Dict[str, Union[int, np.ndarray]] = {}
         self.unshared: Set[str] = set()
-<<<<<<< HEAD
-=======
-        self.readers: Counter = Counter()
         self.quantized: Dict[Tuple[str, str], str] = {}
->>>>>>> b6453ff2847d0b891ee3f022c07768bf87609c62
 
     # ------------------------------------------------------------------ building blocks
     def constant(self, name: str, array: np.ndarray) -> str:
