@@ -7,12 +7,13 @@ Which kernels a graph runs with is decided here too: integer ones where they are
 """
 
 import abc
+import contextlib
 import functools
 import importlib
 import importlib.util
 import threading
 import warnings
-from typing import AbstractSet, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple, Type, TypeVar
+from typing import AbstractSet, ClassVar, Dict, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple, Type, TypeVar
 
 import numpy as np
 
@@ -77,6 +78,15 @@ class Runtime(abc.ABC):
     @abc.abstractmethod
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """All outputs by name. Several threads may call it at once."""
+
+    @contextlib.contextmanager
+    def borrowed(self, inputs: Mapping[str, np.ndarray]) -> Iterator[Dict[str, np.ndarray]]:
+        """Context manager: all outputs by name, which may lie in the runtime's own memory.
+
+        They are valid, and to be read only, until the context ends. A runtime with one memory for its outputs lets
+        other threads wait until then; a run of the same session inside of the context is an error.
+        """
+        yield self.run(inputs)
 
     @abc.abstractmethod
     def products(self, graph: bytes) -> List[Product]:

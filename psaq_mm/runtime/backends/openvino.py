@@ -1,9 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """OpenVINO on the CPU. Its package is imported when a graph is started."""
 
+import contextlib
 import io
 import threading
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 import numpy as np
 
@@ -65,10 +66,16 @@ class OpenVino(Runtime):
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """All outputs by name. Threads wait for each other, as there is one request."""
+        with self.borrowed(inputs) as outputs:
+            return {name: np.array(output) for name, output in outputs.items()}
+
+    @contextlib.contextmanager
+    def borrowed(self, inputs: Mapping[str, np.ndarray]) -> Iterator[Dict[str, np.ndarray]]:
+        """All outputs by name, in the request's memory, which the next run writes to. Threads wait for each other."""
         with self.lock:
-            # Read where they lie; and the outputs' memory is the next run's too, so they are copied, once.
+            # Inputs and outputs are read where they lie.
             outputs = self.request.infer(dict(inputs), share_inputs=True, share_outputs=True)
-            return {name: np.array(outputs[i]) for i, name in enumerate(self.output_names)}
+            yield {name: outputs[i] for i, name in enumerate(self.output_names)}
 
     def products(self, graph: bytes) -> List[Product]:
         """The products of the compiled graph: the name of a primitive ends in its precision."""
