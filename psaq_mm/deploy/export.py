@@ -337,6 +337,7 @@ def export_model(
     """
     try:
         from psaq_mm.deploy.lowering import WeightStore, lower
+        from psaq_mm.deploy.tensorrt import check_tensorrt
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
     spec = spec_of(model)
@@ -346,7 +347,7 @@ def export_model(
     if dynamic:
         check_dynamic(model, parts)
         sizes = [tuple(-(-s // MULTIPLE) * MULTIPLE for s in sizes[0])]
-    exportable = make_exportable(model)
+    exportable = make_exportable(model, spec.target)
     image = _image_settings(model)
     tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
     graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
@@ -361,6 +362,8 @@ def export_model(
         entries.append(
             dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None)
         )
+    if spec.target == 'tensorrt':
+        check_tensorrt([graph.model for graph in lowered.values()], store.weights)
     manifest = dict(
         psaq_mm=psaq_mm.__version__,
         label=spec.label,
