@@ -142,5 +142,13 @@ def execution(deployed, size: Tuple[int, int]) -> str:
     facts += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
     facts += [EXPLAINED[session.kernels]] if session.kernels != 'integer' else []
     lines = [f'{deployed.runtime}, {size[0]} x {size[1]}: ' + ', '.join(facts)]
-    lines += [f'  float: {product.name} ({product.kind})' for product in products if product.how == 'float']
+    by_reason: Dict[str, List[str]] = {}
+    for product in products:
+        if product.how == 'float':
+            by_reason.setdefault(product.why, []).append(f'{product.name} ({product.kind})')
+    for why, names in by_reason.items():
+        if why:
+            lines += [f'  float, {why}:', *(f'    {name}' for name in names)]
+        else:
+            lines += [f'  float: {name}' for name in names]
     return '\n'.join(lines)
