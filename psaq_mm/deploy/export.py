@@ -386,6 +386,7 @@ def export_model(
     """
     try:
         from psaq_mm.deploy.lowering import WeightStore
+        from psaq_mm.deploy.tensorrt import check_tensorrt
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
     spec = spec_of(model)
@@ -398,13 +399,17 @@ def export_model(
     decoding = _detector(model) if parts.task == 'detection' else None
     if decoding is not None and decoding.settings is not None and parts.dense:
         parts = parts._replace(channel_last=decoding.part == 'roi_head')
-    exportable, store = make_exportable(model), WeightStore()
+    exportable, store = make_exportable(model, spec.target), WeightStore()
     image = _image_settings(model)
     dense = _dense_graphs(exportable, parts, sizes, store, channels=image['channels'], opset=opset, dynamic=dynamic)
     parts = dense.graph.parts if decoding is None else decoding.parts(dense.graph.parts)
     detector = decoding.settings if decoding is not None and dense.graph.parts.dense else None
     heads = [] if detector is None else _export_heads(model, exportable, store, opset)
     graphs = [dense.lowered[sizes[0]], *(head.graph for head in heads)]
+    if spec.target == 'tensorrt':
+        check_tensorrt(
+            [graph.model for graph in (*dense.lowered.values(), *(head.graph for head in heads))], store.weights
+        )
     manifest = dict(
         psaq_mm=psaq_mm.__version__,
         label=spec.label,

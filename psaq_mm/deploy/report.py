@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterable, List, Tuple
 
 from psaq_mm.deploy.exportable import ExportableModel
 from psaq_mm.deploy.parts import rest_state
+from psaq_mm.deploy.symbols import CAST_VALUE
 from psaq_mm.errors import first_of
 from psaq_mm.quantization import ConversionReport
 from psaq_mm.runtime.kernels import EXPLAINED
@@ -98,9 +99,10 @@ def _is_integer(name: str, producer) -> bool:
         'Slice',
         'Concat',
         'Gather',
+        'DepthToSpace',
     ):
         node = producer.get(node.input[0])
-    return node is not None and node.op_type == 'DequantizeLinear'
+    return node is not None and (node.op_type == 'DequantizeLinear' or node.output[0].endswith(CAST_VALUE))
 
 
 def summary(rows: List[Dict[str, Any]]) -> str:
@@ -140,5 +142,13 @@ def execution(deployed, size: Tuple[int, int]) -> str:
     facts += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
     facts += [EXPLAINED[session.kernels]] if session.kernels != 'integer' else []
     lines = [f'{deployed.runtime}, {size[0]} x {size[1]}: ' + ', '.join(facts)]
-    lines += [f'  float: {product.name} ({product.kind})' for product in products if product.how == 'float']
+    by_reason: Dict[str, List[str]] = {}
+    for product in products:
+        if product.how == 'float':
+            by_reason.setdefault(product.why, []).append(f'{product.name} ({product.kind})')
+    for why, names in by_reason.items():
+        if why:
+            lines += [f'  float, {why}:', *(f'    {name}' for name in names)]
+        else:
+            lines += [f'  float: {name}' for name in names]
     return '\n'.join(lines)

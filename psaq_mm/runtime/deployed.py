@@ -244,13 +244,14 @@ class DeployedModel:
         heads = HeadSessions(self.manifest['heads'], self._session) if self._detector.box else None
         outputs, names = [], self.manifest['outputs']
         height, width = images.shape[2:]
+        last = set(names['levels']) <= set(names.get('channel_last') or ())
         for i, info in enumerate(infos):
             # The maps are read where the runtime wrote them: those of one picture may be 80 MB.
             with session.borrowed({'images': fitting[i : i + 1]}) as borrowed:
                 maps = self._cut(borrowed, height, width)
                 levels = [maps[name] for name in names['levels']]
                 dense = _nested(names['dense'], maps)
-                outputs += detect(self._detector, levels, dense, heads, [info], self.threads or _cores())
+                outputs += detect(self._detector, levels, dense, heads, [info], self.threads or _cores(), last)
         return outputs
 
     def normalize(self, images: Union[np.ndarray, Sequence[np.ndarray]]) -> np.ndarray:
