@@ -158,6 +158,7 @@ class Lowering:
         self.packed: Dict[str, Union[int, np.ndarray]] = {}
         self.unshared: Set[str] = set()
         self.readers: Counter = Counter()
+        self.quantized: Dict[Tuple[str, str], str] = {}
 
     # ------------------------------------------------------------------ building blocks
     def constant(self, name: str, array: np.ndarray) -> str:
@@ -177,6 +178,8 @@ class Lowering:
 
     # ------------------------------------------------------------------ symbols
     def quantizer(self, x: str, name: str) -> str:
+        if (x, name) in self.quantized:
+            return self.quantized[x, name]
         codes = self.exportable.quantizers[name]
         if codes.log_base is None:
             return self.values(self.codes(x, name), name)
@@ -188,7 +191,14 @@ class Lowering:
         self.out.values[name].append(value)
         return value
 
+    def quantized_before(self, x: str, name: str, output: str) -> str:
+        """``x`` is what :meth:`codes` or :meth:`quantizer` of ``output`` gives."""
+        self.quantized[output, name] = x
+        return output
+
     def codes(self, x: str, name: str) -> str:
+        if (x, name) in self.quantized:  # no row of ``out.codes``: the graph does not compute them
+            return self.quantized[x, name]
         codes = self.exportable.quantizers[name]
         key = 'codes', x, codes
         if key not in self.known:
@@ -275,6 +285,24 @@ class Lowering:
             self.known[key] = self.node('DequantizeLinear', [codes, *parameters], value, axis=weight.axis)
         return self.known[key]
 
+    def weight_rows(self, places: str, name: str, output: str) -> str:
+        """Rows of a weight, dequantized. Their scales are no constants, which DequantizeLinear would need."""
+        weight, columns = self.exportable.weights[name], (-1, 1)
+        codes = f'{name}.weight.codes'
+        self.new_initializers[codes] = weight.codes.flatten(1).numpy()
+        if weight.bits <= PACKED_BITS:
+            low = _least_codes(weight)
+            self.packed[codes] = low if isinstance(low, int) else low.reshape(columns)
+        rows = self.node('Gather', [codes, places], f'{output}.codes', axis=0)
+        value = self.node('Cast', [rows], f'{output}.numbers', to=TensorProto.FLOAT)
+        if bool(weight.zero_point.any()):
+            zero = self.constant(f'{name}.rows.zero_point', weight.zero_point.float().numpy().reshape(columns))
+            value = self.node(
+                'Sub', [value, self.node('Gather', [zero, places], f'{output}.zero')], f'{output}.centred'
+            )
+        scale = self.constant(f'{name}.rows.scale', weight.scale.numpy().reshape(columns))
+        return self.node('Mul', [value, self.node('Gather', [scale, places], f'{output}.scale')], output)
+
     def position_bias(self, scores: str, name: str, output: str) -> str:
         """Scores plus the position bias. The runtime looks the table up when it loads."""
         table, index = self.exportable.positions[name]
@@ -359,6 +387,8 @@ class Lowering:
             'LookUp': lambda: self.look_up(x, settings, output),
             'Tap': lambda: self.tap(x, name),
             'Weight': lambda: self.weight(name),
+            'WeightRows': lambda: self.weight_rows(x, name, output),
+            'Quantized': lambda: self.quantized_before(x, name, output),
             'PositionBias': lambda: self.position_bias(x, name, output),
             'WindowMask': lambda: self.window_mask(x, tuple(settings['windows']), settings['value'], output),
         }[node.op_type]()
