@@ -161,20 +161,30 @@ def _pictures(size: Tuple[int, int], number: int, image_spec):
 
 
 def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) -> None:
-    from psaq_mm.deploy.verify import verify
+    from psaq_mm.deploy.verify import verify, verify_glue
     from psaq_mm.models import TaskModel
 
     failed = []
+    glue_failed = False
     for number, size in enumerate(verified_sizes(exported)):
         images = _pictures(size, number, TaskModel(model).image_spec)
         for runtime in runtimes:
             verification = verify(model, exported, images, runtime, threads)
             print(verification.to_table(brief=number > 0), flush=True)
             failed += [] if verification.good else [f'{runtime} at {size[0]} x {size[1]}']
+        if exported.manifest['detector'] is not None:
+            agreement = verify_glue(model, images)
+            print(f'{size[0]} x {size[1]}: {agreement}', flush=True)
+            glue_failed = glue_failed or not agreement.good
     if failed:
         raise PsaqError(
             f"the integer codes in {' and '.join(failed)} are further from the fake-quantized model's than 99.9 % "
             f'equal and one step: see the lines marked above; {exported.directory} was written all the same'
+        )
+    if glue_failed:
+        raise PsaqError(
+            f"boxes and masks that are decoded without PyTorch differ from mmdet's: see the lines marked above; "
+            f'{exported.directory} was written all the same'
         )
 
 
