@@ -126,11 +126,17 @@ def export(
         The quantized model and :class:`psaq_mm.deploy.export.ExportedModel`.
     """
     from psaq_mm.deploy.export import OPSET, check_opset, export_model
+    from psaq_mm.engine.pipelines import pipeline_steps
 
     check_opset(opset or OPSET)
     model, checkpoint = build_student(config, checkpoint_path, *stated)
-    classes = (checkpoint['meta'].get('dataset_meta') or {}).get('classes')
-    return model, export_model(model, out, sizes or default_sizes(config), opset or OPSET, classes, dynamic)
+    meta = checkpoint['meta'].get('dataset_meta') or {}
+    test = pipeline_steps(config)
+    if test.unknown:
+        print(f'pictures are taken as they come, in the size of the network: the test pipeline has {test.unknown}')
+    said = dict(pipeline=test.pipeline, pad_divisor=test.pad_divisor, slide=test.slide, palette=meta.get('palette'))
+    sizes = sizes or default_sizes(config)
+    return model, export_model(model, out, sizes, opset or OPSET, meta.get('classes'), dynamic, said)
 
 
 _FEW_PIXELS = 512 * 512
