@@ -103,7 +103,7 @@ EXTRAS = {
     # The maintained forks, in place of the three above. mmseg's asks for numpy 2, and with it torch 2.3 or later.
     'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain'],
     'timm': ['timm>=1.0'],
-    'deploy': ['onnx>=1.15', 'onnxruntime>=1.18', 'openvino>=2024.4'],
+    'deploy': ['onnx>=1.15', 'onnxruntime>=1.18', 'openvino>=2024.4', 'safetensors>=0.4'],
     'test': ['pytest>=7', 'pytest-xdist', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino', *CHECKS],
 }
 EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in ('onedl', 'test') for line in lines})

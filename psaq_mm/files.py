@@ -5,12 +5,14 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Iterator, Union
 
 from psaq_mm.errors import PsaqError
 
-__all__ = ['file_sha256', 'locked', 'whole_file', 'write_whole']
+__all__ = ['file_sha256', 'locked', 'whole_file', 'whole_folder', 'write_whole']
 
 PathLike = Union[str, 'os.PathLike[str]']
 
@@ -82,6 +84,28 @@ def whole_file(path: PathLike) -> Iterator[Path]:
         raise OSError(errno.ENOSPC, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: PathLike) -> Iterator[Path]:
+    """A folder to write into, beside ``path``; it is moved there at the end, in place of a folder that is there, so a
+    reader never sees half of one. If the block fails, the old folder stays as it was.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    try:
+        yield partial
+        os.chmod(partial, 0o755)  # mkdtemp keeps others out
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f'.{path.name}.old.', dir=path.parent))
+            os.replace(path, old / path.name)
+            os.replace(partial, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(path: PathLike, content: Union[str, bytes]) -> None:

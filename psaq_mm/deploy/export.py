@@ -1,11 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Export of a quantized model: a directory that a runtime executes with integers."""
 
-import inspect
-import io
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -14,8 +11,9 @@ from torch import Tensor, nn
 
 import psaq_mm
 from psaq_mm.deploy.exportable import ExportableModel, make_exportable
+from psaq_mm.deploy.heads import HeadPlace, head_places, input_entry, trace_head, why_roi_apart
 from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower, rest_state, with_task_of_outputs
-from psaq_mm.deploy.symbols import DOMAIN
+from psaq_mm.deploy.tracing import trace
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
@@ -45,6 +43,7 @@ class ExportedModel(NamedTuple):
         graphs: :class:`.lowering.LoweredGraph` by size.
         weights: :class:`.bundle.Weight` by name.
         parts: What of the model is in the graphs.
+        heads: Graphs of box and mask heads; none where the library runs them.
     """
 
     directory: Path
@@ -53,6 +52,7 @@ class ExportedModel(NamedTuple):
     graphs: Mapping
     weights: Mapping
     parts: GraphParts
+    heads: Sequence['HeadExport'] = ()
 
 
 class GraphModel(nn.Module):
@@ -184,42 +184,17 @@ def _trace(graph: GraphModel, size: Tuple[int, int], channels: int, opset: int, 
     Returns:
         ONNX model, and the shapes of its outputs by name.
     """
-    import onnx
-
     images = torch.zeros(1, channels, *size)
     tracing.begin(False)
     with torch.no_grad():
         outputs = graph(images)  # names the outputs
     shapes = {name: tuple(output.shape) for name, output in zip(graph.names, outputs)}
     tracing.begin(dynamic)
-    file = io.BytesIO()
-    settings: Dict[str, Any] = dict(
-        input_names=['images'],
-        output_names=list(graph.names),
-        opset_version=opset,
-        custom_opsets={DOMAIN: 1},
-        do_constant_folding=True,
-    )
+    axes: Dict[str, Dict[int, str]] = {}
     if dynamic:
         maps = [name for name, shape in shapes.items() if len(shape) == 4]
-        settings['dynamic_axes'] = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in ('images', *maps)}
-    if 'dynamo' in inspect.signature(torch.onnx.export).parameters:
-        settings['dynamo'] = False  # the default exporter of newer PyTorch does not know the symbols
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')  # it warns that sizes become constants, as they should
-        try:
-            torch.onnx.export(graph, (images,), file, **settings)
-        except Exception as error:  # its own errors, and any other one that an unknown operator leads to
-            raise NotInGraph(
-                f'the exporter ends in "{(str(error).strip() or type(error).__name__).splitlines()[0]}"'
-            ) from error
-    model = onnx.load_model_from_string(file.getvalue())
-    foreign = sorted(
-        {f'{node.domain}::{node.op_type}' for node in model.graph.node if node.domain not in ('', 'ai.onnx', DOMAIN)}
-    )
-    if foreign:
-        raise NotInGraph(f'it needs {" and ".join(foreign)}, which ONNX does not have')
-    return model, shapes
+        axes = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in ('images', *maps)}
+    return trace(graph, dict(images=images), graph.names, opset, axes), shapes
 
 
 def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
@@ -273,9 +248,8 @@ def _image_settings(model: nn.Module) -> Dict[str, Any]:
     )
 
 
-def _interface(model: nn.Module, graph: GraphModel) -> Dict[str, Any]:
+def _interface(model: nn.Module, graph: GraphModel, parts: GraphParts) -> Dict[str, Any]:
     """What the manifest says of the model and the graph's outputs."""
-    parts = graph.parts
     outputs = dict(
         names=list(graph.names),
         levels=[n for n in graph.names if n.startswith('level_')],
@@ -292,20 +266,73 @@ def _interface(model: nn.Module, graph: GraphModel) -> Dict[str, Any]:
     )
 
 
-def _rows(graph, exportable: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
-    """Rows of the report: without weights outside of the graph, and with a row for each part that runs in PyTorch."""
+def _rows(graphs: Sequence, exportable: ExportableModel, report, parts: GraphParts) -> List[Dict[str, Any]]:
+    """Rows of the report: without weights outside of the graphs, and with a row for each part that runs in PyTorch."""
     from psaq_mm.deploy.report import tensor_rows
 
     inside = tuple(f'{p}.' if p else '' for p in parts.prefixes)
-    rows = [
-        row
-        for row in tensor_rows(graph, exportable, report)
-        if row['kind'] != 'weight' or row['name'].startswith(inside)
-    ]
-    return rows + [
+    rows: Dict[Tuple, Dict[str, Any]] = {}  # what several graphs hold has one
+    for graph in graphs:
+        for row in tensor_rows(graph, exportable, report):
+            if row['kind'] != 'weight' or row['name'].startswith(inside):
+                rows.setdefault(tuple(row.items()), row)
+    return list(rows.values()) + [
         dict(name=name, kind='part', type='float32', reason=f'runs in PyTorch: {reason}')
         for name, reason in parts.outside.items()
     ]
+
+
+class HeadExport(NamedTuple):
+    """A box or mask head in an export.
+
+    Attributes:
+        place: Which one.
+        graph: Its :class:`.lowering.LoweredGraph`.
+        entry: Its entry in the manifest.
+    """
+
+    place: HeadPlace
+    graph: Any
+    entry: Dict[str, Any]
+
+
+def _export_heads(model: nn.Module, exportable: ExportableModel, store: Any, opset: int) -> List[HeadExport]:
+    from psaq_mm.deploy.lowering import lower
+
+    heads = []
+    for place in head_places(model):
+        graph = lower(trace_head(exportable, place, opset), exportable, store)
+        outputs = {name: name for name in place.outputs}
+        entry = dict(file=place.file, weights=graph.weights, input=input_entry(exportable, place), outputs=outputs)
+        heads.append(HeadExport(place, graph, entry))
+    return heads
+
+
+def _detector(model: nn.Module, parts: GraphParts) -> Tuple[Optional[Dict[str, Any]], GraphParts]:
+    """What the glue between the graphs of a detector needs (None: the library decodes its boxes), and the parts with
+    the reason why, or with the RoI heads.
+    """
+    if parts.task != 'detection' or parts.dense is None:
+        return None, parts
+    name = 'roi_head' if getattr(model, 'roi_head', None) is not None else 'decoding of boxes'
+    reason, settings = why_roi_apart(model), None
+    if reason is None:
+        try:
+            from psaq_mm.deploy.detectors import detector_settings
+
+            settings = detector_settings(model)
+        except ImportError:  # not there yet
+            return {}, parts._replace(prefixes=(*parts.prefixes, *(n for n in (name,) if n == 'roi_head')))
+        except UnsupportedModelError as error:
+            reason = str(error)
+    if settings is None:
+        return None, parts._replace(outside={**parts.outside, name: reason})
+    return settings.to_dict(), parts._replace(prefixes=(*parts.prefixes, *(n for n in (name,) if n == 'roi_head')))
+
+
+def _is_complete(parts: GraphParts, detector: Optional[Mapping]) -> bool:
+    """Whether an export gives final predictions without the library."""
+    return detector is not None or parts.task in ('classification', 'segmentation') and not parts.outside
 
 
 def export_model(
@@ -337,6 +364,7 @@ def export_model(
     """
     try:
         from psaq_mm.deploy.lowering import WeightStore, lower
+        from psaq_mm.deploy.tensorrt import check_tensorrt
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
     spec = spec_of(model)
@@ -346,12 +374,12 @@ def export_model(
     if dynamic:
         check_dynamic(model, parts)
         sizes = [tuple(-(-s // MULTIPLE) * MULTIPLE for s in sizes[0])]
-    exportable = make_exportable(model)
+    exportable, store = make_exportable(model, spec.target), WeightStore()
     image = _image_settings(model)
     tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
     graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
     finish = task_of(model).finish_settings(model, graph.parts.dense, shapes)
-    store, lowered, entries, strides = WeightStore(), {}, [], {}
+    lowered, entries, strides = {}, [], {}
     for size in sizes:
         if size != sizes[0]:
             traced, shapes = _trace(graph, size, tracing=exportable.tracing, **tracing)
@@ -361,6 +389,10 @@ def export_model(
         entries.append(
             dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None)
         )
+    detector, parts = _detector(model, graph.parts)
+    heads = [] if detector is None else _export_heads(model, exportable, store, opset)
+    if spec.target == 'tensorrt':
+        check_tensorrt([g.model for g in (*lowered.values(), *(head.graph for head in heads))], store.weights)
     manifest = dict(
         psaq_mm=psaq_mm.__version__,
         label=spec.label,
@@ -368,13 +400,18 @@ def export_model(
         opset=opset,
         classes=list(classes or ()),
         graphs=entries,
+        heads={kind: [h.entry for h in heads if h.place.kind == kind] for kind in ('box', 'mask')} if heads else None,
+        detector=detector,
+        complete=_is_complete(parts, detector),
         strides=strides,
-        tensors=_rows(lowered[sizes[0]], exportable, report_of(model), graph.parts),
+        tensors=_rows([lowered[sizes[0]], *(head.graph for head in heads)], exportable, report_of(model), parts),
         **image,
-        **_interface(model, graph),
+        **_interface(model, graph, parts),
         **finish,
     )
     files = {entry['file']: lowered[tuple(entry['size'])].model.SerializeToString() for entry in entries}
-    rest = {name: value.detach().cpu().numpy() for name, value in rest_state(model, graph.parts.prefixes).items()}
-    directory = write_bundle(out, manifest, files, store.weights, rest)
-    return ExportedModel(directory, manifest, exportable, lowered, store.weights, graph.parts)
+    files.update({head.place.file: head.graph.model.SerializeToString() for head in heads})
+    rest = {} if manifest['complete'] else rest_state(model, parts.prefixes)
+    arrays = {name: value.detach().cpu().numpy() for name, value in rest.items()}
+    directory = write_bundle(out, manifest, files, store.weights, arrays)
+    return ExportedModel(directory, manifest, exportable, lowered, store.weights, parts, heads)

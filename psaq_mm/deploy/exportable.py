@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psaq_mm.deploy import symbols, windows
+from psaq_mm.deploy.heads import read_channels_last_
 from psaq_mm.deploy.pooling import LinearPooling
 from psaq_mm.errors import NotCalibratedError, UnsupportedModelError
 from psaq_mm.models.adapters.match import class_named
@@ -75,6 +76,7 @@ class IntegerWeight:
             to it.
         layer: Name of its layer; None for a constant that the export adds.
         channels: The output channels of the layer that it holds, as (first, past the last); None: all.
+        arrange: Codes of the layer's own weight to these; None: they have its layout (a linear map's, transposed).
         apart: Whether the zero points are left out of the product. The product is then of the codes alone, and what the
             zero points add to it (the sum of the input times one number for each channel) is added afterwards: no
             runtime has an integer kernel for weights with zero points of their channels.
@@ -90,6 +92,7 @@ class IntegerWeight:
     layer: Optional[str] = None
     channels: Optional[Tuple[int, int]] = None
     apart: bool = False
+    arrange: Optional[TensorFunction] = None
 
 
 @dataclass
@@ -109,6 +112,10 @@ class ExportableModel:
         tracing: State of the current trace.
         notes: By layer, why a part of it is exported in another way than usual.
         names: Names of the modules of the copy.
+        unshuffled: By transposed convolution that is an ordinary one and a shuffle (:func:`spread_out`), its forward
+            before the shuffle.
+        target: As :attr:`.QuantSpec.target`. For ``'tensorrt'`` every quantizer is a pair of QuantizeLinear and
+            DequantizeLinear where the model has it: attention is plain, and nothing moves codes around.
     """
 
     model: nn.Module
@@ -120,9 +127,11 @@ class ExportableModel:
     tracing: windows.Tracing = field(default_factory=windows.Tracing)
     notes: Dict[str, str] = field(default_factory=dict)
     names: Dict[nn.Module, str] = field(default_factory=dict)
+    unshuffled: Dict[str, TensorFunction] = field(default_factory=dict)
+    target: str = 'default'
 
 
-def make_exportable(model: nn.Module) -> ExportableModel:
+def make_exportable(model: nn.Module, target: str = 'default') -> ExportableModel:
     """Copy a calibrated, quantized model into a form that can be traced.
 
     Batch normalization after a convolution is folded into scale and bias of the *integer* weight: the codes are still
@@ -130,12 +139,13 @@ def make_exportable(model: nn.Module) -> ExportableModel:
 
     Args:
         model: Quantized, in any mode; it is not changed.
+        target: As :attr:`.QuantSpec.target` of the model.
 
     Raises:
         NotCalibratedError: A quantizer has no range.
         UnsupportedModelError: The model is not quantized.
     """
-    exportable = ExportableModel(copy.deepcopy(model).cpu().float())
+    exportable = ExportableModel(copy.deepcopy(model).cpu().float(), target=target)
     network = exportable.model
     network.eval()  # not chained: it returns None in mmdet and mmseg
     if next(quantizers(network), None) is None:
@@ -151,6 +161,7 @@ def make_exportable(model: nn.Module) -> ExportableModel:
     for name, module in modules.items():  # before weights become integers: this moves their channels
         if class_named(module, PATCH_MERGING):
             _rewrite_merging(exportable, name, module)
+    exportable.orders.update(read_channels_last_(network))
     attentions = _rewrite_attentions(exportable, modules)
     operands = [o for row in attentions.values() for o in (row.operands or {}).values()]
     shifts = {operand.quantizer: operand.shift for operand in operands}
@@ -218,8 +229,11 @@ def _rewrite_layer(
             return weight.t() if linear else weight
     else:
         integer = exportable.weights[name] = _integer_weight(original, name, layer)
+        if _is_spread(layer):
+            _rewrite_spread(exportable, name, layer, bias)
+            return
         integer.bias = bias = bias if conv_module is None else _fold_norm(exportable, name, integer, bias, conv_module)
-        if linear and _is_affine(layer.input_quantizer):
+        if linear and _is_affine(layer.input_quantizer) and exportable.target == 'default':
             _centre(integer, layer.input_quantizer)
             layer.forward = _product_forward(exportable, name, layer)
             return
@@ -250,6 +264,52 @@ def _conv(layer: nn.Module, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -
 def _transposed(layer: nn.Module, x: Tensor, weight: Tensor, bias: Optional[Tensor], output_size=None) -> Tensor:
     padding = layer._output_padding(x, output_size, layer.stride, layer.padding, layer.kernel_size, 2, layer.dilation)
     return F.conv_transpose2d(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+
+
+def _is_spread(layer: nn.Module) -> bool:
+    """Whether a layer is a transposed convolution whose kernel covers each output position once, as in mask heads: its
+    stride is its size.
+    """
+    return (
+        isinstance(layer, nn.ConvTranspose2d)
+        and layer.kernel_size == layer.stride
+        and len(set(layer.stride)) == 1
+        and layer.groups == 1
+        and set(layer.padding) | set(layer.output_padding) == {0}
+        and layer.dilation == (1, 1)
+    )
+
+
+def spread_out(codes: Tensor) -> Tensor:
+    """The kernel (in, out, k, k) of a transposed convolution of stride k as that of a 1 x 1 convolution, (out * k * k,
+    in, 1, 1). A shuffle of channels to positions (``pixel_shuffle``) follows.
+    """
+    return codes.permute(1, 2, 3, 0).reshape(-1, codes.shape[0], 1, 1)
+
+
+def _rewrite_spread(exportable: ExportableModel, name: str, layer: nn.Module, bias: Optional[Tensor]) -> None:
+    """Replace the forward of a transposed convolution that :func:`_is_spread` by that of a 1 x 1 convolution and a
+    shuffle: the same codes and scales. No runtime has an integer kernel for the transposed one.
+    """
+    weight, side = exportable.weights[name], layer.stride[0]
+
+    def repeated(channels: Tensor) -> Tensor:
+        return channels.repeat_interleave(side * side)
+
+    weight.codes, weight.axis, weight.arrange = spread_out(weight.codes).contiguous(), 0, spread_out
+    weight.scale, weight.zero_point = repeated(weight.scale), repeated(weight.zero_point)
+    weight.low = repeated(weight.low) if isinstance(weight.low, Tensor) else weight.low
+    weight.bias = None if bias is None else repeated(bias)
+    sums, read = _sums_apart(exportable, name, layer), _reader(exportable, name)
+
+    def unshuffled(x: Tensor) -> Tensor:
+        x = layer.input_quantizer(x)
+        out = F.conv2d(x, read(x), weight.bias)
+        return out if sums is None else out + F.conv2d(x, sums.ones(x)) * sums.factors
+
+    exportable.unshuffled[name] = unshuffled
+    # The size of its output cannot be chosen: there is one.
+    layer.forward = lambda x, output_size=None: apply_edge(layer.output_quantizer, F.pixel_shuffle(unshuffled(x), side))
 
 
 def _product_forward(exportable: ExportableModel, name: str, layer: nn.Module) -> TensorFunction:
@@ -358,7 +418,8 @@ def _rewrite_attentions(
     rows = {}
     for name, module in modules.items():
         if isinstance(module, QuantWindowMSAMixin):
-            operands = _split_projection(exportable, name, module) if _has_integer_products(module) else None
+            integer = exportable.target == 'default' and _has_integer_products(module)
+            operands = _split_projection(exportable, name, module) if integer else None
             exportable.positions[name] = (
                 module.relative_position_bias_table.detach().t().contiguous(),
                 module.relative_position_index,

@@ -25,7 +25,7 @@ from psaq_mm.quantization.logarithmic import BASES, LEAST
 from psaq_mm.runtime.bundle import PACKED_BITS, Weight
 from psaq_mm.runtime.kernels import NARROW
 
-__all__ = ['LoweredGraph', 'WeightStore', 'lower']
+__all__ = ['LoweredGraph', 'Lowering', 'WeightStore', 'lower']
 
 IN_GRAPH_BYTES = 1024
 """Tensors up to this size stay in the graph: shapes, scales of one value, the axes of a reduction."""
@@ -144,7 +144,9 @@ def _dtype(codes: Codes):
     return np.int8 if codes.low < 0 or codes.shift is not None else np.uint8
 
 
-class _Lowering:
+class Lowering:
+    """One graph on its way from symbols to ONNX operations. A target has its own operations in a subclass."""
+
     def __init__(self, model: onnx.ModelProto, exportable: ExportableModel, store: WeightStore):
         self.graph, self.exportable, self.store = model.graph, exportable, store
         self.out = LoweredGraph(model, layouts=dict(exportable.tracing.layouts))
@@ -156,6 +158,7 @@ class _Lowering:
         self.packed: Dict[str, Union[int, np.ndarray]] = {}
         self.unshared: Set[str] = set()
         self.readers: Counter = Counter()
+        self.quantized: Dict[Tuple[str, str], str] = {}
 
     # ------------------------------------------------------------------ building blocks
     def constant(self, name: str, array: np.ndarray) -> str:
@@ -175,6 +178,8 @@ class _Lowering:
 
     # ------------------------------------------------------------------ symbols
     def quantizer(self, x: str, name: str) -> str:
+        if (x, name) in self.quantized:
+            return self.quantized[x, name]
         codes = self.exportable.quantizers[name]
         if codes.log_base is None:
             return self.values(self.codes(x, name), name)
@@ -186,7 +191,14 @@ class _Lowering:
         self.out.values[name].append(value)
         return value
 
+    def quantized_before(self, x: str, name: str, output: str) -> str:
+        """``x`` is what :meth:`codes` or :meth:`quantizer` of ``output`` gives."""
+        self.quantized[output, name] = x
+        return output
+
     def codes(self, x: str, name: str) -> str:
+        if (x, name) in self.quantized:  # no row of ``out.codes``: the graph does not compute them
+            return self.quantized[x, name]
         codes = self.exportable.quantizers[name]
         key = 'codes', x, codes
         if key not in self.known:
@@ -273,6 +285,24 @@ class _Lowering:
             self.known[key] = self.node('DequantizeLinear', [codes, *parameters], value, axis=weight.axis)
         return self.known[key]
 
+    def weight_rows(self, places: str, name: str, output: str) -> str:
+        """Rows of a weight, dequantized. Their scales are no constants, which DequantizeLinear would need."""
+        weight, columns = self.exportable.weights[name], (-1, 1)
+        codes = f'{name}.weight.codes'
+        self.new_initializers[codes] = weight.codes.flatten(1).numpy()
+        if weight.bits <= PACKED_BITS:
+            low = _least_codes(weight)
+            self.packed[codes] = low if isinstance(low, int) else low.reshape(columns)
+        rows = self.node('Gather', [codes, places], f'{output}.codes', axis=0)
+        value = self.node('Cast', [rows], f'{output}.numbers', to=TensorProto.FLOAT)
+        if bool(weight.zero_point.any()):
+            zero = self.constant(f'{name}.rows.zero_point', weight.zero_point.float().numpy().reshape(columns))
+            value = self.node(
+                'Sub', [value, self.node('Gather', [zero, places], f'{output}.zero')], f'{output}.centred'
+            )
+        scale = self.constant(f'{name}.rows.scale', weight.scale.numpy().reshape(columns))
+        return self.node('Mul', [value, self.node('Gather', [scale, places], f'{output}.scale')], output)
+
     def position_bias(self, scores: str, name: str, output: str) -> str:
         """Scores plus the position bias. The runtime looks the table up when it loads."""
         table, index = self.exportable.positions[name]
@@ -292,18 +322,17 @@ class _Lowering:
             count, tokens = array.shape
             base = f'window_mask_{"x".join(map(str, windows))}'
             queries, keys = (
-                self.node(
-                    'Cast',
-                    [self.constant(f'{base}.{which}', array.reshape(shape))],
-                    f'{base}.{which}.int32',
-                    to=TensorProto.INT32,
-                )
+                self.regions(f'{base}.{which}', array.reshape(shape))
                 for which, shape in (('queries', (count, 1, tokens, 1)), ('keys', (count, 1, 1, tokens)))
             )
             same = self.node('Equal', [queries, keys], f'{base}.same')
             ends = [self.scalar(0, f'{base}.zero'), self.scalar(value, f'{base}.masked')]
             self.known[key] = self.node('Where', [same, *ends], f'{base}.mask')
         return self.node('Add', [scores, self.known[key]], output)
+
+    def regions(self, name: str, parts: np.ndarray) -> str:
+        """Small numbers, uint8 on disk, as int32."""
+        return self.node('Cast', [self.constant(name, parts)], f'{name}.int32', to=TensorProto.INT32)
 
     def look_up(self, rows: str, settings: Mapping, output: str) -> str:
         """Rows at places, which the runtime computes when it loads."""
@@ -358,6 +387,8 @@ class _Lowering:
             'LookUp': lambda: self.look_up(x, settings, output),
             'Tap': lambda: self.tap(x, name),
             'Weight': lambda: self.weight(name),
+            'WeightRows': lambda: self.weight_rows(x, name, output),
+            'Quantized': lambda: self.quantized_before(x, name, output),
             'PositionBias': lambda: self.position_bias(x, name, output),
             'WindowMask': lambda: self.window_mask(x, tuple(settings['windows']), settings['value'], output),
         }[node.op_type]()
@@ -419,7 +450,10 @@ def lower(model: onnx.ModelProto, exportable: ExportableModel, store: WeightStor
         exportable: What the symbols stand for.
         store: Gets the large tensors.
     """
-    return _Lowering(model, exportable, store).run()
+    kind = Lowering
+    if exportable.target == 'tensorrt':
+        from psaq_mm.deploy.tensorrt import TensorRTLowering as kind  # noqa: N813  # it derives from Lowering
+    return kind(model, exportable, store).run()
 
 
 def with_weights(graph: LoweredGraph, weights: Mapping[str, Weight]) -> onnx.ModelProto:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, List, Tuple
 
 from psaq_mm.deploy.exportable import ExportableModel
+from psaq_mm.deploy.parts import rest_state
 from psaq_mm.errors import first_of
 from psaq_mm.quantization import ConversionReport
-from psaq_mm.runtime.bundle import REST
 from psaq_mm.runtime.kernels import EXPLAINED
 
 __all__ = ['execution', 'sizes_of', 'summary', 'tensor_rows']
@@ -118,10 +118,11 @@ def summary(rows: List[Dict[str, Any]]) -> str:
 
 
 def sizes_of(model, exported) -> Tuple[int, int]:
-    """Bytes of an export (graphs and weights, without :data:`.bundle.REST`), and of the same weights in float32."""
-    on_disk = sum(path.stat().st_size for path in Path(exported.directory).iterdir() if path.name != REST)
+    """Bytes of an export, all files together, and of the same weights in float32."""
+    on_disk = sum(path.stat().st_size for path in Path(exported.directory).iterdir() if path.is_file())
     prefixes = tuple(f'{p}.' if p else '' for p in exported.manifest['replaced'])
-    float32 = sum(4 * p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
+    outside = rest_state(model, exported.manifest['replaced'])
+    float32 = sum(4 * p.numel() for name, p in model.named_parameters() if name.startswith(prefixes) or name in outside)
     return on_disk, float32
 
 

@@ -13,6 +13,7 @@ from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.quantization import adopt
 from psaq_mm.registry import MODELS
 from psaq_mm.runtime import load
+from psaq_mm.runtime.bundle import read_rest
 
 __all__ = ['DeployedBackbone', 'DeployedFeatures', 'DeployedHeadMixin', 'deploy_model_']
 
@@ -150,10 +151,9 @@ def _inherits(model: nn.Module, name: str) -> bool:
 
 
 def _load_rest(model: nn.Module, directory: PathLike, manifest: Mapping) -> None:
-    path = os.path.join(directory, 'rest.npz')
-    if manifest['task'] != 'detection' and not os.path.isfile(path):  # an export of an earlier version
+    rest = read_rest(directory, manifest)
+    if manifest['task'] != 'detection' and not rest:  # an export of an earlier version
         return
-    rest = dict(np.load(path)) if os.path.isfile(path) else {}
     state = rest_state(model, manifest['replaced'])
     misfits = sorted(set(rest) ^ set(state)) or [k for k in state if tuple(state[k].shape) != rest[k].shape]
     if misfits:

@@ -13,7 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ['DOMAIN', 'codes', 'look_up', 'mark_tap', 'position_bias', 'quantizer', 'values', 'weight', 'window_mask']
+__all__ = [
+    'DOMAIN',
+    'codes',
+    'look_up',
+    'mark_tap',
+    'position_bias',
+    'quantized',
+    'quantizer',
+    'values',
+    'weight',
+    'weight_rows',
+    'window_mask',
+]
 
 DOMAIN = 'psaq_mm'
 
@@ -81,6 +93,27 @@ class _Weight(torch.autograd.Function):
         return g.op(f'{DOMAIN}::Weight', name_s=name).setType(one.type().with_sizes(list(shape)))
 
 
+class _Quantized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, name):
+        return x.to(torch.float32, copy=True)
+
+    @staticmethod
+    def symbolic(g, x, name):
+        return g.op(f'{DOMAIN}::Quantized', x, name_s=name).setType(x.type().with_dtype(torch.float32))
+
+
+class _WeightRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, places, name, width):
+        return torch.zeros(len(places), width)
+
+    @staticmethod
+    def symbolic(g, places, name, width):
+        rows = g.op(f'{DOMAIN}::WeightRows', places, name_s=name)
+        return rows.setType(places.type().with_dtype(torch.float32).with_sizes([None, width]))
+
+
 class _WindowMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, windows, value):
@@ -131,6 +164,25 @@ def weight(x: Tensor, name: str, shape: Tuple[int, ...]) -> Tensor:
     """The integer weight ``name`` of this shape, dequantized, to be multiplied with ``x``."""
     # Traced from one value of the input: a tensor of the weight's size would be copied with each node of the graph.
     return _Weight.apply(x.reshape(-1)[0], name, shape)
+
+
+def quantized(x: Tensor, name: str) -> Tensor:
+    """A tensor that is quantized already by ``name``, the input quantizer of the layer that reads it: what the graph
+    has for :func:`codes` of it (where ``x`` is codes) or for :func:`quantizer` of it (where ``x`` is their values).
+    Nothing else may read it.
+    """
+    return _Quantized.apply(x, name)
+
+
+def weight_rows(places: Tensor, name: str, width: int) -> Tensor:
+    """Rows (n, width) of the integer weight ``name`` (channels, width, 1, 1), dequantized.
+
+    Args:
+        places: int64 (n,), the channel of each row.
+        name: Of the weight.
+        width: Its input channels.
+    """
+    return _WeightRows.apply(places, name, width)
 
 
 def position_bias(scores: Tensor, name: str) -> Tensor:

@@ -4,37 +4,59 @@
 ``manifest.json``
     What the model is, the inputs and outputs of its graphs, which tensors are integer, and the size and SHA-256 of
     every other file.
-``graph_<height>x<width>.onnx``
-    One graph for each image size, without its larger weights.
-``weights.bin``
-    The weights of all graphs, each once, one after the other. Weights of 4 bits and fewer are packed, two in a byte,
-    the first one in the low half.
-``rest.npz``
-    Weights that the graph does not hold (the RoI heads of a detector), for an evaluation with the model's own library.
-    The file is missing where there are none.
+``*.onnx``
+    The graphs, without their larger weights.
+``weights.safetensors``
+    The weights of all graphs, each once, by the names that the graphs have for them. Codes of 4 bits and fewer are
+    packed, see :func:`pack`.
+``rest.safetensors``
+    Weights of the parts that run in PyTorch, by their names in the model's state dict. The file is missing where there
+    are none.
 
-It needs NumPy and the standard library only.
+``weights`` of the manifest says what the file of weights alone does not:
+
+``packed``
+    By the name of a packed weight: ``shape`` and ``dtype`` of its codes, and ``low``, its least code, or the name of
+    the tensor with the least code of each channel.
+``same``
+    By the name of a weight that is not in the file, the name of the one with its content.
+
+It needs NumPy, the package safetensors (its numpy part) and the standard library only.
 """
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from psaq_mm.errors import CheckpointError, ConfigError
-from psaq_mm.files import file_sha256
+from psaq_mm.files import file_sha256, whole_folder
+from psaq_mm.runtime.wire import check_message_size
 
-__all__ = ['MANIFEST', 'WEIGHTS', 'REST', 'Weight', 'pack', 'read_manifest', 'read_weights', 'unpack', 'write_bundle']
+__all__ = [
+    'MANIFEST',
+    'PLAIN',
+    'REST',
+    'WEIGHTS',
+    'Weight',
+    'graph_entries',
+    'pack',
+    'read_manifest',
+    'read_rest',
+    'read_weights',
+    'replaceable',
+    'unpack',
+    'write_bundle',
+]
 
-FORMAT, VERSION = 'psaq_mm.deploy', 2
-READABLE = 1, 2
-"""In version 1 all channels of a packed weight have one least code."""
-MANIFEST, WEIGHTS, REST = 'manifest.json', 'weights.bin', 'rest.npz'
+FORMAT, VERSION = 'psaq_mm.deploy', 3
+READABLE = 1, 2, 3
+MANIFEST, WEIGHTS, REST = 'manifest.json', 'weights.safetensors', 'rest.safetensors'
+PLAIN = 'model.json'
+"""What an export of plain ONNX files is told by (:mod:`psaq_mm.deploy.plain_onnx`)."""
 PACKED_BITS = 4
 
 PathLike = Union[str, os.PathLike]
@@ -53,9 +75,12 @@ class Weight(NamedTuple):
     low: Union[int, np.ndarray, None] = None
 
 
-def pack(codes: np.ndarray, low: Union[int, np.ndarray]) -> bytes:
+def pack(codes: np.ndarray, low: Union[int, np.ndarray]) -> np.ndarray:
     """Pack integer codes ``low .. low + 15``, two in a byte, the first one in the low half. The last one of an odd
     number has a byte for itself.
+
+    Returns:
+        uint8 (bytes,).
     """
     nibbles = (codes.astype(np.int16) - np.asarray(low, np.int16)).reshape(-1).astype(np.uint8)
     if nibbles.size and nibbles.max() >> PACKED_BITS:
@@ -64,44 +89,104 @@ def pack(codes: np.ndarray, low: Union[int, np.ndarray]) -> bytes:
         )
     if nibbles.size % 2:
         nibbles = np.append(nibbles, np.uint8(0))
-    return (nibbles[0::2] | nibbles[1::2] << PACKED_BITS).tobytes()
+    return nibbles[0::2] | nibbles[1::2] << PACKED_BITS
 
 
-def unpack(data: bytes, shape: Sequence[int], low: Union[int, np.ndarray], dtype: str) -> np.ndarray:
+def unpack(pairs: np.ndarray, shape: Sequence[int], low: Union[int, np.ndarray], dtype: str) -> np.ndarray:
     """Unpack what :func:`pack` packed."""
-    pairs = np.frombuffer(data, np.uint8)
     nibbles = np.stack([pairs & 0xF, pairs >> PACKED_BITS], axis=1).reshape(-1)[: int(np.prod(shape, dtype=np.int64))]
     return (nibbles.reshape(shape).astype(np.int16) + np.asarray(low, np.int16)).astype(dtype)
 
 
-def _write_weights(path: Path, weights: Mapping[str, Weight]) -> List[Dict[str, Any]]:
-    """Write weights to a file; their rows of the manifest."""
-    rows: List[Dict[str, Any]] = []
-    row_by_content: Dict[Tuple, Dict[str, Any]] = {}
-    with open(path, 'wb') as file:
-        for name, (array, low) in weights.items():
-            content = array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest()
-            if low is None and content in row_by_content:  # the same content is in the file once
-                rows.append(dict(row_by_content[content], name=name))
-                continue
-            packed_from: Dict[str, Union[int, str]] = {}
-            if isinstance(low, np.ndarray):  # a tensor of its own: in the manifest it would be larger than all the rest
-                rows.append(_write_weight(file, f'{name}.least', low))
-                packed_from = dict(packed_from=f'{name}.least')
-            elif low is not None:
-                packed_from = dict(packed_from=int(low))
-            rows.append(dict(_write_weight(file, name, array, low), **packed_from))
-            if low is None:
-                row_by_content[content] = rows[-1]
-    return rows
+def graph_entries(manifest: Mapping) -> List[Mapping]:
+    """What a manifest says of each graph, with its ``file`` and the names of its ``weights``: dense graphs, then those
+    of box heads, then those of mask heads.
+    """
+    heads = manifest.get('heads') or {}
+    return [
+        *manifest.get('graphs', ()),
+        *(graph for kind in ('box', 'mask') for graph in heads.get(kind) or () if graph),
+    ]
 
 
-def _write_weight(
-    file: BinaryIO, name: str, array: np.ndarray, low: Union[int, np.ndarray, None] = None
-) -> Dict[str, Any]:
-    data, offset = np.ascontiguousarray(array).tobytes() if low is None else pack(array, low), file.tell()
-    file.write(data)
-    return dict(name=name, dtype=array.dtype.name, shape=list(array.shape), offset=offset, bytes=len(data))
+# ---------------------------------------------------------------------- safetensors
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise ConfigError(
+            f'the weights of an exported model need the package safetensors ({error}): pip install safetensors'
+        ) from error
+    return safetensors
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    dense = {name: np.asarray(tensor, order='C') for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    _safetensors().numpy.save_file(dense, path, metadata=dict(format='np'))
+    path.chmod(mode)  # the package keeps other users out
+
+
+def _read_tensors(path: Path, names: Optional[Iterable[str]] = None) -> Dict[str, np.ndarray]:
+    """Tensors of a file, all if ``names`` is None. No other ones are read.
+
+    Raises:
+        CheckpointError: It is cut short or changed, or has no tensor of a name.
+    """
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework='np') as file:
+            return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f'{path} is not as it was written ({error}): copy the directory again, or export it again'
+        ) from error
+
+
+# ---------------------------------------------------------------------- writing
+def replaceable(out: PathLike) -> Path:
+    """The absolute path of a directory that an export may be written to: there is none yet, or it is empty, or holds
+    an earlier export.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    out = Path(out).absolute()
+    is_export = any((out / name).is_file() for name in (MANIFEST, PLAIN))
+    if out.exists() and not is_export and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f'{out} exists and is no exported model: give --out another directory')
+    return out
+
+
+def _write_weights(path: Path, weights: Mapping[str, Weight]) -> Dict[str, Dict[str, Any]]:
+    """Write weights to a file; what the manifest says of them."""
+    tensors: Dict[str, np.ndarray] = {}
+    packed: Dict[str, Dict[str, Any]] = {}
+    same: Dict[str, str] = {}
+    name_by_content: Dict[Tuple, str] = {}
+    for name, (array, low) in weights.items():
+        content = array.dtype.name, array.shape, hashlib.sha256(array.tobytes()).digest()
+        first = name_by_content.setdefault((*content, None if low is None else np.asarray(low).tobytes()), name)
+        if first != name:
+            same[name] = first
+            continue
+        if low is None:
+            tensors[name] = array
+            continue
+        tensors[name], least = pack(array, low), int(low) if np.ndim(low) == 0 else f'{name}.least'
+        packed[name] = dict(shape=list(array.shape), dtype=array.dtype.name, low=least)
+        if isinstance(least, str):  # a tensor of its own: in the manifest it would be larger than all the rest
+            tensors[least] = np.asarray(low)
+    _write_tensors(path, tensors)
+    return dict(packed=packed, same=same)
+
+
+def _check_messages(manifest: Mapping, graphs: Mapping[str, bytes], weights: Mapping[str, Weight]) -> None:
+    for entry in graph_entries(manifest):
+        arrays = {name: weights[name].array for name in entry['weights']}
+        check_message_size(entry['file'], len(graphs[entry['file']]), arrays)
 
 
 def write_bundle(
@@ -115,41 +200,30 @@ def write_bundle(
 
     Args:
         out: The directory.
-        manifest: What the model is; this function adds format, version, weights and files.
+        manifest: What the model is; this function adds format, version, weights, rest and files.
         graphs: Content of the graphs by file name.
         weights: By the name that the graphs have for them.
         rest: Arrays of :data:`REST`.
 
     Raises:
-        ConfigError: ``out`` exists and is no exported model.
+        ConfigError: ``out`` exists and is no exported model, or safetensors is not installed.
+        UnsupportedModelError: A graph with its weights is larger than :data:`.wire.MESSAGE_LIMIT`.
     """
-    out = Path(out).absolute()
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f'{out} exists and is no exported model: give --out another directory')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
-    try:
+    out = replaceable(out)
+    _check_messages(manifest, graphs, weights)
+    with whole_folder(out) as folder:
         for name, content in graphs.items():
-            (partial / name).write_bytes(content)
-        rows = _write_weights(partial / WEIGHTS, weights)
+            (folder / name).write_bytes(content)
+        known = dict(format=FORMAT, version=VERSION, **manifest, weights=_write_weights(folder / WEIGHTS, weights))
         if rest:
-            np.savez(partial / REST, **rest)
-        files = {p.name: dict(bytes=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(partial.iterdir())}
-        manifest = dict(format=FORMAT, version=VERSION, **manifest, weights=rows, files=files)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-        os.chmod(partial, 0o755)  # mkdtemp keeps others out
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f'.{out.name}.old.', dir=out.parent))
-            os.replace(out, old / 'model')
-            os.replace(partial, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _write_tensors(folder / REST, rest)
+            known['rest'] = REST
+        files = {p.name: dict(bytes=p.stat().st_size, sha256=file_sha256(p)) for p in sorted(folder.iterdir())}
+        (folder / MANIFEST).write_text(json.dumps(dict(known, files=files), indent=1), encoding='utf-8')
     return out
 
 
+# ---------------------------------------------------------------------- reading
 def read_manifest(directory: PathLike, check: bool = True) -> Dict[str, Any]:
     """Read the manifest of an exported model.
 
@@ -200,25 +274,71 @@ def _check_file(path: Path, expected: Mapping) -> None:
 def read_weights(
     directory: PathLike, manifest: Mapping, names: Optional[Iterable[str]] = None
 ) -> Dict[str, np.ndarray]:
-    """Read the weights of a graph. Packed ones are widened to one byte each.
+    """Read the weights of a graph, and no others. Packed ones are widened to one byte each.
 
     Args:
         directory: As :func:`write_bundle` wrote it.
         manifest: Its manifest.
         names: Which ones; all if None.
+
+    Raises:
+        CheckpointError: The file is changed, or has no weight of a name.
+        ConfigError: The package safetensors is not installed.
+    """
+    if manifest['version'] < VERSION:
+        return _read_weights_before_3(directory, manifest, names)
+    packed, same = manifest['weights']['packed'], manifest['weights']['same']
+    least = {row['low'] for row in packed.values() if isinstance(row['low'], str)}
+    needed = None
+    if names is not None:
+        names = list(names)
+        needed = {same.get(name, name) for name in names}
+        needed |= least & {packed[name]['low'] for name in needed & packed.keys()}
+    tensors = _read_tensors(Path(directory) / WEIGHTS, needed)
+
+    def widened(name: str) -> np.ndarray:
+        if name not in packed:
+            return tensors[name]
+        low = packed[name]['low']
+        return unpack(tensors[name], packed[name]['shape'], tensors.get(low, low), packed[name]['dtype'])
+
+    names = [*(tensors.keys() - least), *same] if names is None else names
+    return {name: widened(same.get(name, name)) for name in names}
+
+
+def read_rest(directory: PathLike, manifest: Mapping) -> Dict[str, np.ndarray]:
+    """Weights of the parts that run in PyTorch, by their names in the state dict; none where the graphs are the whole
+    model.
+
+    Raises:
+        CheckpointError: The file is changed.
+        ConfigError: The package safetensors is not installed.
+    """
+    if manifest['version'] < VERSION:
+        path = Path(directory) / _REST_BEFORE_3
+        return dict(np.load(path)) if path.is_file() else {}
+    return _read_tensors(Path(directory) / manifest['rest']) if manifest.get('rest') else {}
+
+
+# ---------------------------------------------------------------------- versions 1 and 2
+_WEIGHTS_BEFORE_3, _REST_BEFORE_3 = 'weights.bin', 'rest.npz'
+
+
+def _read_weights_before_3(directory: PathLike, manifest: Mapping, names: Optional[Iterable[str]]) -> Dict:
+    """Weights stand one after the other in one file, and the manifest has a row for each, with dtype, shape, offset and
+    number of bytes. ``packed_from`` is the least code, from version 2 on also the name of the tensor of least codes.
     """
     rows = {row['name']: row for row in manifest['weights']}
     least = {row['packed_from'] for row in rows.values() if isinstance(row.get('packed_from'), str)}
-    wanted = rows.keys() - least if names is None else set(names)
-    with open(Path(directory) / WEIGHTS, 'rb') as file:
+    with open(Path(directory) / _WEIGHTS_BEFORE_3, 'rb') as file:
 
         def read(row: Mapping) -> np.ndarray:
             low = row.get('packed_from')
             low = read(rows[low]) if isinstance(low, str) else low
             file.seek(row['offset'])
-            data = file.read(row['bytes'])
+            data = np.frombuffer(file.read(row['bytes']), np.uint8)
             if low is None:
-                return np.frombuffer(data, np.dtype(row['dtype'])).reshape(row['shape'])
+                return data.view(row['dtype']).reshape(row['shape'])
             return unpack(data, row['shape'], low, row['dtype'])
 
-        return {name: read(row) for name, row in rows.items() if name in wanted}
+        return {name: read(rows[name]) for name in (rows.keys() - least if names is None else names)}

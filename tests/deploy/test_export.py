@@ -227,7 +227,7 @@ def test_asymmetric_weights_of_few_bits_are_signed_bytes_without_zero_points(w_b
     for name, weight in kept.items():
         assert np.array_equal(codes.get(f'{name}.weight.codes', weight.codes.numpy()), weight.codes.numpy())
         assert int(weight.codes.max()) - int(weight.codes.min()) > 2**w_bits - 1, 'channels have ranges of their own'
-    packed = {row['name'] for row in manifest['weights'] if 'packed_from' in row}
+    packed = manifest['weights']['packed']
     assert bool(packed) == (w_bits <= 4)
     for runtime in RUNTIMES:
         pytest.importorskip(runtime)

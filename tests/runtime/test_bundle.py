@@ -2,19 +2,36 @@
 NumPy."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 from onnx import TensorProto, helper
 
-from psaq_mm.errors import CheckpointError, ConfigError
-from psaq_mm.runtime.bundle import MANIFEST, WEIGHTS, Weight, pack, read_manifest, read_weights, unpack, write_bundle
+from psaq_mm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from psaq_mm.files import file_sha256
+from psaq_mm.runtime import wire
+from psaq_mm.runtime.bundle import (
+    MANIFEST,
+    REST,
+    WEIGHTS,
+    Weight,
+    graph_entries,
+    pack,
+    read_manifest,
+    read_rest,
+    read_weights,
+    unpack,
+    write_bundle,
+)
 from psaq_mm.runtime.wire import append_initializers
 
+ROOT = Path(__file__).resolve().parents[2]
 GRAPHS = {'graph_8x8.onnx': b'not parsed here'}
-
-
 LEAST = np.array([[-15, 0, -3]], np.int8)
 
 
@@ -29,10 +46,19 @@ def weights():
     }
 
 
+def rest():
+    return {'head.weight': np.arange(6, dtype=np.float32).reshape(2, 3).T, 'head.count': np.array(7)}
+
+
 @pytest.fixture
 def written(tmp_path):
-    return write_bundle(
-        tmp_path / 'model', dict(task='backbone'), GRAPHS, weights(), {'head.weight': np.ones(3, np.float32)}
+    return write_bundle(tmp_path / 'model', dict(task='backbone'), GRAPHS, weights(), rest())
+
+
+def same_arrays(found, wanted):
+    return found.keys() == wanted.keys() and all(
+        found[name].dtype == array.dtype and found[name].shape == array.shape and np.array_equal(found[name], array)
+        for name, array in wanted.items()
     )
 
 
@@ -42,7 +68,7 @@ def written(tmp_path):
 def test_packing_is_undone(low, dtype, count):
     codes = (np.arange(count) % 16 + low).astype(dtype)
     data = pack(codes, low)
-    assert len(data) == (count + 1) // 2
+    assert data.dtype == np.uint8 and data.shape == ((count + 1) // 2,)
     assert np.array_equal(unpack(data, [count], low, dtype), codes)
 
 
@@ -54,7 +80,7 @@ def test_channels_may_have_least_codes_of_their_own():
 
 
 def test_the_first_code_of_a_byte_is_in_its_low_half():
-    assert pack(np.array([-8, 7], np.int8), -8) == bytes([0xF0])
+    assert pack(np.array([-8, 7], np.int8), -8).tolist() == [0xF0]
 
 
 def test_codes_that_do_not_fit_are_refused():
@@ -64,20 +90,72 @@ def test_codes_that_do_not_fit_are_refused():
 
 # ---------------------------------------------------------------------- the directory
 def test_weights_come_back_as_they_were(written):
-    found = read_weights(written, read_manifest(written))
-    for name, (array, _) in weights().items():
-        assert found[name].dtype == array.dtype
-        assert np.array_equal(found[name], array)
-    assert found.keys() == weights().keys()
-    assert set(read_weights(written, read_manifest(written), ['int4', 'channels'])) == {'int4', 'channels'}
+    manifest = read_manifest(written)
+    assert same_arrays(read_weights(written, manifest), {name: weight.array for name, weight in weights().items()})
+    assert same_arrays(read_rest(written, manifest), rest())
+    assert set(read_weights(written, manifest, ['int4', 'channels'])) == {'int4', 'channels'}
 
 
-def test_four_bits_take_half_a_byte(written):
-    rows = {row['name']: row for row in read_manifest(written)['weights']}
-    assert rows['int4']['bytes'] == 8 and rows['int8']['bytes'] == 24
+def test_other_programs_read_the_weights(written):
+    """Four bits take half a byte, in a tensor of bytes."""
+    tensors = safetensors.numpy.load_file(written / WEIGHTS)
+    assert np.array_equal(tensors['float'], weights()['float'].array) and tensors['int8'].dtype == np.int8
+    assert tensors['int4'].dtype == np.uint8 and tensors['int4'].shape == (8,)
+    assert read_manifest(written)['weights']['packed']['int4'] == dict(shape=[3, 5], dtype='int8', low=-8)
+    assert set(safetensors.numpy.load_file(written / REST)) == rest().keys()
 
 
-@pytest.mark.parametrize('name', [WEIGHTS, 'graph_8x8.onnx', 'rest.npz'])
+def test_the_same_content_is_on_disk_once(tmp_path):
+    again = {**weights(), **{f'{name}.2': weight for name, weight in weights().items()}}
+    # The same codes, packed from another least code, are other bytes.
+    again.update({f'few_from{low}': Weight(np.arange(4, dtype=np.int8), low) for low in (-8, 0)})
+    written = write_bundle(tmp_path / 'model', dict(task='backbone'), GRAPHS, again, {})
+    stored = set(safetensors.numpy.load_file(written / WEIGHTS))
+    assert stored == {*weights(), 'channels.least', 'few_from-8', 'few_from0'}
+    manifest = read_manifest(written)
+    assert same_arrays(read_weights(written, manifest), {name: weight.array for name, weight in again.items()})
+    assert np.array_equal(read_weights(written, manifest, ['channels.2'])['channels.2'], weights()['channels'].array)
+
+
+def test_only_the_weights_that_are_asked_for_are_read(written, monkeypatch):
+    asked, opened = [], safetensors.safe_open
+
+    class Watched:
+        def __init__(self, *args, **settings):
+            self.file = opened(*args, **settings)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def get_tensor(self, name):
+            asked.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(safetensors, 'safe_open', Watched)
+    read_weights(written, read_manifest(written), ['float', 'channels'])
+    assert sorted(asked) == ['channels', 'channels.least', 'float']
+
+
+def test_a_weight_that_is_not_there_is_told(written):
+    with pytest.raises(CheckpointError, match='weights.safetensors is not as it was written .*absent'):
+        read_weights(written, read_manifest(written), ['absent'])
+
+
+def test_a_bundle_needs_safetensors_and_nothing_else(written):
+    code = (
+        'import sys; sys.modules.update(dict.fromkeys(["torch", "onnx", {}])); '
+        'from psaq_mm.runtime.bundle import *; print(len(read_weights({!r}, read_manifest({!r}))))'
+    )
+    for absent, wanted in (('"mmengine"', '5'), ('"safetensors"', 'pip install safetensors')):
+        command = [sys.executable, '-c', code.format(absent, str(written), str(written))]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert wanted in (done.stdout or done.stderr.strip().splitlines()[-1]), done.stderr
+
+
+@pytest.mark.parametrize('name', [WEIGHTS, 'graph_8x8.onnx', REST])
 def test_a_directory_cut_short_is_told(written, name):
     path = written / name
     path.write_bytes(path.read_bytes()[:-1])
@@ -104,12 +182,54 @@ def test_a_manifest_cut_short_is_told(written):
         read_manifest(written)
 
 
-def test_the_version_before_is_read(tmp_path):
-    older = {name: weight for name, weight in weights().items() if not isinstance(weight.low, np.ndarray)}
-    path = write_bundle(tmp_path / 'older', dict(task='backbone'), GRAPHS, older, {}) / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'version': 1}))
-    found = read_weights(path.parent, read_manifest(path.parent))
-    assert all(np.array_equal(found[name], array) for name, (array, _) in older.items())
+def write_before_3(folder, version):
+    """A directory as versions 1 and 2 of the format had it, written by hand."""
+    folder.mkdir()
+    rows, content = [], b''
+
+    def add(name, array, data, **more):
+        nonlocal content
+        rows.append(
+            dict(name=name, dtype=array.dtype.name, shape=list(array.shape), offset=len(content), bytes=len(data))
+        )
+        rows[-1].update(more)
+        content += data
+
+    for name, (array, low) in weights().items():
+        if low is None:
+            add(name, array, array.tobytes())
+        elif isinstance(low, int):
+            add(name, array, halves(array, low), packed_from=low)
+        elif version == 2:
+            add(f'{name}.least', low, low.tobytes())
+            add(name, array, halves(array, low), packed_from=f'{name}.least')
+    rows.append(dict(rows[0], name='float.2'))  # the same content, once on disk
+    (folder / 'weights.bin').write_bytes(content)
+    np.savez(folder / 'rest.npz', **rest())
+    files = {p.name: dict(bytes=p.stat().st_size, sha256=file_sha256(p)) for p in folder.iterdir()}
+    manifest = dict(format='psaq_mm.deploy', version=version, task='detection', weights=rows, files=files)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def halves(array, low):
+    codes = [int(code) for code in (array.astype(int) - low).reshape(-1)] + [0]
+    return bytes(codes[i] + 16 * codes[i + 1] for i in range(0, array.size, 2))
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_earlier_versions_are_read(version, tmp_path):
+    older = write_before_3(tmp_path / 'older', version)
+    wanted = {name: weight.array for name, weight in weights().items() if version == 2 or name != 'channels'}
+    wanted['float.2'] = wanted['float']
+    manifest = read_manifest(older)
+    assert same_arrays(read_weights(older, manifest), wanted)
+    assert set(read_weights(older, manifest, ['int4'])) == {'int4'}
+    assert same_arrays(read_rest(older, manifest), rest())
+    (older / 'rest.npz').unlink()
+    assert read_rest(older, manifest) == {}
+    with pytest.raises(CheckpointError, match='rest.npz is not there'):
+        read_manifest(older)
 
 
 def test_another_version_of_the_format_is_told(written):
@@ -127,7 +247,7 @@ def test_a_folder_without_a_model_is_told(tmp_path):
 def test_another_export_takes_the_place_of_the_first_and_leaves_nothing(written):
     again = write_bundle(written, dict(task='detection'), GRAPHS, {}, {})
     assert again == written and read_manifest(written)['task'] == 'detection'
-    assert not (written / 'rest.npz').exists()
+    assert not (written / REST).exists()
     assert [p.name for p in written.parent.iterdir()] == ['model']
 
 
@@ -144,6 +264,23 @@ def test_what_fails_on_the_way_leaves_the_old_model(written):
         write_bundle(written, {}, GRAPHS, {'w': Weight(np.array([100], np.int8), low=-8)}, {})
     assert read_manifest(written) == before
     assert [p.name for p in written.parent.iterdir()] == ['model']
+
+
+def test_graphs_that_are_too_large_for_one_message_are_refused(tmp_path, monkeypatch):
+    """Dense graphs and those of heads; the size is that of the codes as graphs have them, widened."""
+    graphs = {name: b'0123456789' for name in ('graph_8x8.onnx', 'box_0.onnx', 'mask_0.onnx')}
+    few = dict(float=Weight(np.zeros(100, np.float32)), codes=Weight(np.zeros(300, np.int8), low=0))
+    entries = {name: dict(file=name, weights=['float'] if name.startswith('graph') else [*few]) for name in graphs}
+    heads = dict(box=[entries['box_0.onnx']], mask=[entries['mask_0.onnx']])
+    manifest = dict(task='detection', graphs=[entries['graph_8x8.onnx']], heads=heads)
+    assert [entry['file'] for entry in graph_entries(manifest)] == list(graphs)
+    monkeypatch.setattr(wire, 'MESSAGE_LIMIT', 1000)
+    write_bundle(tmp_path / 'model', manifest, graphs, few, {})
+    for limit, named in ((300, 'graph_8x8.onnx'), (700, 'box_0.onnx')):
+        monkeypatch.setattr(wire, 'MESSAGE_LIMIT', limit)
+        with pytest.raises(UnsupportedModelError, match=f'{named} with its weights has .* GiB .*--format onnx'):
+            write_bundle(tmp_path / 'large', manifest, graphs, few, {})
+    assert [p.name for p in tmp_path.iterdir()] == ['model']
 
 
 # ---------------------------------------------------------------------- the encoding

@@ -19,6 +19,7 @@ from psaq_mm.deploy import load
 from psaq_mm.deploy.serving import deploy_model_
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.quantization import calibrate
+from psaq_mm.runtime.bundle import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (64, 96)
@@ -178,12 +179,9 @@ def test_a_weight_that_several_levels_read_has_a_name_for_each(tmp_path):
     assert len(readers) == len(set(readers)) and sum('rpn_conv' in name for name in readers) == 5
     values = [name for node in lowered.node for name in node.input if name.endswith('.value') and '.weight' in name]
     assert len(values) == len(set(values)), 'each is dequantized for one product'
-    rows = [
-        row
-        for row in exported.directory.joinpath('manifest.json').read_text().split('},')
-        if 'rpn_conv.weight' in row and 'offset' in row
-    ]
-    assert len(rows) >= 5 and len({row.split('"offset":')[1].split(',')[0] for row in rows if 'codes' in row}) == 1, (
+    same = read_manifest(exported.directory)['weights']['same']
+    copies = [name for name in readers if 'rpn_conv.weight' in name]
+    assert sum(name not in same for name in copies) == 1 and len({same.get(name, name) for name in copies}) == 1, (
         'on disk it is once'
     )
     # Where integer kernels saturate, products are of weights plus 128; both are integer, so the answers are the same.
