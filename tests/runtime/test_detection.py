@@ -284,6 +284,7 @@ def test_masks_are_pasted_as_by_mmdet(seed, side):
     heads = pytest.importorskip('mmdet.models.roi_heads.mask_heads.fcn_mask_head')
     rng = np.random.default_rng(seed)
     boxes = np.clip(random_boxes(rng, 12) - np.float32(5), [-5, -5, 0, 0], [70, 40, 70, 40]).astype(np.float32)
+    boxes[:2] = np.maximum(boxes[:2], 0)
     boxes[0, 2:] = boxes[0, :2]
     boxes[1, 3] = boxes[1, 1]
     boxes[2] = [3.5, 4.5, 3.5, 20]  # without width, through the centres of pixels
