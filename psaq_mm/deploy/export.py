@@ -13,7 +13,7 @@ import psaq_mm
 from psaq_mm.deploy.exportable import ExportableModel, make_exportable
 from psaq_mm.deploy.heads import HeadPlace, head_places, input_entry, trace_head, why_roi_apart
 from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower, rest_state, with_task_of_outputs
-from psaq_mm.deploy.tracing import trace
+from psaq_mm.deploy.tracing import state_shapes_, trace
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
@@ -194,7 +194,9 @@ def _trace(graph: GraphModel, size: Tuple[int, int], channels: int, opset: int, 
     if dynamic:
         maps = [name for name, shape in shapes.items() if len(shape) == 4]
         axes = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in ('images', *maps)}
-    return trace(graph, dict(images=images), graph.names, opset, axes), shapes
+    model = trace(graph, dict(images=images), graph.names, opset, axes)
+    state_shapes_(model, shapes, axes)
+    return model, shapes
 
 
 def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
@@ -342,6 +344,7 @@ def export_model(
     opset: int = OPSET,
     classes: Optional[Sequence[str]] = None,
     dynamic: bool = False,
+    one_file: bool = True,
 ) -> ExportedModel:
     """Export a calibrated, quantized model.
 
@@ -353,6 +356,8 @@ def export_model(
         classes: Names of the classes, for the manifest.
         dynamic: One graph for every size: images are padded to multiples of :data:`MULTIPLE`. ``sizes`` is then the one
             size that the graph is traced and verified with.
+        one_file: Refuse a graph that is too large for one ONNX file, as runtimes here start it. Such a one is only good
+            for :func:`.plain_onnx.write_plain_onnx`.
 
     Raises:
         ConfigError: A size or the opset does not fit, or ``out`` exists and is no exported model.
@@ -410,5 +415,5 @@ def export_model(
     files.update({head.place.file: head.graph.model.SerializeToString() for head in heads})
     rest = {} if manifest['complete'] else rest_state(model, parts.prefixes)
     arrays = {name: value.detach().cpu().numpy() for name, value in rest.items()}
-    directory = write_bundle(out, manifest, files, store.weights, arrays)
+    directory = write_bundle(out, manifest, files, store.weights, arrays, one_file)
     return ExportedModel(directory, manifest, exportable, lowered, store.weights, parts, heads)
