@@ -369,6 +369,7 @@ def export_model(
     """
     try:
         from psaq_mm.deploy.lowering import WeightStore, lower
+        from psaq_mm.deploy.tensorrt import check_tensorrt
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
     spec = spec_of(model)
@@ -378,7 +379,7 @@ def export_model(
     if dynamic:
         check_dynamic(model, parts)
         sizes = [tuple(-(-s // MULTIPLE) * MULTIPLE for s in sizes[0])]
-    exportable, store = make_exportable(model), WeightStore()
+    exportable, store = make_exportable(model, spec.target), WeightStore()
     image = _image_settings(model)
     tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
     graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
@@ -395,6 +396,8 @@ def export_model(
         )
     detector, parts = _detector(model, graph.parts)
     heads = [] if detector is None else _export_heads(model, exportable, store, opset)
+    if spec.target == 'tensorrt':
+        check_tensorrt([g.model for g in (*lowered.values(), *(head.graph for head in heads))], store.weights)
     manifest = dict(
         psaq_mm=psaq_mm.__version__,
         label=spec.label,

@@ -25,7 +25,7 @@ from psaq_mm.quantization.logarithmic import BASES, LEAST
 from psaq_mm.runtime.bundle import PACKED_BITS, Weight
 from psaq_mm.runtime.kernels import NARROW
 
-__all__ = ['LoweredGraph', 'WeightStore', 'lower']
+__all__ = ['LoweredGraph', 'Lowering', 'WeightStore', 'lower']
 
 IN_GRAPH_BYTES = 1024
 """Tensors up to this size stay in the graph: shapes, scales of one value, the axes of a reduction."""
@@ -144,7 +144,9 @@ def _dtype(codes: Codes):
     return np.int8 if codes.low < 0 or codes.shift is not None else np.uint8
 
 
-class _Lowering:
+class Lowering:
+    """One graph on its way from symbols to ONNX operations. A target has its own operations in a subclass."""
+
     def __init__(self, model: onnx.ModelProto, exportable: ExportableModel, store: WeightStore):
         self.graph, self.exportable, self.store = model.graph, exportable, store
         self.out = LoweredGraph(model, layouts=dict(exportable.tracing.layouts))
@@ -320,18 +322,17 @@ class _Lowering:
             count, tokens = array.shape
             base = f'window_mask_{"x".join(map(str, windows))}'
             queries, keys = (
-                self.node(
-                    'Cast',
-                    [self.constant(f'{base}.{which}', array.reshape(shape))],
-                    f'{base}.{which}.int32',
-                    to=TensorProto.INT32,
-                )
+                self.regions(f'{base}.{which}', array.reshape(shape))
                 for which, shape in (('queries', (count, 1, tokens, 1)), ('keys', (count, 1, 1, tokens)))
             )
             same = self.node('Equal', [queries, keys], f'{base}.same')
             ends = [self.scalar(0, f'{base}.zero'), self.scalar(value, f'{base}.masked')]
             self.known[key] = self.node('Where', [same, *ends], f'{base}.mask')
         return self.node('Add', [scores, self.known[key]], output)
+
+    def regions(self, name: str, parts: np.ndarray) -> str:
+        """Small numbers, uint8 on disk, as int32."""
+        return self.node('Cast', [self.constant(name, parts)], f'{name}.int32', to=TensorProto.INT32)
 
     def look_up(self, rows: str, settings: Mapping, output: str) -> str:
         """Rows at places, which the runtime computes when it loads."""
@@ -449,7 +450,10 @@ def lower(model: onnx.ModelProto, exportable: ExportableModel, store: WeightStor
         exportable: What the symbols stand for.
         store: Gets the large tensors.
     """
-    return _Lowering(model, exportable, store).run()
+    kind = Lowering
+    if exportable.target == 'tensorrt':
+        from psaq_mm.deploy.tensorrt import TensorRTLowering as kind  # noqa: N813  # it derives from Lowering
+    return kind(model, exportable, store).run()
 
 
 def with_weights(graph: LoweredGraph, weights: Mapping[str, Weight]) -> onnx.ModelProto:

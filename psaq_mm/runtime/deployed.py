@@ -2,7 +2,7 @@
 """Running an exported model with NumPy and one runtime: no PyTorch, no OpenMMLab library."""
 
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -26,6 +26,9 @@ class DeployedModel:
         runtime: Name of the runtime, one of :data:`.registry.RUNTIMES`.
         threads: Of the runtime. Defaults to None, its own choice.
         kernels: See :func:`.registry.start`.
+        device: Of the runtime, by its own names (``'CPU'``, ``'GPU'``, ``'AUTO'``; ``'CUDA'``). Defaults to None, the
+            CPU.
+        settings: The runtime's own settings by name, such as ``{'NUM_STREAMS': 2}``.
 
     Attributes:
         manifest: What the export wrote down.
@@ -34,7 +37,7 @@ class DeployedModel:
 
     Raises:
         CheckpointError: The directory holds no exported model, or a file of it is missing or changed.
-        ConfigError: The runtime is not known or not installed, or ``kernels`` is not known.
+        ConfigError: The runtime is not known, not installed or too old, has no such device, or ``kernels`` is not known.
     """
 
     def __init__(
@@ -43,9 +46,12 @@ class DeployedModel:
         runtime: str = 'openvino',
         threads: Optional[int] = None,
         kernels: str = 'auto',
+        device: Optional[str] = None,
+        settings: Optional[Mapping[str, Any]] = None,
     ):
-        find_runtime(runtime, kernels)
+        find_runtime(runtime, kernels, device, settings)
         self.directory, self.runtime, self.threads, self._wanted_kernels = directory, runtime, threads, kernels
+        self._place: Dict[str, Any] = dict(device=device, settings=settings)
         self.manifest = read_manifest(directory)
         self.task: str = self.manifest['task']
         graphs = sorted(self.manifest['graphs'], key=lambda g: g['size'][0] * g['size'][1])
@@ -73,8 +79,11 @@ class DeployedModel:
         if file not in self._sessions:
             with starting:  # of two threads that ask for one at once, the first one starts it
                 if file not in self._sessions:
-                    self._sessions[file] = start(self.graph(size), self.runtime, self.threads, self._wanted_kernels)
+                    self._sessions[file] = self._started(self.graph(size))
         return self._sessions[file]
+
+    def _started(self, graph: bytes) -> Runtime:
+        return start(graph, self.runtime, self.threads, self._wanted_kernels, **self._place)
 
     @property
     def kernels(self) -> Tuple[str, ...]:
@@ -197,7 +206,12 @@ class DeployedModel:
 
 
 def load(
-    directory: Union[str, os.PathLike], runtime: str = 'openvino', threads: Optional[int] = None, kernels: str = 'auto'
+    directory: Union[str, os.PathLike],
+    runtime: str = 'openvino',
+    threads: Optional[int] = None,
+    kernels: str = 'auto',
+    device: Optional[str] = None,
+    settings: Optional[Mapping[str, Any]] = None,
 ) -> DeployedModel:
     """An exported model, ready to be called with pictures. See :class:`DeployedModel`.
 
@@ -205,4 +219,4 @@ def load(
         >>> model = psaq_mm.deploy.load('work_dirs/deployed', runtime='onnxruntime')
         >>> classes = model(cv2.imread('street.png'))['labels'][0]
     """
-    return DeployedModel(directory, runtime, threads, kernels)
+    return DeployedModel(directory, runtime, threads, kernels, device, settings)

@@ -1,12 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """OpenVINO on the CPU. Its package is imported when a graph is started."""
 
+import contextlib
 import io
 import threading
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 import numpy as np
 
+from psaq_mm.errors import ConfigError, nearest
 from psaq_mm.runtime.kernels import NARROW
 from psaq_mm.runtime.registry import Product, Runtime, register_runtime
 
@@ -29,19 +31,30 @@ class OpenVino(Runtime):
 
     Args:
         graph, threads, way: See :class:`.registry.Runtime`.
+        device: ``'CPU'``, ``'GPU'``, ``'AUTO'``, ``'HETERO:GPU,CPU'`` and so on.
+        settings: Of ``compile_model``, such as ``{'NUM_STREAMS': 2}``.
         check_weights: Take float kernels in place of ``'weights'`` where a weight has codes beyond
             :data:`.kernels.NARROW`.
     """
 
     name = package = 'openvino'
     title = 'OpenVINO'
+    minimum = '2024.4'
     ways = ('integer', 'weights', 'float')
 
-    def __init__(self, graph: bytes, threads: Optional[int], way: str, check_weights: bool = False):
+    def __init__(
+        self,
+        graph: bytes,
+        threads: Optional[int],
+        way: str,
+        device: Optional[str] = None,
+        settings: Optional[Mapping[str, Any]] = None,
+        check_weights: bool = False,
+    ):
         import openvino
 
-        settings = {**_SETTINGS, **({'INFERENCE_NUM_THREADS': threads} if threads else {})}
         core = openvino.Core()
+        device = 'CPU' if device is None else _checked_device(core, device)
         model = core.read_model(io.BytesIO(graph))
         self.output_names = [output.get_any_name() for output in model.outputs]
         self.input_names = {name for port in model.inputs for name in port.get_names()}
@@ -49,26 +62,33 @@ class OpenVino(Runtime):
             way = 'float'
         if way == 'weights' and not _make_activation_products_float_(model):
             way = 'integer'
+        own = {**_SETTINGS, **({'INFERENCE_NUM_THREADS': threads} if threads else {})}
         if way == 'float':
-            settings['LP_TRANSFORMS_MODE'] = 'NO'
+            own['LP_TRANSFORMS_MODE'] = 'NO'
         self.kernels = way
-        self.compiled = core.compile_model(model, 'CPU', settings)
+        self.compiled = _compiled(core, model, device, own, dict(settings or {}))
         self.request = self.compiled.create_infer_request()
         self.lock = threading.Lock()
 
     @classmethod
-    def begin(cls, graph: bytes, threads: Optional[int], kernels: str) -> 'OpenVino':
+    def begin(cls, graph: bytes, threads: Optional[int], kernels: str, **place) -> 'OpenVino':
         """A session with the kernels that are asked for."""
         if kernels == 'auto':
-            return cls(graph, threads, cls.exact_way(), check_weights=True)
-        return cls(graph, threads, kernels)
+            return cls(graph, threads, cls.exact_way(**place), **place, check_weights=True)
+        return cls(graph, threads, kernels, **place)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """All outputs by name. Threads wait for each other, as there is one request."""
+        with self.borrowed(inputs) as outputs:
+            return {name: np.array(output) for name, output in outputs.items()}
+
+    @contextlib.contextmanager
+    def borrowed(self, inputs: Mapping[str, np.ndarray]) -> Iterator[Dict[str, np.ndarray]]:
+        """All outputs by name, in the request's memory, which the next run writes to. Threads wait for each other."""
         with self.lock:
-            # Read where they lie; and the outputs' memory is the next run's too, so they are copied, once.
+            # Inputs and outputs are read where they lie.
             outputs = self.request.infer(dict(inputs), share_inputs=True, share_outputs=True)
-            return {name: np.array(outputs[i]) for i, name in enumerate(self.output_names)}
+            yield {name: outputs[i] for i, name in enumerate(self.output_names)}
 
     def products(self, graph: bytes) -> List[Product]:
         """The products of the compiled graph: the name of a primitive ends in its precision."""
@@ -85,6 +105,69 @@ class OpenVino(Runtime):
                 integer = primitive.lower().endswith(('i8', 'u8'))
                 products.append(Product(name, described, 'integer' if integer else 'float'))
         return products
+
+
+_CHOOSING = ('AUTO', 'MULTI', 'HETERO', 'BATCH')
+"""Devices that stand for others."""
+
+
+def _checked_device(core, device: str) -> str:
+    """The name of a device as OpenVINO writes it.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    kind, _, others = str(device).upper().partition(':')
+    there = core.available_devices
+    named = [kind] if kind not in _CHOOSING else [name.partition('(')[0].lstrip('-') for name in others.split(',')]
+    plain = [name.partition('.')[0] for name in there]
+    if not all(name in (*there, *plain) for name in named if name):
+        raise ConfigError(
+            f'device={device!r} is not there: OpenVINO finds {", ".join(there)} on this machine (and AUTO, which '
+            'chooses one of them)'
+        )
+    return f'{kind}:{others}' if others else kind
+
+
+def _compiled(core, model, device: str, own: Mapping[str, Any], settings: Mapping[str, Any]):
+    """Compile a model.
+
+    Args:
+        core: OpenVINO's.
+        model: As it read it.
+        device: Name of the device.
+        own: psaq_mm's settings; a device that does not know one of them gets the others.
+        settings: The user's.
+
+    Raises:
+        ConfigError: A setting is not known, or has a wrong value.
+    """
+    kind = device.partition(':')[0]
+    chooses = kind in _CHOOSING
+    known = {
+        str(name)
+        for asked in (kind, *(core.available_devices if chooses else ()))
+        for name, access in core.get_property(asked, 'SUPPORTED_PROPERTIES').items()
+        if access != 'RO'
+    }
+    hidden = {'LP_TRANSFORMS_MODE'}  # taken, but not told
+    if not chooses:  # one that chooses passes on what the chosen one knows
+        own = {name: value for name, value in own.items() if name in known | hidden}
+    foreign = sorted(set(settings) - known - hidden)
+    if foreign:
+        raise ConfigError(
+            f'settings={foreign[0]!r} is not known to OpenVINO on {device}: {nearest(foreign[0], sorted(known))}'
+        )
+    try:
+        return core.compile_model(model, device, {**own, **settings})
+    except RuntimeError as error:
+        if not settings and device == 'CPU':
+            raise
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), '')
+        raise ConfigError(
+            f'OpenVINO does not start with device={device!r} and settings={dict(settings)!r} ({reason.strip()}): '
+            'change them, or leave them out'
+        ) from error
 
 
 _INFO = ('layerType', 'primitiveType', 'originalLayersNames')
