@@ -198,7 +198,7 @@ def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) ->
         )
     if glue_failed:
         raise PsaqError(
-            f"boxes and masks that are decoded without PyTorch differ from mmdet's: see the lines marked above; "
+            "boxes and masks that are decoded without PyTorch differ from mmdet's: see the lines marked above; "
             'the files were written all the same'
         )
 
