@@ -363,7 +363,7 @@ class Lowering:
                 replace_items(node.input, inputs)
                 self.nodes.append(node)
         self._name_outputs()
-        self._rewrite_products()
+        self.rewrite_products()
         self._drop_unused()
         self._move_weights()
         model = self.out.model
@@ -398,7 +398,7 @@ class Lowering:
                     helper.make_node('Identity', [self.renamed[output.name]], [output.name], name=output.name)
                 )
 
-    def _rewrite_products(self) -> None:
+    def rewrite_products(self) -> None:
         """Write products so that runtimes have kernels for them."""
         constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.graph.initializer}
         constants.update(self.new_initializers)
