@@ -181,13 +181,16 @@ def _contents_of(samples: Any, content: Callable[[str], str]) -> Any:
 
 # ---------------------------------------------------------------------- plan
 def _quant_name(config) -> str:
-    """Name of the preset, with what a table must not mix: another scope than the backbone, a reduced weight range."""
+    """Name of the preset, with what a table must not mix: another scope than the backbone, a reduced weight range,
+    another target.
+    """
     from psaq_mm.engine.config import quant_holder
 
     quant = quant_holder(config.model).get('quant', 'w8a8')
     spec = QuantSpec.parse(quant)
     preset = quant if isinstance(quant, str) else quant.get('preset')
     notes = ([spec.scope] if spec.scope != 'backbone' else []) + (['7-bit weights'] if spec.w_reduce_range else [])
+    notes += [spec.target] if spec.target != 'default' else []
     return (preset or f'w{spec.w_bits}a{spec.a_bits}').lower() + (f' ({", ".join(notes)})' if notes else '')
 
 

@@ -14,7 +14,7 @@ from psaq_mm.deploy.detectors import detector_settings, why_not_covered
 from psaq_mm.deploy.exportable import ExportableModel, make_exportable
 from psaq_mm.deploy.heads import HeadPlace, head_places, input_entry, trace_head, why_roi_apart
 from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower, rest_state, with_task_of_outputs
-from psaq_mm.deploy.tracing import trace
+from psaq_mm.deploy.tracing import state_shapes_, trace
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
@@ -22,6 +22,7 @@ from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.network import find_backbone
 from psaq_mm.models.task import reads_rgb
 from psaq_mm.models.tasks import task_of
+from psaq_mm.plain import to_plain
 from psaq_mm.runtime.bundle import write_bundle
 
 __all__ = ['ExportedModel', 'GraphModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
@@ -197,7 +198,9 @@ def _trace(graph: GraphModel, size: Tuple[int, int], channels: int, opset: int, 
         maps = [name for name, shape in shapes.items() if len(shape) == 4]
         first = {name: _height_axis(graph.parts, name) for name in ('images', *maps)}
         axes = {name: {axis: f'{name}_height', axis + 1: f'{name}_width'} for name, axis in first.items()}
-    return trace(graph, dict(images=images), graph.names, opset, axes), shapes
+    model = trace(graph, dict(images=images), graph.names, opset, axes)
+    state_shapes_(model, shapes, axes)
+    return model, shapes
 
 
 def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
@@ -359,6 +362,8 @@ def export_model(
     opset: int = OPSET,
     classes: Optional[Sequence[str]] = None,
     dynamic: bool = False,
+    preparation: Optional[Mapping[str, Any]] = None,
+    one_file: bool = True,
 ) -> ExportedModel:
     """Export a calibrated, quantized model.
 
@@ -370,6 +375,11 @@ def export_model(
         classes: Names of the classes, for the manifest.
         dynamic: One graph for every size: images are padded to multiples of :data:`MULTIPLE`. ``sizes`` is then the one
             size that the graph is traced and verified with.
+        preparation: Of test pictures, for the manifest: ``pipeline``, ``pad_divisor`` and ``slide`` of
+            :class:`psaq_mm.engine.pipelines.PipelineSteps`, and ``palette``. Defaults to None: pictures are taken as
+            they come.
+        one_file: Refuse a graph that is too large for one ONNX file, as runtimes here start it. Such a one is only good
+            for :func:`.plain_onnx.write_plain_onnx`.
 
     Raises:
         ConfigError: A size or the opset does not fit, or ``out`` exists and is no exported model.
@@ -381,6 +391,7 @@ def export_model(
     """
     try:
         from psaq_mm.deploy.lowering import WeightStore
+        from psaq_mm.deploy.tensorrt import check_tensorrt
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
     spec = spec_of(model)
@@ -393,12 +404,14 @@ def export_model(
     decoding = _detector(model) if parts.task == 'detection' else None
     if decoding is not None and decoding.settings is not None and parts.dense:
         parts = parts._replace(channel_last=decoding.part == 'roi_head')
-    exportable, store = make_exportable(model), WeightStore()
+    exportable, store = make_exportable(model, spec.target), WeightStore()
     image = _image_settings(model)
     dense = _dense_graphs(exportable, parts, sizes, store, channels=image['channels'], opset=opset, dynamic=dynamic)
     parts = dense.graph.parts if decoding is None else decoding.parts(dense.graph.parts)
     detector = decoding.settings if decoding is not None and dense.graph.parts.dense else None
     heads = [] if detector is None else _export_heads(model, exportable, store, opset)
+    if spec.target == 'tensorrt':
+        check_tensorrt([g.model for g in (*dense.lowered.values(), *(head.graph for head in heads))], store.weights)
     graphs = [dense.lowered[sizes[0]], *(head.graph for head in heads)]
     manifest = dict(
         psaq_mm=psaq_mm.__version__,
@@ -406,6 +419,7 @@ def export_model(
         quant=spec.to_dict(),
         opset=opset,
         classes=list(classes or ()),
+        **to_plain(dict(preparation or {})),
         graphs=dense.entries,
         heads={kind: [h.entry for h in heads if h.place.kind == kind] for kind in ('box', 'mask')} if heads else None,
         detector=detector,
@@ -420,7 +434,7 @@ def export_model(
     files.update({head.place.file: head.graph.model.SerializeToString() for head in heads})
     rest = {} if manifest['complete'] else rest_state(model, parts.prefixes)
     arrays = {name: value.detach().cpu().numpy() for name, value in rest.items()}
-    directory = write_bundle(out, manifest, files, store.weights, arrays)
+    directory = write_bundle(out, manifest, files, store.weights, arrays, one_file)
     return ExportedModel(directory, manifest, exportable, dense.lowered, store.weights, parts, heads)
 
 

@@ -114,6 +114,8 @@ class ExportableModel:
         names: Names of the modules of the copy.
         unshuffled: By transposed convolution that is an ordinary one and a shuffle (:func:`spread_out`), its forward
             before the shuffle.
+        target: As :attr:`.QuantSpec.target`. For ``'tensorrt'`` every quantizer is a pair of QuantizeLinear and
+            DequantizeLinear where the model has it: attention is plain, and nothing moves codes around.
     """
 
     model: nn.Module
@@ -126,9 +128,10 @@ class ExportableModel:
     notes: Dict[str, str] = field(default_factory=dict)
     names: Dict[nn.Module, str] = field(default_factory=dict)
     unshuffled: Dict[str, TensorFunction] = field(default_factory=dict)
+    target: str = 'default'
 
 
-def make_exportable(model: nn.Module) -> ExportableModel:
+def make_exportable(model: nn.Module, target: str = 'default') -> ExportableModel:
     """Copy a calibrated, quantized model into a form that can be traced.
 
     Batch normalization after a convolution is folded into scale and bias of the *integer* weight: the codes are still
@@ -136,12 +139,13 @@ def make_exportable(model: nn.Module) -> ExportableModel:
 
     Args:
         model: Quantized, in any mode; it is not changed.
+        target: As :attr:`.QuantSpec.target` of the model.
 
     Raises:
         NotCalibratedError: A quantizer has no range.
         UnsupportedModelError: The model is not quantized.
     """
-    exportable = ExportableModel(copy.deepcopy(model).cpu().float())
+    exportable = ExportableModel(copy.deepcopy(model).cpu().float(), target=target)
     network = exportable.model
     network.eval()  # not chained: it returns None in mmdet and mmseg
     if next(quantizers(network), None) is None:
@@ -229,7 +233,7 @@ def _rewrite_layer(
             _rewrite_spread(exportable, name, layer, bias)
             return
         integer.bias = bias = bias if conv_module is None else _fold_norm(exportable, name, integer, bias, conv_module)
-        if linear and _is_affine(layer.input_quantizer):
+        if linear and _is_affine(layer.input_quantizer) and exportable.target == 'default':
             _centre(integer, layer.input_quantizer)
             layer.forward = _product_forward(exportable, name, layer)
             return
@@ -414,7 +418,8 @@ def _rewrite_attentions(
     rows = {}
     for name, module in modules.items():
         if isinstance(module, QuantWindowMSAMixin):
-            operands = _split_projection(exportable, name, module) if _has_integer_products(module) else None
+            integer = exportable.target == 'default' and _has_integer_products(module)
+            operands = _split_projection(exportable, name, module) if integer else None
             exportable.positions[name] = (
                 module.relative_position_bias_table.detach().t().contiguous(),
                 module.relative_position_index,

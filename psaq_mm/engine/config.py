@@ -64,7 +64,7 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
 
     Args:
         config: A whole config.
-        quant: A preset. On a config that is quantized already it takes the place of all but the scope, and
+        quant: A preset. On a config that is quantized already it takes the place of all but the scope, the target, and
             ``w_reduce_range`` with 8 bits.
         method: Name of a registered method (:data:`psaq_mm.engine.methods.METHODS`). The recipe of its quantizer is
             applied to the bits of ``quant`` or of the config; a preset that names a recipe itself keeps its own.
@@ -93,7 +93,9 @@ def quantized_model_config(config: Config, quant=None, method: Optional[str] = N
     spec = QuantSpec.parse(holder.get('quant', 'w8a8'))
     if quant is not None or method:
         holder.quant = dict(preset=preset_of(quant or f'w{spec.w_bits}a{spec.a_bits}', method), scope=spec.scope)
-        if spec.w_reduce_range and QuantSpec.parse(holder.quant).w_bits == 8:  # it is about the processor
+        if spec.target != 'default':  # it is about the runtime, and the next one about the processor
+            holder.quant.target = spec.target
+        if spec.w_reduce_range and QuantSpec.parse(holder.quant).w_bits == 8:
             holder.quant.w_reduce_range = True
     return model
 

@@ -75,7 +75,7 @@ def _check_command_line(
     """Refuse options that ask for another spec than the student's."""
     fields = spec.to_dict()
     if quant or method:
-        fields.update(_fields_of(preset_of(quant or f'w{spec.w_bits}a{spec.a_bits}', method)))
+        fields.update(_fields_of(preset_of(quant or f'w{spec.w_bits}a{spec.a_bits}', method), spec.target))
     options = {key: value for key, value in options.items() if _QUANT_OPTION.match(key)}
     for asked in [fields, *(_merged(fields, key, value) for key, value in options.items())]:
         other = QuantSpec.from_dict(asked)
@@ -97,11 +97,13 @@ def _merged(spec: Mapping, key: str, value: Any) -> Dict[str, Any]:
         ) from error
     fields = config.quant if isinstance(config.quant, Mapping) else dict(preset=config.quant)
     preset = fields.pop('preset', None)
-    return {**spec, **fields, **(_fields_of(preset) if preset else {})}
+    target = fields.get('target', spec.get('target'))
+    return {**spec, **fields, **(_fields_of(preset, target) if preset else {})}
 
 
-def _fields_of(preset: str) -> Dict[str, Any]:
+def _fields_of(preset: str, target: Optional[str] = None) -> Dict[str, Any]:
     """The fields that a preset sets: its bits, and those in which its recipe differs from the defaults."""
-    spec, bits = QuantSpec.parse(preset), re.search(r'w\d+a\d+$', preset, re.IGNORECASE)[0]
-    plain = QuantSpec.parse(bits).to_dict()
+    spec = QuantSpec.parse(dict(preset=preset, target=target))
+    bits = re.search(r'w\d+a\d+$', preset, re.IGNORECASE)[0]
+    plain = QuantSpec.parse(dict(preset=bits, target=target)).to_dict()
     return {key: value for key, value in spec.to_dict().items() if key in ('w_bits', 'a_bits') or value != plain[key]}

@@ -35,9 +35,9 @@ class _QuantizedWeightLayer(nn.Module):
     """What the quantized layers share: building the quantizers, and the cache of the quantized weight.
 
     Attributes:
-        input_quantizer: Asymmetric, per tensor.
+        input_quantizer: Per tensor, asymmetric unless the target says otherwise.
         weight_quantizer: Per output channel.
-        output_quantizer: Asymmetric, per tensor; None unless every edge is quantized (``points='all'``).
+        output_quantizer: As the input's; None unless every edge is quantized (``points='all'``).
     """
 
     output_axis = 0  # of the weight
@@ -57,10 +57,10 @@ class _QuantizedWeightLayer(nn.Module):
         device = self.weight.device
         if spec.reparameterize and norm_before(self) is not None:
             self.input_quantizer = ReparameterizedQuantizer(
-                spec.a_bits, self.in_features, self.out_features, observer=spec.a_observer
+                spec.a_bits, self.in_features, self.out_features, spec.a_observer, spec.a_symmetric
             ).to(device)
         else:
-            self.input_quantizer = AffineQuantizer(spec.a_bits, observer=spec.a_observer).to(device)
+            self.input_quantizer = activation_quantizer(spec).to(device)
         self.weight_quantizer = AffineQuantizer(
             spec.w_bits,
             spec.w_symmetric,
@@ -72,7 +72,7 @@ class _QuantizedWeightLayer(nn.Module):
         self.weight_quantizer.reduced_range = spec.w_reduce_range
         self.output_quantizer = None
         if output is not None and not getattr(self, 'output_feeds_activation', False):
-            self.output_quantizer = AffineQuantizer(output.a_bits, observer=output.a_observer).to(device)
+            self.output_quantizer = activation_quantizer(output).to(device)
 
     def _finish(self, out: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         return apply_edge(self.output_quantizer, out, valid)
@@ -231,8 +231,8 @@ class QuantMatMul(nn.Module):
         observer: Name of the observer of both.
         lhs_kind: ``'affine'``, or ``'log2'`` or ``'log_sqrt2'`` for a nonnegative left operand.
         output_bits: Bits of the product, None to leave it in floating point.
-        symmetric: Of the left and the right operand, whether codes are signed and the zero point is 0. Affine operands
-            only.
+        symmetric: Of the left operand, the right one and the product, whether codes are signed and the zero point is 0.
+            Affine quantizers only.
 
     Example:
         >>> matmul = QuantMatMul(8, 8)
@@ -246,7 +246,7 @@ class QuantMatMul(nn.Module):
         observer: str = 'minmax',
         lhs_kind: str = 'affine',
         output_bits: Optional[int] = None,
-        symmetric: Tuple[bool, bool] = (False, False),
+        symmetric: Tuple[bool, bool, bool] = (False, False, False),
     ):
         super().__init__()
         self.lhs_quantizer: Optional[Quantizer]
@@ -257,7 +257,9 @@ class QuantMatMul(nn.Module):
         else:
             self.lhs_quantizer = LogQuantizer(lhs_bits, lhs_kind)
         self.rhs_quantizer = None if rhs_bits is None else AffineQuantizer(rhs_bits, symmetric[1], observer=observer)
-        self.output_quantizer = None if output_bits is None else AffineQuantizer(output_bits, observer=observer)
+        self.output_quantizer = (
+            None if output_bits is None else AffineQuantizer(output_bits, symmetric[2], observer=observer)
+        )
 
     @classmethod
     def from_spec(
@@ -265,7 +267,7 @@ class QuantMatMul(nn.Module):
         spec: Optional[LayerSpec],
         quantize_lhs: bool = True,
         lhs_kind: str = 'affine',
-        symmetric: Tuple[bool, bool] = (False, False),
+        symmetric: Tuple[bool, bool, bool] = (False, False, False),
     ) -> 'QuantMatMul':
         """Product with the activation bits of a layer spec; all in floating point where the spec is None.
 
@@ -273,10 +275,11 @@ class QuantMatMul(nn.Module):
             spec: As :meth:`.QuantSpec.resolve` returns it.
             quantize_lhs: False leaves the left operand in floating point, such as the attention weights.
             lhs_kind: As for the class.
-            symmetric: As for the class.
+            symmetric: As for the class; all, where the spec has symmetric activations.
         """
         if spec is None:
             return cls(None, None)
+        symmetric = (True, True, True) if spec.a_symmetric else symmetric
         return cls(spec.a_bits if quantize_lhs else None, spec.a_bits, spec.a_observer, lhs_kind, symmetric=symmetric)
 
     def forward(self, a: Tensor, b: Tensor, valid: Optional[Tensor] = None) -> Tensor:
@@ -310,11 +313,13 @@ def attention_products(spec: AdapterSpec, name: str) -> Tuple[QuantMatMul, Quant
     if spec.points == 'all':
         scores, product = QuantMatMul(None, None), QuantMatMul(None, None)
         if qk is not None:
-            scores = QuantMatMul(None, None, output_bits=qk.a_bits, observer=qk.a_observer)
+            scores = QuantMatMul(
+                None, None, output_bits=qk.a_bits, observer=qk.a_observer, symmetric=(False, False, qk.a_symmetric)
+            )
         if av is not None and quantize_softmax:
-            product = QuantMatMul(av.a_bits, None, av.a_observer, kind)
+            product = QuantMatMul(av.a_bits, None, av.a_observer, kind, symmetric=(av.a_symmetric, False, False))
         return scores, product
-    queries, values = (spec.symmetric_attention, False), (False, spec.symmetric_attention)
+    queries, values = (spec.symmetric_attention, False, False), (False, spec.symmetric_attention, False)
     return QuantMatMul.from_spec(qk, symmetric=queries), QuantMatMul.from_spec(av, quantize_softmax, kind, values)
 
 
@@ -327,7 +332,12 @@ def edge_quantizer(spec: AdapterSpec, name: str) -> Optional[AffineQuantizer]:
             quantizer in an attribute of that component's name and ``_quantizer``.
     """
     edge = spec.resolve(name) if spec.points == 'all' else None
-    return None if edge is None else AffineQuantizer(edge.a_bits, observer=edge.a_observer)
+    return None if edge is None else activation_quantizer(edge)
+
+
+def activation_quantizer(spec: LayerSpec) -> AffineQuantizer:
+    """Quantizer of an activation, with one scale for the tensor."""
+    return AffineQuantizer(spec.a_bits, spec.a_symmetric, observer=spec.a_observer)
 
 
 def apply_layer(layer: nn.Module, x: Tensor, valid: Optional[Tensor]) -> Tensor:

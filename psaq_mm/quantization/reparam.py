@@ -102,13 +102,21 @@ class ReparameterizedQuantizer(AffineQuantizer):
         in_features: Channels of the LayerNorm.
         out_features: Outputs of the Linear.
         observer: As for :class:`.AffineQuantizer`, here per channel.
+        symmetric: Signed codes with zero point 0. Nothing is lost by it: LayerNorm's offset moves each channel.
     """
 
     fill: Tensor
     folded_bias: Tensor
 
-    def __init__(self, bits: int, in_features: int, out_features: int, observer: str = 'percentile'):
-        super().__init__(bits, observer=observer)
+    def __init__(
+        self,
+        bits: int,
+        in_features: int,
+        out_features: int,
+        observer: str = 'percentile',
+        symmetric: bool = False,
+    ):
+        super().__init__(bits, symmetric, observer=observer)
         self.register_buffer('fill', torch.zeros(in_features))
         self.register_buffer('folded_bias', torch.zeros(out_features))
 
@@ -139,16 +147,18 @@ class ReparameterizedQuantizer(AffineQuantizer):
                 f'The LayerNorm before {self.name!r} has {norm.weight.numel()} channels and the layer '
                 f'{layer.weight.shape[1]}: name the LayerNorm that feeds it.'
             )
+        zero_point = zero_point + self.qmin  # the grid counts from 0
         low, high = observer.ends()
         live = low != high  # a constant channel is one that a norm's weight of 0 makes, for example
         if bool(live.any()):
             one_scale = scale[live].mean()
             one_zero = zero_point[live].mean().round().clamp(self.qmin, self.qmax)
+            one_zero = one_zero.new_zeros(()) if self.symmetric else one_zero
         else:
             one_scale, one_zero = scale.new_ones(()), scale.new_zeros(())
         floor = one_scale * MIN_RATIO
         # Where the floor holds, the zero point moves with the scale: the middle of the range keeps its code.
-        middle = (self.qmax - self.qmin) / 2
+        middle = (self.qmax + self.qmin) / 2
         center = (middle - zero_point) * scale
         held = live & (scale < floor)
         scale = torch.where(held, floor, scale)

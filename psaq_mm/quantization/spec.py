@@ -13,6 +13,7 @@ from psaq_mm.quantization.primitives import MAX_BITS, MIN_BITS
 SCOPES = ('backbone', 'full')
 POINTS = ('gemm', 'linear', 'all')
 SOFTMAX_QUANTIZERS = ('affine', 'log2', 'log_sqrt2')
+TARGETS = ('default', 'tensorrt')
 
 # What a method quantizes, and how; bits are chosen beside it ('repq_w4a4').
 RECIPES: Dict[str, Dict[str, Any]] = {
@@ -72,6 +73,18 @@ def _without_idle_softmax(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
     return {key: value for key, value in chosen.items() if not (idle and key == 'softmax_quantizer')}
 
 
+def _fit_for_target(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
+    """A preset's choice without what the target of ``settings`` does not have; see :attr:`QuantSpec.target`."""
+    if settings.get('target') != 'tensorrt':
+        return dict(chosen)
+    dropped = dict(
+        softmax_quantizer=True,
+        quantize_softmax=settings.get('points', 'gemm') == 'gemm',
+        w_symmetric=settings.get('w_bits') == MAX_BITS,
+    )
+    return {key: value for key, value in chosen.items() if not dropped.get(key)}
+
+
 @dataclass(frozen=True)
 class Override:
     """Other bits, or none, for the layers whose name matches a pattern.
@@ -126,7 +139,8 @@ class Override:
 class LayerSpec:
     """Bits, weight scheme and observers of one layer (see :class:`QuantSpec`).
 
-    With ``w_reduce_range`` ``w_bits`` is 7, the bits of the codes, instead of 8.
+    With ``w_reduce_range`` ``w_bits`` is 7, the bits of the codes, instead of 8. With ``a_symmetric`` activations have
+    signed codes and zero point 0.
     """
 
     w_bits: int = 8
@@ -137,6 +151,7 @@ class LayerSpec:
     w_full_range: bool = False
     reparameterize: bool = False
     w_reduce_range: bool = False
+    a_symmetric: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,9 +185,17 @@ class QuantSpec:
         w_observer: ``'minmax'``, ``'percentile'`` or ``'mse'``.
         a_observer: Same choice, for activations.
         overrides: Exceptions by layer name, applied in order; a later one wins. Dicts are accepted.
+        target: What the student is made for. ``'default'`` (or None): OpenVINO and ONNX Runtime. ``'tensorrt'``: what a
+            strongly typed TensorRT takes as INT8. All activations have 8 bits, signed codes and zero point 0, also
+            those that are never negative (after softmax, GELU, ReLU: half of the codes). Weights of 8 bits are
+            symmetric, in layers that an override gives 8 bits too. Those of fewer bits stay asymmetric if the spec says
+            so: what is stored is the code minus its zero point, which INT8 holds. A preset's choices give way: a
+            logarithmic softmax, asymmetric weights of 8 bits, and with ``points='gemm'`` attention weights in floating
+            point, because attention is fused only where both of its products are quantized. Settings of your own that
+            contradict the target are refused.
 
     Raises:
-        SpecError: A value is not allowed; the sentence names it and the allowed ones.
+        SpecError: A value is not allowed, or contradicts another; the sentence names it and the allowed ones.
 
     Example:
         >>> QuantSpec.parse('w4a8').label
@@ -197,6 +220,7 @@ class QuantSpec:
     a_observer: str = 'minmax'
     overrides: Tuple[Override, ...] = ()
     w_reduce_range: bool = False
+    target: str = 'default'
 
     def __post_init__(self):
         for key in ('w_bits', 'a_bits', 'input_bits'):
@@ -207,6 +231,8 @@ class QuantSpec:
         _check_choice('scope', self.scope, SCOPES)
         _check_choice('points', self.points, POINTS)
         _check_choice('softmax_quantizer', self.softmax_quantizer, SOFTMAX_QUANTIZERS)
+        object.__setattr__(self, 'target', TARGETS[0] if self.target is None else self.target)
+        _check_choice('target', self.target, TARGETS)
         if self.w_full_range and not self.w_symmetric:
             raise SpecError(
                 'w_full_range=True contradicts w_symmetric=False: asymmetric weights use every code anyway.'
@@ -233,12 +259,38 @@ class QuantSpec:
                 f'w_reduce_range=True has nothing to do with w_bits={self.w_bits}: it holds weights of 8 bits within '
                 '7, and fewer bits are within 7 as they are; leave it out, or set w_bits=8.'
             )
+        if self.target == 'tensorrt':
+            self._check_tensorrt()
+
+    def _check_tensorrt(self) -> None:
+        """Raise SpecError where a setting contradicts ``target='tensorrt'``."""
+        bits = dict(a_bits=self.a_bits, input_bits=self.input_bits)
+        bits.update({f'a_bits of the override {o.pattern!r}': o.a_bits for o in self.overrides if o.a_bits is not None})
+        for key, value in bits.items():
+            if value != MAX_BITS:
+                raise SpecError(
+                    f"{key}={value} contradicts target='tensorrt', whose integer activations have 8 bits: set 8 bits, "
+                    'or leave the target out.'
+                )
+        if self.softmax_quantizer != 'affine':
+            raise SpecError(
+                f"softmax_quantizer={self.softmax_quantizer!r} contradicts target='tensorrt', which has no logarithmic "
+                "codes: set softmax_quantizer='affine'."
+            )
+        if not self.w_symmetric and self.w_bits == MAX_BITS:
+            raise SpecError(
+                "w_symmetric=False contradicts target='tensorrt' with w_bits=8: its weights have zero point 0, which "
+                'only asymmetric codes of fewer bits can be brought to; set w_symmetric=True.'
+            )
 
     @property
     def label(self) -> str:
-        """Name of the precision, e.g. ``'W4A8'``, and ``'W8A8 (7-bit weights)'`` for a reduced range."""
-        reduced = ' (7-bit weights)' if self.w_reduce_range and self.w_bits == MAX_BITS else ''
-        return f'W{self.w_bits}A{self.a_bits}{reduced}'
+        """Name of the precision, e.g. ``'W4A8'``, ``'W8A8 (7-bit weights)'`` for a reduced range, and
+        ``'W8A8 (TensorRT)'`` for that target.
+        """
+        notes = ['7-bit weights'] if self.w_reduce_range and self.w_bits == MAX_BITS else []
+        notes += ['TensorRT'] if self.target == 'tensorrt' else []
+        return f'W{self.w_bits}A{self.a_bits}' + (f' ({", ".join(notes)})' if notes else '')
 
     def resolve(self, name: str, is_input: bool = False) -> Optional[LayerSpec]:
         """What the layer ``name`` gets.
@@ -258,16 +310,17 @@ class QuantSpec:
                 a_bits = override.a_bits or a_bits
         if float_:
             return None
-        reduced = self.w_reduce_range and w_bits == MAX_BITS
+        reduced, for_tensorrt = self.w_reduce_range and w_bits == MAX_BITS, self.target == 'tensorrt'
         return LayerSpec(
             w_bits - reduced,
             a_bits,
-            self.w_symmetric,
+            self.w_symmetric or (for_tensorrt and w_bits == MAX_BITS),
             self.w_observer,
             self.a_observer,
             self.w_full_range,
             self.reparameterize,
             reduced,
+            for_tensorrt,
         )
 
     def to_dict(self) -> Dict[str, Any]:
@@ -302,6 +355,7 @@ class QuantSpec:
             settings = dict(x)
             base = cls._preset(settings.pop('preset')) if 'preset' in settings else {}
             _check_keys('the quantization', settings, [f.name for f in fields(cls)] + ['preset'])
+            base = _fit_for_target(base, {**base, **settings})
             return cls(**{**_without_idle_softmax(base, {**base, **settings}), **settings})
         raise SpecError(f'quant={x!r} is no quantization: give a preset such as "w8a8", or a dict of settings.')
 

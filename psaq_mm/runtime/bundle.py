@@ -32,12 +32,12 @@ from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Seq
 
 import numpy as np
 
-from psaq_mm.errors import CheckpointError, ConfigError, UnsupportedModelError
+from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.files import file_sha256, whole_folder
+from psaq_mm.runtime.wire import check_message_size
 
 __all__ = [
     'MANIFEST',
-    'MESSAGE_LIMIT',
     'PLAIN',
     'REST',
     'WEIGHTS',
@@ -58,8 +58,6 @@ MANIFEST, WEIGHTS, REST = 'manifest.json', 'weights.safetensors', 'rest.safetens
 PLAIN = 'model.json'
 """What an export of plain ONNX files is told by (:mod:`psaq_mm.deploy.plain_onnx`)."""
 PACKED_BITS = 4
-MESSAGE_LIMIT = 2**31 - 1
-"""Bytes that a message of Protocol Buffers, and so an ONNX file, may have ("Encoding", "Proto Serialized Size")."""
 
 PathLike = Union[str, os.PathLike]
 
@@ -105,7 +103,10 @@ def graph_entries(manifest: Mapping) -> List[Mapping]:
     of box heads, then those of mask heads.
     """
     heads = manifest.get('heads') or {}
-    return [*manifest.get('graphs', ()), *(graph for kind in ('box', 'mask') for graph in heads.get(kind) or ())]
+    return [
+        *manifest.get('graphs', ()),
+        *(graph for kind in ('box', 'mask') for graph in heads.get(kind) or () if graph),
+    ]
 
 
 # ---------------------------------------------------------------------- safetensors
@@ -122,7 +123,10 @@ def _safetensors() -> Any:
 
 def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     dense = {name: np.asarray(tensor, order='C') for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
     _safetensors().numpy.save_file(dense, path, metadata=dict(format='np'))
+    path.chmod(mode)  # the package keeps other users out
 
 
 def _read_tensors(path: Path, names: Optional[Iterable[str]] = None) -> Dict[str, np.ndarray]:
@@ -180,22 +184,9 @@ def _write_weights(path: Path, weights: Mapping[str, Weight]) -> Dict[str, Dict[
 
 
 def _check_messages(manifest: Mapping, graphs: Mapping[str, bytes], weights: Mapping[str, Weight]) -> None:
-    """A graph is started from one message that holds its weights.
-
-    Raises:
-        UnsupportedModelError: It would be too large.
-    """
     for entry in graph_entries(manifest):
-        size = len(graphs[entry['file']])
-        for name in entry['weights']:
-            array = weights[name].array
-            size += array.nbytes + 4 * len(name) + 16 * array.ndim  # the fields around a tensor, rather more than less
-        if size > MESSAGE_LIMIT:
-            raise UnsupportedModelError(
-                f'{entry["file"]} with its weights has {size / 2**30:.2f} GiB and a runtime takes '
-                f'{MESSAGE_LIMIT / 2**30:.2f} GiB in one piece: give --format onnx alone, which writes large weights '
-                'beside the graph'
-            )
+        arrays = {name: weights[name].array for name in entry['weights']}
+        check_message_size(entry['file'], len(graphs[entry['file']]), arrays)
 
 
 def write_bundle(
@@ -204,6 +195,7 @@ def write_bundle(
     graphs: Mapping[str, bytes],
     weights: Mapping[str, Weight],
     rest: Mapping[str, np.ndarray],
+    one_file: bool = True,
 ) -> Path:
     """Write a directory beside ``out`` and move it there. An exported model that is there already is replaced.
 
@@ -213,13 +205,15 @@ def write_bundle(
         graphs: Content of the graphs by file name.
         weights: By the name that the graphs have for them.
         rest: Arrays of :data:`REST`.
+        one_file: Whether a graph with its weights must fit into one ONNX file: runtimes are started from one here.
 
     Raises:
         ConfigError: ``out`` exists and is no exported model, or safetensors is not installed.
-        UnsupportedModelError: A graph with its weights is larger than :data:`MESSAGE_LIMIT`.
+        UnsupportedModelError: With ``one_file``, a graph is larger than :data:`.wire.MESSAGE_LIMIT`.
     """
     out = replaceable(out)
-    _check_messages(manifest, graphs, weights)
+    if one_file:
+        _check_messages(manifest, graphs, weights)
     with whole_folder(out) as folder:
         for name, content in graphs.items():
             (folder / name).write_bytes(content)

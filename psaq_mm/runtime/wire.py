@@ -11,7 +11,13 @@ from typing import Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple, U
 
 import numpy as np
 
-__all__ = ['Node', 'append_initializers', 'small_model']
+from psaq_mm.errors import UnsupportedModelError
+
+__all__ = ['MESSAGE_LIMIT', 'Node', 'append_initializers', 'check_message_size', 'message_size', 'small_model']
+
+MESSAGE_LIMIT = 2**31 - 1
+"""Bytes that a message, and so an ONNX file with its weights, may have (Protocol Buffers, "Encoding", section "Message
+Structure")."""
 
 # onnx.proto3: fields of ModelProto, GraphProto, NodeProto, AttributeProto, ValueInfoProto, and of TensorProto.
 _IR_VERSION, _GRAPH, _OPSET, _OPSET_VERSION = 1, 7, 8, 2
@@ -44,6 +50,27 @@ def _blob(field: int, *parts: bytes) -> Iterable[bytes]:
     yield from parts
 
 
+def message_size(model_bytes: int, tensors: Mapping[str, np.ndarray]) -> int:
+    """Bytes of an ONNX file with these initializers, rather too many than too few."""
+    return model_bytes + sum(
+        array.nbytes + len(name.encode()) + 16 * (array.ndim + 3) for name, array in tensors.items()
+    )
+
+
+def check_message_size(name: str, model_bytes: int, tensors: Mapping[str, np.ndarray]) -> None:
+    """A graph is started from one message that holds its weights.
+
+    Raises:
+        UnsupportedModelError: It would be larger than :data:`MESSAGE_LIMIT`.
+    """
+    size = message_size(model_bytes, tensors)
+    if size > MESSAGE_LIMIT:
+        raise UnsupportedModelError(
+            f'{name} with its weights has {size / 2**30:.2f} GiB, and ONNX allows {MESSAGE_LIMIT / 2**30:.2f} GiB in '
+            'one piece: export with --format onnx alone, which then writes the weights beside the graph'
+        )
+
+
 def append_initializers(model: bytes, tensors: Mapping[str, np.ndarray]) -> bytes:
     """Add initializers to an ONNX file.
 
@@ -53,7 +80,11 @@ def append_initializers(model: bytes, tensors: Mapping[str, np.ndarray]) -> byte
 
     Returns:
         Content of an ONNX file whose graph has all of them.
+
+    Raises:
+        UnsupportedModelError: It would be larger than :data:`MESSAGE_LIMIT`.
     """
+    check_message_size('the graph', len(model), tensors)
     initializers: List[bytes] = []
     for name, array in tensors.items():
         fields = [_number(_DIMS, size) for size in array.shape]

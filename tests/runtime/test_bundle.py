@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from psaq_mm.errors import CheckpointError, ConfigError, UnsupportedModelError
 from psaq_mm.files import file_sha256
-from psaq_mm.runtime import bundle
+from psaq_mm.runtime import wire
 from psaq_mm.runtime.bundle import (
     MANIFEST,
     REST,
@@ -274,10 +274,10 @@ def test_graphs_that_are_too_large_for_one_message_are_refused(tmp_path, monkeyp
     heads = dict(box=[entries['box_0.onnx']], mask=[entries['mask_0.onnx']])
     manifest = dict(task='detection', graphs=[entries['graph_8x8.onnx']], heads=heads)
     assert [entry['file'] for entry in graph_entries(manifest)] == list(graphs)
-    monkeypatch.setattr(bundle, 'MESSAGE_LIMIT', 1000)
+    monkeypatch.setattr(wire, 'MESSAGE_LIMIT', 1000)
     write_bundle(tmp_path / 'model', manifest, graphs, few, {})
     for limit, named in ((300, 'graph_8x8.onnx'), (700, 'box_0.onnx')):
-        monkeypatch.setattr(bundle, 'MESSAGE_LIMIT', limit)
+        monkeypatch.setattr(wire, 'MESSAGE_LIMIT', limit)
         with pytest.raises(UnsupportedModelError, match=f'{named} with its weights has .* GiB .*--format onnx'):
             write_bundle(tmp_path / 'large', manifest, graphs, few, {})
     assert [p.name for p in tmp_path.iterdir()] == ['model']

@@ -1,0 +1,1 @@
+quant = dict(preset='w8a8', scope='backbone', target='tensorrt')
