@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from psaq_mm.deploy.parts import NotInGraph
 from psaq_mm.deploy.symbols import DOMAIN
 
-__all__ = ['trace']
+__all__ = ['state_shapes_', 'trace']
 
 
 def trace(
@@ -66,3 +66,22 @@ def trace(
     if foreign:
         raise NotInGraph(f'it needs {" and ".join(foreign)}, which ONNX does not have')
     return model
+
+
+def state_shapes_(
+    model: Any, shapes: Mapping[str, Sequence[int]], dynamic: Optional[Mapping[str, Mapping[int, str]]] = None
+) -> None:
+    """Write the shapes of its outputs into a traced graph, in place. PyTorch's exporter does not know all of them, and
+    names the sizes that it does not know after operations.
+
+    Args:
+        model: ONNX model.
+        shapes: By the name of an output.
+        dynamic: See :func:`trace`.
+    """
+    for output in model.graph.output:
+        free = (dynamic or {}).get(output.name, {})
+        dims = output.type.tensor_type.shape.dim
+        del dims[:]
+        for axis, size in enumerate(shapes[output.name]):
+            dims.add(**(dict(dim_param=free[axis]) if axis in free else dict(dim_value=size)))
