@@ -180,6 +180,22 @@ def test_glue_gives_the_detections_of_mmdet(name):
     json.dumps(detector_settings(model), allow_nan=False)
 
 
+@pytest.mark.parametrize('name', ['mask_rcnn', 'retinanet', 'fcos_normed', 'atss'])
+def test_equal_scores_are_chosen_in_their_order(name):
+    """Logits of three values: the best of a level, suppression and the order of the result are all decided by ties."""
+    model = build(MODELS[name])
+    head = model.rpn_head if hasattr(model, 'roi_head') else model.bbox_head
+    forward = head.forward
+
+    def coarse(levels):
+        scores, *others = forward(levels)
+        return ([(level / level.std()).round().clamp(-1, 1) for level in scores], *others)
+
+    head.forward = coarse
+    agreement = compare_glue(model, batch(), IMAGES)
+    assert agreement.good and agreement.detections >= 20, agreement
+
+
 def test_fake_quantized_heads_are_compared_too():
     model = build(MODELS['mask_rcnn'])
     quantize_model_(model, dict(preset='w8a8', scope='full'))
