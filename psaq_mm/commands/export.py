@@ -135,12 +135,17 @@ def export(
         The quantized model and :class:`psaq_mm.deploy.export.ExportedModel`.
     """
     from psaq_mm.deploy.export import OPSET, check_opset, export_model
+    from psaq_mm.engine.pipelines import pipeline_steps
 
     check_opset(opset or OPSET)
     model, checkpoint = build_student(config, checkpoint_path, *stated)
-    classes = (checkpoint['meta'].get('dataset_meta') or {}).get('classes')
+    meta = checkpoint['meta'].get('dataset_meta') or {}
+    test = pipeline_steps(config)
+    if test.unknown:
+        print(f'pictures are taken as they come, in the size of the network: the test pipeline has {test.unknown}')
+    said = dict(pipeline=test.pipeline, pad_divisor=test.pad_divisor, slide=test.slide, palette=meta.get('palette'))
     sizes = sizes or default_sizes(config)
-    return model, export_model(model, out, sizes, opset or OPSET, classes, dynamic, one_file)
+    return model, export_model(model, out, sizes, opset or OPSET, meta.get('classes'), dynamic, said, one_file)
 
 
 _FEW_PIXELS = 512 * 512
@@ -171,20 +176,30 @@ def _pictures(size: Tuple[int, int], number: int, image_spec):
 
 
 def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) -> None:
-    from psaq_mm.deploy.verify import verify
+    from psaq_mm.deploy.verify import verify, verify_glue
     from psaq_mm.models import TaskModel
 
     failed = []
+    glue_failed = False
     for number, size in enumerate(verified_sizes(exported)):
         images = _pictures(size, number, TaskModel(model).image_spec)
         for runtime in runtimes:
             verification = verify(model, exported, images, runtime, threads)
             print(verification.to_table(brief=number > 0), flush=True)
             failed += [] if verification.good else [f'{runtime} at {size[0]} x {size[1]}']
+        if exported.manifest['detector'] is not None:
+            agreement = verify_glue(model, images)
+            print(f'{size[0]} x {size[1]}: {agreement}', flush=True)
+            glue_failed = glue_failed or not agreement.good
     if failed:
         raise PsaqError(
             f"the integer codes in {' and '.join(failed)} are further from the fake-quantized model's than 99.9 % "
             'equal and one step: see the lines marked above; the files were written all the same'
+        )
+    if glue_failed:
+        raise PsaqError(
+            "boxes and masks that are decoded without PyTorch differ from mmdet's: see the lines marked above; "
+            'the files were written all the same'
         )
 
 

@@ -22,6 +22,7 @@ from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.network import find_backbone
 from psaq_mm.models.task import reads_rgb
 from psaq_mm.models.tasks import task_of
+from psaq_mm.plain import to_plain
 from psaq_mm.runtime.bundle import write_bundle
 
 __all__ = ['ExportedModel', 'GraphModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
@@ -361,6 +362,7 @@ def export_model(
     opset: int = OPSET,
     classes: Optional[Sequence[str]] = None,
     dynamic: bool = False,
+    preparation: Optional[Mapping[str, Any]] = None,
     one_file: bool = True,
 ) -> ExportedModel:
     """Export a calibrated, quantized model.
@@ -373,6 +375,9 @@ def export_model(
         classes: Names of the classes, for the manifest.
         dynamic: One graph for every size: images are padded to multiples of :data:`MULTIPLE`. ``sizes`` is then the one
             size that the graph is traced and verified with.
+        preparation: Of test pictures, for the manifest: ``pipeline``, ``pad_divisor`` and ``slide`` of
+            :class:`psaq_mm.engine.pipelines.PipelineSteps`, and ``palette``. Defaults to None: pictures are taken as
+            they come.
         one_file: Refuse a graph that is too large for one ONNX file, as runtimes here start it. Such a one is only good
             for :func:`.plain_onnx.write_plain_onnx`.
 
@@ -414,6 +419,7 @@ def export_model(
         quant=spec.to_dict(),
         opset=opset,
         classes=list(classes or ()),
+        **to_plain(dict(preparation or {})),
         graphs=dense.entries,
         heads={kind: [h.entry for h in heads if h.place.kind == kind] for kind in ('box', 'mask')} if heads else None,
         detector=detector,

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, List, Tuple, Union
 
 from psaq_mm.deploy.exportable import ExportableModel
 from psaq_mm.deploy.parts import rest_state
+from psaq_mm.deploy.symbols import CAST_VALUE
 from psaq_mm.errors import first_of
 from psaq_mm.quantization import ConversionReport
 from psaq_mm.runtime.kernels import EXPLAINED
@@ -99,9 +100,10 @@ def _is_integer(name: str, producer) -> bool:
         'Slice',
         'Concat',
         'Gather',
+        'DepthToSpace',
     ):
         node = producer.get(node.input[0])
-    return node is not None and node.op_type == 'DequantizeLinear'
+    return node is not None and (node.op_type == 'DequantizeLinear' or node.output[0].endswith(CAST_VALUE))
 
 
 def summary(rows: List[Dict[str, Any]]) -> str:

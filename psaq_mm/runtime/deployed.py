@@ -12,7 +12,7 @@ from psaq_mm.runtime.detection import Detections, DetectorSettings, ImageInfo, d
 from psaq_mm.runtime.glue import finish, label_map, slide, softmax
 from psaq_mm.runtime.heads import HeadSessions
 from psaq_mm.runtime.predictions import Prediction, class_name
-from psaq_mm.runtime.preparation import Picture, Preparation, Prepared
+from psaq_mm.runtime.preparation import Picture, Preparation, Prepared, read_picture
 from psaq_mm.runtime.registry import Runtime, find_runtime, start, starting
 from psaq_mm.runtime.wire import append_initializers
 
@@ -244,13 +244,14 @@ class DeployedModel:
         heads = HeadSessions(self.manifest['heads'], self._session) if self._detector.box else None
         outputs, names = [], self.manifest['outputs']
         height, width = images.shape[2:]
+        last = set(names['levels']) <= set(names.get('channel_last') or ())
         for i, info in enumerate(infos):
             # The maps are read where the runtime wrote them: those of one picture may be 80 MB.
             with session.borrowed({'images': fitting[i : i + 1]}) as borrowed:
                 maps = self._cut(borrowed, height, width)
                 levels = [maps[name] for name in names['levels']]
                 dense = _nested(names['dense'], maps)
-                outputs += detect(self._detector, levels, dense, heads, [info], self.threads or _cores())
+                outputs += detect(self._detector, levels, dense, heads, [info], self.threads or _cores(), last)
         return outputs
 
     def normalize(self, images: Union[np.ndarray, Sequence[np.ndarray]]) -> np.ndarray:
@@ -391,7 +392,7 @@ class DeployedModel:
             DataError: The pictures do not fit.
         """
         if not self._predicts:
-            batch = self.normalize(pictures)  # type: ignore[arg-type]
+            batch = self.normalize([_array(picture, self.manifest['channels']) for picture in _several(pictures)])
             return finish(self.run(batch), self.manifest, (batch.shape[2], batch.shape[3]))
         predictions = [self.predict(picture) for picture in _several(pictures)]
         if self.task == 'detection':
@@ -419,6 +420,11 @@ def _several(pictures: Images) -> Sequence[Picture]:
     if not len(pictures):
         raise DataError('there is no picture in what the model was called with: give at least one')
     return list(pictures)
+
+
+def _array(picture: Picture, channels: int) -> np.ndarray:
+    """A picture as it comes."""
+    return read_picture(picture, channels) if isinstance(picture, (str, os.PathLike)) else picture
 
 
 def _stacked(arrays: Sequence[Any]) -> Any:

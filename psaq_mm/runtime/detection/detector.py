@@ -121,6 +121,38 @@ def _channel_last(align: RoiAlignSettings, levels: Sequence[np.ndarray], last: O
     return [np.ascontiguousarray(level if last else level.transpose(0, 2, 3, 1)) for level in levels]
 
 
+def box_candidates(
+    settings: DetectorSettings,
+    stage: BoxStage,
+    boxes: np.ndarray,
+    logits: np.ndarray,
+    deltas: np.ndarray,
+    image: ImageInfo,
+) -> Candidates:
+    """Detections of one picture out of a box head's outputs.
+
+    Args:
+        settings: Of the detector.
+        stage: The last box stage.
+        boxes: RoIs, float32 (n, 4).
+        logits: (n, classes + 1), the background last.
+        deltas: (n, 4) or (n, 4 * classes).
+        image: Sizes of the picture.
+
+    Returns:
+        By falling score; boxes are of the original size where the detector has no masks, else of the resized one.
+    """
+    scores = softmax(logits)[:, :-1]
+    rows, labels = np.nonzero(scores > np.float32(settings.score_threshold))
+    values = deltas[rows] if stage.class_agnostic else deltas.reshape(len(deltas), -1, 4)[rows, labels]
+    candidates = decode(stage.coding, boxes[rows], values, image.shape)
+    if not settings.mask:
+        candidates = scaled(candidates, image.scale)
+    limit = settings.max_per_image if settings.max_per_image > 0 else -1
+    kept, kept_scores = suppress(settings.nms, candidates, scores[rows, labels], labels, limit)
+    return Candidates(candidates[kept], kept_scores, labels[kept])
+
+
 class _RoiStages:
     """Box and mask stages for the pictures of one call."""
 
@@ -151,22 +183,10 @@ class _RoiStages:
             if number + 1 < len(stages):
                 boxes = [_refined(stage, *part) for part in split]
         averages = np.split(_mean(every), ends)
-        return [self._picture(stage, b, average, d, image) for (b, _, d, image), average in zip(split, averages)]
-
-    def _picture(
-        self, stage: BoxStage, boxes: np.ndarray, logits: np.ndarray, deltas: np.ndarray, image: ImageInfo
-    ) -> Candidates:
-        scores = softmax(logits)[:, :-1]
-        rows, labels = np.nonzero(scores > np.float32(self.settings.score_threshold))
-        values = deltas[rows] if stage.class_agnostic else deltas.reshape(len(deltas), -1, 4)[rows, labels]
-        candidates = decode(stage.coding, boxes[rows], values, image.shape)
-        if not self.settings.mask:
-            candidates = scaled(candidates, image.scale)
-        limit = self.settings.max_per_image
-        kept, kept_scores = suppress(
-            self.settings.nms, candidates, scores[rows, labels], labels, limit if limit > 0 else -1
-        )
-        return Candidates(candidates[kept], kept_scores, labels[kept])
+        return [
+            box_candidates(self.settings, stage, b, average, d, image)
+            for (b, _, d, image), average in zip(split, averages)
+        ]
 
     def with_masks(self, candidates: Sequence[Candidates]) -> List[Detections]:
         """Masks of detections; boxes become those of the original size."""
