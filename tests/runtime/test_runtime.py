@@ -321,6 +321,9 @@ def test_the_command_exports_and_verifies(segmentor, capsys, tmp_path):
             '--verify',
             '--threads',
             '1',
+            '--format',
+            'bundle',
+            'onnx',
         ]
     )
     told = capsys.readouterr()
@@ -332,6 +335,23 @@ def test_the_command_exports_and_verifies(segmentor, capsys, tmp_path):
     # So small a model may have a layer with one tie in a few hundred elements: then the command says so.
     assert status == 0 or 'further from the fake-quantized' in told.err
     assert load(tmp_path / 'out', 'onnxruntime').sizes == [(64, 96)]
+    assert {'graph_64x96.onnx', 'model.json'} <= {path.name for path in (tmp_path / 'out' / 'onnx').iterdir()}
+    assert told.out.count('MiB on disk') == 2
+
+
+def test_the_command_writes_plain_onnx_files_alone(segmentor, capsys, tmp_path):
+    student = [segmentor[0].folder / name for name in ('quantized.py', 'student.pth')]
+    arguments = [*student, '--out', tmp_path / 'out', '--size', 64, 96]
+    fails(capsys, export_command, [*arguments, '--external-data'], 'give --format onnx too')
+    assert export_command([str(a) for a in [*arguments, '--format', 'onnx', '--external-data']]) == 0
+    names = {path.name for path in (tmp_path / 'out').iterdir()}
+    assert names == {'graph_64x96.onnx', 'weights.data', 'model.json', 'README.txt'}
+    told = capsys.readouterr().out
+    size = sum(path.stat().st_size for path in (tmp_path / 'out').iterdir())
+    assert f'{size / 2**20:.2f} MiB on disk' in told and f'saved to {tmp_path / "out"}' in told
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'notes.txt').write_text('mine')
+    fails(capsys, export_command, [*student, '--out', tmp_path / 'notes'], 'is no exported model')
 
 
 def test_default_sizes_hold_what_the_test_pipeline_makes(detector, segmentor):
