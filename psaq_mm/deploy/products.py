@@ -67,17 +67,18 @@ class Products:
         if weight is None or weight.op_type != 'DequantizeLinear' or weight.input[0] not in self._old:
             return
         if node.op_type == 'MatMul':
-            integer = self._is_of_codes(node.input[0])
+            integer = self._dequantizer_before(node.input[0]) is not None
         else:
             integer = node.op_type == 'Conv' and self._gets_integer_bias(node, weight)
         node.input[1] = self._own_weight(weight) if integer else self._cast_weight(weight)
 
-    def _is_of_codes(self, name: str) -> bool:
-        """Whether a tensor is dequantized codes, which may have been moved."""
+    def _dequantizer_before(self, name: str) -> Optional[NodeProto]:
+        """What dequantizes the codes that a tensor is of, which may have been moved; None for one of none."""
         node = self._producer.get(name)
         while node is not None and node.op_type in _MOVES:
             node = self._producer.get(node.input[0])
-        return node is not None and node.op_type == 'DequantizeLinear'
+        codes = node is not None and node.op_type == 'DequantizeLinear' and node.input[0] not in self._old
+        return node if codes else None
 
     # ------------------------------------------------------------------ weights
     def _own_weight(self, weight: NodeProto) -> str:
@@ -118,9 +119,8 @@ class Products:
     # ------------------------------------------------------------------ biases
     def _gets_integer_bias(self, node: NodeProto, weight: NodeProto) -> bool:
         """Whether a convolution is of codes, and its output becomes codes at once. Its bias is int32 then, in place."""
-        source = self._producer.get(node.input[0])
-        quantizer = self._quantizer_after(node)
-        if source is None or source.op_type != 'DequantizeLinear' or source.input[0] in self._old or quantizer is None:
+        source, quantizer = self._dequantizer_before(node.input[0]), self._quantizer_after(node)
+        if source is None or quantizer is None:
             return False
         zero_points = [self._old[side.input[2]] for side in (source, quantizer)]
         if zero_points[0].dtype != zero_points[1].dtype or self._old[weight.input[2]].any():

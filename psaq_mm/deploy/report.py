@@ -158,5 +158,14 @@ def _executed(label: str, session: Any, graph: bytes) -> List[str]:
     facts = [f'{counts["integer"]} of {len(products)} products are integer']
     facts += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
     facts += [EXPLAINED[session.kernels]] if session.kernels != 'integer' else []
-    floats = [f'  float: {product.name} ({product.kind})' for product in products if product.how == 'float']
-    return [f'{label}: ' + ', '.join(facts), *floats]
+    lines = [f'{label}: ' + ', '.join(facts)]
+    by_reason: Dict[str, List[str]] = {}
+    for product in products:
+        if product.how == 'float':
+            by_reason.setdefault(product.why, []).append(f'{product.name} ({product.kind})')
+    for why, names in by_reason.items():
+        if why:
+            lines += [f'  float, {why}:', *(f'    {name}' for name in names)]
+        else:
+            lines += [f'  float: {name}' for name in names]
+    return lines

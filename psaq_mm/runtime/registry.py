@@ -52,11 +52,13 @@ class Product(NamedTuple):
         name: As the runtime calls it.
         kind: Its operation.
         how: ``'integer'``, ``'float'``, or ``'fused'`` for an attention in one kernel that does not tell.
+        why: Why it is float, where the runtime's class knows.
     """
 
     name: str
     kind: str
     how: str
+    why: str = ''
 
 
 class Runtime(abc.ABC):
