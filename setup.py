@@ -92,21 +92,32 @@ class EditableForMim(editable_wheel):
 
 # The OpenMMLab libraries stand in extras, not in install_requires: their maintained forks have the same import names
 # under other distribution names, and a hard requirement would install the originals over them.
-MM = ['mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0']
+# PyTorch stands there too: an exported model runs without it.
+TORCH = ['torch>=2.1', 'filelock', 'jinja2>=3', 'matplotlib>=3.6', 'pillow', 'rich>=12.3']
+MM = [*TORCH, 'mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0']
+# What an exported model needs beside a runtime. Not opencv-python: the headless one needs no libraries of a desktop.
+PICTURES = ['opencv-python-headless>=4.5,<5']
+ONNXRUNTIME, OPENVINO = 'onnxruntime>=1.18', 'openvino>=2024.4'
 # Another version formats differently: the same as in requirements-tools.txt.
 CHECKS = ['ruff==0.17.6', 'mypy==2.4.1']
 EXTRAS = {
+    'torch': TORCH,
     'mmdet': [*MM, 'mmdet>=3.3.0,<4'],
     # mmsegmentation imports ftfy and regex without requiring them.
     'mmseg': [*MM, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex'],
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
     # The maintained forks, in place of the three above. mmseg's asks for numpy 2, and with it torch 2.3 or later.
     'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain'],
-    'timm': ['timm>=1.0'],
-    'deploy': ['onnx>=1.15', 'onnxruntime>=1.18', 'openvino>=2024.4', 'safetensors>=0.4'],
-    'test': ['pytest>=7', 'pytest-xdist', 'hypothesis', 'safetensors', 'onnx', 'onnxruntime', 'openvino', *CHECKS],
+    'timm': [*TORCH, 'timm>=1.0'],
+    'deploy': ['onnx>=1.15', ONNXRUNTIME, OPENVINO],
+    # To run an exported model, where neither PyTorch nor OpenMMLab is installed.
+    'runtime': [*PICTURES, OPENVINO],
+    'runtime-onnxruntime': [*PICTURES, ONNXRUNTIME],
+    'test': [*TORCH, 'pytest>=7', 'pytest-xdist', 'hypothesis', 'onnx', 'onnxruntime', 'openvino', *CHECKS],
 }
-EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in ('onedl', 'test') for line in lines})
+# Not what contradicts the rest: the forks, and a second OpenCV beside that of OpenMMLab.
+APART = ('onedl', 'test', 'runtime', 'runtime-onnxruntime')
+EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in APART for line in lines})
 
 setup(
     name='psaq_mm',
@@ -133,7 +144,7 @@ setup(
     # Only files that stand inside the package; configs and tools are laid in by BuildWithConfigs.
     package_data={'psaq_mm': ['py.typed', '**/*.json', '**/*.html', '**/*.css', '**/*.js']},
     include_package_data=False,
-    install_requires=['torch>=2.1', 'numpy', 'filelock', 'jinja2>=3', 'matplotlib>=3.6', 'pillow', 'rich>=12.3'],
+    install_requires=['numpy', 'safetensors>=0.4'],
     extras_require=EXTRAS,
     entry_points={
         'console_scripts': [
@@ -141,6 +152,7 @@ setup(
             'psaq-test = psaq_mm.commands.test:main',
             'psaq-compare = psaq_mm.commands.compare:main',
             'psaq-export = psaq_mm.commands.export:main',
+            'psaq-predict = psaq_mm.commands.predict:main',
             'psaq-inspect = psaq_mm.commands.inspect:main',
             'psaq-convert-checkpoint = psaq_mm.commands.convert_checkpoint:main',
             'psaq-sensitivity = psaq_mm.commands.sensitivity:main',

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Callable, Mapping, Optional, Sequence
 
 from psaq_mm.commands.allocator import keep_freed_memory
-from psaq_mm.commands.missing import missing_from
+from psaq_mm.commands.missing import missing_from, require_libraries
 from psaq_mm.errors import ConfigError, PsaqError
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     'run_command',
     'runnable_config',
 ]
+
+require_libraries()  # all commands but psaq-predict import this module first
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,12 @@
 """Recognizes errors about missing packages, modules and types, which the libraries word in a dozen ways."""
 
 import importlib.util
+import os
 import re
+import sys
 from typing import Iterator, Optional
 
-__all__ = ['missing_from']
+__all__ = ['missing_from', 'require_libraries']
 
 _DISTRIBUTIONS = dict(
     cv2='opencv-python',
@@ -24,6 +26,22 @@ _NO_MODULE = re.compile(r'No module named [\'"]([\w.]+)')
 _PIP_INSTALL = re.compile(r'pip install((?: -[-\w]+)*) +[\'"`]?([^\s\'"`]+)')
 _NOT_INSTALLED = re.compile(r'(?:[Pp]ackage )?[\'"`]?([\w.-]+)[\'"`]? is not installed')
 _UNREGISTERED = re.compile(r'(\S+) is not in the (\S+) registry')
+
+
+def require_libraries() -> None:
+    """End the process with one sentence where PyTorch or MMEngine is not installed, before a command imports them.
+
+    Raises:
+        SystemExit: One is not.
+    """
+    titles = dict(torch='PyTorch', mmengine='MMEngine')
+    absent = [title for module, title in titles.items() if importlib.util.find_spec(module) is None]
+    if absent:
+        name = os.path.basename(sys.argv[0]) or 'this command'
+        raise SystemExit(
+            f'{name}: {" and ".join(absent)} {"are" if len(absent) > 1 else "is"} not installed: pip install '
+            "'psaq_mm[mmdet]', or [mmseg] or [mmpretrain]; an exported model runs without, with psaq-predict"
+        )
 
 
 def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:

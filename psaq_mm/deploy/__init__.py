@@ -5,9 +5,9 @@
 needs PyTorch and onnx, and is imported when it is asked for.
 """
 
-from psaq_mm.runtime import RUNTIMES, DeployedModel, load
+from psaq_mm.runtime import RUNTIMES, DeployedModel, Prediction, load
 
-__all__ = ['RUNTIMES', 'DeployedModel', 'export_model', 'load']
+__all__ = ['RUNTIMES', 'DeployedModel', 'Prediction', 'export_model', 'load']
 
 
 def __getattr__(name: str):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import psaq_mm
+from psaq_mm.deploy.detectors import detector_settings, why_not_covered
 from psaq_mm.deploy.exportable import ExportableModel, make_exportable
 from psaq_mm.deploy.heads import HeadPlace, head_places, input_entry, trace_head, why_roi_apart
 from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower, rest_state, with_task_of_outputs
-from psaq_mm.deploy.tracing import trace
+from psaq_mm.deploy.tracing import state_shapes_, trace
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
@@ -21,6 +22,7 @@ from psaq_mm.models.adapters.swin import SWIN_BACKBONES
 from psaq_mm.models.network import find_backbone
 from psaq_mm.models.task import reads_rgb
 from psaq_mm.models.tasks import task_of
+from psaq_mm.plain import to_plain
 from psaq_mm.runtime.bundle import write_bundle
 
 __all__ = ['ExportedModel', 'GraphModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
@@ -87,7 +89,8 @@ class GraphModel(nn.Module):
         if 'neck' in parts.prefixes:
             levels = model.neck(levels)
         if parts.with_levels:
-            self.levels = self._name(levels, 'level_0' if isinstance(levels, Tensor) else 'level', outputs)
+            maps = [level.permute(0, 2, 3, 1) for level in levels] if parts.channel_last else levels
+            self.levels = self._name(maps, 'level_0' if isinstance(levels, Tensor) else 'level', outputs)
             if parts.dense and not isinstance(levels, (tuple, list)):
                 raise NotInGraph(f'it reads a {type(levels).__name__} that other parts read too')
         if parts.dense:
@@ -193,8 +196,11 @@ def _trace(graph: GraphModel, size: Tuple[int, int], channels: int, opset: int, 
     axes: Dict[str, Dict[int, str]] = {}
     if dynamic:
         maps = [name for name, shape in shapes.items() if len(shape) == 4]
-        axes = {name: {2: f'{name}_height', 3: f'{name}_width'} for name in ('images', *maps)}
-    return trace(graph, dict(images=images), graph.names, opset, axes), shapes
+        first = {name: _height_axis(graph.parts, name) for name in ('images', *maps)}
+        axes = {name: {axis: f'{name}_height', axis + 1: f'{name}_width'} for name, axis in first.items()}
+    model = trace(graph, dict(images=images), graph.names, opset, axes)
+    state_shapes_(model, shapes, axes)
+    return model, shapes
 
 
 def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
@@ -226,13 +232,20 @@ def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[in
         parts = known
 
 
-def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int]) -> Dict[str, int]:
+def _height_axis(parts: GraphParts, name: str) -> int:
+    """The axis of the height of a map; that of the width follows."""
+    return 1 if parts.channel_last and name.startswith('level_') else 2
+
+
+def _strides(shapes: Mapping[str, Tuple[int, ...]], size: Tuple[int, int], parts: GraphParts) -> Dict[str, int]:
     """Number of pixels that one position stands for, by output that is a map."""
     strides = {}
     for name, shape in shapes.items():
         if len(shape) == 4:
-            stride = 2 ** round(math.log2(size[0] / shape[2]))
-            if -(-size[0] // stride) == shape[2] and -(-size[1] // stride) == shape[3]:
+            axis = _height_axis(parts, name)
+            height, width = shape[axis : axis + 2]
+            stride = 2 ** round(math.log2(size[0] / height))
+            if -(-size[0] // stride) == height and -(-size[1] // stride) == width:
                 strides[name] = stride
     return strides
 
@@ -253,6 +266,7 @@ def _interface(model: nn.Module, graph: GraphModel, parts: GraphParts) -> Dict[s
     outputs = dict(
         names=list(graph.names),
         levels=[n for n in graph.names if n.startswith('level_')],
+        channel_last=[n for n in graph.names if n.startswith('level_')] if parts.channel_last else [],
         features=graph.levels,
         dense=graph.dense,
     )
@@ -308,31 +322,38 @@ def _export_heads(model: nn.Module, exportable: ExportableModel, store: Any, ops
     return heads
 
 
-def _detector(model: nn.Module, parts: GraphParts) -> Tuple[Optional[Dict[str, Any]], GraphParts]:
-    """What the glue between the graphs of a detector needs (None: the library decodes its boxes), and the parts with
-    the reason why, or with the RoI heads.
-    """
-    if parts.task != 'detection' or parts.dense is None:
-        return None, parts
-    name = 'roi_head' if getattr(model, 'roi_head', None) is not None else 'decoding of boxes'
-    reason, settings = why_roi_apart(model), None
-    if reason is None:
-        try:
-            from psaq_mm.deploy.detectors import detector_settings
+class _Detector(NamedTuple):
+    """How the boxes of a detector are decoded.
 
-            settings = detector_settings(model)
-        except ImportError:  # not there yet
-            return {}, parts._replace(prefixes=(*parts.prefixes, *(n for n in (name,) if n == 'roi_head')))
-        except UnsupportedModelError as error:
-            reason = str(error)
-    if settings is None:
-        return None, parts._replace(outside={**parts.outside, name: reason})
-    return settings.to_dict(), parts._replace(prefixes=(*parts.prefixes, *(n for n in (name,) if n == 'roi_head')))
+    Attributes:
+        settings: What the glue between the graphs needs; None: the library decodes them.
+        reason: Then, why.
+        part: The part that the library runs then.
+    """
+
+    settings: Optional[Dict[str, Any]]
+    reason: Optional[str]
+    part: str
+
+    def parts(self, parts: GraphParts) -> GraphParts:
+        """The parts of a graph: with the RoI heads, which have graphs too, or with the reason why not."""
+        if parts.dense is None or parts.task != 'detection':
+            return parts
+        if self.settings is None:
+            return parts._replace(outside={**parts.outside, self.part: self.reason or ''})
+        return parts._replace(prefixes=(*parts.prefixes, self.part)) if self.part == 'roi_head' else parts
+
+
+def _detector(model: nn.Module) -> _Detector:
+    part = 'roi_head' if getattr(model, 'roi_head', None) is not None else 'decoding of boxes'
+    reason = why_not_covered(model) or why_roi_apart(model)
+    return _Detector(None if reason else detector_settings(model), reason, part)
 
 
 def _is_complete(parts: GraphParts, detector: Optional[Mapping]) -> bool:
     """Whether an export gives final predictions without the library."""
-    return detector is not None or parts.task in ('classification', 'segmentation') and not parts.outside
+    whole = parts.dense is not None or parts.prefixes == ('model',)  # without a cascade of decode heads, for one
+    return detector is not None or parts.task in ('classification', 'segmentation') and whole and not parts.outside
 
 
 def export_model(
@@ -342,6 +363,8 @@ def export_model(
     opset: int = OPSET,
     classes: Optional[Sequence[str]] = None,
     dynamic: bool = False,
+    preparation: Optional[Mapping[str, Any]] = None,
+    one_file: bool = True,
 ) -> ExportedModel:
     """Export a calibrated, quantized model.
 
@@ -353,6 +376,11 @@ def export_model(
         classes: Names of the classes, for the manifest.
         dynamic: One graph for every size: images are padded to multiples of :data:`MULTIPLE`. ``sizes`` is then the one
             size that the graph is traced and verified with.
+        preparation: Of test pictures, for the manifest: ``pipeline``, ``pad_divisor`` and ``slide`` of
+            :class:`psaq_mm.engine.pipelines.PipelineSteps`, and ``palette``. Defaults to None: pictures are taken as
+            they come.
+        one_file: Refuse a graph that is too large for one ONNX file, as runtimes here start it. Such a one is only good
+            for :func:`.plain_onnx.write_plain_onnx`.
 
     Raises:
         ConfigError: A size or the opset does not fit, or ``out`` exists and is no exported model.
@@ -363,7 +391,7 @@ def export_model(
         >>> export_model(model, 'work_dirs/deployed', [(800, 1216), (1216, 800)])
     """
     try:
-        from psaq_mm.deploy.lowering import WeightStore, lower
+        from psaq_mm.deploy.lowering import WeightStore
         from psaq_mm.deploy.tensorrt import check_tensorrt
     except ImportError as error:
         raise ConfigError(f'the export needs the package onnx ({error}): pip install psaq_mm[deploy]') from error
@@ -374,44 +402,74 @@ def export_model(
     if dynamic:
         check_dynamic(model, parts)
         sizes = [tuple(-(-s // MULTIPLE) * MULTIPLE for s in sizes[0])]
+    decoding = _detector(model) if parts.task == 'detection' else None
+    if decoding is not None and decoding.settings is not None and parts.dense:
+        parts = parts._replace(channel_last=decoding.part == 'roi_head')
     exportable, store = make_exportable(model, spec.target), WeightStore()
     image = _image_settings(model)
-    tracing = dict(channels=image['channels'], opset=opset, dynamic=dynamic)
-    graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
-    finish = task_of(model).finish_settings(model, graph.parts.dense, shapes)
-    lowered, entries, strides = {}, [], {}
-    for size in sizes:
-        if size != sizes[0]:
-            traced, shapes = _trace(graph, size, tracing=exportable.tracing, **tracing)
-        strides = _strides(shapes, size)
-        lowered[size] = lower(traced, exportable, store)
-        name = 'graph_dynamic.onnx' if dynamic else f'graph_{size[0]}x{size[1]}.onnx'
-        entries.append(
-            dict(size=list(size), file=name, weights=lowered[size].weights, multiple=MULTIPLE if dynamic else None)
-        )
-    detector, parts = _detector(model, graph.parts)
+    dense = _dense_graphs(exportable, parts, sizes, store, channels=image['channels'], opset=opset, dynamic=dynamic)
+    parts = dense.graph.parts if decoding is None else decoding.parts(dense.graph.parts)
+    detector = decoding.settings if decoding is not None and dense.graph.parts.dense else None
     heads = [] if detector is None else _export_heads(model, exportable, store, opset)
     if spec.target == 'tensorrt':
-        check_tensorrt([g.model for g in (*lowered.values(), *(head.graph for head in heads))], store.weights)
+        check_tensorrt([g.model for g in (*dense.lowered.values(), *(head.graph for head in heads))], store.weights)
+    graphs = [dense.lowered[sizes[0]], *(head.graph for head in heads)]
     manifest = dict(
         psaq_mm=psaq_mm.__version__,
         label=spec.label,
         quant=spec.to_dict(),
         opset=opset,
         classes=list(classes or ()),
-        graphs=entries,
+        **to_plain(dict(preparation or {})),
+        graphs=dense.entries,
         heads={kind: [h.entry for h in heads if h.place.kind == kind] for kind in ('box', 'mask')} if heads else None,
         detector=detector,
         complete=_is_complete(parts, detector),
-        strides=strides,
-        tensors=_rows([lowered[sizes[0]], *(head.graph for head in heads)], exportable, report_of(model), parts),
+        strides=dense.strides,
+        tensors=_rows(graphs, exportable, report_of(model), parts),
         **image,
-        **_interface(model, graph, parts),
-        **finish,
+        **_interface(model, dense.graph, parts),
+        **task_of(model).finish_settings(model, dense.graph.parts.dense, dense.shapes),
     )
-    files = {entry['file']: lowered[tuple(entry['size'])].model.SerializeToString() for entry in entries}
+    files = {entry['file']: dense.lowered[tuple(entry['size'])].model.SerializeToString() for entry in dense.entries}
     files.update({head.place.file: head.graph.model.SerializeToString() for head in heads})
     rest = {} if manifest['complete'] else rest_state(model, parts.prefixes)
     arrays = {name: value.detach().cpu().numpy() for name, value in rest.items()}
-    directory = write_bundle(out, manifest, files, store.weights, arrays)
-    return ExportedModel(directory, manifest, exportable, lowered, store.weights, parts, heads)
+    directory = write_bundle(out, manifest, files, store.weights, arrays, one_file)
+    return ExportedModel(directory, manifest, exportable, dense.lowered, store.weights, parts, heads)
+
+
+class _Dense(NamedTuple):
+    """The dense graphs of an export.
+
+    Attributes:
+        graph: Traced.
+        lowered: By size.
+        entries: Of the manifest.
+        strides: See :func:`_strides`.
+        shapes: Of the outputs, at the first size.
+    """
+
+    graph: GraphModel
+    lowered: Dict[Tuple[int, int], Any]
+    entries: List[Dict[str, Any]]
+    strides: Dict[str, int]
+    shapes: Mapping[str, Tuple[int, ...]]
+
+
+def _dense_graphs(
+    exportable: ExportableModel, parts: GraphParts, sizes: Sequence[Tuple[int, int]], store: Any, **tracing: Any
+) -> _Dense:
+    from psaq_mm.deploy.lowering import lower
+
+    graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
+    first, strides, lowered, entries = shapes, {}, {}, []
+    for size in sizes:
+        if size != sizes[0]:
+            traced, shapes = _trace(graph, size, tracing=exportable.tracing, **tracing)
+        strides = _strides(shapes, size, graph.parts)
+        lowered[size] = lower(traced, exportable, store)
+        name = 'graph_dynamic.onnx' if tracing['dynamic'] else f'graph_{size[0]}x{size[1]}.onnx'
+        multiple = MULTIPLE if tracing['dynamic'] else None
+        entries.append(dict(size=list(size), file=name, weights=lowered[size].weights, multiple=multiple))
+    return _Dense(graph, lowered, entries, strides, first)

@@ -9,7 +9,7 @@ Large tensors are moved out of the graph, see :mod:`psaq_mm.runtime.bundle`.
 
 import hashlib
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Set, Tuple, Union
 
@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from psaq_mm.deploy.exportable import Codes, ExportableModel, IntegerWeight
+from psaq_mm.deploy.products import Products
 from psaq_mm.deploy.symbols import DOMAIN
 from psaq_mm.quantization.logarithmic import BASES, LEAST
 from psaq_mm.runtime.bundle import PACKED_BITS, Weight
@@ -157,7 +158,6 @@ class Lowering:
         self.new_initializers: Dict[str, np.ndarray] = {}
         self.packed: Dict[str, Union[int, np.ndarray]] = {}
         self.unshared: Set[str] = set()
-        self.readers: Counter = Counter()
         self.quantized: Dict[Tuple[str, str], str] = {}
 
     # ------------------------------------------------------------------ building blocks
@@ -258,31 +258,25 @@ class Lowering:
         return code, node('Where', 'value', zero, number(0, 'zero'), value)
 
     def weight(self, name: str) -> str:
-        """The dequantized weight. Each product with a wide weight has its own copy, under another name: where ONNX
-        Runtime multiplies with wide weights plus 128, it makes these for each product by the name of the codes, and
-        does not start if two have one name. On disk the copies are one tensor.
-        """
-        weight = self.exportable.weights[name]
-        wide = int(weight.codes.to(torch.int16).abs().max()) > NARROW
-        self.readers[name] += 1
-        copy = f'.{self.readers[name]}' if wide and self.readers[name] > 1 else ''
-        key = 'weight', f'{name}{copy}'
+        """The dequantized weight. How each product reads it is decided afterwards, see :mod:`.products`."""
+        key = 'weight', name
         if key not in self.known:
-            codes, value = f'{name}.weight{copy}.codes', f'{name}.weight{copy}.value'
-            self.new_initializers[codes] = weight.codes.numpy()
-            if wide:
-                self.unshared.add(codes)
+            weight = self.exportable.weights[name]
+            codes, scale, zero_point = (f'{name}.weight.{part}' for part in ('codes', 'scale', 'zero_point'))
+            zeros = np.zeros_like(weight.zero_point.numpy()) if weight.apart else weight.zero_point.numpy()
+            self.new_initializers.update(
+                zip((codes, scale, zero_point), (weight.codes.numpy(), weight.scale.numpy(), zeros))
+            )
             if weight.bits <= PACKED_BITS:
                 self.packed[codes] = _least_codes(weight)
-            # Codes and zero point are not shared with another weight: ONNX Runtime replaces the zero points of some
-            # weights by their names.
-            parameters = [f'{name}.weight.scale', f'{name}.weight{copy}.zero_point']
-            zero_point = weight.zero_point.numpy()
-            self.new_initializers.update(
-                zip(parameters, (weight.scale.numpy(), np.zeros_like(zero_point) if weight.apart else zero_point))
+            # Zero points, and codes where there are copies of them, are not shared with another weight: ONNX Runtime
+            # replaces those of some weights by their names.
+            self.unshared.add(zero_point)
+            if int(weight.codes.to(torch.int16).abs().max()) > NARROW:
+                self.unshared.add(codes)
+            self.known[key] = self.node(
+                'DequantizeLinear', [codes, scale, zero_point], f'{name}.weight.value', axis=weight.axis
             )
-            self.unshared.add(parameters[1])
-            self.known[key] = self.node('DequantizeLinear', [codes, *parameters], value, axis=weight.axis)
         return self.known[key]
 
     def weight_rows(self, places: str, name: str, output: str) -> str:
@@ -369,6 +363,7 @@ class Lowering:
                 replace_items(node.input, inputs)
                 self.nodes.append(node)
         self._name_outputs()
+        self.rewrite_products()
         self._drop_unused()
         self._move_weights()
         model = self.out.model
@@ -402,6 +397,18 @@ class Lowering:
                 self.nodes.append(
                     helper.make_node('Identity', [self.renamed[output.name]], [output.name], name=output.name)
                 )
+
+    def rewrite_products(self) -> None:
+        """Write products so that runtimes have kernels for them."""
+        constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.graph.initializer}
+        constants.update(self.new_initializers)
+        products = Products(self.nodes, constants, {output.name for output in self.graph.output})
+        self.nodes = products.nodes
+        self.new_initializers.update(products.constants)
+        for name, original in products.copies.items():
+            self.unshared.add(name)
+            if original in self.packed:
+                self.packed[name] = self.packed[original]
 
     def _drop_unused(self) -> None:
         needed = {o.name for o in self.graph.output}

@@ -37,6 +37,7 @@ class GraphParts(NamedTuple):
         outside: By the name of a neck or dense head that stays in PyTorch, why.
         exact_size: Whether the graph takes images of exactly its size.
         output: Name of the head's outputs.
+        channel_last: Whether feature maps are (N, h, w, C), as NumPy's RoIAlign reads them.
     """
 
     task: str
@@ -46,6 +47,7 @@ class GraphParts(NamedTuple):
     outside: Mapping[str, str] = {}
     exact_size: bool = False
     output: str = 'dense'
+    channel_last: bool = False
 
     def of_task(self, task: Task) -> 'GraphParts':
         """The same parts of a model of another task."""
@@ -100,7 +102,11 @@ def _without(parts: GraphParts, name: str, reason: str) -> GraphParts:
         outside.update({parts.dense: 'it reads the neck, which runs in PyTorch'} if parts.dense else {})
     dropped = (name, parts.dense)
     return parts._replace(
-        dense=None, with_levels=True, prefixes=tuple(p for p in parts.prefixes if p not in dropped), outside=outside
+        dense=None,
+        with_levels=True,
+        prefixes=tuple(p for p in parts.prefixes if p not in dropped),
+        outside=outside,
+        channel_last=False,
     )
 
 

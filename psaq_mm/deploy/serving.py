@@ -2,7 +2,7 @@
 """An exported graph in place of a model's own layers, so that the library's tools evaluate the integer model."""
 
 import os
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from psaq_mm.quantization import adopt
 from psaq_mm.registry import MODELS
 from psaq_mm.runtime import load
 from psaq_mm.runtime.bundle import read_rest
+from psaq_mm.runtime.detection import Detections, ImageInfo
 
-__all__ = ['DeployedBackbone', 'DeployedFeatures', 'DeployedHeadMixin', 'deploy_model_']
+__all__ = ['DeployedBackbone', 'DeployedDetectorMixin', 'DeployedFeatures', 'DeployedHeadMixin', 'deploy_model_']
 
 PathLike = Union[str, os.PathLike]
 
@@ -77,6 +78,8 @@ class DeployedBackbone(nn.Module):
         dense = _nested(names['dense'], outputs)
         if not names['levels'] and self.deployed.manifest['dense_head'] is None:
             return dense
+        for name in names.get('channel_last') or ():
+            outputs[name] = outputs[name].permute(0, 3, 1, 2)
         levels = _nested(names.get('features') or names['levels'], outputs)
         if not isinstance(levels, tuple):  # a backbone whose output is one map, in no tuple
             return levels
@@ -101,15 +104,57 @@ class DeployedHeadMixin:
         return features.dense
 
 
+class DeployedDetectorMixin:
+    """A detector of mmdet whose predictions are those of an exported detector, from the picture to boxes and masks."""
+
+    def predict(self, batch_inputs: Tensor, batch_data_samples: Sequence, rescale: bool = True) -> List:
+        """Predictions of the exported detector, as mmdet's ``predict`` gives them.
+
+        Args:
+            batch_inputs: Normalized and padded, (N, C, H, W).
+            batch_data_samples: With the sizes of the pictures; they get ``pred_instances``.
+            rescale: Whether boxes and masks are of the original size; if not, of the resized one.
+
+        Returns:
+            ``batch_data_samples``.
+        """
+        infos = [_image_info(sample.metainfo, rescale) for sample in batch_data_samples]
+        images = batch_inputs.detach().float().cpu().numpy()
+        results = self.backbone.deployed.detect(images, infos)  # type: ignore[attr-defined]
+        for sample, detections in zip(batch_data_samples, results):
+            sample.pred_instances = _instances(detections, batch_inputs.device)
+        return list(batch_data_samples)
+
+
+def _image_info(meta: Mapping[str, Any], rescale: bool) -> ImageInfo:
+    height, width = (int(side) for side in meta['img_shape'][:2])
+    if not rescale:
+        return ImageInfo((height, width), (height, width))
+    across, down = (float(scale) for scale in meta.get('scale_factor', (1.0, 1.0))[:2])
+    original = tuple(int(side) for side in meta['ori_shape'][:2])
+    return ImageInfo((height, width), (original[0], original[1]), (across, down))
+
+
+def _instances(detections: Detections, device: torch.device) -> Any:
+    """Detections as mmdet's evaluators read them."""
+    from mmengine.structures import InstanceData
+
+    arrays = {'bboxes': detections.boxes, 'scores': detections.scores, 'labels': detections.labels}
+    if detections.masks is not None:
+        arrays['masks'] = detections.masks
+    return InstanceData(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
+
+
 def deploy_model_(
     model: nn.Module, directory: PathLike, runtime: str = 'openvino', threads: Optional[int] = None
 ) -> nn.Module:
-    """Put an exported graph into the model that it was made from, in place, and load the weights of the other parts.
+    """Put an exported graph into the model that it was made from, in place, and load the weights of the other parts. A
+    detector that was exported as a whole predicts with its graphs alone.
 
     Args:
         model: Built from the config that was exported; its weights need not be loaded.
         directory: As ``tools/export.py`` wrote it.
-        runtime: ``'openvino'`` or ``'onnxruntime'``.
+        runtime: Name of the runtime, one of :data:`psaq_mm.runtime.RUNTIMES`.
         threads: Of the runtime. Defaults to None, its own choice.
 
     Returns:
@@ -126,6 +171,7 @@ def deploy_model_(
             f'{directory} was exported from a {manifest["model"]} and the config builds a {type(model).__name__}: give '
             'the config that was exported'
         )
+    complete = manifest['task'] == 'detection' and bool(manifest.get('complete'))
     head = manifest['dense_head']
     absent = [name for name in manifest['replaced'] if not hasattr(model, name)]
     if absent or manifest['task'] == 'backbone':
@@ -141,7 +187,12 @@ def deploy_model_(
             model.neck = None
         elif name == head:
             adopt(getattr(model, name), DeployedHeadMixin)
-    _load_rest(model, directory, manifest)
+        else:
+            setattr(model, name, None)  # RoI heads: they are graphs, and what the model has are no weights of theirs
+    if complete:
+        adopt(model, DeployedDetectorMixin)
+    else:
+        _load_rest(model, directory, manifest)
     model.eval()
     return model
 

@@ -14,20 +14,24 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    'CAST_VALUE',
     'DOMAIN',
     'codes',
     'look_up',
     'mark_tap',
     'position_bias',
-    'quantized',
     'quantizer',
     'values',
     'weight',
+    'quantized',
     'weight_rows',
     'window_mask',
 ]
 
 DOMAIN = 'psaq_mm'
+
+CAST_VALUE = '.cast_value'
+"""How the name of a weight ends that is dequantized by a cast and a multiplication, see :mod:`.products`."""
 
 
 class _Named(torch.autograd.Function):

@@ -26,6 +26,7 @@ COMMANDS = {
     'psaq-convert-checkpoint': 'psaq_mm.commands.convert_checkpoint:main',
     'psaq-sensitivity': 'psaq_mm.commands.sensitivity:main',
     'psaq-export': 'psaq_mm.commands.export:main',
+    'psaq-predict': 'psaq_mm.commands.predict:main',
 }
 MODULES = sorted((ROOT / 'psaq_mm').rglob('*.py'))
 TEMPLATES = sorted(path for path in (ROOT / 'psaq_mm').rglob('templates/*') if path.is_file())
@@ -158,7 +159,8 @@ def test_metadata(wheel):
     assert 'Apache License' in read_license(wheel)
     hard = {re.match(r'[\w.-]+', line).group() for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line}
     # An OpenMMLab library here would be installed over a maintained fork of the same import name.
-    assert hard == {'torch', 'numpy', 'filelock', 'jinja2', 'matplotlib', 'pillow', 'rich'}
+    # And PyTorch would come to everybody who runs an exported model.
+    assert hard == {'numpy', 'safetensors'}
     assert set(metadata.get_all('Provides-Extra')) == {
         'all',
         'deploy',
@@ -166,9 +168,26 @@ def test_metadata(wheel):
         'mmpretrain',
         'mmseg',
         'onedl',
+        'runtime',
+        'runtime-onnxruntime',
         'test',
         'timm',
+        'torch',
     }
+
+
+def test_extras_that_need_pytorch_bring_it_and_those_of_exported_models_do_not(wheel):
+    requirement = pytest.importorskip('packaging.requirements').Requirement
+    metadata = email.message_from_string(read(wheel, 'METADATA'))
+    lines = [requirement(line) for line in metadata.get_all('Requires-Dist')]
+
+    def brought(extra):
+        return {line.name for line in lines if line.marker is None or line.marker.evaluate(dict(extra=extra))}
+
+    assert all('torch' in brought(extra) for extra in ('torch', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'test', 'all'))
+    assert brought('runtime') == {'numpy', 'safetensors', 'opencv-python-headless', 'openvino'}
+    assert brought('runtime-onnxruntime') == brought('runtime') - {'openvino'} | {'onnxruntime'}
+    assert 'opencv-python-headless' not in brought('all')
 
 
 def read_license(wheel):

@@ -57,6 +57,11 @@ class Classification(Task):
         network = find_backbone(model)
         return network.forward_head(levels[0]) if is_timm(network) else super().dense_outputs(model, levels)
 
+    def finish_settings(self, model: nn.Module, dense: Optional[str], shapes: Mapping[str, Tuple[int, ...]]) -> Dict:
+        """See :meth:`.Task.finish_settings`: whether a picture has several labels, so that each has a sigmoid."""
+        several = any('MultiLabel' in base.__name__ for base in type(getattr(model, 'head', None)).__mro__)
+        return dict(super().finish_settings(model, dense, shapes), several_labels=several)
+
     # ------------------------------------------------------------------ predictions
     def read(self, sample: Any) -> Label:
         """See :meth:`.Task.read`."""
