@@ -352,7 +352,8 @@ def _detector(model: nn.Module) -> _Detector:
 
 def _is_complete(parts: GraphParts, detector: Optional[Mapping]) -> bool:
     """Whether an export gives final predictions without the library."""
-    return detector is not None or parts.task in ('classification', 'segmentation') and not parts.outside
+    whole = parts.dense is not None or parts.prefixes == ('model',)  # without a cascade of decode heads, for one
+    return detector is not None or parts.task in ('classification', 'segmentation') and whole and not parts.outside
 
 
 def export_model(

@@ -21,6 +21,7 @@ def trace(
     outputs: Sequence[str],
     opset: int,
     dynamic: Optional[Mapping[str, Mapping[int, str]]] = None,
+    has_symbols: bool = True,
 ) -> Any:
     """Trace a module.
 
@@ -30,6 +31,7 @@ def trace(
         outputs: Names of its outputs.
         opset: Of ONNX.
         dynamic: By the name of an input or output, the names of its axes that have no fixed size.
+        has_symbols: Whether the module has any of ``symbols.py``: PyTorch warns of a domain that is not used.
 
     Returns:
         ONNX model.
@@ -44,7 +46,7 @@ def trace(
         input_names=list(inputs),
         output_names=list(outputs),
         opset_version=opset,
-        custom_opsets={DOMAIN: 1},
+        custom_opsets={DOMAIN: 1} if has_symbols else {},
         do_constant_folding=True,
         dynamic_axes={name: dict(axes) for name, axes in (dynamic or {}).items()},
     )

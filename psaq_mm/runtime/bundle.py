@@ -267,11 +267,14 @@ def _check_file(path: Path, expected: Mapping) -> None:
     size = path.stat().st_size
     if size != expected['bytes']:
         raise CheckpointError(
-            f'{path.parent} is not whole: {path.name} has {size} bytes and should have {expected["bytes"]}; copy the '
-            'directory again, or export it again'
+            f'{path.parent} is not whole: {path.name} has {size} bytes and should have {expected["bytes"]} (it is cut '
+            'short, or of another export or version); copy the directory again, or export it again'
         )
     if file_sha256(path) != expected['sha256']:
-        raise CheckpointError(f'{path} has changed since it was written: copy the directory again, or export it again')
+        raise CheckpointError(
+            f'{path} has changed since it was written (or is of another export or version): copy the directory again, '
+            'or export it again'
+        )
 
 
 def read_weights(

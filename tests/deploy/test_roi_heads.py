@@ -44,7 +44,8 @@ MASKS = """
         mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1, num_classes=3{mask})
 """
 STAGE = """dict(
-    type='{kind}', in_channels=16, fc_out_channels=16, num_classes=3, roi_feat_size=7, reg_class_agnostic={agnostic}{more},
+    type='{kind}', in_channels=16, fc_out_channels=16, num_classes=3, roi_feat_size=7,
+    reg_class_agnostic={agnostic}{more},
     bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.] * 4, target_stds=[.1, .1, .2, .2]),
     loss_cls=dict(type='CrossEntropyLoss'), loss_bbox=dict(type='SmoothL1Loss'))"""
 FOUR_CONVOLUTIONS = ", conv_out_channels=16, norm_cfg=dict(type='BN')"
