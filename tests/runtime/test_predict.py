@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from psaq_mm.commands.predict import main, pictures_in
 from psaq_mm.deploy import load
 from psaq_mm.deploy.serving import deploy_model_
 from psaq_mm.errors import ConfigError, DataError, UnsupportedModelError
+from psaq_mm.files import file_sha256
 from psaq_mm.runtime import RUNTIMES, Prediction
+from psaq_mm.runtime.bundle import read_manifest, read_weights
 from psaq_mm.runtime.detection import ImageInfo
-from psaq_mm.runtime.glue import label_map, slide
+from psaq_mm.runtime.glue import label_map, slide, upsample
 from psaq_mm.runtime.heads import quantize_features
 from psaq_mm.runtime.predictions import run_lengths
 
@@ -109,6 +112,45 @@ def test_a_label_map_is_mmsegs(segmentor, pictures, mode):
         assert len(np.unique(wanted)) > 1 and (found.label_map == wanted).mean() > 0.999
 
 
+def as_version_2(directory, out):
+    """A directory as version 2 of the format had it: nothing of the test pipeline, weights one after the other."""
+    manifest, rows, data = read_manifest(directory), [], b''
+    for name, array in read_weights(directory, manifest).items():
+        rows.append(dict(name=name, dtype=array.dtype.name, shape=array.shape, offset=len(data), bytes=array.nbytes))
+        data += array.tobytes()
+    out.mkdir()
+    (out / 'weights.bin').write_bytes(data)
+    for graph in manifest['graphs']:
+        (out / graph['file']).write_bytes((Path(directory) / graph['file']).read_bytes())
+    later = (
+        'pipeline',
+        'pad_divisor',
+        'slide',
+        'palette',
+        'complete',
+        'heads',
+        'detector',
+        'weights',
+        'files',
+        'version',
+    )
+    older = {key: value for key, value in manifest.items() if key not in later}
+    files = {p.name: dict(bytes=p.stat().st_size, sha256=file_sha256(p)) for p in out.iterdir()}
+    (out / 'manifest.json').write_text(json.dumps(dict(older, version=2, weights=rows, files=files)))
+    return load(out, 'onnxruntime', 1)
+
+
+def test_an_export_of_an_earlier_version_takes_pictures_as_they_come(segmentor, tmp_path):
+    older, model = as_version_2(segmentor[1], tmp_path / 'older'), load(segmentor[1], 'onnxruntime', 1)
+    batch = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3)).astype(np.uint8)
+    found, logits = older(batch), model.run(model.normalize(batch))['logits']
+    assert set(found) == {'logits', 'labels'} and np.array_equal(found['logits'], logits)
+    assert np.array_equal(found['labels'], upsample(logits, (40, 50), False).argmax(1))
+    assert (older.predict(batch[0]).label_map == found['labels'][0]).mean() > 0.999
+    with pytest.raises(DataError, match='call the model once for each size'):
+        older([batch[0], batch[0, :20]])
+
+
 def test_label_maps_of_several_interpolations_and_of_one_class():
     from torch.nn.functional import interpolate
 
@@ -176,9 +218,21 @@ def test_a_detector_gives_what_it_detects_on_mmdets_input(detector, pictures):
         assert np.array_equal(getattr(wanted, name), getattr(found, name)), name
     assert found.masks.shape == (12, 100, 60) and found.boxes[:, 2].max() > 40, 'at the own size'
     assert set(found.names) <= {'bolt', 'nut', *(f'class {i}' for i in range(80))}
+    both = model.detect(np.concatenate([images, images[..., ::-1]]), [info, info])
+    assert np.array_equal(both[0].boxes, wanted.boxes) and not np.array_equal(both[1].boxes, wanted.boxes)
     called = model([path, pictures / 'a.png'])
     assert [len(boxes) for boxes in called['boxes']] == [12, 12] and called['masks'][1].shape == (12, 50, 75)
     assert np.array_equal(called['boxes'][0], found.boxes)
+
+
+def test_threads_share_a_detector(detector, pictures):
+    pytest.importorskip('openvino')
+    model, paths = load(detector[1], 'openvino', 1), sorted(pictures.rglob('*.*g'))
+    with ThreadPoolExecutor(3) as pool:  # the first ones start the graphs
+        found = list(pool.map(model.predict, paths * 3))
+    for number, prediction in enumerate(found):
+        wanted = model.predict(paths[number % 3])
+        assert np.array_equal(prediction.boxes, wanted.boxes) and np.array_equal(prediction.masks, wanted.masks)
 
 
 def test_features_are_quantized_as_the_graph_would():
