@@ -54,6 +54,10 @@ def test_a_registered_runtime_loads_executes_and_verifies(student, plain, capsys
     assert 'plain ran the graph with float kernels' in capsys.readouterr().out
     with pytest.raises(ConfigError, match="runtime='plane' is not known: did you mean plain"):
         load(exported.directory, 'plane')
+    with pytest.raises(ConfigError, match='the runtime plain takes no device: leave it out'):
+        load(exported.directory, 'plain', device='GPU')
+    with pytest.raises(ConfigError, match='the runtime plain takes no settings'):
+        load(exported.directory, 'plain', settings=dict(threads=2))
 
 
 def test_a_runtime_without_its_package_is_refused(student, plain, monkeypatch):
