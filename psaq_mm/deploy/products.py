@@ -53,7 +53,9 @@ class Products:
         self._uses: Counter = Counter()  # by weight, integer products that read it
         nodes = list(nodes)
         self._index(nodes)
+        self._replaced: Set[str] = set()  # joined maps that nothing reads any more
         nodes = [part for node in nodes for part in self._quantized_apart(node)]
+        nodes = [node for node in nodes if not self._replaced.intersection(node.output)]
         self._index(nodes)
         for node in nodes:
             if node.op_type in ('Conv', 'ConvTranspose', 'MatMul'):
@@ -75,6 +77,7 @@ class Products:
             return [node]
         if not any(self._is_from_convolution(name) for name in joined.input):
             return [node]
+        self._replaced.update(joined.output)
         codes = node.output[0]
         parts = [
             helper.make_node('QuantizeLinear', [name, *node.input[1:]], [f'{codes}.{i}'], name=f'{codes}.{i}')
