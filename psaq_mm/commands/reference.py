@@ -1,7 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Reference of methods, sources and settings, out of their registries: ``python -m psaq_mm.commands.reference``."""
 
-from typing import Any, Iterable, List, Sequence, Type
+import dataclasses
+import inspect
+import re
+from typing import Any, Dict, Iterable, List, Sequence, Type
 
 from psaq_mm.settings import Settings
 
@@ -16,7 +19,7 @@ method's."""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> List[str]:
-    cells = [[str(cell).replace('|', '\\\\|') for cell in row] for row in (head, ['---'] * len(head), *rows)]
+    cells = [[str(cell).replace('|', '\\|') for cell in row] for row in (head, ['---'] * len(head), *rows)]
     return [f'| {" | ".join(row)} |' for row in cells] + ['']
 
 
@@ -25,6 +28,23 @@ def _settings(group: Type[Settings], prefix: str) -> List[str]:
     docs, defaults = group.docs(), group.defaults()
     rows = [(f'`{prefix}{name}`', f'`{defaults[name]!r}`', docs[name]) for name in group.names()]
     return [f'### {title}', '', *_table(('setting', 'default', 'what it is'), rows)]
+
+
+def _arguments(cls: type) -> Dict[str, str]:
+    """What the docstring of a class says of each argument, on one line and without the markup of docstrings."""
+    text = inspect.getdoc(cls).partition('Args:\n')[2].partition('\n\n')[0]
+    parts = re.split(r'^ {4}(\w+): ', text, flags=re.MULTILINE)[1:]
+    plain = (re.sub(r'``(.+?)``', r'`\1`', re.sub(r'\s+', ' ', part)).strip() for part in parts[1::2])
+    return dict(zip(parts[::2], plain))
+
+
+def _quantization() -> List[str]:
+    from psaq_mm.quantization import QuantSpec
+
+    docs = _arguments(QuantSpec)
+    rows = [(f'`{f.name}`', f'`{f.default!r}`', docs[f.name]) for f in dataclasses.fields(QuantSpec)]
+    text = ["`model.quant`: a preset such as `'w4a8'`, or `dict(preset='w4a8', scope='full')` with settings of its own."]
+    return ['## Quantization', '', *text, '', *_table(('setting', 'default', 'what it is'), rows)]
 
 
 def reference() -> str:
@@ -54,6 +74,7 @@ def reference() -> str:
     lines += _table(('`--method`', 'what it does', 'student', 'quantizer', 'paper'), methods)
     lines += ['## Sources of samples', '']
     lines += _table(('`dfq.samples`, `--samples`', 'type', 'pictures'), sources)
+    lines += _quantization()
     lines += [
         '## Settings',
         '',

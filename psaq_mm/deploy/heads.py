@@ -281,6 +281,7 @@ class MaskGraph(_HeadGraph):
         head, place, quantizer: See :class:`_HeadGraph`.
         unshuffled: The forward of a transposed convolution before its shuffle; None: it has no such.
         logits: Name of the integer weight of the logits; None: it is float32.
+        plain: Whether the logits of all classes are one convolution, of which the wanted ones are taken.
     """
 
     def __init__(
@@ -290,9 +291,10 @@ class MaskGraph(_HeadGraph):
         quantizer: Optional[str],
         unshuffled: Optional[Callable[[Tensor], Tensor]] = None,
         logits: Optional[str] = None,
+        plain: bool = False,
     ):
         super().__init__(head, place, quantizer)
-        self.unshuffled, self.logits = unshuffled, logits
+        self.unshuffled, self.logits, self.plain = unshuffled, logits, plain
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Features (N, h, w, C), float32 or codes, and labels int64 (N,) to masks (N, H, W)."""
@@ -308,6 +310,9 @@ class MaskGraph(_HeadGraph):
             x = F.relu(x) if self.head.upsample_method == 'deconv' else x
         if self.head.class_agnostic:
             labels = torch.zeros_like(labels)
+        if self.plain:
+            x = self.head.conv_logits(x)
+            return x.gather(1, labels[:, None, None, None].expand(-1, 1, *(int(s) for s in x.shape[2:])))[:, 0]
         return self._logits(x, side, labels)
 
     def _logits(self, x: Tensor, side: int, labels: Tensor) -> Tensor:
@@ -329,10 +334,13 @@ class MaskGraph(_HeadGraph):
 def head_graph(exportable: Any, place: HeadPlace) -> _HeadGraph:
     """The graph of a head of an :class:`.exportable.ExportableModel`."""
     head = exportable.model.get_submodule(place.path)
-    quantizer = feature_quantizer(place, head)
+    plain = exportable.target == 'tensorrt'  # which reads codes, and rows of codes, nowhere but between Q and DQ
+    quantizer = None if plain else feature_quantizer(place, head)
     name = None if quantizer is None else exportable.names[quantizer]
     if place.kind == 'box':
         return BoxGraph(head, place, name).eval()
+    if plain:
+        return MaskGraph(head, place, None, plain=True).eval()
     logits = f'{place.path}.conv_logits'
     logits_weight = logits if logits in exportable.weights else None
     return MaskGraph(head, place, name, exportable.unshuffled.get(f'{place.path}.upsample'), logits_weight).eval()
@@ -351,7 +359,8 @@ def trace_head(exportable: Any, place: HeadPlace, opset: int) -> Any:
     if place.kind == 'mask':
         inputs['labels'] = torch.zeros(_TRACED_ROIS, dtype=torch.int64)
     dynamic: Mapping[str, Mapping[int, str]] = {name: {0: 'rois'} for name in (*inputs, *place.outputs)}
-    return trace(graph, inputs, place.outputs, opset, dynamic)
+    has_symbols = any(name.startswith(f'{place.path}.') for name in (*exportable.quantizers, *exportable.weights))
+    return trace(graph, inputs, place.outputs, opset, dynamic, has_symbols)
 
 
 def input_entry(exportable: Any, place: HeadPlace) -> Dict[str, Any]:

@@ -3,6 +3,7 @@
 
 from typing import Tuple, Union
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +19,11 @@ def pooling_matrix(size: int, cells: int) -> Tensor:
     Returns:
         float32 (cells, size); each row sums to 1.
     """
-    matrix = torch.zeros(cells, size, dtype=torch.float64)
+    matrix = np.zeros((cells, size))  # of NumPy: a trace has one constant of it, not how it is filled
     for i in range(cells):
         begin, end = i * size // cells, -(-(i + 1) * size // cells)
         matrix[i, begin:end] = 1 / (end - begin)
-    return matrix.float()
+    return torch.from_numpy(matrix.astype(np.float32))
 
 
 def _traced_matrix(size: Tensor, cells: int) -> Tensor:

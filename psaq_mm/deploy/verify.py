@@ -3,13 +3,15 @@
 
 It is done layer by layer: a copy of the graph is cut after every quantizer and before every LayerNorm, the pieces get
 the fake-quantized model's tensors as inputs, and their codes are compared. So each layer has the same inputs, and a
-difference is that of one layer. End to end the differences of layers add up; that is reported too.
+difference is that of one layer. End to end the differences of layers add up; that is reported too. Box and mask heads
+are compared so on the RoI features that the fake-quantized model has on its own proposals.
 """
 
 import copy
 import math
 from collections import defaultdict
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from functools import partial
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
 import onnx
@@ -18,20 +20,24 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from psaq_mm.contexts import evaluating, hooked
-from psaq_mm.deploy.export import ExportedModel, GraphModel
+from psaq_mm.deploy.export import ExportedModel, GraphModel, HeadExport
+from psaq_mm.deploy.glue_check import GlueAgreement, compare_glue
+from psaq_mm.deploy.heads import feature_quantizer
 from psaq_mm.deploy.lowering import LoweredGraph, replace_items, with_weights
-from psaq_mm.deploy.parts import GraphParts
 from psaq_mm.models import spec_of
-from psaq_mm.quantization import LogQuantizer, Quantizer, log_quantize, quantize
+from psaq_mm.models.tasks import task_of
+from psaq_mm.quantization import LogQuantizer, Quantizer, log_quantize, quantize, set_mode
 from psaq_mm.quantization.logarithmic import BASES
 from psaq_mm.quantization.primitives import along
 from psaq_mm.runtime.bundle import read_manifest, read_weights
 from psaq_mm.runtime.deployed import DeployedModel, load
+from psaq_mm.runtime.detection import ImageInfo
+from psaq_mm.runtime.heads import quantize_features
 from psaq_mm.runtime.kernels import EXPLAINED
 from psaq_mm.runtime.registry import Runtime, start
 from psaq_mm.tables import text_table
 
-__all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'wrong_weights']
+__all__ = ['LayerAgreement', 'OutputAgreement', 'Verification', 'verify', 'verify_glue', 'wrong_weights']
 
 LEAST_SHARE = 0.999
 GREATEST_STEP = 1
@@ -41,6 +47,8 @@ less. A runtime that executes the whole graph in another way than its pieces exc
 TIE = 1e-3
 """Of a step: a value this close to the edge between two codes is decided by the order of a sum. A wrong layer moves all
 values, also those that are not."""
+VERIFIED_ROIS = 100
+"""Of each image: the RPN's best boxes."""
 _CUT = '.given'
 
 
@@ -96,7 +104,7 @@ class Verification(NamedTuple):
     Attributes:
         runtime: Its name.
         layers: One row for each quantizer.
-        outputs: One row for each output of the graph.
+        outputs: One row for each output of the graphs.
         weights: Names of integer weights that differ from the fake-quantized model's.
         kernels: What the runtime ran the whole graph with, of :data:`.kernels.KERNELS`.
         size: Of the images, (height, width); None: unknown.
@@ -162,17 +170,41 @@ class Verification(NamedTuple):
 
 
 # ---------------------------------------------------------------------- the fake-quantized side
-def _recorded_inputs(model: nn.Module, parts: GraphParts, image: Tensor) -> Dict[str, List[Tensor]]:
-    """Inputs of every quantizer and every LayerNorm in one forward, one for each call."""
+class _Recorded(NamedTuple):
+    """What modules of the fake-quantized model read for one image.
+
+    Attributes:
+        inputs: By quantizer and LayerNorm, one for each call.
+        features: By box or mask head, RoI features (N, C, h, w).
+    """
+
+    inputs: Dict[str, List[Tensor]]
+    features: Dict[str, Tensor]
+
+
+def _recorded(model: nn.Module, exported: ExportedModel, image: Tensor) -> _Recorded:
+    """Run the dense graph's part of a model, and its heads on its own proposals."""
     inputs: Dict[str, List[Tensor]] = {}
+    features: Dict[str, Tensor] = {}
     names = {m: name for name, m in model.named_modules() if isinstance(m, (Quantizer, nn.LayerNorm))}
+    heads = {model.get_submodule(head.place.path): head.place.path for head in exported.heads}
 
     def record(module: nn.Module, args: Tuple) -> None:
-        inputs.setdefault(names[module], []).append(args[0].detach().clone())
+        if module in heads:
+            features[heads[module]] = args[0].detach().clone()
+        else:
+            inputs.setdefault(names[module], []).append(args[0].detach().clone())
 
-    with torch.no_grad(), hooked(names, lambda module: module.register_forward_pre_hook(record)):
-        GraphModel(model, parts)(image)
-    return inputs
+    with torch.no_grad(), hooked([*names, *heads], lambda module: module.register_forward_pre_hook(record)):
+        graph = GraphModel(model, exported.parts)
+        outputs = graph(image)
+        if heads:
+            dense, task = dict(inputs), task_of(model)
+            levels = [output.permute(0, 3, 1, 2) for output in outputs[: len(graph.levels)]]
+            inputs.clear()
+            task.roi_outputs(model, image, levels, task.proposals(model, image, levels, VERIFIED_ROIS))
+            inputs.update(dense)  # the RPN ran again
+    return _Recorded(inputs, features)
 
 
 def _codes_of(quantizer: Quantizer, x: Tensor, shift: Optional[int]) -> np.ndarray:
@@ -197,16 +229,20 @@ def _reordered(x: Tensor, order: Optional[Tensor]) -> Tensor:
 
 
 # ---------------------------------------------------------------------- the graph, cut
-def _cut(graph: LoweredGraph, exported: ExportedModel, fed: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+def _cut(
+    graph: LoweredGraph, exported: ExportedModel, fed: Mapping[str, np.ndarray], free: bool = False
+) -> onnx.ModelProto:
     """A graph with its weights that reads the tensors of ``fed`` in place of computing them, and has all codes as
-    outputs. The input for the tensor ``name`` is called ``name`` + :data:`_CUT`.
+    outputs. The input for the tensor ``name`` is called ``name`` + :data:`_CUT`; with ``free`` the size of its first
+    axis is not fixed.
     """
     model = with_weights(graph, exported.weights)
     for node in model.graph.node:
         replace_items(node.input, [name + _CUT if name in fed else name for name in node.input])
     for name, value in fed.items():
         kind = helper.np_dtype_to_tensor_dtype(value.dtype)
-        model.graph.input.append(helper.make_tensor_value_info(name + _CUT, kind, value.shape))
+        shape = ('rois', *value.shape[1:]) if free else value.shape
+        model.graph.input.append(helper.make_tensor_value_info(name + _CUT, kind, shape))
     del model.graph.output[:]
     for code in sorted({code for names in graph.codes.values() for code in names}):
         integer = code in fed  # else logarithmic
@@ -260,25 +296,83 @@ class _Count:
             self.edge = max(self.edge, float(_edge_distances(quantizer, expected.x)[gap > 0].max()))
 
 
-def _layer_rows(
-    model: nn.Module, exported: ExportedModel, images: Tensor, runtime: str, threads: Optional[int], kernels: str
-) -> List[LayerAgreement]:
-    graph = exported.graphs[tuple(images.shape[-2:])]
-    modules = dict(model.named_modules())
-    counts: Dict[str, _Count] = defaultdict(_Count)
-    session: Optional[Runtime] = None
-    for image in images.split(1):  # one at a time: a layer's inputs may be gigabytes
-        inputs = _recorded_inputs(model, exported.parts, image)
-        expected, fed = _expected_tensors(modules, exported, graph, inputs)
-        del inputs
-        if session is None:
-            session = start(_cut(graph, exported, fed).SerializeToString(), runtime, threads, kernels)
-        arrays = {'images': image.numpy(), **{name + _CUT: value for name, value in fed.items()}}
-        codes = session.run({name: array for name, array in arrays.items() if name in session.input_names})
-        del fed, arrays
+class _Pieces:
+    """A graph that is cut, and its session, which is started with the first image.
+
+    Args:
+        graph: A dense graph, or that of a head.
+        exported: That it is of.
+        start_session: Starts a graph.
+        free: See :func:`_cut`.
+    """
+
+    def __init__(
+        self,
+        graph: LoweredGraph,
+        exported: ExportedModel,
+        start_session: Callable[[bytes], Runtime],
+        free: bool = False,
+    ):
+        self.graph, self.exported, self.free = graph, exported, free
+        self._start, self._session = start_session, None
+
+    def count(
+        self,
+        modules: Mapping[str, nn.Module],
+        inputs: Dict[str, List[Tensor]],
+        arrays: Mapping[str, np.ndarray],
+        counts: Dict[str, _Count],
+    ) -> None:
+        """Compare the codes for one image.
+
+        Args:
+            modules: Of the fake-quantized model, by name.
+            inputs: Of its quantizers, see :class:`_Recorded`.
+            arrays: Inputs of the graph.
+            counts: By quantizer; they are added to.
+        """
+        expected, fed = _expected_tensors(modules, self.exported, self.graph, inputs)
+        if self._session is None:
+            cut = _cut(self.graph, self.exported, fed, self.free)
+            self._session = self._start(cut.SerializeToString()) if expected else None
+        if self._session is None:  # a graph that quantizes nothing
+            return
+        given = {**arrays, **{name + _CUT: value for name, value in fed.items()}}
+        codes = self._session.run({name: value for name, value in given.items() if name in self._session.input_names})
         for code, row in expected.items():
             counts[row.quantizer].add(modules[row.quantizer], codes[code], row)
+
+
+def _layer_rows(
+    model: nn.Module, exported: ExportedModel, images: Tensor, start_session: Callable[[bytes], Runtime]
+) -> List[LayerAgreement]:
+    modules = dict(model.named_modules())
+    counts: Dict[str, _Count] = defaultdict(_Count)
+    dense = _Pieces(exported.graphs[tuple(images.shape[-2:])], exported, start_session)
+    heads = [(head, _Pieces(head.graph, exported, start_session, free=True)) for head in exported.heads]
+    for image in images.split(1):  # one at a time: a layer's inputs may be gigabytes
+        recorded = _recorded(model, exported, image)
+        dense.count(modules, recorded.inputs, dict(images=image.numpy()), counts)
+        for head, pieces in heads:
+            features = recorded.features[head.place.path]
+            quantizer = feature_quantizer(head.place, modules[head.place.path])
+            arrays = _head_inputs(head, features, modules)
+            if quantizer is not None:
+                name = next(name for name, module in modules.items() if module is quantizer)
+                row = _Expected(name, _codes_of(quantizer, features, None), features)
+                counts[name].add(quantizer, arrays['features'].transpose(0, 3, 1, 2), row)
+            pieces.count(modules, recorded.inputs, arrays, counts)
     return [LayerAgreement(name, c.elements, c.equal / c.elements, c.step, c.edge) for name, c in counts.items()]
+
+
+def _head_inputs(head: HeadExport, features: Tensor, modules: Mapping[str, nn.Module]) -> Dict[str, np.ndarray]:
+    """RoI features (N, C, h, w) as a head's graph takes them, and classes for the RoIs, each one in turn."""
+    maps = features.permute(0, 2, 3, 1).numpy()
+    arrays = dict(features=quantize_features(maps, head.entry['input']['quantizer']))
+    if head.place.kind == 'mask':
+        classes = modules[head.place.path].num_classes
+        arrays['labels'] = np.arange(len(maps), dtype=np.int64) % classes
+    return arrays
 
 
 # ---------------------------------------------------------------------- weights and outputs
@@ -292,7 +386,7 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
     for name, integer in exported.exportable.weights.items():
         if integer.layer is None:
             continue
-        codes = weights.get(f'{name}.weight.codes', integer.codes.numpy())
+        codes = weights.get(f'{name}.weight.codes', integer.codes.numpy()).reshape(integer.codes.shape)
         layer = modules[integer.layer]
         order = exported.exportable.orders.get(f'{integer.layer}.input_quantizer')
         weight = _reordered(layer.weight.detach(), order)
@@ -302,6 +396,7 @@ def wrong_weights(model: nn.Module, exported: ExportedModel) -> List[str]:
         )
         wanted = wanted - along(quantizer.zero_point, wanted, layer.output_axis)
         wanted = wanted.t() if isinstance(layer, nn.Linear) else wanted
+        wanted = wanted if integer.arrange is None else integer.arrange(wanted)
         wanted = wanted if integer.channels is None else wanted[:, slice(*integer.channels)]
         zero = along(integer.zero_point.int(), wanted, integer.axis)
         gap = torch.from_numpy(codes.astype(np.int32)) - zero
@@ -317,13 +412,64 @@ def _output_rows(
     graph = GraphModel(model, exported.parts)
     with torch.no_grad():
         rows = [graph(images[i : i + 1]) for i in range(len(images))]
+    last = exported.manifest['outputs']['channel_last']
     for i, name in enumerate(graph.names):
         wanted = torch.cat([row[i] for row in rows]).numpy()
-        error = np.linalg.norm(arrays[name] - wanted) / max(np.linalg.norm(wanted), 1e-12)
-        good = error <= GREATEST_ERROR or spec_of(model).a_bits < 6
-        yield OutputAgreement(
-            name, float(error), float((arrays[name].argmax(1) == wanted.argmax(1)).mean()), bool(good)
-        )
+        yield _output_row(model, name, arrays[name], wanted, -1 if name in last else 1)
+
+
+def _output_row(model: nn.Module, name: str, array: np.ndarray, wanted: np.ndarray, classes: int) -> OutputAgreement:
+    """One output; ``classes`` is the axis of its channels."""
+    error = np.linalg.norm(array - wanted) / max(np.linalg.norm(wanted), 1e-12)
+    good = error <= GREATEST_ERROR or spec_of(model).a_bits < 6
+    same = array.argmax(classes) == wanted.argmax(classes)
+    return OutputAgreement(name, float(error), float(same.mean()), bool(good))
+
+
+def _head_rows(
+    model: nn.Module, exported: ExportedModel, deployed: DeployedModel, images: Tensor
+) -> Iterator[OutputAgreement]:
+    """Outputs of the heads' whole graphs, for the RoI features that the fake-quantized model has."""
+    modules = dict(model.named_modules())
+    features = _recorded(model, exported, images[:1]).features if exported.heads else {}
+    for head in exported.heads:
+        place, maps = head.place, features[head.place.path]
+        session, arrays = deployed.head_session(place.kind, place.stage), _head_inputs(head, maps, modules)
+        outputs = session.run({name: array for name, array in arrays.items() if name in session.input_names})
+        with torch.no_grad():
+            wanted = modules[place.path](maps)
+        if place.kind == 'mask':
+            labels = torch.from_numpy(arrays['labels']) * (not modules[place.path].class_agnostic)
+            wanted = (wanted[torch.arange(len(labels)), labels],)
+        for name, value in zip(place.outputs, wanted):
+            yield _output_row(model, f'{place.file} {name}', outputs[name], value.numpy(), 1)
+
+
+def verify_glue(model: nn.Module, images: Tensor) -> GlueAgreement:
+    """Compare what mmdet and the glue in NumPy make of the maps of the fake-quantized model. The quantizers of the RoI
+    heads are off: RoI features differ by rounding, and a code that is a tie would differ by a step.
+
+    Args:
+        model: A detector that was exported as a whole, on any device.
+        images: Normalized, (N, C, H, W).
+    """
+    model = copy.deepcopy(model).cpu()
+    height, width = (int(side) for side in images.shape[-2:])
+    # Resized to a picture a little smaller than the padded one, out of one of another size.
+    shape = height - height // 16, width - width // 32
+    info = ImageInfo(shape, (shape[0] // 2, shape[1] // 2), (shape[1] / (shape[1] // 2), shape[0] / (shape[0] // 2)))
+    if hasattr(model, 'roi_head'):
+        set_mode(model.roi_head, 'off')
+    agreement = compare_glue(model, images.cpu(), [info] * len(images))
+    if not agreement.detections:  # on pictures of nothing
+        head = model.roi_head if hasattr(model, 'roi_head') else model.bbox_head
+        head.test_cfg = copy.deepcopy(head.test_cfg)
+        head.test_cfg['score_thr'] = 0.0
+        if hasattr(model, 'roi_head'):
+            model.rpn_head.test_cfg = copy.deepcopy(model.rpn_head.test_cfg)
+            model.rpn_head.test_cfg['max_per_img'] = min(VERIFIED_ROIS, model.rpn_head.test_cfg['max_per_img'])
+        agreement = compare_glue(model, images.cpu(), [info] * len(images))
+    return agreement
 
 
 def verify(
@@ -352,6 +498,8 @@ def verify(
         size = tuple(images.shape[-2:])
         deployed = load(exported.directory, runtime, threads, kernels)
         known = size in exported.graphs
-        layers = _layer_rows(model, exported, images, runtime, threads, kernels) if known else []
+        started = partial(start, runtime=runtime, threads=threads, kernels=kernels)
+        layers = _layer_rows(model, exported, images, started) if known else []
         outputs = list(_output_rows(model, exported, deployed, images))
+        outputs += _head_rows(model, exported, deployed, images)
         return Verification(runtime, layers, outputs, wrong_weights(model, exported), deployed.kernels, size)

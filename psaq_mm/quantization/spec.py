@@ -75,10 +75,14 @@ def _without_idle_softmax(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
 
 def _fit_for_target(chosen: Mapping, settings: Mapping) -> Dict[str, Any]:
     """A preset's choice without what the target of ``settings`` does not have; see :attr:`QuantSpec.target`."""
-    dropped = []
-    if settings.get('target') == 'tensorrt':
-        dropped = ['softmax_quantizer'] + ['w_symmetric'] * (settings.get('w_bits') == MAX_BITS)
-    return {key: value for key, value in chosen.items() if key not in dropped}
+    if settings.get('target') != 'tensorrt':
+        return dict(chosen)
+    dropped = dict(
+        softmax_quantizer=True,
+        quantize_softmax=settings.get('points', 'gemm') == 'gemm',
+        w_symmetric=settings.get('w_bits') == MAX_BITS,
+    )
+    return {key: value for key, value in chosen.items() if not dropped.get(key)}
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,10 @@ class QuantSpec:
             strongly typed TensorRT takes as INT8. All activations have 8 bits, signed codes and zero point 0, also
             those that are never negative (after softmax, GELU, ReLU: half of the codes). Weights of 8 bits are
             symmetric, in layers that an override gives 8 bits too. Those of fewer bits stay asymmetric if the spec says
-            so: what is stored is the code minus its zero point, which INT8 holds. A preset's logarithmic softmax and
-            asymmetric weights of 8 bits give way; settings that contradict the target are refused.
+            so: what is stored is the code minus its zero point, which INT8 holds. A preset's choices give way: a
+            logarithmic softmax, asymmetric weights of 8 bits, and with ``points='gemm'`` attention weights in floating
+            point, because attention is fused only where both of its products are quantized. Settings of your own that
+            contradict the target are refused.
 
     Raises:
         SpecError: A value is not allowed, or contradicts another; the sentence names it and the allowed ones.
@@ -349,8 +355,8 @@ class QuantSpec:
             settings = dict(x)
             base = cls._preset(settings.pop('preset')) if 'preset' in settings else {}
             _check_keys('the quantization', settings, [f.name for f in fields(cls)] + ['preset'])
-            merged = {**base, **settings}
-            return cls(**{**_fit_for_target(_without_idle_softmax(base, merged), merged), **settings})
+            base = _fit_for_target(base, {**base, **settings})
+            return cls(**{**_without_idle_softmax(base, {**base, **settings}), **settings})
         raise SpecError(f'quant={x!r} is no quantization: give a preset such as "w8a8", or a dict of settings.')
 
     @staticmethod
