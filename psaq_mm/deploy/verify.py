@@ -244,9 +244,8 @@ def _cut(
         shape = ('rois', *value.shape[1:]) if free else value.shape
         model.graph.input.append(helper.make_tensor_value_info(name + _CUT, kind, shape))
     del model.graph.output[:]
-    kinds = {node.output[0]: node.op_type for node in model.graph.node}
     for code in sorted({code for names in graph.codes.values() for code in names}):
-        integer = kinds[code] == 'QuantizeLinear'
+        integer = code in fed  # else logarithmic
         kind = helper.np_dtype_to_tensor_dtype(fed[code].dtype) if integer else TensorProto.FLOAT
         model.graph.output.append(helper.make_tensor_value_info(code, kind, None))
     return model

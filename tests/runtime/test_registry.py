@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +81,21 @@ heavy = {{'torch', 'onnx', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', '
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, '-c', script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_borrowed_outputs_are_those_of_a_run_until_the_context_ends(student, runtime):
+    pytest.importorskip(runtime)
+    _, images, exported = student
+    session = load(exported.directory, runtime, 1).session(SIZE)
+    first, second = (dict(images=images[i : i + 1].numpy()) for i in range(2))
+    wanted = session.run(first)['logits']
+    other = threading.Thread(target=session.run, args=(second,))
+    with session.borrowed(first) as outputs:
+        other.start()
+        other.join(0.2)
+        assert np.array_equal(outputs['logits'], wanted), 'another thread has written to them'
+        if runtime == 'openvino':
+            assert other.is_alive() and outputs['logits'].base is not None, 'they were copied'
+    other.join()
+    assert not np.array_equal(session.run(second)['logits'], wanted)
