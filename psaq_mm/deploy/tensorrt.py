@@ -69,6 +69,9 @@ class TensorRTLowering(Lowering):
         """As :meth:`.Lowering.regions`, without a tensor of uint8, which TensorRT does not have inside a network."""
         return self.constant(name, parts.astype(np.int32))
 
+    def _rewrite_products(self) -> None:
+        """Products stay as they are: of dequantized weights, with float biases."""
+
 
 class _Constant(NamedTuple):
     """A tensor that is known before the graph runs.

@@ -38,13 +38,14 @@ def calibrated(model, quant, size):
 
 
 def whole(exported):
-    """The first graph of an export, with its weights."""
+    """The first dense graph of an export, with its weights."""
     return with_weights(next(iter(exported.graphs.values())), exported.weights)
 
 
 def check(model, exported, images):
     """Codes in both runtimes, and the rules."""
-    assert violations(whole(exported)) == [] and wrong_weights(model, exported) == []
+    graphs = [whole(exported), *(with_weights(head.graph, exported.weights) for head in exported.heads)]
+    assert [problem for graph in graphs for problem in violations(graph)] == [] and wrong_weights(model, exported) == []
     for runtime in RUNTIMES:
         pytest.importorskip(runtime)
         found = verify(model, exported, images[:1], runtime, 1)
@@ -100,7 +101,7 @@ def test_transformers_without_windows(name, tmp_path):
 
 @pytest.mark.parametrize('library, config', [('mmseg', SEGMENTOR), ('mmdet', DETECTOR)])
 def test_heads(library, config, tmp_path):
-    """UperNet whole; of Mask R-CNN the dense graph."""
+    """UperNet, and Mask R-CNN with the graphs of its box and mask heads, whose features are float32."""
     pytest.importorskip(library)
     from mmengine.config import Config
 
@@ -109,6 +110,9 @@ def test_heads(library, config, tmp_path):
     images = student(model, quant_of(scope='full'))
     exported = export_model(model, tmp_path / 'out', [SIZE])
     check(model, exported, images)
+    kinds = [head.place.kind for head in exported.heads]
+    assert kinds == (['box', 'mask'] if library == 'mmdet' else [])
+    assert all(head.entry['input']['quantizer'] is None for head in exported.heads)
     for runtime in RUNTIMES:
         errors = [output.error for output in verify(model, exported, images[:1], runtime, 1).outputs]
         assert np.median(errors) < 0.1, errors
