@@ -93,7 +93,7 @@ class EditableForMim(editable_wheel):
 # The OpenMMLab libraries stand in extras, not in install_requires: their maintained forks have the same import names
 # under other distribution names, and a hard requirement would install the originals over them.
 # PyTorch stands there too: an exported model runs without it.
-TORCH = ['torch>=2.1', 'jinja2>=3', 'matplotlib>=3.6', 'pillow', 'rich>=12.3']
+TORCH = ['torch>=2.1', 'filelock', 'jinja2>=3', 'matplotlib>=3.6', 'pillow', 'rich>=12.3']
 MM = [*TORCH, 'mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0']
 # What an exported model needs beside a runtime. Not opencv-python: the headless one needs no libraries of a desktop.
 PICTURES = ['opencv-python-headless>=4.5,<5']
@@ -144,7 +144,7 @@ setup(
     # Only files that stand inside the package; configs and tools are laid in by BuildWithConfigs.
     package_data={'psaq_mm': ['py.typed', '**/*.json', '**/*.html', '**/*.css', '**/*.js']},
     include_package_data=False,
-    install_requires=['numpy', 'filelock', 'safetensors>=0.4'],
+    install_requires=['numpy', 'safetensors>=0.4'],
     extras_require=EXTRAS,
     entry_points={
         'console_scripts': [

@@ -81,9 +81,7 @@ def steps(quick: bool, threads: int) -> Dict[str, Step]:
     height, width, count, detections = (192, 288, 100, 20) if quick else (800, 1216, 1000, 100)
     model = detector()
     settings = DetectorSettings.from_dict(detector_settings(model))
-    info = ImageInfo((height, width), (480, 640) if not quick else (96, 144), (width / 640, height / 480))
-    if quick:
-        info = info._replace(scale=(2.0, 2.0))
+    info = ImageInfo((height, width), (height, width))
     meta = dict(img_shape=info.shape, ori_shape=info.original, scale_factor=info.scale)
     rois = random_rois(count, height, width, rng)
     return {

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from second_device import DEVICES, SecondDevice
 
 # No deadline: a first call compiles, allocates or waits for another process. Derandomized: the same examples on every
 # machine, so that a failure is there again when it is looked at.
@@ -42,22 +43,12 @@ if importlib.util.find_spec('torchvision') is None:
     sys.meta_path.insert(0, NeedsTorchvision)
 
 
-@pytest.fixture(
-    params=[
-        'emulated',
-        pytest.param(
-            'cuda',
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')],
-        ),
-    ]
-)
+@pytest.fixture(params=DEVICES)
 def device(request):
     """A device that is not the CPU: an emulated one, and a GPU where there is one."""
     if request.param == 'cuda':
         yield torch.device('cuda')
         return
-    from second_device import SecondDevice
-
     with SecondDevice() as second:
         yield second.device
 

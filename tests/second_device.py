@@ -12,10 +12,20 @@ Not seen: streams, what a kernel itself computes, and libraries that are bound p
 import contextlib
 import inspect
 
+import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICES = (
+    'emulated',
+    pytest.param(
+        'cuda',
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')],
+    ),
+)
+"""Parameters of a fixture: a device that is emulated here, and a GPU where there is one."""
 
 _INDEXED = {'aten::index', 'aten::index_put', 'aten::index_put_', 'aten::_index_put_impl_', 'aten::_unsafe_index'}
 """Their indices may lie on the CPU."""

@@ -111,3 +111,37 @@ class Project:
         load = str(self.checkpoint) if load_from == 'checkpoint' else load_from
         path.write_text(QUANTIZED.format(base=self.base.name, quant=quant, load_from=load, dfq={**DFQ, **dfq}))
         return path
+
+
+def calibrated_student(project: Project, quant, size=(64, 96), steps=None):
+    """A student of a project, calibrated on noise, as a checkpoint on disk.
+
+    Args:
+        project: With its full-precision model.
+        quant: Precision.
+        size: (height, width) of the noise.
+        steps: Of a test pipeline in place of the zoo config's, between loading and packing.
+
+    Returns:
+        Its config, the path of its checkpoint, the model.
+    """
+    from psaq_mm.commands.common import load_config
+    from psaq_mm.engine.building import build_model
+    from psaq_mm.engine.checkpoint import load_weights, read_checkpoint, save_atomic, student_checkpoint
+    from psaq_mm.models import TaskModel
+    from psaq_mm.quantization import calibrate
+
+    config = load_config(str(project.config(quant)))
+    if steps is not None:
+        pipeline = config.test_dataloader.dataset.pipeline
+        config.test_dataloader.dataset.pipeline = [pipeline[0], *steps, pipeline[-1]]
+        config.test_pipeline = config.test_dataloader.dataset.pipeline
+    model = build_model(config)
+    load_weights(model, read_checkpoint(project.checkpoint), project.checkpoint)
+    model.eval()
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    calibrate(model, lambda: TaskModel(model).calibration_forward(images, model.quant_spec.scope), allow_unseen=True)
+    path = project.folder / 'student.pth'
+    meta = dict(classes=('bolt', 'nut'))
+    save_atomic(student_checkpoint(model, config.pretty_text, meta, (project.checkpoint, ''), {}), path)
+    return config, path, model

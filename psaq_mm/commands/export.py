@@ -2,15 +2,22 @@
 """A quantized model to ONNX with integer weights and activations: ``tools/export.py CONFIG STUDENT.pth --out DIR``."""
 
 import argparse
+import contextlib
 import math
+import os
+import tempfile
+from pathlib import Path
 from typing import List, Mapping, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
 from psaq_mm.errors import CheckpointError, ConfigError, PsaqError
 from psaq_mm.runtime import RUNTIMES, load
+from psaq_mm.runtime.bundle import replaceable
 from psaq_mm.runtime.registry import find_runtime
 
 __all__ = ['main', 'build_student', 'default_sizes', 'export']
+
+FORMATS = ('bundle', 'onnx')
 
 _RATIOS = (4 / 3, 3 / 2)  # of most photographs
 
@@ -110,6 +117,7 @@ def export(
     opset: Optional[int] = None,
     dynamic: bool = False,
     stated: Sequence = (),
+    one_file: bool = True,
 ):
     """Export a student.
 
@@ -121,6 +129,7 @@ def export(
         opset: Of ONNX. Defaults to None, the oldest one that has all operations.
         dynamic: One graph for every size.
         stated: ``quant``, ``method`` and ``options`` of :func:`build_student`.
+        one_file: See :func:`psaq_mm.deploy.export.export_model`.
 
     Returns:
         The quantized model and :class:`psaq_mm.deploy.export.ExportedModel`.
@@ -136,7 +145,7 @@ def export(
         print(f'pictures are taken as they come, in the size of the network: the test pipeline has {test.unknown}')
     said = dict(pipeline=test.pipeline, pad_divisor=test.pad_divisor, slide=test.slide, palette=meta.get('palette'))
     sizes = sizes or default_sizes(config)
-    return model, export_model(model, out, sizes, opset or OPSET, meta.get('classes'), dynamic, said)
+    return model, export_model(model, out, sizes, opset or OPSET, meta.get('classes'), dynamic, said, one_file)
 
 
 _FEW_PIXELS = 512 * 512
@@ -185,12 +194,12 @@ def _verify(model, exported, runtimes: Sequence[str], threads: Optional[int]) ->
     if failed:
         raise PsaqError(
             f"the integer codes in {' and '.join(failed)} are further from the fake-quantized model's than 99.9 % "
-            f'equal and one step: see the lines marked above; {exported.directory} was written all the same'
+            'equal and one step: see the lines marked above; the files were written all the same'
         )
     if glue_failed:
         raise PsaqError(
-            f"boxes and masks that are decoded without PyTorch differ from mmdet's: see the lines marked above; "
-            f'{exported.directory} was written all the same'
+            "boxes and masks that are decoded without PyTorch differ from mmdet's: see the lines marked above; "
+            'the files were written all the same'
         )
 
 
@@ -226,6 +235,19 @@ def _parser() -> argparse.ArgumentParser:
         help='compare the integer codes with the fake-quantized model, layer by layer and for each size, in each '
         '--runtime (without one: in all that are installed)',
     )
+    parser.add_argument(
+        '--format',
+        nargs='+',
+        choices=FORMATS,
+        default=FORMATS[:1],
+        help='bundle: for psaq_mm.deploy.load and tools/test.py --deployed; onnx: plain ONNX files for other programs; '
+        'both: the ONNX files stand in the folder onnx of the bundle; defaults to bundle',
+    )
+    parser.add_argument(
+        '--external-data',
+        action='store_true',
+        help='with --format onnx, write the weights beside the ONNX files, which then share them',
+    )
     parser.add_argument('--opset', type=int, help='of ONNX, 17 or newer')
     parser.add_argument('--threads', type=int, help='of the runtimes; defaults to their own choice')
     add_quant_arguments(parser)
@@ -240,19 +262,42 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
         if args.dynamic and args.size:
             raise ConfigError('--size and --dynamic contradict each other: give sizes, or have one graph for all')
+        if args.external_data and 'onnx' not in args.format:
+            raise ConfigError('--external-data is for ONNX files: give --format onnx too')
+        replaceable(args.out)
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
         runtimes = _chosen_runtimes(args.runtime, args.verify)  # after the config, which may register one of its own
         stated = args.quant, args.method, args.cfg_options
-        model, exported = export(config, args.checkpoint, args.out, args.size, args.opset, args.dynamic, stated)
-        print(summary(exported.manifest['tensors']))
-        print(size_line(model, exported), flush=True)
-        for runtime in runtimes:
-            print(_execution(exported, runtime, args.threads), flush=True)
-        if args.verify:
-            _verify(model, exported, runtimes, args.threads)
-        print(f'saved to {exported.directory}')
+        with contextlib.ExitStack() as stack:
+            bundle = args.out
+            if 'bundle' not in args.format:  # it is needed on the way all the same
+                bundle = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), 'bundle')
+            one_file = 'bundle' in args.format or bool(runtimes)
+            model, exported = export(
+                config, args.checkpoint, bundle, args.size, args.opset, args.dynamic, stated, one_file
+            )
+            folders = _folders(args, exported)
+            print(summary(exported.manifest['tensors']))
+            for folder in folders:
+                print(size_line(model, exported, folder), flush=True)
+            for runtime in runtimes:
+                print(_execution(exported, runtime, args.threads), flush=True)
+            if args.verify:
+                _verify(model, exported, runtimes, args.threads)
+        print(f'saved to {" and ".join(map(str, folders))}')
 
     return run_command(command, _parser(), argv)
+
+
+def _folders(args, exported) -> List[Path]:
+    """The directories that a command line asks for, all written."""
+    folders = [Path(exported.directory)] if 'bundle' in args.format else []
+    if 'onnx' in args.format:
+        from psaq_mm.deploy.plain_onnx import write_plain_onnx
+
+        out = folders[0] / 'onnx' if folders else args.out
+        folders.append(write_plain_onnx(exported.directory, out, args.external_data))
+    return folders
 
 
 def _chosen_runtimes(names: Sequence[str], verify: bool) -> List[str]:
@@ -274,11 +319,13 @@ def _chosen_runtimes(names: Sequence[str], verify: bool) -> List[str]:
     return installed
 
 
-def size_line(model, exported) -> str:
-    """The size of the export, and its share of the size of the same weights in float32."""
+def size_line(model, exported, folder: Optional[Path] = None) -> str:
+    """The size of the export, or of a folder of it in another format, and its share of the size of the same weights in
+    float32.
+    """
     from psaq_mm.deploy.report import sizes_of
 
-    on_disk, float32 = sizes_of(model, exported)
+    on_disk, float32 = sizes_of(model, exported, folder)
     return (
         f'{on_disk / 2**20:.2f} MiB on disk, {on_disk / float32:.3f} of the {float32 / 2**20:.2f} MiB of its weights '
         'in float32'

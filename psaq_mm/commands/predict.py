@@ -6,7 +6,6 @@ one runtime, and neither PyTorch nor an OpenMMLab library.
 import argparse
 import ast
 import json
-import os
 import sys
 import time
 from pathlib import Path

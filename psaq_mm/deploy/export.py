@@ -14,7 +14,7 @@ from psaq_mm.deploy.detectors import detector_settings, why_not_covered
 from psaq_mm.deploy.exportable import ExportableModel, make_exportable
 from psaq_mm.deploy.heads import HeadPlace, head_places, input_entry, trace_head, why_roi_apart
 from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower, rest_state, with_task_of_outputs
-from psaq_mm.deploy.tracing import trace
+from psaq_mm.deploy.tracing import state_shapes_, trace
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
 from psaq_mm.models.adapters.match import class_named
@@ -198,7 +198,9 @@ def _trace(graph: GraphModel, size: Tuple[int, int], channels: int, opset: int, 
         maps = [name for name, shape in shapes.items() if len(shape) == 4]
         first = {name: _height_axis(graph.parts, name) for name in ('images', *maps)}
         axes = {name: {axis: f'{name}_height', axis + 1: f'{name}_width'} for name, axis in first.items()}
-    return trace(graph, dict(images=images), graph.names, opset, axes), shapes
+    model = trace(graph, dict(images=images), graph.names, opset, axes)
+    state_shapes_(model, shapes, axes)
+    return model, shapes
 
 
 def _trace_widest(exportable: ExportableModel, parts: GraphParts, size: Tuple[int, int], **settings):
@@ -350,7 +352,8 @@ def _detector(model: nn.Module) -> _Detector:
 
 def _is_complete(parts: GraphParts, detector: Optional[Mapping]) -> bool:
     """Whether an export gives final predictions without the library."""
-    return detector is not None or parts.task in ('classification', 'segmentation') and not parts.outside
+    whole = parts.dense is not None or parts.prefixes == ('model',)  # without a cascade of decode heads, for one
+    return detector is not None or parts.task in ('classification', 'segmentation') and whole and not parts.outside
 
 
 def export_model(
@@ -361,6 +364,7 @@ def export_model(
     classes: Optional[Sequence[str]] = None,
     dynamic: bool = False,
     preparation: Optional[Mapping[str, Any]] = None,
+    one_file: bool = True,
 ) -> ExportedModel:
     """Export a calibrated, quantized model.
 
@@ -375,6 +379,8 @@ def export_model(
         preparation: Of test pictures, for the manifest: ``pipeline``, ``pad_divisor`` and ``slide`` of
             :class:`psaq_mm.engine.pipelines.PipelineSteps`, and ``palette``. Defaults to None: pictures are taken as
             they come.
+        one_file: Refuse a graph that is too large for one ONNX file, as runtimes here start it. Such a one is only good
+            for :func:`.plain_onnx.write_plain_onnx`.
 
     Raises:
         ConfigError: A size or the opset does not fit, or ``out`` exists and is no exported model.
@@ -429,7 +435,7 @@ def export_model(
     files.update({head.place.file: head.graph.model.SerializeToString() for head in heads})
     rest = {} if manifest['complete'] else rest_state(model, parts.prefixes)
     arrays = {name: value.detach().cpu().numpy() for name, value in rest.items()}
-    directory = write_bundle(out, manifest, files, store.weights, arrays)
+    directory = write_bundle(out, manifest, files, store.weights, arrays, one_file)
     return ExportedModel(directory, manifest, exportable, dense.lowered, store.weights, parts, heads)
 
 

@@ -359,7 +359,8 @@ def trace_head(exportable: Any, place: HeadPlace, opset: int) -> Any:
     if place.kind == 'mask':
         inputs['labels'] = torch.zeros(_TRACED_ROIS, dtype=torch.int64)
     dynamic: Mapping[str, Mapping[int, str]] = {name: {0: 'rois'} for name in (*inputs, *place.outputs)}
-    return trace(graph, inputs, place.outputs, opset, dynamic)
+    has_symbols = any(name.startswith(f'{place.path}.') for name in (*exportable.quantizers, *exportable.weights))
+    return trace(graph, inputs, place.outputs, opset, dynamic, has_symbols)
 
 
 def input_entry(exportable: Any, place: HeadPlace) -> Dict[str, Any]:

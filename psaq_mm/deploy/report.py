@@ -1,9 +1,10 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Report of an exported graph: which tensors are integer, and why the others are float."""
 
+import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple, Union
 
 from psaq_mm.deploy.exportable import ExportableModel
 from psaq_mm.deploy.parts import rest_state
@@ -119,11 +120,18 @@ def summary(rows: List[Dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
-def sizes_of(model, exported) -> Tuple[int, int]:
-    """Bytes of an export, all files together, and of the same weights in float32."""
-    on_disk = sum(path.stat().st_size for path in Path(exported.directory).iterdir() if path.is_file())
-    prefixes = tuple(f'{p}.' if p else '' for p in exported.manifest['replaced'])
-    outside = rest_state(model, exported.manifest['replaced'])
+def sizes_of(model, exported, directory: Union[str, os.PathLike, None] = None) -> Tuple[int, int]:
+    """Bytes of an export, all files together, and of the same weights in float32.
+
+    Args:
+        model: That was exported.
+        exported: The :class:`.export.ExportedModel`.
+        directory: Where it is written in another format. Defaults to None, the directory of ``exported``.
+    """
+    on_disk = sum(path.stat().st_size for path in Path(directory or exported.directory).iterdir() if path.is_file())
+    manifest = exported.manifest
+    prefixes = tuple(f'{p}.' if p else '' for p in manifest['replaced'])
+    outside = {} if manifest['complete'] else rest_state(model, manifest['replaced'])
     float32 = sum(4 * p.numel() for name, p in model.named_parameters() if name.startswith(prefixes) or name in outside)
     return on_disk, float32
 

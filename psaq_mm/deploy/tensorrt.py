@@ -2,7 +2,7 @@
 """Graphs for a strongly typed TensorRT, and a check of its rules on any ONNX graph.
 
 The rules are those of NVIDIA's "Explicit Quantization" and of the operator table of its ONNX parser (TensorRT 10.15).
-They tell whether a graph has the form that the parser takes, not how fast an engine runs it: no TensorRT is needed here.
+They tell whether a graph has the form that the parser takes, not how fast an engine runs it. No TensorRT is needed.
 """
 
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple
@@ -69,8 +69,8 @@ class TensorRTLowering(Lowering):
         """As :meth:`.Lowering.regions`, without a tensor of uint8, which TensorRT does not have inside a network."""
         return self.constant(name, parts.astype(np.int32))
 
-    def _rewrite_products(self) -> None:
-        """Products stay as they are: of dequantized weights, with float biases."""
+    def rewrite_products(self) -> None:
+        """Nothing: products are of dequantized weights, and their biases are float."""
 
 
 class _Constant(NamedTuple):

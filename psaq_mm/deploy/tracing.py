@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from psaq_mm.deploy.parts import NotInGraph
 from psaq_mm.deploy.symbols import DOMAIN
 
-__all__ = ['trace']
+__all__ = ['state_shapes_', 'trace']
 
 
 def trace(
@@ -21,6 +21,7 @@ def trace(
     outputs: Sequence[str],
     opset: int,
     dynamic: Optional[Mapping[str, Mapping[int, str]]] = None,
+    has_symbols: bool = True,
 ) -> Any:
     """Trace a module.
 
@@ -30,6 +31,7 @@ def trace(
         outputs: Names of its outputs.
         opset: Of ONNX.
         dynamic: By the name of an input or output, the names of its axes that have no fixed size.
+        has_symbols: Whether the module has any of ``symbols.py``: PyTorch warns of a domain that is not used.
 
     Returns:
         ONNX model.
@@ -44,7 +46,7 @@ def trace(
         input_names=list(inputs),
         output_names=list(outputs),
         opset_version=opset,
-        custom_opsets={DOMAIN: 1},
+        custom_opsets={DOMAIN: 1} if has_symbols else {},
         do_constant_folding=True,
         dynamic_axes={name: dict(axes) for name, axes in (dynamic or {}).items()},
     )
@@ -66,3 +68,22 @@ def trace(
     if foreign:
         raise NotInGraph(f'it needs {" and ".join(foreign)}, which ONNX does not have')
     return model
+
+
+def state_shapes_(
+    model: Any, shapes: Mapping[str, Sequence[int]], dynamic: Optional[Mapping[str, Mapping[int, str]]] = None
+) -> None:
+    """Write the shapes of its outputs into a traced graph, in place. PyTorch's exporter does not know all of them, and
+    names the sizes that it does not know after operations.
+
+    Args:
+        model: ONNX model.
+        shapes: By the name of an output.
+        dynamic: See :func:`trace`.
+    """
+    for output in model.graph.output:
+        free = (dynamic or {}).get(output.name, {})
+        dims = output.type.tensor_type.shape.dim
+        del dims[:]
+        for axis, size in enumerate(shapes[output.name]):
+            dims.add(**(dict(dim_param=free[axis]) if axis in free else dict(dim_value=size)))

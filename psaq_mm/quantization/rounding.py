@@ -29,6 +29,12 @@ BLOCK = 128
 STRIP = 1 << 26
 """Bytes of a convolution's inputs that are unfolded at a time."""
 
+GRAM_BYTES = 1 << 30
+"""Bytes of the Gram matrices that are gathered in one pass."""
+
+MAX_INPUTS = 8192
+"""Layers with more inputs (channels times kernel) keep their nearest codes: time grows with the third power."""
+
 NamedLayer = Tuple[str, nn.Module]
 
 
@@ -140,8 +146,6 @@ def round_weights_(
     model: nn.Module,
     run: Callable[[], None],
     prior_rows: float = 32.0,
-    memory: int = 2**30,
-    max_inputs: int = 8192,
     importance: Optional[Mapping[str, Tensor]] = None,
 ) -> List[RoundedLayer]:
     """Round the weights of quantized Linears and convolutions to codes that fit their quantized inputs, in place.
@@ -149,8 +153,8 @@ def round_weights_(
     The model has to be calibrated; ranges and scales stay. The samples go through the model with quantized activations,
     so the weights of a layer also compensate the error of its inputs. Weights that are not rounded yet are in full
     precision meanwhile: their nearest codes change the inputs of later layers more than the codes that they will get.
-    Gram matrices of several layers are gathered in one pass, as many as ``memory`` holds; later passes see the weights
-    rounded before.
+    Gram matrices of several layers are gathered in one pass, as many as :data:`GRAM_BYTES` hold; later passes see the
+    weights rounded before.
 
     Beside those matrices a pass needs the memory of the model's forward, the quantized inputs of a layer once more in
     float32 (of a convolution at most 64 MiB of its unfolded inputs, twice that with ``importance``), and what
@@ -164,15 +168,13 @@ def round_weights_(
             energy had been seen. The damping is ``prior_rows`` divided by the effective number of rows, which is
             (sum w)^2 / sum w^2 for rows with weights w. So a layer with few rows that matter is trusted less
             (shrinkage, Ledoit & Wolf, J. Multivariate Analysis 88, 2004). Positive.
-        memory: Bytes for the Gram matrices of one pass.
-        max_inputs: Layers with more inputs (channels times kernel) keep their nearest codes: time grows with the third
-            power.
         importance: Weight of each row that ``run`` sends through a layer, by name of the layer, as
             :func:`.row_importance` returns it. The rows of a missing layer have equal weights.
 
     Returns:
         One entry for each layer with a quantized weight, its errors under those weights. A layer stays unchanged where
-        compensation does not help, or the rank of its inputs is too low for the damping: ``reason`` says so.
+        compensation does not help, the rank of its inputs is too low for the damping, or it has more than
+        :data:`MAX_INPUTS`: ``reason`` says so.
 
     Raises:
         DataError: An input holds NaN or infinity, ``importance`` is of other rows than ``run`` sends (names the layer),
@@ -185,9 +187,9 @@ def round_weights_(
     if not 0 < prior_rows < math.inf:
         raise DataError(f'prior_rows={prior_rows} must be positive and finite: 32 is the usual value')
     layers = [(n, m) for n, m in model.named_modules() if is_quantized_layer(m) and m.weight_quantizer.mode == 'on']
-    reasons = {name: _reason_to_leave(layer, max_inputs) for name, layer in layers}
+    reasons = {name: _reason_to_leave(layer) for name, layer in layers}
     reports = {name: RoundedLayer(name, math.nan, math.nan, reason) for name, reason in reasons.items()}
-    for batch in _batches([(name, layer) for name, layer in layers if not reasons[name]], memory):
+    for batch in _batches([(name, layer) for name, layer in layers if not reasons[name]]):
         with full_precision_weights(model):
             grams = _gather(batch, run, importance or {})
         for name, layer in batch:
@@ -206,7 +208,7 @@ def _inputs(layer: nn.Module) -> int:
     return layer.weight[0].numel()
 
 
-def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
+def _reason_to_leave(layer: nn.Module) -> str:
     """Why a layer cannot be rounded; empty where it can."""
     if isinstance(layer, QuantConv2dMixin):
         if layer.groups != 1:
@@ -215,16 +217,16 @@ def _reason_to_leave(layer: nn.Module, max_inputs: int) -> str:
             return f'padding {layer.padding!r}, {layer.padding_mode}'
     elif not isinstance(layer, QuantLinearMixin):
         return type(layer).__name__
-    return f'{_inputs(layer)} inputs, more than {max_inputs}' if _inputs(layer) > max_inputs else ''
+    return f'{_inputs(layer)} inputs, more than {MAX_INPUTS}' if _inputs(layer) > MAX_INPUTS else ''
 
 
-def _batches(layers: Sequence[NamedLayer], memory: int) -> Iterator[List[NamedLayer]]:
-    """Layers in order, as many at a time as have Gram matrices within ``memory`` bytes, and at least one."""
+def _batches(layers: Sequence[NamedLayer]) -> Iterator[List[NamedLayer]]:
+    """Layers in order, as many at a time as have Gram matrices within :data:`GRAM_BYTES`, and at least one."""
     batch: List[NamedLayer] = []
     used = 0
     for name, layer in layers:
         needed = 4 * _inputs(layer) ** 2
-        if batch and used + needed > memory:
+        if batch and used + needed > GRAM_BYTES:
             yield batch
             batch, used = [], 0
         batch.append((name, layer))

@@ -195,6 +195,7 @@ def write_bundle(
     graphs: Mapping[str, bytes],
     weights: Mapping[str, Weight],
     rest: Mapping[str, np.ndarray],
+    one_file: bool = True,
 ) -> Path:
     """Write a directory beside ``out`` and move it there. An exported model that is there already is replaced.
 
@@ -204,13 +205,15 @@ def write_bundle(
         graphs: Content of the graphs by file name.
         weights: By the name that the graphs have for them.
         rest: Arrays of :data:`REST`.
+        one_file: Whether a graph with its weights must fit into one ONNX file: runtimes are started from one here.
 
     Raises:
         ConfigError: ``out`` exists and is no exported model, or safetensors is not installed.
-        UnsupportedModelError: A graph with its weights is larger than :data:`.wire.MESSAGE_LIMIT`.
+        UnsupportedModelError: With ``one_file``, a graph is larger than :data:`.wire.MESSAGE_LIMIT`.
     """
     out = replaceable(out)
-    _check_messages(manifest, graphs, weights)
+    if one_file:
+        _check_messages(manifest, graphs, weights)
     with whole_folder(out) as folder:
         for name, content in graphs.items():
             (folder / name).write_bytes(content)
@@ -264,11 +267,14 @@ def _check_file(path: Path, expected: Mapping) -> None:
     size = path.stat().st_size
     if size != expected['bytes']:
         raise CheckpointError(
-            f'{path.parent} is not whole: {path.name} has {size} bytes and should have {expected["bytes"]}; copy the '
-            'directory again, or export it again'
+            f'{path.parent} is not whole: {path.name} has {size} bytes and should have {expected["bytes"]} (it is cut '
+            'short, or of another export or version); copy the directory again, or export it again'
         )
     if file_sha256(path) != expected['sha256']:
-        raise CheckpointError(f'{path} has changed since it was written: copy the directory again, or export it again')
+        raise CheckpointError(
+            f'{path} has changed since it was written (or is of another export or version): copy the directory again, '
+            'or export it again'
+        )
 
 
 def read_weights(

@@ -321,6 +321,7 @@ class DeployedModel:
                 'tools/test.py CONFIG --deployed, or read the outputs that calling the model gives'
             )
         prepared = self.prepare(picture)
+        self._check_prepared(prepared)
         known: Dict[str, Any] = dict(
             task=self.task,
             size=prepared.info.original,
@@ -332,6 +333,19 @@ class DeployedModel:
         if self.task == 'segmentation':
             return self._segmentation(prepared, known)
         return self._classification(prepared, known)
+
+    def _check_prepared(self, prepared: Prepared) -> None:
+        """Raises DataError where a picture is of another size in the network than the export has."""
+        if prepared.info.shape == prepared.info.original or self.manifest.get('slide'):
+            return
+        try:
+            self.size_for(prepared.image.shape[1], prepared.image.shape[2])
+        except DataError as error:
+            (height, width), (rows, columns) = prepared.info.original, prepared.info.shape
+            raise DataError(
+                f'a picture of {height} x {width} becomes one of {rows} x {columns} in the test pipeline, which does '
+                f'not fit ({str(error).partition(":")[0]}): export with a --size for it, or with --dynamic'
+            ) from error
 
     def _detection(self, prepared: Prepared, known: Mapping[str, Any]) -> Prediction:
         boxes, scores, labels, masks = self.detect(prepared.image[None], [prepared.info])[0]

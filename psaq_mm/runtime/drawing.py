@@ -106,9 +106,9 @@ def _with_boxes(prediction: Prediction, canvas: np.ndarray) -> np.ndarray:
             layer[mask] = colours[label]
         canvas = cv2.addWeighted(canvas, 1 - _OPACITY, layer, _OPACITY, 0)
     thickness = _text_size(canvas)[1]
-    corners = np.rint(boxes).astype(int)
-    for (x1, y1, x2, y2), label in zip(corners.tolist(), labels):
+    rows = list(zip(np.rint(boxes).astype(int).tolist(), labels, prediction.names or (), scores))[::-1]
+    for (x1, y1, x2, y2), label, _, _ in rows:
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colours[label], thickness)
-    for (x1, y1, _, _), label, name, score in zip(corners.tolist(), labels, prediction.names or (), scores):
+    for (x1, y1, _, _), label, name, score in rows:
         _write(canvas, f'{name} {score:.2f}', (x1, y1), colours[label])
     return canvas

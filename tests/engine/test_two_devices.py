@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
-from second_device import second_device
+from second_device import DEVICES, second_device
 from tiny import DETECTOR, Project
 from tiny_classifier import ClassifierProject
 
@@ -34,15 +34,7 @@ def classifier(tmp_path_factory):
     return ClassifierProject(tmp_path_factory.mktemp('classifier'), per_class=1)
 
 
-@pytest.fixture(
-    params=[
-        'emulated',
-        pytest.param(
-            'cuda',
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')],
-        ),
-    ]
-)
+@pytest.fixture(params=DEVICES)
 def on_device(request):
     """Makes the context in which a run finds a GPU: an emulated one, or the one that is there, for which it gives
     None."""

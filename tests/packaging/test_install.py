@@ -160,7 +160,7 @@ def test_metadata(wheel):
     hard = {re.match(r'[\w.-]+', line).group() for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line}
     # An OpenMMLab library here would be installed over a maintained fork of the same import name.
     # And PyTorch would come to everybody who runs an exported model.
-    assert hard == {'numpy', 'filelock', 'safetensors'}
+    assert hard == {'numpy', 'safetensors'}
     assert set(metadata.get_all('Provides-Extra')) == {
         'all',
         'deploy',
@@ -185,7 +185,7 @@ def test_extras_that_need_pytorch_bring_it_and_those_of_exported_models_do_not(w
         return {line.name for line in lines if line.marker is None or line.marker.evaluate(dict(extra=extra))}
 
     assert all('torch' in brought(extra) for extra in ('torch', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'test', 'all'))
-    assert brought('runtime') == {'numpy', 'filelock', 'safetensors', 'opencv-python-headless', 'openvino'}
+    assert brought('runtime') == {'numpy', 'safetensors', 'opencv-python-headless', 'openvino'}
     assert brought('runtime-onnxruntime') == brought('runtime') - {'openvino'} | {'onnxruntime'}
     assert 'opencv-python-headless' not in brought('all')
 

@@ -101,8 +101,9 @@ def test_padding_is_left_out():
     round_weights_(layer, lambda: layer[0](x, valid), importance=found)  # of the same rows
 
 
-def test_rounding_spares_the_rows_that_count(images):
+def test_rounding_spares_the_rows_that_count(images, monkeypatch):
     """The read token gets nearer to full precision than under rounding that takes all tokens for alike."""
+    monkeypatch.setattr(rounding, 'GRAM_BYTES', 1)  # a pass a layer
     errors = {}
     for guided in (False, True):
         net = made(images, preset='w3a8')
@@ -111,7 +112,7 @@ def test_rounding_spares_the_rows_that_count(images):
         seen = []
         report = {
             layer.name: layer
-            for layer in round_weights_(net, lambda: net(images), prior_rows=0.24, importance=importance, memory=1)
+            for layer in round_weights_(net, lambda: net(images), prior_rows=0.24, importance=importance)
         }
         handle = net.second.register_forward_hook(lambda layer, args, out: seen.append(layer.input_quantizer(args[0])))
         net(images)
@@ -238,7 +239,8 @@ def test_other_batches_fit_layers_that_are_called_once(one, other, images):
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
 
 
-def test_a_call_that_the_loss_does_not_read_weighs_nothing():
+def test_a_call_that_the_loss_does_not_read_weighs_nothing(monkeypatch):
+    monkeypatch.setattr(rounding, 'GRAM_BYTES', 1)  # a pass a layer
     x = tokens()
     net = levels(x, read=('first',))
     found = row_importance(net, through(net, x, 4))
@@ -247,10 +249,7 @@ def test_a_call_that_the_loss_does_not_read_weighs_nothing():
     assert float(found['head'].mean()) == pytest.approx(1.0) and 'far' not in found
     weight, seen = net.head.weight.detach().clone(), []
     handle = net.head.register_forward_hook(lambda layer, args, out: seen.append(args[0].flatten(0, 1)))
-    report = {
-        layer.name: layer
-        for layer in round_weights_(net, through(net, x, 4, backward=False), importance=found, memory=1)
-    }
+    report = {layer.name: layer for layer in round_weights_(net, through(net, x, 4, backward=False), importance=found)}
     handle.remove()
     # of the pass in which the head was rounded
     rows = net.head.input_quantizer(torch.cat(seen[-4:])) * found['head'].sqrt()[:, None]

@@ -158,13 +158,14 @@ def test_a_model_gets_nearer_to_full_precision_with_the_same_scales(calibrated):
     torch.testing.assert_close(net.fc2.weight, on_grid, rtol=0, atol=1e-6)
 
 
-def test_the_reported_error_is_the_layers_own(calibrated):
+def test_the_reported_error_is_the_layers_own(calibrated, monkeypatch):
     net, x, _ = calibrated
+    monkeypatch.setattr(rounding, 'GRAM_BYTES', 1)  # a pass a layer
     seen = []
     net.fc1.register_forward_hook(lambda layer, args, out: seen.append(layer.input_quantizer(args[0]).flatten(0, 1)))
     weight, bias = net.fc1.weight.detach().clone(), net.fc1.full_bias()
     with torch.no_grad():
-        report = {layer.name: layer for layer in round_weights_(net, lambda: net(x), memory=1)}
+        report = {layer.name: layer for layer in round_weights_(net, lambda: net(x))}
         inputs = seen[-1]  # of the pass in which fc1 was rounded or a later one: what comes before it is settled
         error = (net.fc1.quantized_weight() - weight) @ inputs.t()
     assert bias is not None
@@ -196,20 +197,20 @@ def test_inputs_are_those_of_weights_in_full_precision(calibrated):
     assert all(quantizer.mode == 'on' for _, quantizer in quantizers(net))
 
 
-def test_passes_are_as_many_as_the_memory_asks_for(calibrated):
+def test_passes_are_as_many_as_the_memory_asks_for(calibrated, monkeypatch):
     net, x, _ = calibrated
-    runs = []
-    round_weights_(net, lambda: runs.append(net(x)), memory=1)
-    assert len(runs) == 3  # conv, fc1, fc2: one each
-    runs.clear()
-    round_weights_(net, lambda: runs.append(net(x)))
-    assert len(runs) == 1
+    for memory, passes in ((rounding.GRAM_BYTES, 1), (1, 3)):  # conv, fc1, fc2: one each
+        monkeypatch.setattr(rounding, 'GRAM_BYTES', memory)
+        runs = []
+        round_weights_(net, lambda: runs.append(net(x)))
+        assert len(runs) == passes
 
 
-def test_what_cannot_be_rounded_stays_and_says_so(calibrated):
+def test_what_cannot_be_rounded_stays_and_says_so(calibrated, monkeypatch):
     net, x, _ = calibrated
+    monkeypatch.setattr(rounding, 'MAX_INPUTS', 40)
     weight = net.fc2.weight.clone()
-    report = {layer.name: layer for layer in round_weights_(net, lambda: net(x), max_inputs=40)}
+    report = {layer.name: layer for layer in round_weights_(net, lambda: net(x))}
     assert 'more than 40' in report['fc2'].reason and torch.equal(net.fc2.weight, weight)
     set_mode(net, 'off', 'fc1')
     assert 'fc1' not in {layer.name for layer in round_weights_(net, lambda: net(x))}

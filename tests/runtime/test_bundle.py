@@ -175,6 +175,15 @@ def test_a_changed_file_is_told(written):
         read_manifest(written)
 
 
+def test_a_graph_of_another_version_is_told(written, tmp_path):
+    name = 'graph_8x8.onnx'
+    for content in (b'of the version before', GRAPHS[name][::-1]):  # of another size, and of the same
+        other = write_bundle(tmp_path / 'other', dict(task='backbone'), {name: content}, weights(), {})
+        (written / name).write_bytes((other / name).read_bytes())
+        with pytest.raises(CheckpointError, match=f'{name} has .*of another export or version'):
+            read_manifest(written)
+
+
 def test_a_manifest_cut_short_is_told(written):
     path = written / MANIFEST
     path.write_text(path.read_text()[:-20])

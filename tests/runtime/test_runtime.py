@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import CASCADE, DETECTOR, SEGMENTOR, Project
+from tiny import CASCADE, DETECTOR, SEGMENTOR, Project, calibrated_student
 
 from psaq_mm.commands.common import load_config
 from psaq_mm.commands.export import default_sizes, export
@@ -18,7 +18,6 @@ from psaq_mm.commands.test import main as evaluate_command
 from psaq_mm.deploy import load
 from psaq_mm.deploy.serving import deploy_model_
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
-from psaq_mm.quantization import calibrate
 from psaq_mm.runtime.bundle import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,30 +26,11 @@ SIZE = (64, 96)
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
-def student_of(project, quant):
-    """A calibrated student's config and checkpoint."""
-    from psaq_mm.engine.building import build_model
-    from psaq_mm.engine.checkpoint import load_weights, read_checkpoint, save_atomic, student_checkpoint
-    from psaq_mm.models import TaskModel
-
-    config = load_config(str(project.config(quant)))
-    model = build_model(config)
-    load_weights(model, read_checkpoint(project.checkpoint), project.checkpoint)
-    model.eval()
-    images = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(0))
-    calibrate(model, lambda: TaskModel(model).calibration_forward(images, model.quant_spec.scope), allow_unseen=True)
-    path = project.folder / 'student.pth'
-    save_atomic(
-        student_checkpoint(model, config.pretty_text, dict(classes=('bolt', 'nut')), (project.checkpoint, ''), {}), path
-    )
-    return config, path, model
-
-
 @pytest.fixture(scope='module')
 def detector(tmp_path_factory):
     pytest.importorskip('mmdet')
     project = Project(tmp_path_factory.mktemp('detector'), DETECTOR)
-    config, checkpoint, _ = student_of(project, 'w8a8')
+    config, checkpoint, _ = calibrated_student(project, 'w8a8')
     model, exported = export(config, str(checkpoint), str(project.folder / 'out'), [SIZE])
     return project, config, model, exported
 
@@ -59,7 +39,7 @@ def detector(tmp_path_factory):
 def segmentor(tmp_path_factory):
     pytest.importorskip('mmseg')
     project = Project(tmp_path_factory.mktemp('segmentor'), SEGMENTOR)
-    config, checkpoint, _ = student_of(project, dict(preset='w4a8', scope='full'))
+    config, checkpoint, _ = calibrated_student(project, dict(preset='w4a8', scope='full'), steps=[])
     model, exported = export(config, str(checkpoint), str(project.folder / 'out'), [SIZE])
     return project, config, model, exported
 
@@ -83,10 +63,8 @@ def test_a_detector_takes_features_and_proposals_from_the_graph(detector):
         assert all((a - b).norm() < 0.05 * b.norm() for a, b in zip(levels, wanted))
         for found, expected in zip(deployed.rpn_head(levels), model.rpn_head(wanted)):
             assert all((a - b).norm() < 0.05 * b.norm() for a, b in zip(found, expected))
-        # The RoI heads run in PyTorch, with the weights that came along.
-        rois = torch.tensor([[0.0, 4.0, 4.0, 40.0, 50.0]])
-        found, expected = (m.roi_head._bbox_forward(levels, rois)['cls_score'] for m in (deployed, model))
-        assert torch.equal(found, expected)
+    assert deployed.roi_head is None, 'box and mask heads are graphs too'
+    assert exported.manifest['complete'] and not (exported.directory / 'rest.safetensors').exists()
 
 
 RETINANET = """
@@ -105,7 +83,7 @@ def test_other_detectors_predict_from_the_graph(text, head, tmp_path):
     from mmdet.structures import DetDataSample
 
     project = Project(tmp_path, text)
-    config, checkpoint, _ = student_of(project, 'w8a8')
+    config, checkpoint, _ = calibrated_student(project, 'w8a8')
     model, exported = export(config, str(checkpoint), str(tmp_path / 'out'), [SIZE])
     assert exported.manifest['dense_head'] == head
     deployed = deploy_model_(built(config), exported.directory, 'openvino', 1)
@@ -170,7 +148,7 @@ def test_a_weight_that_several_levels_read_has_a_name_for_each(tmp_path):
     from psaq_mm.runtime import RUNTIMES
 
     project = Project(tmp_path, DETECTOR)
-    config, checkpoint, _ = student_of(project, dict(preset='w8a8', scope='full'))
+    config, checkpoint, _ = calibrated_student(project, dict(preset='w8a8', scope='full'))
     model, exported = export(config, str(checkpoint), str(tmp_path / 'out'), [SIZE])
     lowered = exported.graphs[SIZE].model.graph
     readers = [
@@ -277,7 +255,7 @@ def test_pictures_that_do_not_fit_are_refused(segmentor):
     with pytest.raises(DataError, match='no pictures of 3 channels'):
         model(np.zeros((*SIZE, 4), np.uint8))
     with pytest.raises(DataError, match='call the model once for each size'):
-        model([np.zeros((8, 8, 3)), np.zeros((9, 8, 3))])
+        model.normalize([np.zeros((8, 8, 3)), np.zeros((9, 8, 3))])
     with pytest.raises(DataError, match='larger than what the model was exported for .64 x 96.'):
         model(np.zeros((65, 96, 3), np.uint8))
 
@@ -343,6 +321,9 @@ def test_the_command_exports_and_verifies(segmentor, capsys, tmp_path):
             '--verify',
             '--threads',
             '1',
+            '--format',
+            'bundle',
+            'onnx',
         ]
     )
     told = capsys.readouterr()
@@ -354,12 +335,30 @@ def test_the_command_exports_and_verifies(segmentor, capsys, tmp_path):
     # So small a model may have a layer with one tie in a few hundred elements: then the command says so.
     assert status == 0 or 'further from the fake-quantized' in told.err
     assert load(tmp_path / 'out', 'onnxruntime').sizes == [(64, 96)]
+    assert {'graph_64x96.onnx', 'model.json'} <= {path.name for path in (tmp_path / 'out' / 'onnx').iterdir()}
+    assert told.out.count('MiB on disk') == 2
+
+
+def test_the_command_writes_plain_onnx_files_alone(segmentor, capsys, tmp_path):
+    student = [segmentor[0].folder / name for name in ('quantized.py', 'student.pth')]
+    arguments = [*student, '--out', tmp_path / 'out', '--size', 64, 96]
+    fails(capsys, export_command, [*arguments, '--external-data'], 'give --format onnx too')
+    assert export_command([str(a) for a in [*arguments, '--format', 'onnx', '--external-data']]) == 0
+    names = {path.name for path in (tmp_path / 'out').iterdir()}
+    assert names == {'graph_64x96.onnx', 'weights.data', 'model.json', 'README.txt'}
+    told = capsys.readouterr().out
+    size = sum(path.stat().st_size for path in (tmp_path / 'out').iterdir())
+    assert f'{size / 2**20:.2f} MiB on disk' in told and f'saved to {tmp_path / "out"}' in told
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'notes.txt').write_text('mine')
+    fails(capsys, export_command, [*student, '--out', tmp_path / 'notes'], 'is no exported model')
 
 
 def test_default_sizes_hold_what_the_test_pipeline_makes(detector, segmentor):
     sizes = default_sizes(detector[1])
     assert (800, 1088) in sizes and (800, 1344) in sizes and (1344, 800) in sizes
-    assert default_sizes(segmentor[1])[0] == (512, 704) and (2048, 512) in default_sizes(segmentor[1])
-    slides = copy.deepcopy(segmentor[1])
+    of_zoo = load_config(str(segmentor[0].folder / 'quantized.py'))
+    assert default_sizes(of_zoo)[0] == (512, 704) and (2048, 512) in default_sizes(of_zoo)
+    slides = copy.deepcopy(of_zoo)
     slides.model.test_cfg = dict(mode='slide', crop_size=SIZE, stride=SIZE)
     assert default_sizes(slides) == [SIZE]
