@@ -355,7 +355,8 @@ def _layer_rows(
         dense.count(modules, recorded.inputs, dict(images=image.numpy()), counts)
         for head, pieces in heads:
             features = recorded.features[head.place.path]
-            quantizer = feature_quantizer(head.place, modules[head.place.path])
+            codes = head.entry['input']['quantizer'] is not None
+            quantizer = feature_quantizer(head.place, modules[head.place.path]) if codes else None
             arrays = _head_inputs(head, features, modules)
             if quantizer is not None:
                 name = next(name for name, module in modules.items() if module is quantizer)
