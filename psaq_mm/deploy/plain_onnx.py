@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Container, Dict, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
 import onnx
@@ -85,6 +85,9 @@ def write_plain_onnx(bundle: PathLike, out: PathLike, external_data: bool = Fals
             model = _with_weights(bundle, manifest, entry, data if external_data else None)
             if model is None:
                 model = _with_weights(bundle, manifest, entry, data)
+            if manifest['quant'].get('target') != 'tensorrt':
+                _hold_concatenations_(model)
+            _state_types_(model, set(entry['weights']))
             _describe_(model, manifest, entry)
             (folder / entry['file']).write_bytes(model.SerializeToString())
             graphs.append(_row(model, manifest, entry))
@@ -95,8 +98,8 @@ def write_plain_onnx(bundle: PathLike, out: PathLike, external_data: bool = Fals
 
 
 def _with_weights(bundle: Path, manifest: Mapping, entry: Mapping, data: Optional[_Data]) -> Optional[onnx.ModelProto]:
-    """A graph with its weights and the types of all values; the weights are in the message where there is no ``data``.
-    None where they are too large for that.
+    """A graph with its weights, which are in the message where there is no ``data``; None where they are too large for
+    that.
     """
     path = bundle / entry['file']
     model, size = onnx.load(path), path.stat().st_size
@@ -112,7 +115,6 @@ def _with_weights(bundle: Path, manifest: Mapping, entry: Mapping, data: Optiona
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             tensors.append(TensorProto(name=name, data_type=kind, dims=array.shape))
             data.add(tensors[-1], array)
-    _state_types_(model, tensors)
     model.graph.initializer.extend(tensors)
     return model
 
@@ -121,14 +123,54 @@ _ROOM = 2**20
 """Bytes for names, types and descriptions that are not counted."""
 
 
-def _state_types_(model: onnx.ModelProto, weights: List[TensorProto]) -> None:
-    """Write types and shapes of all values into a graph. Weights are inputs meanwhile: their content is not needed."""
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    probe.graph.input.extend(helper.make_tensor_value_info(w.name, w.data_type, list(w.dims)) for w in weights)
+def _state_types_(model: onnx.ModelProto, weights: Container[str]) -> None:
+    """Write types and shapes of all values into a graph. Its ``weights`` are inputs meanwhile: their content, which may
+    be gigabytes or in another file, is not needed.
+    """
+    graph = model.graph
+    probe = helper.make_model(
+        helper.make_graph(
+            graph.node,
+            graph.name,
+            [*graph.input, *(_value_info(tensor) for tensor in graph.initializer if tensor.name in weights)],
+            graph.output,
+            [tensor for tensor in graph.initializer if tensor.name not in weights],
+        ),
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
+    )
     inferred = onnx.shape_inference.infer_shapes(probe, check_type=True, strict_mode=True, data_prop=True)
     replace_items(model.graph.value_info, inferred.graph.value_info)
     replace_items(model.graph.output, inferred.graph.output)
+
+
+def _hold_concatenations_(model: onnx.ModelProto) -> None:
+    """Keep quantizers with signed codes behind the concatenation that they read, in place.
+
+    OpenVINO 2026.4 moves them before it and gives a wrong product of their codes, see the runtime's own
+    ``_hold_concatenations_``. It does not find the concatenation behind a maximum with the least number, which changes
+    no value.
+    """
+    graph, nodes = model.graph, []
+    producers = {name: node for node in graph.node for name in node.output}
+    kinds = {i.name: i.data_type for i in graph.initializer}
+    least = numpy_helper.from_array(np.finfo(np.float32).min.reshape(1), 'least_number')
+    for node in graph.node:
+        if node.op_type == 'QuantizeLinear' and kinds.get(node.input[2]) == TensorProto.INT8:
+            first = producers.get(node.input[0])
+            sources = [producers.get(name) for name in first.input] if first is not None else []
+            if any(source is not None and source.op_type == 'Concat' for source in (first, *sources)):
+                held = f'{node.output[0]}.held'
+                nodes.append(helper.make_node('Max', [node.input[0], least.name], [held], name=held))
+                node.input[0] = held
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        replace_items(graph.node, nodes)
+        graph.initializer.append(least)
+
+
+def _value_info(tensor: TensorProto) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
 
 
 # ---------------------------------------------------------------------- what stands around the graphs

@@ -290,7 +290,7 @@ def _warn_of_slow_kernels(session: Runtime) -> None:
     if session.kernels == session.ways[0] or key in _warned:
         return
     _warned.add(key)
-    which, advice = 'the attention of this model', ''
+    which, advice = 'every product of activations in this model (attention, logits of masks)', ''
     if session.kernels == 'float':
         which = 'this model'
         advice = (

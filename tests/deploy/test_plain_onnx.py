@@ -18,7 +18,7 @@ from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.models import quantize_model_
 from psaq_mm.quantization import calibrate
 from psaq_mm.runtime import RUNTIMES
-from psaq_mm.runtime.bundle import graph_entries, read_manifest, read_weights
+from psaq_mm.runtime.bundle import Weight, graph_entries, read_manifest, read_weights, write_bundle
 from psaq_mm.runtime.wire import append_initializers
 
 pytestmark = pytest.mark.filterwarnings('ignore')
@@ -257,6 +257,46 @@ def test_a_graph_that_is_too_large_for_one_file_has_its_weights_beside_it(detect
     }
     assert outside == {name for name, size in sizes.items() if size > sizes['box_0.onnx']} and len(outside) == 2
     assert (plain / DATA).is_file() and DATA in (plain / 'README.txt').read_text()
+
+
+@pytest.mark.parametrize('target', ['default', 'tensorrt'])
+def test_signed_codes_behind_a_concatenation(target, tmp_path):
+    """OpenVINO moves their quantizer before the concatenation and multiplies wrong codes, if it is let."""
+    pytest.importorskip('openvino')
+    import openvino
+
+    random, made = np.random.default_rng(0), onnx.helper.make_node
+    tensors = dict(ws=random.uniform(1e-3, 2e-3, 6).astype(np.float32), wz=np.zeros(6, np.int8), z=np.int8(0))
+    tensors['s'] = np.float32(0.03)
+    weight = random.integers(-127, 128, (6, 16, 1, 1)).astype(np.int8)
+    nodes = [
+        made('Concat', ['a', 'b'], ['x'], axis=1),
+        made('QuantizeLinear', ['x', 's', 'z'], ['q']),
+        made('DequantizeLinear', ['q', 's', 'z'], ['d']),
+        made('DequantizeLinear', ['w', 'ws', 'wz'], ['v'], axis=0),
+        made('Conv', ['d', 'v'], ['y']),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [1, 8, 4, 4]) for name in 'ab']
+    arrays = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items()]
+    graph = onnx.helper.make_graph(nodes, 'g', ends, [onnx.helper.make_tensor_value_info('y', 1, None)], arrays)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 17)], ir_version=8)
+    manifest = dict(psaq_mm='1', model='M', task='other', label='W8A8', quant=dict(target=target), opset=17, classes=[])
+    manifest.update(channels=3, reverse_channels=False, mean=[], std=[], exact_size=False, strides={})
+    manifest.update(graphs=[dict(file='g.onnx', weights=['w'], size=[4, 4])], outputs=dict(levels=[], dense='y'))
+    files = {'g.onnx': model.SerializeToString()}
+    bundle = write_bundle(tmp_path / 'bundle', manifest, files, dict(w=Weight(weight)), {})
+    plain = write_plain_onnx(bundle, tmp_path / 'plain')
+    onnx.checker.check_model(plain / 'g.onnx', full_check=True)
+    kinds = [node.op_type for node in onnx.load(plain / 'g.onnx').graph.node]
+    if target == 'tensorrt':  # it has rules of its own for what stands between
+        assert kinds == [node.op_type for node in nodes]
+        return
+    inputs = {name: random.normal(0, 1, (1, 8, 4, 4)).astype(np.float32) for name in 'ab'}
+    codes = np.clip(np.rint(np.concatenate([inputs['a'], inputs['b']], 1) / tensors['s']), -128, 127)
+    wanted = np.einsum('oc,nchw->nohw', weight[:, :, 0, 0] * tensors['ws'][:, None], codes * tensors['s'])
+    core = openvino.Core()
+    found = core.compile_model(core.read_model(plain / 'g.onnx'), 'CPU', dict(INFERENCE_PRECISION_HINT='f32'))(inputs)
+    assert np.abs(found[0] - wanted).max() < 1e-4 * np.abs(wanted).max() and 'Max' in kinds
 
 
 # ---------------------------------------------------------------------- the directory
