@@ -365,7 +365,12 @@ class Parts:
 
     def _graph_of(self, args: Sequence) -> str:
         inputs = next(arg for arg in args if isinstance(arg, Mapping))
-        part = 'dense' if 'images' in inputs else 'mask' if 'labels' in inputs else 'box'
+        if 'images' in inputs:
+            part = 'dense'
+        elif 'features' in inputs:
+            part = 'mask' if 'labels' in inputs else 'box'
+        else:
+            return 'probe'  # of a runtime's kernels, when its first graph is started
         self.rows[part] = len(next(iter(inputs.values())))
         return part
 

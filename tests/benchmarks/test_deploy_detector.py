@@ -1,3 +1,4 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """benchmarks/deploy_detector.py measures a detector with as many boxes as its config allows, or not at all."""
 
 import time
@@ -55,7 +56,8 @@ def test_graphs_are_told_by_their_inputs():
     run(None, dict(images=np.zeros((1, 3, 4, 4))))
     run(None, ['scores'], dict(features=features))
     run(None, dict(features=features[:5], labels=np.zeros(5, np.int64)))
-    assert parts.rows == dict(dense=1, box=7, mask=5)
+    run(None, dict(unsigned=np.zeros((4, 8), np.uint8)))
+    assert parts.rows == dict(dense=1, box=7, mask=5) and set(parts.seconds) == {'dense', 'box', 'mask', 'probe'}
 
 
 def test_glue_is_what_is_left_of_a_call():
