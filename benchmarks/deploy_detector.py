@@ -267,10 +267,21 @@ sys.modules['torch'] = None
 import nncf, numpy, openvino
 graph, inputs, out, kind = sys.argv[1:]
 data = nncf.Dataset([dict(numpy.load(inputs))])
-model_type = nncf.ModelType.TRANSFORMER if kind == 'transformer' else None
-model = nncf.quantize(openvino.Core().read_model(graph), data, model_type=model_type, subset_size=1)
+settings = dict(model_type=nncf.ModelType.TRANSFORMER) if kind == 'dense' else {}
+if kind == 'mask':  # the product of the logits has its weights looked up, where NNCF ends with an error
+    settings = dict(ignored_scope=nncf.IgnoredScope(types=['MatMul', 'Gather']))
+model = nncf.quantize(openvino.Core().read_model(graph), data, subset_size=1, **settings)
 openvino.save_model(model, out, compress_to_fp16=False)
 """
+
+
+def graph_kind(inputs: Mapping[str, np.ndarray]) -> str:
+    """One of :data:`GRAPHS`, by a graph's inputs; ``'probe'`` of a runtime's kernels, when its first graph is started."""
+    if 'images' in inputs:
+        return 'dense'
+    if 'features' not in inputs:
+        return 'probe'
+    return 'mask' if 'labels' in inputs else 'box'
 
 
 class Recorded(OpenVino):
@@ -307,7 +318,7 @@ class Nncf(Runtime):
             with open(paths[0], 'wb') as file:
                 file.write(graph)
             np.savez(paths[1], **inputs)
-            kind = 'transformer' if 'images' in inputs else 'convolutions'
+            kind = graph_kind(inputs)
             subprocess.run([self.python, '-c', _NNCF, *paths, kind], check=True, stdout=subprocess.DEVNULL)
             model = openvino.Core().read_model(paths[2])
             settings = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': 'f32'}
@@ -365,13 +376,9 @@ class Parts:
 
     def _graph_of(self, args: Sequence) -> str:
         inputs = next(arg for arg in args if isinstance(arg, Mapping))
-        if 'images' in inputs:
-            part = 'dense'
-        elif 'features' in inputs:
-            part = 'mask' if 'labels' in inputs else 'box'
-        else:
-            return 'probe'  # of a runtime's kernels, when its first graph is started
-        self.rows[part] = len(next(iter(inputs.values())))
+        part = graph_kind(inputs)
+        if part in GRAPHS:
+            self.rows[part] = len(next(iter(inputs.values())))
         return part
 
     @contextlib.contextmanager
