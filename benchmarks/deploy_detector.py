@@ -276,7 +276,7 @@ openvino.save_model(model, out, compress_to_fp16=False)
 
 
 def graph_kind(inputs: Mapping[str, np.ndarray]) -> str:
-    """One of :data:`GRAPHS`, by a graph's inputs; ``'probe'`` of a runtime's kernels, when its first graph is started."""
+    """One of :data:`GRAPHS` by a graph's inputs; ``'probe'`` of a runtime's kernels, as its first graph is started."""
     if 'images' in inputs:
         return 'dense'
     if 'features' not in inputs:
