@@ -107,7 +107,7 @@ EXTRAS = {
     'mmseg': [*MM, 'mmsegmentation>=1.2.2,<2', 'ftfy', 'regex'],
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
     # The maintained forks, in place of the three above. mmseg's asks for numpy 2, and with it torch 2.3 or later.
-    'onedl': ['onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain'],
+    'onedl': [*TORCH, 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain'],
     'timm': [*TORCH, 'timm>=1.0'],
     'deploy': ['onnx>=1.15', ONNXRUNTIME, OPENVINO],
     # To run an exported model, where neither PyTorch nor OpenMMLab is installed.

@@ -29,6 +29,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from benchmarks.measuring import busy_share, processor  # noqa: E402
 from psaq_mm.deploy import export_model, load  # noqa: E402
 from psaq_mm.models import quantize_model_  # noqa: E402
 from psaq_mm.quantization import calibrate  # noqa: E402
@@ -158,23 +159,6 @@ def measure(size, runtimes, quant, threads, rounds, nncf):
             yield from ((runtime, name, ms, found['float32'] / ms) for name, ms in found.items())
 
 
-def busy_share(seconds=1.0):
-    """How much of the machine's CPU time others take while this process sleeps; None where the system does not tell."""
-
-    def times():
-        with open('/proc/stat', encoding='ascii') as file:
-            values = [int(v) for v in file.readline().split()[1:]]
-        return sum(values), values[3] + values[4]  # idle, and waiting for a disk
-
-    try:
-        before = times()
-        time.sleep(seconds)
-        after = times()
-    except OSError:
-        return None
-    return 1 - (after[1] - before[1]) / max(after[0] - before[0], 1)
-
-
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,6 +175,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     busy = busy_share()
+    print(processor())
     print(
         f'Swin-T backbone, batch 1, {args.threads} threads, median of {args.rounds} in turn; CPU time that others took '
         f'before: '

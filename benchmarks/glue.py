@@ -7,6 +7,12 @@ step is our time in mmdet's; those in seconds are ours alone. Differences of the
 
     python benchmarks/glue.py --threads 2 [--quick]
 
+With pictures, detections of a trained detector are compared instead. The config's test pipeline prepares each picture;
+``--score-threshold 0`` compares as many detections as the config allows::
+
+    python benchmarks/glue.py --config configs/demo/mask_rcnn_swin_demo.py --checkpoint
+    demo/checkpoints/mask_rcnn_swin_demo.pth --pictures work_dirs/demo/scenes/detection/val
+
 On a machine that does other work too, ``--processor-time`` counts what the processor spends, with ``--threads 1``, as
 waiting threads count too.
 """
@@ -16,7 +22,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -201,14 +207,49 @@ def rows(quick: bool, device: str, clock: Callable[[], float] = time.perf_counte
     return found
 
 
+def compare_pictures(config: str, checkpoint: str, folder: str, score_threshold: Optional[float]) -> bool:
+    """Print how the glue's detections of all pictures of a folder differ from mmdet's; whether none differs too far."""
+    from mmcv.transforms import Compose
+    from mmdet.apis import init_detector
+    from mmdet.utils import get_test_pipeline_cfg
+
+    from psaq_mm.deploy.glue_check import GlueAgreement, compare_glue
+
+    model = init_detector(config, checkpoint, device='cpu')
+    if score_threshold is not None:
+        (getattr(model, 'roi_head', None) or model.bbox_head).test_cfg.score_thr = score_threshold
+    steps = [step for step in get_test_pipeline_cfg(model.cfg) if step['type'] != 'LoadAnnotations']
+    prepare = Compose(steps)
+    total, good = GlueAgreement(), 0
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in ('.jpg', '.jpeg', '.png'))
+    for path in paths:
+        data = prepare(dict(img_path=str(path), img_id=0))
+        images = model.data_preprocessor(dict(inputs=[data['inputs']], data_samples=[data['data_samples']]))['inputs']
+        meta = data['data_samples'].metainfo
+        info = ImageInfo(meta['img_shape'][:2], meta['ori_shape'][:2], meta['scale_factor'])
+        agreement = compare_glue(model, images, [info], torch.get_num_threads())
+        good += agreement.good
+        total = total.plus(agreement)
+        if not agreement.good:
+            print(f'{path.name}: {agreement}', flush=True)
+    print(f'{total}\n{good} of {len(paths)} pictures have the same detections')
+    return good == len(paths)
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--quick', action='store_true', help='small sizes and few repeats')
     parser.add_argument('--threads', type=int, default=2, help='of both sides (default: %(default)s)')
     parser.add_argument('--processor-time', action='store_true', help='see above')
+    parser.add_argument('--config', help='of a detector, for --pictures')
+    parser.add_argument('--checkpoint', help='full-precision weights, for --pictures')
+    parser.add_argument('--pictures', help='folder: compare the detections of its pictures')
+    parser.add_argument('--score-threshold', type=float, help='defaults to that of the config')
     args = parser.parse_args()
     begin('cpu', args.threads)
+    if args.pictures:
+        return int(not compare_pictures(args.config, args.checkpoint, args.pictures, args.score_threshold))
     found = rows(args.quick, 'cpu', time.process_time if args.processor_time else time.perf_counter)
     print(table_of(found), flush=True)
     return int(not args.quick and not all(r['ok'] for r in found))

@@ -81,6 +81,42 @@ def ratio_of(ours: Sequence[float], control: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, control))
 
 
+def busy_share(seconds: float = 1.0) -> Optional[float]:
+    """How much of the machine's CPU time others take while this process sleeps; None where the system does not tell."""
+
+    def times():
+        with open('/proc/stat', encoding='ascii') as file:
+            values = [int(v) for v in file.readline().split()[1:]]
+        return sum(values), values[3] + values[4]  # idle, and waiting for a disk
+
+    try:
+        before = times()
+        time.sleep(seconds)
+        after = times()
+    except OSError:
+        return None
+    return 1 - (after[1] - before[1]) / max(after[0] - before[0], 1)
+
+
+_FLAGS = ('avx2', 'avx512f', 'avx512_vnni', 'avx_vnni', 'avx512_bf16', 'amx_int8')
+"""Those of x86 processors that decide which kernels of bytes there are."""
+
+
+def processor() -> str:
+    """One line: vendor, family, model, name and flags of the processor, where Linux tells them."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines()
+    except OSError:
+        return 'processor: not known'
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(':') for line in lines)}
+    flags = [flag for flag in _FLAGS if flag in values.get('flags', '').split()]
+    which = ', '.join(f'{name} {values[name]}' for name in ('cpu family', 'model') if name in values)
+    return (
+        f'processor: {values.get("vendor_id", "not known")}, {which}, {values.get("model name", "no name")}; '
+        f'{os.cpu_count()} cores; {" ".join(flags) or "none of the flags looked for"}'
+    )
+
+
 # ---------------------------------------------------------------------- memory
 def resident(kind: str = 'VmRSS') -> int:
     """Bytes of memory of this process (Linux): ``'VmRSS'`` now, ``'VmHWM'`` at most since it began or

@@ -28,7 +28,7 @@ class Shown(NamedTuple):
 
     Attributes:
         path: Of its file.
-        place: Of the drawn one in ``--out``, without ending: as in the folder that was named.
+        place: Of the drawn one in ``--out``: as in the folder that was named.
     """
 
     path: Path
@@ -60,14 +60,14 @@ def pictures_in(paths: Sequence[str]) -> List[Shown]:
 
 def _with_places(pictures: Sequence[Shown]) -> List[Shown]:
     """The same pictures, each with a place of its own: two folders may hold files of one name."""
-    used: Dict[str, int] = {}
-    placed = []
+    used, placed = set(), []
     for path, place in pictures:
-        key = str(place).lower()  # not every file system tells a from A
-        number = used.get(key, 0)
-        used[key] = number + 1
-        name = place.name if not number else f'{place.name}.{number}'
-        placed.append(Shown(path, place.with_name(name)))
+        unique, number = place, 0
+        while str(unique).lower() in used:  # not every file system tells a from A
+            number += 1
+            unique = Path(str(number)) / place
+        used.add(str(unique).lower())
+        placed.append(Shown(path, unique))
     return placed
 
 

@@ -43,7 +43,9 @@ def _quantization() -> List[str]:
 
     docs = _arguments(QuantSpec)
     rows = [(f'`{f.name}`', f'`{f.default!r}`', docs[f.name]) for f in dataclasses.fields(QuantSpec)]
-    text = ["`model.quant`: a preset such as `'w4a8'`, or `dict(preset='w4a8', scope='full')` with settings of its own."]
+    text = [
+        "`model.quant`: a preset such as `'w4a8'`, or `dict(preset='w4a8', scope='full')` with settings of its own."
+    ]
     return ['## Quantization', '', *text, '', *_table(('setting', 'default', 'what it is'), rows)]
 
 

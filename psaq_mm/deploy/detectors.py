@@ -126,6 +126,11 @@ def _check(part: object, rules: Rules, what: str) -> None:
                 )
 
 
+def _owner(part: object, method: str) -> str:
+    """Name of the class that defines a method."""
+    return getattr(type(part), method).__qualname__.split('.')[0]
+
+
 # ---------------------------------------------------------------------- dense heads
 def _one_stage(model: nn.Module) -> DetectorSettings:
     head = getattr(model, 'bbox_head', None)
@@ -139,10 +144,9 @@ def _dense(head: nn.Module, config: Mapping[str, Any]) -> DenseSettings:
     loss = head.loss_cls
     if getattr(loss, 'custom_cls_channels', False) or getattr(loss, 'custom_activation', False):
         raise _refuse(f'{type(head).__name__} has the loss {type(loss).__name__}, which computes scores of its own')
-    integral = getattr(head, 'integral', None)
-    is_gfl = hasattr(head, 'reg_max') and integral is not None
+    is_gfl = _owner(head, '_predict_by_feat_single') == 'GFLHead'
     if is_gfl:
-        _check(integral, _INTEGRAL, 'an integral')
+        _check(head.integral, _INTEGRAL, 'an integral')
     sigmoid = is_gfl or head.use_sigmoid_cls
     return DenseSettings(
         priors=_priors(head.prior_generator, is_gfl),

@@ -4,13 +4,15 @@
 So a difference is one of the glue: decoding, choice of boxes, RoIAlign, suppression, pasting.
 """
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+import contextlib
+import importlib
+from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.contexts import evaluating
+from psaq_mm.contexts import evaluating, replaced
 from psaq_mm.deploy.detectors import detector_settings
 from psaq_mm.runtime.detection import Detections, DetectorSettings, ImageInfo, detect
 
@@ -31,8 +33,8 @@ class GlueAgreement(NamedTuple):
         detections: Detections of the library.
         missing: Detections of one side that the other side has not, with the same class.
         moved: Detections at another place of the list, though scores are further apart than :data:`GREATEST_SCORE`.
-        tied: Detections at another place of the list, where scores are equal up to that: the library's own sort is not
-            stable, so neither order is the right one.
+        tied: Detections at another place of the list, where scores are equal up to that: the last bit of a score, which
+            depends on the order of a sum, decides.
         box: Greatest difference of a coordinate, in pixels of the original picture.
         score: Greatest difference of a score.
         pixels: Pixels of masks that differ.
@@ -120,6 +122,28 @@ def _dense_head(model: nn.Module) -> Any:
     return model.rpn_head if hasattr(model, 'roi_head') else model.bbox_head
 
 
+@contextlib.contextmanager
+def stable_sorts() -> Iterator[None]:
+    """Inside, mmdet and mmcv sort scores stably: of equal ones, the first comes first.
+
+    PyTorch's own sort leaves their order open, and with it which of them are among the best, or suppress the others.
+    Saturated scores and cells of a flat area are equal. So there would be no right result to compare with.
+    """
+    # The package has a function of the module's name.
+    compiled = importlib.import_module('mmcv.ops.nms').ext_module
+    sort, suppress = torch.Tensor.sort, compiled.nms
+
+    def stable_sort(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return sort(self, *args, **kwargs) if args else sort(self, **{**kwargs, 'stable': True})
+
+    def stable_suppress(boxes: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        order = sort(scores, descending=True, stable=True)[1]
+        return order[suppress(boxes[order], torch.arange(len(order), 0, -1, dtype=scores.dtype), **kwargs)]
+
+    with replaced(torch.Tensor, 'sort', stable_sort), replaced(compiled, 'nms', stable_suppress):
+        yield
+
+
 def library_detections(
     model: nn.Module, levels: Sequence[Tensor], images: Sequence[ImageInfo], padded: Tuple[int, int]
 ) -> List[Detections]:
@@ -138,7 +162,7 @@ def library_detections(
         DetDataSample(metainfo=dict(shapes, img_shape=i.shape, ori_shape=i.original, scale_factor=i.scale))
         for i in images
     ]
-    with torch.no_grad():
+    with torch.no_grad(), stable_sorts():
         if hasattr(model, 'roi_head'):
             boxes = model.rpn_head.predict(levels, samples, rescale=False)
             predictions = model.roi_head.predict(levels, boxes, samples, rescale=True)

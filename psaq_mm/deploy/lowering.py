@@ -170,14 +170,17 @@ class Lowering:
         return self.constants[key]
 
     def scalar(self, value: float, name: str) -> str:
+        """Name of a float32 initializer of one value."""
         return self.constant(name, np.float32(value).reshape(()))
 
     def node(self, kind: str, inputs: Iterable[str], output: str, **attributes) -> str:
+        """Add an operation of ONNX, which is called as its output is; the output."""
         self.nodes.append(helper.make_node(kind, list(inputs), [output], name=output, **attributes))
         return output
 
     # ------------------------------------------------------------------ symbols
     def quantizer(self, x: str, name: str) -> str:
+        """Name of ``x`` quantized and dequantized by the quantizer ``name``."""
         if (x, name) in self.quantized:
             return self.quantized[x, name]
         codes = self.exportable.quantizers[name]
@@ -197,6 +200,7 @@ class Lowering:
         return output
 
     def codes(self, x: str, name: str) -> str:
+        """Name of the codes of ``x``."""
         if (x, name) in self.quantized:  # no row of ``out.codes``: the graph does not compute them
             return self.quantized[x, name]
         codes = self.exportable.quantizers[name]
@@ -207,6 +211,7 @@ class Lowering:
         return self.known[key]
 
     def values(self, codes: str, name: str, centred: bool = False) -> str:
+        """Name of what codes stand for; ``centred``: as if the zero point were 0."""
         quantizer = self.exportable.quantizers[name]
         key = 'values', codes, quantizer.scale, quantizer.zero_point, centred
         if key not in self.known:
@@ -349,6 +354,7 @@ class Lowering:
         return self.node('Gather', [rows, self.known[key]], output, axis=0)
 
     def tap(self, x: str, name: str) -> str:
+        """Note ``x`` as an input of the LayerNorm ``name``; ``x``."""
         self.out.taps[name].append(x)
         return x
 

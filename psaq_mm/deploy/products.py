@@ -7,7 +7,8 @@ convolution is a float one there, for which it would dequantize the weight in ev
 as a cast and a multiplication, which it computes when it loads. For OpenVINO the two ways are the same.
 
 So a convolution whose output only one quantizer reads gets an int32 bias in units of its products, and the weight of
-what is float in ONNX Runtime is cast and multiplied.
+what is float in ONNX Runtime is cast and multiplied. Where maps are joined before they are quantized, and a convolution
+makes one of them, each is quantized before they are joined: the codes are the same.
 """
 
 from collections import Counter, defaultdict
@@ -51,15 +52,54 @@ class Products:
         self.copies: Dict[str, str] = {}
         self._uses: Counter = Counter()  # by weight, integer products that read it
         nodes = list(nodes)
-        self._producer = {output: node for node in nodes for output in node.output}
-        self._readers: Dict[str, List[NodeProto]] = defaultdict(list)
-        for node in nodes:
-            for name in node.input:
-                self._readers[name].append(node)
+        self._index(nodes)
+        self._replaced: Set[str] = set()  # joined maps that nothing reads any more
+        nodes = [part for node in nodes for part in self._quantized_apart(node)]
+        nodes = [node for node in nodes if not self._replaced.intersection(node.output)]
+        self._index(nodes)
         for node in nodes:
             if node.op_type in ('Conv', 'ConvTranspose', 'MatMul'):
                 self._rewrite(node)
             self.nodes.append(node)
+
+    def _index(self, nodes: List[NodeProto]) -> None:
+        self._producer = {output: node for node in nodes for output in node.output}
+        self._readers: Dict[str, List[NodeProto]] = defaultdict(list)
+        for node in nodes:
+            if node.op_type != 'Shape':  # which a runtime knows when it loads the graph, unless it is dynamic
+                for name in node.input:
+                    self._readers[name].append(node)
+
+    def _quantized_apart(self, node: NodeProto) -> List[NodeProto]:
+        """What takes the place of a node: several, where it quantizes joined maps of which a convolution makes one."""
+        joined = self._producer.get(node.input[0]) if node.op_type == 'QuantizeLinear' else None
+        if joined is None or joined.op_type != 'Concat' or self._only_reader(joined) is not node:
+            return [node]
+        if not any(self._is_from_convolution(name) for name in joined.input):
+            return [node]
+        self._replaced.update(joined.output)
+        codes = node.output[0]
+        parts = [
+            helper.make_node('QuantizeLinear', [name, *node.input[1:]], [f'{codes}.{i}'], name=f'{codes}.{i}')
+            for i, name in enumerate(joined.input)
+        ]
+        axis = next(helper.get_attribute_value(a) for a in joined.attribute if a.name == 'axis')
+        return [*parts, helper.make_node('Concat', [p.output[0] for p in parts], [codes], name=codes, axis=axis)]
+
+    def _is_from_convolution(self, name: str) -> bool:
+        """Whether a map comes from a convolution with at most an activation function after it, and nothing else reads
+        either of them.
+        """
+        for _ in range(2):
+            node = self._producer.get(name)
+            if node is None or len(self._readers[name]) > 1 or name in self._outputs:
+                return False
+            if node.op_type == 'Conv':
+                return True
+            if node.op_type not in ('Relu', 'Clip'):
+                return False
+            name = node.input[0]
+        return False
 
     def _rewrite(self, node: NodeProto) -> None:
         """Change the inputs of a product in place, if it is one with a weight."""
@@ -67,17 +107,18 @@ class Products:
         if weight is None or weight.op_type != 'DequantizeLinear' or weight.input[0] not in self._old:
             return
         if node.op_type == 'MatMul':
-            integer = self._is_of_codes(node.input[0])
+            integer = self._dequantizer_before(node.input[0]) is not None
         else:
             integer = node.op_type == 'Conv' and self._gets_integer_bias(node, weight)
         node.input[1] = self._own_weight(weight) if integer else self._cast_weight(weight)
 
-    def _is_of_codes(self, name: str) -> bool:
-        """Whether a tensor is dequantized codes, which may have been moved."""
+    def _dequantizer_before(self, name: str) -> Optional[NodeProto]:
+        """What dequantizes the codes that a tensor is of, which may have been moved; None for one of none."""
         node = self._producer.get(name)
         while node is not None and node.op_type in _MOVES:
             node = self._producer.get(node.input[0])
-        return node is not None and node.op_type == 'DequantizeLinear'
+        codes = node is not None and node.op_type == 'DequantizeLinear' and node.input[0] not in self._old
+        return node if codes else None
 
     # ------------------------------------------------------------------ weights
     def _own_weight(self, weight: NodeProto) -> str:
@@ -118,9 +159,8 @@ class Products:
     # ------------------------------------------------------------------ biases
     def _gets_integer_bias(self, node: NodeProto, weight: NodeProto) -> bool:
         """Whether a convolution is of codes, and its output becomes codes at once. Its bias is int32 then, in place."""
-        source = self._producer.get(node.input[0])
-        quantizer = self._quantizer_after(node)
-        if source is None or source.op_type != 'DequantizeLinear' or source.input[0] in self._old or quantizer is None:
+        source, quantizer = self._dequantizer_before(node.input[0]), self._quantizer_after(node)
+        if source is None or quantizer is None:
             return False
         zero_points = [self._old[side.input[2]] for side in (source, quantizer)]
         if zero_points[0].dtype != zero_points[1].dtype or self._old[weight.input[2]].any():

@@ -137,18 +137,35 @@ def sizes_of(model, exported, directory: Union[str, os.PathLike, None] = None) -
 
 
 def execution(deployed, size: Tuple[int, int]) -> str:
-    """Text on how a runtime executes the products of a graph: how many as integers, and which ones as floats.
+    """Text on how a runtime executes the products of its graphs: how many as integers, and which ones as floats.
 
     Args:
         deployed: A :class:`~psaq_mm.runtime.DeployedModel`.
-        size: One of its sizes.
+        size: One of its sizes; box and mask heads have a graph each beside that one.
     """
-    session = deployed.session(size)
-    products = session.products(deployed.graph(size))
+    lines = _executed(f'{deployed.runtime}, {size[0]} x {size[1]}', deployed.session(size), deployed.graph(size))
+    heads = deployed.manifest.get('heads') or {}
+    for kind in ('box', 'mask'):
+        for stage in range(len(heads.get(kind) or ())):
+            label = f'{deployed.runtime}, {kind} head' + (f' {stage + 1}' if len(heads[kind]) > 1 else '')
+            lines += _executed(label, deployed.head_session(kind, stage), deployed.head_graph(kind, stage))
+    return '\n'.join(lines)
+
+
+def _executed(label: str, session: Any, graph: bytes) -> List[str]:
+    products = session.products(graph)
     counts = Counter(product.how for product in products)
     facts = [f'{counts["integer"]} of {len(products)} products are integer']
     facts += [f'{counts["fused"]} attentions are fused into one kernel, which does not tell'] if counts['fused'] else []
     facts += [EXPLAINED[session.kernels]] if session.kernels != 'integer' else []
-    lines = [f'{deployed.runtime}, {size[0]} x {size[1]}: ' + ', '.join(facts)]
-    lines += [f'  float: {product.name} ({product.kind})' for product in products if product.how == 'float']
-    return '\n'.join(lines)
+    lines = [f'{label}: ' + ', '.join(facts)]
+    by_reason: Dict[str, List[str]] = {}
+    for product in products:
+        if product.how == 'float':
+            by_reason.setdefault(product.why, []).append(f'{product.name} ({product.kind})')
+    for why, names in by_reason.items():
+        if why:
+            lines += [f'  float, {why}:', *(f'    {name}' for name in names)]
+        else:
+            lines += [f'  float: {name}' for name in names]
+    return lines

@@ -2,7 +2,7 @@
 """Graphs for a strongly typed TensorRT, and a check of its rules on any ONNX graph.
 
 The rules are those of NVIDIA's "Explicit Quantization" and of the operator table of its ONNX parser (TensorRT 10.15).
-They tell whether a graph has the form that the parser takes, not how fast an engine runs it: no TensorRT is needed here.
+They tell whether a graph has the form that the parser takes, not how fast an engine runs it. No TensorRT is needed.
 """
 
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Set, Tuple
@@ -32,14 +32,9 @@ OPERATORS = frozenset(
 OPSETS = (13, 24)
 """Least opset with scales of channels in DequantizeLinear, greatest that the parser supports."""
 
-_PARSED_TYPES = {
-    TensorProto.FLOAT: 'float32',
-    TensorProto.FLOAT16: 'float16',
-    TensorProto.BFLOAT16: 'bfloat16',
-    TensorProto.INT32: 'int32',
-    TensorProto.INT64: 'int64',
-    TensorProto.BOOL: 'bool',
-}
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+_PARSED_TYPES = (*_FLOATS, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL)
 """Types of tensors beside the codes of a quantized one. TensorRT has uint8 for inputs and outputs alone."""
 
 _WEIGHT_AXIS = {'Conv': 0, 'ConvTranspose': 1, 'MatMul': -1, 'Gemm': 1}
@@ -70,7 +65,7 @@ class TensorRTLowering(Lowering):
         return self.constant(name, parts.astype(np.int32))
 
     def rewrite_products(self) -> None:
-        """Nothing: TensorRT takes float biases alone, and weights through DequantizeLinear."""
+        """Nothing: products are of dequantized weights, and their biases are float."""
 
 
 class _Constant(NamedTuple):
@@ -94,9 +89,12 @@ class _Checker:
             tensor.name: _Constant(tensor.data_type, numpy_helper.to_array(tensor)) for tensor in self.graph.initializer
         }
         for node in self.graph.node:
-            if node.op_type == 'Constant' and node.attribute[0].name == 'value':
-                tensor = node.attribute[0].t
-                self.constants[node.output[0]] = _Constant(tensor.data_type, numpy_helper.to_array(tensor))
+            if node.op_type == 'Constant':
+                value = helper.get_attribute_value(node.attribute[0])
+                if not isinstance(value, onnx.TensorProto):  # a number, or several
+                    kind = np.float32 if 'float' in node.attribute[0].name else np.int64
+                    value = numpy_helper.from_array(np.array(value, kind))
+                self.constants[node.output[0]] = _Constant(value.data_type, numpy_helper.to_array(value))
         for name, weight in outside.items():
             kind = helper.np_dtype_to_tensor_dtype(weight.array.dtype)
             self.constants[name] = _Constant(kind, weight.array)
@@ -202,11 +200,12 @@ class _Checker:
         if scale is None:
             yield 'its scale is no constant'
         else:
-            if scale.kind != TensorProto.FLOAT:
-                yield f'its scale is {_type_name(scale.kind)}, not float32'
+            if scale.kind not in _FLOATS:
+                yield f'its scale is {_type_name(scale.kind)}, not a float of 32 or 16 bits'
             if per_tensor and scale.array.size != 1:
                 yield f'an activation has {scale.array.size} scales: one for the tensor'
-            if not (np.isfinite(scale.array) & (scale.array > 0)).all():
+            numbers = scale.array.astype(np.float32)
+            if not (np.isfinite(numbers) & (numbers > 0)).all():
                 yield 'a scale is not positive'
         if len(node.input) > 2 and node.input[2]:
             zero = self.constants.get(node.input[2])

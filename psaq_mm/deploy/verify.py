@@ -244,9 +244,8 @@ def _cut(
         shape = ('rois', *value.shape[1:]) if free else value.shape
         model.graph.input.append(helper.make_tensor_value_info(name + _CUT, kind, shape))
     del model.graph.output[:]
-    kinds = {node.output[0]: node.op_type for node in model.graph.node}
     for code in sorted({code for names in graph.codes.values() for code in names}):
-        integer = kinds[code] == 'QuantizeLinear'
+        integer = code in fed  # else logarithmic
         kind = helper.np_dtype_to_tensor_dtype(fed[code].dtype) if integer else TensorProto.FLOAT
         model.graph.output.append(helper.make_tensor_value_info(code, kind, None))
     return model
@@ -356,7 +355,8 @@ def _layer_rows(
         dense.count(modules, recorded.inputs, dict(images=image.numpy()), counts)
         for head, pieces in heads:
             features = recorded.features[head.place.path]
-            quantizer = feature_quantizer(head.place, modules[head.place.path])
+            codes = head.entry['input']['quantizer'] is not None
+            quantizer = feature_quantizer(head.place, modules[head.place.path]) if codes else None
             arrays = _head_inputs(head, features, modules)
             if quantizer is not None:
                 name = next(name for name, module in modules.items() if module is quantizer)

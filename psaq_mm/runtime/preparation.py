@@ -61,7 +61,10 @@ def read_picture(path: Union[str, os.PathLike], channels: int = 3) -> np.ndarray
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise DataError(f'there is no picture {path}: check the path')
-    data = np.fromfile(path, np.uint8)  # not by name: OpenCV reads no names beyond ASCII on Windows
+    try:
+        data = np.fromfile(path, np.uint8)  # not by name: OpenCV reads no names beyond ASCII on Windows
+    except OSError as error:
+        raise DataError(f'the picture {path} cannot be read ({error.strerror}): check its permissions') from error
     flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
     try:
         picture = cv2.imdecode(data, flag) if data.size else None

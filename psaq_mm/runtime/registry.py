@@ -52,11 +52,13 @@ class Product(NamedTuple):
         name: As the runtime calls it.
         kind: Its operation.
         how: ``'integer'``, ``'float'``, or ``'fused'`` for an attention in one kernel that does not tell.
+        why: Why it is float, where the runtime's class knows.
     """
 
     name: str
     kind: str
     how: str
+    why: str = ''
 
 
 class Runtime(abc.ABC):
@@ -288,7 +290,7 @@ def _warn_of_slow_kernels(session: Runtime) -> None:
     if session.kernels == session.ways[0] or key in _warned:
         return
     _warned.add(key)
-    which, advice = 'the attention of this model', ''
+    which, advice = 'every product of activations in this model (attention, logits of masks)', ''
     if session.kernels == 'float':
         which = 'this model'
         advice = (

@@ -144,15 +144,16 @@ def test_labels_of_an_export_of_an_earlier_version_are_the_greatest_logit(tmp_pa
 
 # ---------------------------------------------------------------------- heads beside the graph
 APART = dict(
-    condinst=(('backbone', 'neck', 'bbox_head'), None),  # its mask head reads the levels
-    yolact=(('backbone', 'neck', 'bbox_head'), None),
-    panoptic_fpn=(('backbone', 'neck', 'rpn_head'), None),
+    # mask heads of these read the levels, and a semantic head does
+    condinst=(('backbone', 'neck', 'bbox_head'), 'CondInst is the detector whose predict is not that of'),
+    yolact=(('backbone', 'neck', 'bbox_head'), 'YOLACT is the detector whose predict is not that of'),
+    panoptic_fpn=(('backbone', 'neck', 'rpn_head'), 'PanopticFPN is the detector whose predict is not that of'),
     dyhead=(('backbone',), 'MMCVModulatedDeformConv2d'),
     detr=(('backbone', 'neck'), 'reads queries'),
     mask2former=(('backbone',), 'Mask2FormerHead needs more than the levels'),
     ocrnet=(('backbone',), None),
 )
-"""By model, what the graph holds, and why a head is not in it."""
+"""By model, what the graph holds, and why a part of the rest runs in PyTorch."""
 
 
 def close(found, wanted):

@@ -105,7 +105,7 @@ class Exported:
         self.manifest = read_manifest(self.directory)
 
     def check_codes(self, runtime):
-        result = verify(self.model, self.exported, self.images, runtime, 1)
+        result = verify(self.model, self.exported, self.images[:1], runtime, 1)
         rows = {row.name for row in result.layers}
         heads = {name for name, module in self.model.named_modules() if name.endswith('input_quantizer')}
         heads = {name for name in heads if name.startswith('roi_head') and 'fc_cls' not in name}  # that of fc_reg
@@ -127,7 +127,7 @@ def made(tmp_path_factory):
 
 # ---------------------------------------------------------------------- codes
 @pytest.mark.parametrize('runtime', RUNTIMES)
-@pytest.mark.parametrize('name', ['mask', 'cascade', 'faster'])
+@pytest.mark.parametrize('name', ['mask', 'cascade'])
 def test_codes_of_every_head(name, runtime, made):
     pytest.importorskip(runtime)
     made(name).check_codes(runtime)

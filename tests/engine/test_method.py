@@ -106,6 +106,12 @@ def test_a_preset_takes_the_place_of_all_but_the_scope():
     )
     assert apply_method(reduced, method='psaq_v2').model.quant.w_reduce_range is True, 'it is about the processor'
     assert apply_method(reduced, 'w4a8').model.quant == dict(preset='w4a8', scope='backbone'), 'fewer bits need none'
+    target = Config(
+        dict(model=dict(type='psaq_mm.Quantized', base_type='X', quant=dict(preset='w8a8', target='tensorrt')))
+    )
+    assert apply_method(target, 'w4a8', 'fast').model.quant == dict(
+        preset='psaq_v2_w4a8', scope='backbone', target='tensorrt'
+    ), 'it is about the runtime'
     with pytest.raises(ConfigError, match='full-precision'):
         apply_method(Config(dict(model=dict(type='X'))), method='repq')
 

@@ -63,6 +63,21 @@ def test_one_scale_gives_the_codes_of_the_scales_per_channel():
     assert (one - by_channel).abs().max() <= 1
 
 
+def test_symmetric_codes_are_the_unsigned_ones_moved():
+    """LayerNorm's offset moves each channel to zero point 0: nothing is lost."""
+    asymmetric, _ = folded(block(), dict(w_symmetric=True, reparameterize=True))
+    model, data = folded(block(), dict(w_symmetric=True, reparameterize=True, target='tensorrt'))
+    quantizer, other = model[1].input_quantizer, asymmetric[1].input_quantizer
+    assert (quantizer.qmin, quantizer.qmax, int(quantizer.zero_point)) == (-128, 127, 0)
+    assert torch.equal(quantizer.scale, other.scale)
+    codes = (model[0](data) / quantizer.scale).round().clamp(-128, 127)
+    unsigned = ((asymmetric[0](data) / other.scale).round() + other.zero_point).clamp(0, 255)
+    assert (codes + 128 - unsigned).abs().max() <= 1 and (codes + 128 == unsigned).float().mean() > 0.99
+    reference = block()
+    set_mode(model, 'off')
+    assert torch.allclose(model(data), reference(data), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize('value', [0.0, 2.5, -0.003])
 def test_dead_channels_are_folded_whole_into_the_bias(value):
     model = block()

@@ -159,3 +159,50 @@ def test_a_reduced_range_is_of_weights_of_8_bits():
         QuantSpec.parse(dict(preset='w4a8', w_reduce_range=True))
     with pytest.raises(SpecError, match='w_reduce_range=1 is not a truth value'):
         QuantSpec.parse(dict(preset='w8a8', w_reduce_range=1))
+
+
+# ---------------------------------------------------------------------- target
+def test_a_target_makes_activations_symmetric_and_is_told():
+    spec = QuantSpec.parse(dict(preset='w8a8', target='tensorrt', overrides=[dict(pattern='head*', w_bits=4)]))
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec and spec.label == 'W8A8 (TensorRT)'
+    assert spec.resolve('fc').a_symmetric and spec.resolve('head').a_symmetric and spec.resolve('fc').w_symmetric
+    reduced = QuantSpec.parse(dict(preset='w8a8', target='tensorrt', w_reduce_range=True))
+    assert reduced.label == 'W8A8 (7-bit weights, TensorRT)'
+    plain = QuantSpec.parse('w8a8')
+    assert plain.target == 'default' and not plain.resolve('fc').a_symmetric
+    assert QuantSpec.parse(dict(preset='w8a8', target=None)) == plain
+    before = {k: v for k, v in plain.to_dict().items() if k != 'target'}
+    assert QuantSpec.from_dict(before) == plain, 'a student from before the setting'
+
+
+def test_a_preset_gives_way_to_the_target():
+    """Asymmetric weights of few bits are stored without their zero points, those of 8 bits cannot be."""
+    repq = QuantSpec.parse(dict(preset='repq_w8a8', target='tensorrt'))
+    assert repq.w_symmetric and repq.softmax_quantizer == 'affine' and repq.reparameterize and repq.quantize_softmax
+    few = QuantSpec.parse(dict(preset='psaq_v2_w4a8', target='tensorrt', overrides=[dict(pattern='head*', w_bits=8)]))
+    assert not few.resolve('fc').w_symmetric and few.resolve('head').w_symmetric and few.quantize_softmax
+    edges = QuantSpec.parse(dict(preset='psaq_v1_w8a8', target='tensorrt'))
+    assert edges.points == 'all' and not edges.quantize_softmax
+    own = QuantSpec.parse(dict(preset='psaq_v2_w8a8', target='tensorrt', quantize_softmax=False))
+    assert not own.quantize_softmax, 'what is given goes first'
+
+
+@pytest.mark.parametrize(
+    'given_, message',
+    [
+        (dict(target='tensor_rt'), "target='tensor_rt' .*did you mean tensorrt"),
+        (dict(target='tensorrt', a_bits=4), "a_bits=4 contradicts target='tensorrt'"),
+        (dict(target='tensorrt', input_bits=6), "input_bits=6 contradicts target='tensorrt'"),
+        (
+            dict(target='tensorrt', overrides=[dict(pattern='head', a_bits=6)]),
+            "a_bits of the override 'head'=6 contradicts",
+        ),
+        (dict(target='tensorrt', softmax_quantizer='log2'), "softmax_quantizer='log2' contradicts"),
+        (dict(target='tensorrt', preset='repq_w8a8', softmax_quantizer='log_sqrt2'), 'log_sqrt2.* contradicts'),
+        (dict(target='tensorrt', w_symmetric=False), 'w_symmetric=False contradicts'),
+    ],
+)
+def test_what_contradicts_the_target_is_refused(given_, message):
+    with pytest.raises(SpecError, match=message) as error:
+        QuantSpec.parse(given_)
+    assert '\n' not in str(error.value) and str(error.value).endswith('.')

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,10 @@ def test_a_registered_runtime_loads_executes_and_verifies(student, plain, capsys
     assert 'plain ran the graph with float kernels' in capsys.readouterr().out
     with pytest.raises(ConfigError, match="runtime='plane' is not known: did you mean plain"):
         load(exported.directory, 'plane')
+    with pytest.raises(ConfigError, match='the runtime plain takes no device: leave it out'):
+        load(exported.directory, 'plain', device='GPU')
+    with pytest.raises(ConfigError, match='the runtime plain takes no settings'):
+        load(exported.directory, 'plain', settings=dict(threads=2))
 
 
 def test_a_runtime_without_its_package_is_refused(student, plain, monkeypatch):
@@ -76,3 +81,21 @@ heavy = {{'torch', 'onnx', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', '
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, '-c', script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+def test_borrowed_outputs_are_those_of_a_run_until_the_context_ends(student, runtime):
+    pytest.importorskip(runtime)
+    _, images, exported = student
+    session = load(exported.directory, runtime, 1).session(SIZE)
+    first, second = (dict(images=images[i : i + 1].numpy()) for i in range(2))
+    wanted = session.run(first)['logits']
+    other = threading.Thread(target=session.run, args=(second,))
+    with session.borrowed(first) as outputs:
+        other.start()
+        other.join(0.2)
+        assert np.array_equal(outputs['logits'], wanted), 'another thread has written to them'
+        if runtime == 'openvino':
+            assert other.is_alive() and outputs['logits'].base is not None, 'they were copied'
+    other.join()
+    assert not np.array_equal(session.run(second)['logits'], wanted)

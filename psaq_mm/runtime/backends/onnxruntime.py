@@ -3,7 +3,7 @@
 
 import os
 import tempfile
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Set
 
 import numpy as np
 
@@ -18,6 +18,7 @@ apart, the product is an integer one. And a bias is float32 in the model: it is 
 scales."""
 
 _INTEGER = ('MatMulIntegerToFloat', 'MatMulInteger', 'QLinearMatMul', 'QLinearConv', 'ConvInteger', 'QGemm')
+_MOVES = ('ReorderInput', 'ReorderOutput', 'Transpose', 'Reshape', 'Unsqueeze', 'Squeeze', 'Gather', 'Concat')
 _FLOAT = ('MatMul', 'Gemm', 'Conv', 'ConvTranspose', 'FusedMatMul', 'FusedConv', 'FusedGemm')
 
 
@@ -115,12 +116,60 @@ class OnnxRuntime(Runtime):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, 'optimized.onnx')
             self._new_session(graph, None, self.way, path, **self._place)
-            nodes = onnx.load(path).graph.node
+            optimized = onnx.load(path).graph
+        reasons = _Reasons(optimized)
         return [
-            Product(node.name, node.op_type, 'integer' if node.op_type in _INTEGER else 'float')
-            for node in nodes
+            Product(node.name, node.op_type, 'integer')
+            if node.op_type in _INTEGER
+            else Product(node.name, node.op_type, 'float', reasons.why_float(node))
+            for node in optimized.node
             if node.op_type in _INTEGER + _FLOAT
         ]
+
+
+class _Reasons:
+    """Why a product of an optimized graph is float."""
+
+    def __init__(self, graph):
+        self.producer = {name: node for node in graph.node for name in node.output}
+        self.constants = {tensor.name for tensor in graph.initializer}
+        self.outputs = {output.name for output in graph.output}
+        self.readers: Dict[str, List[Any]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+
+    def why_float(self, node) -> str:
+        """Reason of one product, in words."""
+        varying = [name for name in node.input[:2] if name not in self.constants]
+        if not all(self._is_of_codes(name) for name in varying):
+            return 'an operand is not quantized'
+        if len(varying) > 1:
+            return 'a product of activations'
+        if 'Conv' not in node.op_type:
+            return 'its operands are of codes that the optimizers moved away from it'
+        if len(node.input) > 3 and node.input[3]:
+            return 'its output stays float for Add'
+        others = sorted(self._float_readers(node.output[0]))
+        if others:
+            return f'its output stays float for {", ".join(others)}'
+        return 'its bias would be rounded too far, or its output has less than 8 bits'
+
+    def _is_of_codes(self, name: str) -> bool:
+        node = self.producer.get(name)
+        while node is not None and node.op_type in _MOVES:
+            node = self.producer.get(node.input[0])
+        return node is not None and node.op_type == 'DequantizeLinear'
+
+    def _float_readers(self, name: str) -> Set[str]:
+        """What else than quantizers reads a tensor, by the kind of operation."""
+        kinds = {'an output'} if name in self.outputs else set()
+        for node in self.readers.get(name, ()):
+            if node.op_type in (*_MOVES, 'Relu', 'Clip'):
+                kinds |= self._float_readers(node.output[0])
+            elif node.op_type != 'QuantizeLinear':
+                kinds.add(node.op_type)
+        return kinds
 
 
 _PROVIDER = 'ExecutionProvider'

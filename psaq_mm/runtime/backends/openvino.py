@@ -194,8 +194,8 @@ def _has_wide_weights(model) -> bool:
 def _hold_concatenations_(model) -> int:
     """Keep quantizers with signed codes behind the concatenation that they read, in place.
 
-    OpenVINO 2026.4 moves them before it, makes their codes unsigned, and gives a wrong product of them (seen: 28 % off).
-    It does not find the concatenation behind a maximum with the least number, which changes no value.
+    OpenVINO 2026.4 moves them before it, makes their codes unsigned, and gives a wrong product of them (seen: 28 %
+    off). It does not find the concatenation behind a maximum with the least number, which changes no value.
 
     Returns:
         How many there are.

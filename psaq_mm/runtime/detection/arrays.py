@@ -3,21 +3,22 @@
 
 import numpy as np
 
-__all__ = ['best', 'descending', 'sigmoid', 'softmax']
+__all__ = ['best', 'descending', 'exponential', 'sigmoid', 'softmax']
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)) in float32, of any shape."""
-    return 1 / (1 + _exp(-x))
+    return 1 / (1 + exponential(-x))
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
     """Softmax over the last axis in float32."""
-    exponentials = _exp(x - x.max(-1, keepdims=True))
+    exponentials = exponential(x - x.max(-1, keepdims=True))
     return exponentials / exponentials.sum(-1, keepdims=True, dtype=np.float64).astype(np.float32)
 
 
-def _exp(x: np.ndarray) -> np.ndarray:
+def exponential(x: np.ndarray) -> np.ndarray:
+    """exp(x), correctly rounded to float32."""
     # NumPy's float32 exponential is up to 3 units in the last place off, and differs between processors. Rounded from
     # float64 it is exact, and scores are ordered as their logits are.
     with np.errstate(over='ignore'):

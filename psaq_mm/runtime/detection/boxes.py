@@ -5,7 +5,7 @@ from typing import Optional, Tuple
 
 import numpy as np
 
-from psaq_mm.runtime.detection.arrays import _exp, softmax
+from psaq_mm.runtime.detection.arrays import exponential, softmax
 from psaq_mm.runtime.detection.settings import BoxCoding
 
 __all__ = ['decode', 'expected_distances', 'large_enough', 'scaled']
@@ -42,7 +42,7 @@ def _from_deltas(coding: BoxCoding, priors: np.ndarray, values: np.ndarray) -> n
         reach = np.float32(coding.center_clamp)
         shift, ratio = np.clip(shift, -reach, reach), np.minimum(deltas[:, 2:], limit)
     center = center + shift
-    half = size * _exp(ratio) * np.float32(0.5)
+    half = size * exponential(ratio) * np.float32(0.5)
     return np.concatenate([center - half, center + half], 1)
 
 

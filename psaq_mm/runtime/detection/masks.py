@@ -1,11 +1,16 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Pasting of masks into a picture, by matrix products: bilinear sampling is one factor for each axis."""
 
-from typing import Tuple
+from typing import Iterator, Tuple
 
 import numpy as np
 
 __all__ = ['paste']
+
+_PRODUCTS = 1 << 18
+"""Multiplications of a matrix product for which OpenBLAS starts no threads: on a busy machine they wait for each other
+far longer than the product takes. The results stay in the cache, too.
+"""
 
 
 def paste(masks: np.ndarray, boxes: np.ndarray, size: Tuple[int, int], threshold: float) -> np.ndarray:
@@ -30,8 +35,17 @@ def paste(masks: np.ndarray, boxes: np.ndarray, size: Tuple[int, int], threshold
             continue
         columns = _samples(x, box[0], box[2], mask.shape[1])
         rows = _samples(y, box[1], box[3], mask.shape[0])
-        picture[y[0] : y[1], x[0] : x[1]] = rows @ (mask @ columns.T) >= limit
+        stretched = np.concatenate([mask @ columns[part].T for part in _parts(columns, mask.shape[0])], 1)
+        window = picture[y[0] : y[1], x[0] : x[1]]
+        for part in _parts(rows, stretched.shape[1]):
+            np.greater_equal(rows[part] @ stretched, limit, out=window[part])
     return pasted
+
+
+def _parts(rows: np.ndarray, columns: int) -> Iterator[slice]:
+    """Parts of a matrix whose products with one of ``columns`` columns are small."""
+    step = max(1, _PRODUCTS // (rows.shape[1] * columns))
+    return (slice(begin, begin + step) for begin in range(0, len(rows), step))
 
 
 def _reach(low: np.float32, high: np.float32, limit: int) -> Tuple[int, int]:
