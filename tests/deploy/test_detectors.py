@@ -165,7 +165,7 @@ def build(config, seed=0):
 
 
 def batch():
-    """Noise in the padding, too: in a padding of zeros cells have equal scores, and the library's sort is not stable."""
+    """Noise in the padding, too: cells of a padding of zeros have equal scores, and the library sorts unstably."""
     return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(3))
 
 
