@@ -31,6 +31,7 @@ from psaq_mm.tables import markdown_table  # noqa: E402
 
 SCRIPTS = (
     'startup',
+    'glue',
     'entropy',
     'channel_ranges',
     'sources',

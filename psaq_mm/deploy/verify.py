@@ -314,7 +314,8 @@ class _Pieces:
         free: bool = False,
     ):
         self.graph, self.exported, self.free = graph, exported, free
-        self._start, self._session = start_session, None
+        self._start = start_session
+        self._session: Optional[Runtime] = None
 
     def count(
         self,
