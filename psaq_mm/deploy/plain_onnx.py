@@ -26,7 +26,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from psaq_mm.files import whole_folder
-from psaq_mm.runtime.bundle import PLAIN, graph_entries, read_manifest, read_weights, replaceable
+from psaq_mm.runtime.bundle import PLAIN, graph_entries, read_graph, read_manifest, read_weights, replaceable
 from psaq_mm.runtime.wire import MESSAGE_LIMIT
 
 __all__ = ['DATA', 'README', 'write_plain_onnx']
@@ -104,12 +104,12 @@ _ROOM = 2**20
 def _bytes_with_weights(bundle: Path, manifest: Mapping, entry: Mapping) -> int:
     # One at a time: all together may be gigabytes.
     sizes = (read_weights(bundle, manifest, [name])[name].nbytes for name in entry['weights'])
-    return (bundle / entry['file']).stat().st_size + sum(sizes)
+    return len(read_graph(bundle, manifest, entry)) + sum(sizes)
 
 
 def _with_weights(bundle: Path, manifest: Mapping, entry: Mapping, data: Optional[_Data]) -> onnx.ModelProto:
     """A graph with its weights, which are in the message where there is no ``data``."""
-    model = onnx.load(bundle / entry['file'])
+    model = onnx.load_model_from_string(read_graph(bundle, manifest, entry))
     for name in entry['weights']:
         array = read_weights(bundle, manifest, [name])[name]
         if data is None:
