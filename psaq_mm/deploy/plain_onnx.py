@@ -11,6 +11,8 @@
     What stands around the graphs: preprocessing, inputs and outputs, sizes, classes, settings of the detector.
 ``README.txt``
     The same, in words.
+
+It needs NumPy, safetensors and the package onnx.
 """
 
 import hashlib
@@ -23,9 +25,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from psaq_mm.deploy.lowering import replace_items
 from psaq_mm.files import whole_folder
-from psaq_mm.runtime.bundle import PLAIN, graph_entries, read_manifest, read_weights, replaceable
+from psaq_mm.runtime.bundle import PLAIN, graph_entries, read_graph, read_manifest, read_weights, replaceable
 from psaq_mm.runtime.wire import MESSAGE_LIMIT
 
 __all__ = ['DATA', 'README', 'write_plain_onnx']
@@ -82,9 +83,8 @@ def write_plain_onnx(bundle: PathLike, out: PathLike, external_data: bool = Fals
         data = _Data(folder / DATA)
         graphs = []
         for entry in graph_entries(manifest):
-            model = _with_weights(bundle, manifest, entry, data if external_data else None)
-            if model is None:
-                model = _with_weights(bundle, manifest, entry, data)
+            apart = external_data or _bytes_with_weights(bundle, manifest, entry) > MESSAGE_LIMIT - _ROOM
+            model = _with_weights(bundle, manifest, entry, data if apart else None)
             if manifest['quant'].get('target') != 'tensorrt':
                 _hold_concatenations_(model)
             _state_types_(model, set(entry['weights']))
@@ -97,30 +97,27 @@ def write_plain_onnx(bundle: PathLike, out: PathLike, external_data: bool = Fals
     return out
 
 
-def _with_weights(bundle: Path, manifest: Mapping, entry: Mapping, data: Optional[_Data]) -> Optional[onnx.ModelProto]:
-    """A graph with its weights, which are in the message where there is no ``data``; None where they are too large for
-    that.
-    """
-    path = bundle / entry['file']
-    model, size = onnx.load(path), path.stat().st_size
-    tensors = []
-    for name in entry['weights']:  # one at a time: all together may be gigabytes
-        array = read_weights(bundle, manifest, [name])[name]
-        size += array.nbytes
-        if data is None and size > MESSAGE_LIMIT - _ROOM:
-            return None
-        if data is None:
-            tensors.append(numpy_helper.from_array(array, name))
-        else:
-            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-            tensors.append(TensorProto(name=name, data_type=kind, dims=array.shape))
-            data.add(tensors[-1], array)
-    model.graph.initializer.extend(tensors)
-    return model
-
-
 _ROOM = 2**20
 """Bytes for names, types and descriptions that are not counted."""
+
+
+def _bytes_with_weights(bundle: Path, manifest: Mapping, entry: Mapping) -> int:
+    # One at a time: all together may be gigabytes.
+    sizes = (read_weights(bundle, manifest, [name])[name].nbytes for name in entry['weights'])
+    return len(read_graph(bundle, manifest, entry)) + sum(sizes)
+
+
+def _with_weights(bundle: Path, manifest: Mapping, entry: Mapping, data: Optional[_Data]) -> onnx.ModelProto:
+    """A graph with its weights, which are in the message where there is no ``data``."""
+    model = onnx.load_model_from_string(read_graph(bundle, manifest, entry))
+    for name in entry['weights']:
+        array = read_weights(bundle, manifest, [name])[name]
+        if data is None:
+            model.graph.initializer.append(numpy_helper.from_array(array, name))
+        else:
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            data.add(model.graph.initializer.add(name=name, data_type=kind, dims=array.shape), array)
+    return model
 
 
 def _state_types_(model: onnx.ModelProto, weights: Container[str]) -> None:
@@ -140,8 +137,9 @@ def _state_types_(model: onnx.ModelProto, weights: Container[str]) -> None:
         ir_version=model.ir_version,
     )
     inferred = onnx.shape_inference.infer_shapes(probe, check_type=True, strict_mode=True, data_prop=True)
-    replace_items(model.graph.value_info, inferred.graph.value_info)
-    replace_items(model.graph.output, inferred.graph.output)
+    for field in ('value_info', 'output'):
+        graph.ClearField(field)
+        getattr(graph, field).extend(getattr(inferred.graph, field))
 
 
 def _hold_concatenations_(model: onnx.ModelProto) -> None:
@@ -165,7 +163,8 @@ def _hold_concatenations_(model: onnx.ModelProto) -> None:
                 node.input[0] = held
         nodes.append(node)
     if len(nodes) > len(graph.node):
-        replace_items(graph.node, nodes)
+        del graph.node[:]
+        graph.node.extend(nodes)
         graph.initializer.append(least)
 
 
@@ -212,7 +211,7 @@ def _describe_(model: onnx.ModelProto, manifest: Mapping, entry: Mapping) -> Non
         f'{manifest["model"]}, {manifest["task"]}, quantized to {manifest["label"]}: weights int8, activations '
         'QuantizeLinear and DequantizeLinear. See README.txt beside it.'
     )
-    replace_items(model.metadata_props, [])
+    model.ClearField('metadata_props')
     properties = dict(task=manifest['task'], quantization=manifest['label'], classes=json.dumps(manifest['classes']))
     helper.set_model_props(model, dict(properties, preprocessing=json.dumps(_preprocessing(manifest))))
 

@@ -4,8 +4,9 @@
 ``manifest.json``
     What the model is, the inputs and outputs of its graphs, which tensors are integer, and the size and SHA-256 of
     every other file.
-``*.onnx``
-    The graphs, without their larger weights.
+``*.onnx.gz``
+    The graphs, without their larger weights, compressed: they are mostly names, and there is one for each image size.
+    The manifest names them without ``.gz``.
 ``weights.safetensors``
     The weights of all graphs, each once, by the names that the graphs have for them. Codes of 4 bits and fewer are
     packed, see :func:`pack`.
@@ -24,8 +25,10 @@
 It needs NumPy, the package safetensors (its numpy part) and the standard library only.
 """
 
+import gzip
 import hashlib
 import json
+import zlib
 import os
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
@@ -44,6 +47,7 @@ __all__ = [
     'Weight',
     'graph_entries',
     'pack',
+    'read_graph',
     'read_manifest',
     'read_rest',
     'read_weights',
@@ -58,6 +62,7 @@ MANIFEST, WEIGHTS, REST = 'manifest.json', 'weights.safetensors', 'rest.safetens
 PLAIN = 'model.json'
 """What an export of plain ONNX files is told by (:mod:`psaq_mm.deploy.plain_onnx`)."""
 PACKED_BITS = 4
+_COMPRESSED = '.gz'
 
 PathLike = Union[str, os.PathLike]
 
@@ -216,7 +221,7 @@ def write_bundle(
         _check_messages(manifest, graphs, weights)
     with whole_folder(out) as folder:
         for name, content in graphs.items():
-            (folder / name).write_bytes(content)
+            (folder / f'{name}{_COMPRESSED}').write_bytes(gzip.compress(content, mtime=0))  # the same bytes every time
         known = dict(format=FORMAT, version=VERSION, **manifest, weights=_write_weights(folder / WEIGHTS, weights))
         if rest:
             _write_tensors(folder / REST, rest)
@@ -275,6 +280,29 @@ def _check_file(path: Path, expected: Mapping) -> None:
             f'{path} has changed since it was written (or is of another export or version): copy the directory again, '
             'or export it again'
         )
+
+
+def read_graph(directory: PathLike, manifest: Mapping, entry: Mapping) -> bytes:
+    """The ONNX message of a graph, without its larger weights.
+
+    Args:
+        directory: As :func:`write_bundle` wrote it.
+        manifest: Its manifest.
+        entry: One of :func:`graph_entries`.
+
+    Raises:
+        CheckpointError: The file is changed.
+    """
+    path, compressed = Path(directory) / entry['file'], f'{entry["file"]}{_COMPRESSED}'
+    if compressed not in manifest['files']:  # before version 3
+        return path.read_bytes()
+    try:
+        return gzip.decompress(path.with_name(compressed).read_bytes())
+    except (EOFError, OSError, zlib.error) as error:
+        raise CheckpointError(
+            f'{path.with_name(compressed)} is not as it was written ({error}): copy the directory again, or export it '
+            'again'
+        ) from error
 
 
 def read_weights(

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 import numpy as np
 
 from psaq_mm.errors import DataError, UnsupportedModelError
-from psaq_mm.runtime.bundle import read_manifest, read_weights
+from psaq_mm.runtime.bundle import read_graph, read_manifest, read_weights
 from psaq_mm.runtime.detection import Detections, DetectorSettings, ImageInfo, detect
 from psaq_mm.runtime.glue import finish, label_map, slide, softmax
 from psaq_mm.runtime.heads import HeadSessions
@@ -122,8 +122,7 @@ class DeployedModel:
         return self._session(self.manifest['heads'][kind][stage])
 
     def _graph(self, entry: Mapping[str, Any]) -> bytes:
-        with open(os.path.join(self.directory, entry['file']), 'rb') as file:
-            content = file.read()
+        content = read_graph(self.directory, self.manifest, entry)
         return append_initializers(content, read_weights(self.directory, self.manifest, entry['weights']))
 
     def _session(self, entry: Mapping[str, Any]) -> Runtime:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from psaq_mm.runtime import RUNTIMES
 from psaq_mm.runtime.bundle import Weight, graph_entries, read_manifest, read_weights, write_bundle
 from psaq_mm.runtime.wire import append_initializers
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.filterwarnings('ignore')
 SWIN = dict(depths=[2, 1], num_heads=[1, 2], strides=(4, 2), out_indices=(0, 1))
 DETECTOR = dict(
@@ -134,6 +136,19 @@ def test_what_stands_around_the_graphs_is_told(detector):
     assert repr(quantizer['scale']) in text and str(made['mean']) in text
     model = models_in(plain)['graph_64x96.onnx']
     assert json.loads({p.key: p.value for p in model.metadata_props}['classes']) == described['classes']
+
+
+def test_a_bundle_becomes_plain_files_without_pytorch(detector, tmp_path):
+    bundle, plain = detector
+    code = (
+        'import sys; sys.modules.update(dict.fromkeys(["torch", "mmengine"])); import psaq_mm.deploy; '
+        'psaq_mm.deploy.write_plain_onnx(*sys.argv[1:])'
+    )
+    command = [sys.executable, '-c', code, str(bundle), str(tmp_path / 'plain')]
+    subprocess.run(command, check=True, cwd=ROOT)
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'plain').iterdir()} == {
+        path.name: path.read_bytes() for path in plain.iterdir()
+    }
 
 
 # ---------------------------------------------------------------------- runtimes alone

@@ -155,7 +155,7 @@ def test_a_bundle_needs_safetensors_and_nothing_else(written):
         assert wanted in (done.stdout or done.stderr.strip().splitlines()[-1]), done.stderr
 
 
-@pytest.mark.parametrize('name', [WEIGHTS, 'graph_8x8.onnx', REST])
+@pytest.mark.parametrize('name', [WEIGHTS, 'graph_8x8.onnx.gz', REST])
 def test_a_directory_cut_short_is_told(written, name):
     path = written / name
     path.write_bytes(path.read_bytes()[:-1])
@@ -179,8 +179,8 @@ def test_a_graph_of_another_version_is_told(written, tmp_path):
     name = 'graph_8x8.onnx'
     for content in (b'of the version before', GRAPHS[name][::-1]):  # of another size, and of the same
         other = write_bundle(tmp_path / 'other', dict(task='backbone'), {name: content}, weights(), {})
-        (written / name).write_bytes((other / name).read_bytes())
-        with pytest.raises(CheckpointError, match=f'{name} has .*of another export or version'):
+        (written / f'{name}.gz').write_bytes((other / f'{name}.gz').read_bytes())
+        with pytest.raises(CheckpointError, match=f'{name}.gz has .*of another export or version'):
             read_manifest(written)
 
 

@@ -119,8 +119,8 @@ def test_kernels_are_those_that_are_asked_for(few_bits):
         told[kernels] = execution(deployed, SIZE)
         rows = deployed.session(SIZE).products(deployed.graph(SIZE))
         # Fused or not, the name of an attention's primitive ends in the precision of its first operand.
-        integer[kernels] = sum('FullyConnected' in kind and how == 'integer' for _, kind, how in rows)
-        scores[kernels] = sum(kind.startswith(('Subgraph', 'MatMul')) and kind.endswith('i8') for _, kind, _ in rows)
+        integer[kernels] = sum('FullyConnected' in row.kind and row.how == 'integer' for row in rows)
+        scores[kernels] = sum(row.kind.startswith(('Subgraph', 'MatMul')) and row.kind.endswith('i8') for row in rows)
     assert integer['integer'] == integer['weights'] > integer['float'] == 0, told
     assert (scores['integer'], scores['weights'], scores['float']) == (sum(SWIN['depths']), 0, 0), told
     assert (

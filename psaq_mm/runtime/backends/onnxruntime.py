@@ -130,7 +130,7 @@ class OnnxRuntime(Runtime):
 class _Reasons:
     """Why a product of an optimized graph is float."""
 
-    def __init__(self, graph):
+    def __init__(self, graph: Any) -> None:
         self.producer = {name: node for node in graph.node for name in node.output}
         self.constants = {tensor.name for tensor in graph.initializer}
         self.outputs = {output.name for output in graph.output}
@@ -139,7 +139,7 @@ class _Reasons:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
-    def why_float(self, node) -> str:
+    def why_float(self, node: Any) -> str:
         """Reason of one product, in words."""
         varying = [name for name in node.input[:2] if name not in self.constants]
         if not all(self._is_of_codes(name) for name in varying):
