@@ -28,8 +28,8 @@ It needs NumPy, the package safetensors (its numpy part) and the standard librar
 import gzip
 import hashlib
 import json
-import zlib
 import os
+import zlib
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
