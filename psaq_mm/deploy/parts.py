@@ -140,7 +140,7 @@ def _why_apart(model: nn.Module, task: Task, head: nn.Module) -> Optional[str]:
     """Why the dense head of a model cannot be in the graph; None where it can."""
     kind = type(head).__name__
     if task.is_query_based(model):
-        return f'{kind} reads queries, not the levels of the neck'
+        return f'{kind} reads queries, not the levels of the neck; backbone and neck are exported'
     if not takes_levels_alone(head):
         return f'{kind} needs more than the levels of the neck'
     if not _predicts_from_levels(head):
