@@ -19,7 +19,7 @@ from psaq_mm.deploy.serving import deploy_model_
 from psaq_mm.errors import ConfigError, DataError, UnsupportedModelError
 from psaq_mm.files import file_sha256
 from psaq_mm.runtime import RUNTIMES, Prediction
-from psaq_mm.runtime.bundle import read_manifest, read_weights
+from psaq_mm.runtime.bundle import read_graph, read_manifest, read_weights
 from psaq_mm.runtime.detection import ImageInfo
 from psaq_mm.runtime.glue import label_map, slide, upsample
 from psaq_mm.runtime.heads import quantize_features
@@ -121,7 +121,7 @@ def as_version_2(directory, out):
     out.mkdir()
     (out / 'weights.bin').write_bytes(data)
     for graph in manifest['graphs']:
-        (out / graph['file']).write_bytes((Path(directory) / graph['file']).read_bytes())
+        (out / graph['file']).write_bytes(read_graph(directory, manifest, graph))
     later = (
         'pipeline',
         'pad_divisor',
