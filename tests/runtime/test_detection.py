@@ -14,10 +14,11 @@ from psaq_mm.errors import ConfigError, DataError
 from psaq_mm.runtime.detection import DetectorSettings, ImageInfo, detect
 from psaq_mm.runtime.detection.arrays import best, sigmoid, softmax
 from psaq_mm.runtime.detection.boxes import decode
+from psaq_mm.runtime.detection.dense import _above_threshold
 from psaq_mm.runtime.detection.masks import paste
 from psaq_mm.runtime.detection.priors import level_priors
 from psaq_mm.runtime.detection.roi_align import Rois, roi_align, roi_levels
-from psaq_mm.runtime.detection.settings import BoxCoding, Priors, RoiAlignSettings, Suppression
+from psaq_mm.runtime.detection.settings import BoxCoding, DenseSettings, Priors, RoiAlignSettings, Suppression
 from psaq_mm.runtime.detection.suppression import nms, suppress
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,6 +308,24 @@ def test_no_mask_is_an_empty_array():
 
 
 # ---------------------------------------------------------------------- what does not fit
+@pytest.mark.parametrize('threshold', [0.05, 0.5, 0.9999])
+@pytest.mark.parametrize('layout', ['planar', 'channel-last'])
+def test_scores_above_a_threshold_are_those_of_the_sigmoid(threshold, layout):
+    """Also those that are the threshold itself, or next to it."""
+    classes, priors, random = 5, 3, np.random.default_rng(0)
+    logit = np.float32(np.log(threshold / (1 - threshold)))
+    maps = (logit + random.normal(0, 2, (7, 9, priors * classes))).astype(np.float32)
+    near = logit + np.arange(-50, 50, dtype=np.float32) * np.spacing(logit if logit else np.float32(1e-7))
+    maps.reshape(-1)[random.permutation(maps.size)[: len(near)]] = near
+    maps = maps.transpose(2, 0, 1)
+    maps = np.ascontiguousarray(maps) if layout == 'planar' else maps
+    scores = sigmoid(maps.transpose(1, 2, 0).reshape(-1, classes))
+    wanted = np.nonzero(scores > np.float32(threshold))
+    found = _above_threshold(DenseSettings(channels=classes, score_threshold=threshold), maps)
+    assert 0 < len(wanted[0]) < scores.size
+    assert all(np.array_equal(a, b) for a, b in zip(found, (*wanted, scores[wanted])))
+
+
 def test_maps_that_do_not_fit_are_refused():
     align = dict(strides=[4, 8], channels=16)
     settings = DetectorSettings.from_dict(

@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """From the maps of a dense head to boxes: proposals of an RPN, detections of a one-stage detector."""
 
+import math
 from typing import NamedTuple, Sequence, Tuple
 
 import numpy as np
@@ -12,6 +13,9 @@ from psaq_mm.runtime.detection.settings import DenseSettings
 from psaq_mm.runtime.detection.suppression import suppress
 
 __all__ = ['Candidates', 'one_stage', 'proposals']
+
+_LOGIT_MARGIN = 0.01
+"""Below the threshold's logit: much more than what rounding in float32 moves a logit, up to scores of 0.9999."""
 
 
 class Candidates(NamedTuple):
@@ -76,9 +80,7 @@ def one_stage(
 
 
 def _level(settings: DenseSettings, level: int, maps: Sequence[np.ndarray], shape: Tuple[int, int]) -> Candidates:
-    scores = _activated(settings, maps[0])
-    positions, labels = np.nonzero(scores > np.float32(settings.score_threshold))
-    values = scores[positions, labels]
+    positions, labels, values = _above_threshold(settings, maps[0])
     count = min(settings.nms_pre, len(values))
     order = best(values, count if count >= 0 else len(values) + count)  # mmdet cuts a list there: -1 drops the last
     positions, labels, values = positions[order], labels[order], values[order]
@@ -86,6 +88,24 @@ def _level(settings: DenseSettings, level: int, maps: Sequence[np.ndarray], shap
     if len(maps) > 2:
         values = values * sigmoid(_rows(maps[2], 1)[positions, 0])
     return Candidates(boxes, values, labels)
+
+
+def _above_threshold(settings: DenseSettings, score_map: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions, labels and scores of a level that exceed the threshold, ordered by position, then label."""
+    threshold = float(settings.score_threshold)
+    if settings.activation != 'sigmoid' or not 0 < threshold < 1:
+        scores = _activated(settings, score_map)
+        positions, labels = np.nonzero(scores > np.float32(threshold))
+        return positions, labels, scores[positions, labels]
+    # A level may have millions of logits. Those that are clearly too low are left out before anything else is done.
+    logit = math.log(threshold / (1 - threshold)) - _LOGIT_MARGIN
+    channels, rows, columns = np.nonzero(score_map > np.float32(logit))
+    priors, labels = np.divmod(channels, settings.channels)
+    positions = (rows * score_map.shape[2] + columns) * (len(score_map) // settings.channels) + priors
+    order = np.argsort(positions * settings.channels + labels)
+    scores = sigmoid(score_map[channels, rows, columns])[order]
+    above = scores > np.float32(threshold)
+    return positions[order][above], labels[order][above], scores[above]
 
 
 def _rows(array: np.ndarray, columns: int) -> np.ndarray:
