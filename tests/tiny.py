@@ -4,6 +4,16 @@ from pathlib import Path
 
 import torch
 
+WITHOUT_TORCH = """\
+import sys
+class Refuse:
+    def find_spec(self, name, *args):
+        if name.split('.')[0] in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'onnx'):
+            raise ImportError(f'{name} is not here')
+sys.meta_path.insert(0, Refuse())
+"""
+# The first lines of a script that runs where neither PyTorch nor an OpenMMLab library nor onnx is installed.
+
 DETECTOR = """
 _base_ = ['mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py']
 model = dict(

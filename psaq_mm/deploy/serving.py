@@ -2,7 +2,7 @@
 """An exported graph in place of a model's own layers, so that the library's tools evaluate the integer model."""
 
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from psaq_mm.quantization import adopt
 from psaq_mm.registry import MODELS
 from psaq_mm.runtime import load
 from psaq_mm.runtime.bundle import read_rest
+from psaq_mm.runtime.deployed import nested
 from psaq_mm.runtime.detection import Detections, ImageInfo
 
 __all__ = ['DeployedBackbone', 'DeployedDetectorMixin', 'DeployedFeatures', 'DeployedHeadMixin', 'deploy_model_']
@@ -75,25 +76,17 @@ class DeployedBackbone(nn.Module):
             name: torch.from_numpy(np.ascontiguousarray(array)).to(images.device) for name, array in arrays.items()
         }
         names = self.deployed.manifest['outputs']
-        dense = _nested(names['dense'], outputs)
+        dense = nested(names['dense'], outputs)
         if not names['levels'] and self.deployed.manifest['dense_head'] is None:
             return dense
         for name in names.get('channel_last') or ():
             outputs[name] = outputs[name].permute(0, 3, 1, 2)
-        levels = _nested(names.get('features') or names['levels'], outputs)
+        levels = nested(names.get('features') or names['levels'], outputs)
         if not isinstance(levels, tuple):  # a backbone whose output is one map, in no tuple
             return levels
         features = DeployedFeatures(levels)
         features.dense = dense
         return features
-
-
-def _nested(names: Any, outputs: Dict[str, Tensor]) -> Any:
-    if isinstance(names, str):
-        return outputs[names]
-    if isinstance(names, Mapping):
-        return {key: _nested(n, outputs) for key, n in names.items()}
-    return None if names is None else tuple(_nested(n, outputs) for n in names)
 
 
 class DeployedHeadMixin:
@@ -171,7 +164,6 @@ def deploy_model_(
             f'{directory} was exported from a {manifest["model"]} and the config builds a {type(model).__name__}: give '
             'the config that was exported'
         )
-    complete = manifest['task'] == 'detection' and bool(manifest.get('complete'))
     head = manifest['dense_head']
     absent = [name for name in manifest['replaced'] if not hasattr(model, name)]
     if absent or manifest['task'] == 'backbone':
@@ -189,7 +181,7 @@ def deploy_model_(
             adopt(getattr(model, name), DeployedHeadMixin)
         else:
             setattr(model, name, None)  # RoI heads: they are graphs, and what the model has are no weights of theirs
-    if complete:
+    if manifest['task'] == 'detection' and backbone.deployed.complete:
         adopt(model, DeployedDetectorMixin)
     else:
         _load_rest(model, directory, manifest)

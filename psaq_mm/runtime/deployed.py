@@ -9,14 +9,15 @@ import numpy as np
 from psaq_mm.errors import DataError, UnsupportedModelError
 from psaq_mm.runtime.bundle import read_graph, read_manifest, read_weights
 from psaq_mm.runtime.detection import Detections, DetectorSettings, ImageInfo, detect
-from psaq_mm.runtime.glue import finish, label_map, slide, softmax
+from psaq_mm.runtime.detection.arrays import sigmoid, softmax
+from psaq_mm.runtime.glue import finish, label_map, slide
 from psaq_mm.runtime.heads import HeadSessions
 from psaq_mm.runtime.predictions import Prediction, class_name
 from psaq_mm.runtime.preparation import Picture, Preparation, Prepared, read_picture
 from psaq_mm.runtime.registry import Runtime, find_runtime, start, starting
 from psaq_mm.runtime.wire import append_initializers
 
-__all__ = ['DeployedModel', 'load']
+__all__ = ['DeployedModel', 'load', 'nested']
 
 Images = Union[Picture, Sequence[Picture]]
 
@@ -249,7 +250,7 @@ class DeployedModel:
             with session.borrowed({'images': fitting[i : i + 1]}) as borrowed:
                 maps = self._cut(borrowed, height, width)
                 levels = [maps[name] for name in names['levels']]
-                dense = _nested(names['dense'], maps)
+                dense = nested(names['dense'], maps)
                 outputs += detect(self._detector, levels, dense, heads, [info], self.threads or _cores(), last)
         return outputs
 
@@ -363,10 +364,7 @@ class DeployedModel:
 
     def _classification(self, prepared: Prepared, known: Mapping[str, Any]) -> Prediction:
         logits = self.run(prepared.image[None])['logits'][0]
-        if self.manifest.get('several_labels'):
-            chances = 1 / (1 + np.exp(-logits))
-        else:
-            chances = softmax(logits)
+        chances = (sigmoid if self.manifest.get('several_labels') else softmax)(logits)
         labels = np.argsort(-chances, kind='stable')
         return Prediction(
             **known,
@@ -449,13 +447,13 @@ def _without(columns: Mapping[str, Any], key: str) -> Dict[str, Any]:
     return {name: value for name, value in columns.items() if name != key}
 
 
-def _nested(names: Any, outputs: Mapping[str, np.ndarray]) -> Any:
-    """Outputs nested as their names are."""
+def nested(names: Any, outputs: Mapping[str, Any]) -> Any:
+    """Outputs of a graph, arrays or tensors, nested as a manifest has their names; sequences become tuples."""
     if isinstance(names, str):
         return outputs[names]
     if isinstance(names, Mapping):
-        return {key: _nested(value, outputs) for key, value in names.items()}
-    return [_nested(value, outputs) for value in names or ()]
+        return {key: nested(value, outputs) for key, value in names.items()}
+    return None if names is None else tuple(nested(value, outputs) for value in names)
 
 
 def _cores() -> int:

@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
-__all__ = ['finish', 'label_map', 'register_finisher', 'slide', 'softmax', 'windows']
+__all__ = ['finish', 'label_map', 'register_finisher', 'slide', 'windows']
 
 Outputs = Dict[str, np.ndarray]
 Finisher = Callable[[Outputs, Mapping[str, Any], Tuple[int, int]], Outputs]
@@ -82,12 +82,6 @@ def _neighbours(size: int, target: int, align_corners: bool) -> Tuple[np.ndarray
 
 
 # ---------------------------------------------------------------------- pictures of any size
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of the last axis, float32."""
-    exponents = np.exp(logits - logits.max(-1, keepdims=True))
-    return exponents / exponents.sum(-1, keepdims=True)
-
-
 def label_map(
     logits: np.ndarray, sizes: Sequence[Sequence[int]], align_corners: bool, rule: Mapping[str, Any]
 ) -> np.ndarray:

@@ -225,14 +225,14 @@ def test_weights_of_4_bits_are_packed_in_heads_too(tmp_path):
 def wanted_of(one, deployed, infos):
     """What mmdet makes of the levels that the dense graph gives, with the fake-quantized heads."""
     from psaq_mm.deploy.glue_check import library_detections
-    from psaq_mm.deploy.serving import _nested
+    from psaq_mm.runtime.deployed import nested
 
     arrays = deployed.run(one.images.numpy())
     names = one.manifest['outputs']
     if names['levels']:
         levels = [torch.from_numpy(arrays[name]).permute(0, 3, 1, 2).contiguous() for name in names['levels']]
         return library_detections(one.model, levels, infos, SIZE)
-    dense = _nested(names['dense'], {name: torch.from_numpy(array) for name, array in arrays.items()})
+    dense = nested(names['dense'], {name: torch.from_numpy(array) for name, array in arrays.items()})
     model = copy.copy(one.model)
     model.bbox_head = copy.copy(model.bbox_head)
     model.bbox_head.forward = lambda levels: dense

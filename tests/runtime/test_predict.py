@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from classifier_models import CLASSIFIER
-from tiny import DETECTOR, SEGMENTOR, Project, calibrated_student
+from tiny import DETECTOR, SEGMENTOR, WITHOUT_TORCH, Project, calibrated_student
 
 from psaq_mm.commands.export import export
 from psaq_mm.commands.predict import main, pictures_in
@@ -248,13 +248,7 @@ def test_features_are_quantized_as_the_graph_would():
 
 
 # ---------------------------------------------------------------------- without PyTorch
-WITHOUT = """
-import sys
-class Refuse:
-    def find_spec(self, name, *args):
-        if name.split('.')[0] in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'onnx'):
-            raise ImportError(f'{{name}} is not here')
-sys.meta_path.insert(0, Refuse())
+SCRIPT = """
 import json
 import psaq_mm.deploy
 from psaq_mm.commands.predict import main
@@ -270,7 +264,7 @@ for number, directory in enumerate({directories!r}):
 def test_pictures_to_predictions_without_pytorch(detector, segmentor, classifier, pictures, tmp_path):
     import cv2
 
-    script = WITHOUT.format(
+    script = WITHOUT_TORCH + SCRIPT.format(
         directories=[str(made[1]) for made in (detector, segmentor, classifier)],
         picture=str(pictures / 'a.png'),
         folder=str(pictures),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import CASCADE, DETECTOR, SEGMENTOR, Project, calibrated_student
+from tiny import CASCADE, DETECTOR, SEGMENTOR, WITHOUT_TORCH, Project, calibrated_student
 
 from psaq_mm.commands.common import load_config
 from psaq_mm.commands.export import default_sizes, export
@@ -178,13 +178,7 @@ def test_another_models_config_is_refused(detector, segmentor):
 
 
 # ---------------------------------------------------------------------- without PyTorch
-WITHOUT = """
-import sys
-class Refuse:
-    def find_spec(self, name, *args):
-        if name.split('.')[0] in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'onnx'):
-            raise ImportError(f'{{name}} is not here')
-sys.meta_path.insert(0, Refuse())
+SCRIPT = """
 import numpy as np
 import psaq_mm.deploy
 model = psaq_mm.deploy.load({directory!r}, runtime={runtime!r}, threads=1)
@@ -200,7 +194,7 @@ def test_pictures_to_classes_with_numpy_and_the_runtime_alone(segmentor, runtime
     _, _, model, exported = segmentor
     images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3)).astype(np.uint8)
     np.save(tmp_path / 'images.npy', images)
-    script = WITHOUT.format(
+    script = WITHOUT_TORCH + SCRIPT.format(
         directory=str(exported.directory),
         runtime=runtime,
         images=str(tmp_path / 'images.npy'),
