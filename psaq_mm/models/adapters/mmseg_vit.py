@@ -13,22 +13,11 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters.attention import CheckpointedBlockMixin, adopt_attention, attend
-from psaq_mm.models.adapters.edges import BlockParts, adopt_block, join, outputs_are_edges
-from psaq_mm.models.adapters.match import Architecture, adapt, class_named
-from psaq_mm.quantization import (
-    AdapterSpec,
-    apply_edge,
-    is_quantized_layer,
-    register_adapter,
-)
+from psaq_mm.models.adapters.backbone import Backbone, register_backbone
+from psaq_mm.models.adapters.blocks import BlockParts, adopt_block, join, standard_parts
+from psaq_mm.quantization import AdapterSpec, apply_edge, is_quantized_layer
 
-__all__ = ['MMSEG_VIT_ARCHITECTURES', 'PackedProjection', 'QuantPackedAttentionMixin', 'QuantMMSegEncoderLayerMixin']
-
-_BACKBONE = ('mmseg.models.backbones.vit.VisionTransformer',)
-_LAYER = ('mmseg.models.backbones.vit.TransformerEncoderLayer',)
-_WRAPPER = ('mmcv.cnn.bricks.transformer.MultiheadAttention',)
-
-MMSEG_VIT_ARCHITECTURES = (Architecture(_BACKBONE, r'layers\.\d+', _LAYER, _WRAPPER),)
+__all__ = ['MMSegVisionTransformer', 'PackedProjection', 'QuantPackedAttentionMixin', 'QuantMMSegEncoderLayerMixin']
 
 
 class PackedProjection(nn.Linear):
@@ -125,16 +114,29 @@ class QuantMMSegEncoderLayerMixin(CheckpointedBlockMixin):
         return apply_edge(self.residual2_quantizer, self.ffn(self.norm2(x), identity=x))
 
 
-def _convert_layer(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    attention = adopt_attention(module.attn.attn, QuantPackedAttentionMixin, join(name, 'attn.attn'), spec)
-    attention.qkv = PackedProjection(attention)
-    # torch's own class for it is a Linear in all but name: the name keeps torch's converters away, as nobody calls it.
-    attention.out_proj.__class__ = nn.Linear
-    parts = BlockParts(module.norm1, attention, module.norm2, module.ffn)
-    return adopt_block(module, QuantMMSegEncoderLayerMixin, parts, name, spec)
+@register_backbone
+class MMSegVisionTransformer(Backbone):
+    """VisionTransformer of mmseg."""
 
+    names = ('mmseg.models.backbones.vit.VisionTransformer',)
+    block_path = r'layers\.\d+'
+    blocks = {'mmseg.models.backbones.vit.TransformerEncoderLayer': QuantMMSegEncoderLayerMixin}
+    attention = {'mmcv.cnn.bricks.transformer.MultiheadAttention': None}  # converted with its block
+    edges = ('patch_embed.norm', 'drop_after_pos', 'pre_ln')
 
-register_adapter(
-    lambda m: class_named(m, _LAYER) is not None and class_named(m.attn, _WRAPPER) is not None, _convert_layer
-)
-adapt(_BACKBONE, outputs_are_edges('patch_embed.norm', 'drop_after_pos', 'pre_ln'))
+    def convert_block(self, block: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+        """See :meth:`.Backbone.convert_block`."""
+        attention = adopt_attention(block.attn.attn, QuantPackedAttentionMixin, join(name, 'attn.attn'), spec)
+        attention.qkv = PackedProjection(attention)
+        # torch's own class for it is a Linear in all but name: the name keeps torch's converters away, as nobody calls
+        # it.
+        attention.out_proj.__class__ = nn.Linear
+        return adopt_block(block, QuantMMSegEncoderLayerMixin, self.parts(block), name, spec)
+
+    def parts(self, block: nn.Module) -> BlockParts:
+        """See :meth:`.Backbone.parts`."""
+        return standard_parts(block.norm1, block.attn.attn, block.norm2, block.ffn)
+
+    def prefix_tokens(self, net: nn.Module) -> int:
+        """See :meth:`.Backbone.prefix_tokens`; the parameter is there all the same."""
+        return int(net.with_cls_token)
