@@ -64,7 +64,7 @@ NOT_COUNTED = {
 }
 """Backbones that are neither transformers nor ConvNeXt, and why. All others count, PoolFormer and RIFormer too."""
 
-_NEED_MASKS = ('SparK',)
+_NEED_MASKS = ('SparK', 'MILAN')
 _NOT_TIMM = ('efficientnet', 'resnet')
 
 
@@ -75,7 +75,7 @@ class Built(NamedTuple):
         model: The float model, or its image tower alone.
         alone: Why it is the tower alone; None where it is the whole model.
         images: Noise that it takes.
-        runs: Whether its backbone takes pictures alone: SparK's needs masks that its training sets.
+        runs: Whether its backbone takes pictures alone: those of SparK and MILAN need what training gives them.
     """
 
     model: nn.Module
@@ -393,10 +393,10 @@ def todo(rows: Iterable[Dict], scope: str = 'backbone_scope') -> str:
             part = row['backbone'] if scope == 'backbone_scope' else f'{row["model"]} {row["backbone"]}'
             key = (row['library'], part, outcome.get('result', ''), outcome.get('reason', ''))
             groups.setdefault(key, []).append(row['config'])
-    lines = [
-        f'{len(names):4d}  {library} {part}: {result}: {reason}\n        e.g. {names[0]}'
-        for (library, part, result, reason), names in sorted(groups.items(), key=lambda one: -len(one[1]))
-    ]
+    lines = []
+    for (library, part, result, reason), names in sorted(groups.items(), key=lambda one: -len(one[1])):
+        short = reason.partition(': use one of')[0]
+        lines.append(f'{len(names):4d}  {library} {part}: {result}: {short}\n        e.g. {names[0]}')
     return '\n'.join(lines)
 
 
