@@ -2,9 +2,9 @@
 
 To add one, write a function that returns its config, and say in the decorator what works::
 
-    @backbone('Swin', 'mmdet', size=(56, 72), folding=9, rotation='the stream of stage 1: it begins behind the')
-    def mmdet_swin():
-        return dict(type='SwinTransformer', embed_dims=16, depths=[2, 2], ...)
+    @backbone('BEiT', 'mmpretrain', folding=4, rotation='a LayerScale', similarity=2, export=True, dynamic='a dynamic')
+    def mmpretrain_beit():
+        return dict(type='BEiTViT', img_size=32, patch_size=8, ...)
 
 - The first argument is the name that people know it by, the second the library in whose scope the config is built:
   mmdet, mmseg, mmpretrain, or timm for a ``TimmClassifier`` or ``TIMMBackbone`` of mmpretrain. Two functions of one
@@ -13,8 +13,8 @@ To add one, write a function that returns its config, and say in the decorator w
   channels, heads 16 wide (the root is a power of two, so that scaling is exact), pictures of 32 to 64 pixels.
 - ``size`` is the height and width of the pictures, in pixels. ``inside`` puts a bare backbone into a model whose neck
   or head is known (:func:`classifier`, :func:`detector`, :func:`segmentor`): a stream that ends in the backbone's
-  outputs is rotated only where everything that reads them is known. ``exact=False``: with its quantizers off the model equals
-  the library's to rounding and not to the last bit; say why in a comment.
+  outputs is rotated only where everything that reads them is known. ``exact=False``: with its quantizers off the model
+  equals the library's to rounding and not to the last bit; say why in a comment.
 - The rest are the cells of the table in docs/backbones.md. A number or True says that it works, and the test exercises
   it. A text says that it is refused, and the test finds these words in what psaq_mm says:
 
@@ -266,3 +266,23 @@ def timm_vit():
 @backbone('DeiT, distilled', 'timm', **_VIT_WORKS)
 def timm_distilled_deit():
     return dict(type='TimmClassifier', model_name='deit_tiny_distilled_patch16_224', **_TIMM_VIT)
+
+
+# ---------------------------------------------------------------------- ViT and its relatives
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- Swin V2, windows
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- MiT, PVT, Twins
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- ConvNeXt
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- Convolutions and attention side by side
+# Rows of this family stand below.
