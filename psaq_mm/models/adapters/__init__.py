@@ -5,7 +5,7 @@ Importing this package registers them all. No adapter imports the library it ada
 qualified names, so that a user with mmdet alone needs neither mmseg nor mmpretrain.
 """
 
-from psaq_mm.models.adapters import conv_module  # noqa: F401  registers its adapter
+from psaq_mm.models.adapters import conv_module, multihead  # noqa: F401  register their adapters
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.mmseg_vit import MMSEG_VIT_ARCHITECTURES
 from psaq_mm.models.adapters.swin import SWIN_BACKBONES
