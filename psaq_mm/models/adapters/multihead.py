@@ -7,7 +7,7 @@ they are quantized, calibrated and tapped as any other. Every parameter keeps it
 """
 
 import math
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple, Type
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from psaq_mm.models.adapters.attention import adopt_attention, attend, attend_heads
 from psaq_mm.models.adapters.match import class_named
-from psaq_mm.quantization import AdapterSpec, is_quantized_layer, register_adapter
+from psaq_mm.quantization import AdapterSpec, AttentionParts, Projection, is_quantized_layer, register_adapter
 
-__all__ = ['PackedProjection', 'QuantTorchAttentionMixin', 'adopt_multihead']
+__all__ = ['PackedProjection', 'QuantHeadAttentionMixin', 'QuantTorchAttentionMixin', 'adopt_multihead']
 
 _ATTENTION = ('torch.nn.modules.activation.MultiheadAttention',)
 _LETTERS = 'qkv'
@@ -77,6 +77,13 @@ class QuantTorchAttentionMixin:
         """The output projection, under the name that attention has elsewhere."""
         return self.out_proj
 
+    def attention_parts(self) -> AttentionParts:
+        """See :func:`psaq_mm.quantization.attention_parts`."""
+        if hasattr(self, 'qkv'):
+            return AttentionParts.packed(self.qkv, self.out_proj, self.num_heads)
+        projections = (Projection(layer, 0, self.embed_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return AttentionParts(self.num_heads, *projections, self.out_proj)
+
     def forward(
         self,
         query: Tensor,
@@ -117,7 +124,13 @@ class QuantTorchAttentionMixin:
             return out, None
         return out, weights[0].mean(1) if average_attn_weights else weights[0]
 
-    def _attend(self, query: Tensor, key: Optional[Tensor], value: Optional[Tensor], weights) -> Tensor:
+    def _attend(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        value: Optional[Tensor],
+        weights: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         """The output, in the layout of ``query``."""
         if hasattr(self, 'qkv'):
             tokens = query if self.batch_first else query.transpose(0, 1)
@@ -131,8 +144,8 @@ class QuantTorchAttentionMixin:
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3) for x in (q, k, v))
         out = attend_heads(self, q / math.sqrt(self.head_dim), k, v, weights)
-        out = self.out_proj(out.transpose(0, 1))
-        return out.transpose(0, 1) if self.batch_first else out
+        out = self.out_proj(out)  # batch first, as taps read it
+        return out if self.batch_first else out.transpose(0, 1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # The projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
@@ -141,6 +154,13 @@ class QuantTorchAttentionMixin:
             if qkv is not None and is_quantized_layer(qkv):
                 qkv.input_quantizer.forget_folding()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class QuantHeadAttentionMixin(QuantTorchAttentionMixin):
+    """Attention outside of a backbone: its tokens are queries or levels, and no patches of one map."""
+
+    def attention_parts(self) -> None:
+        """None: patch similarity does not tap it, nor is it rotated."""
 
 
 def _additive(
@@ -162,8 +182,17 @@ def _float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.bool(), float('-inf'))
 
 
-def adopt_multihead(attention: nn.Module, name: str, spec: AdapterSpec, packed: bool = False) -> nn.Module:
-    """Convert an ``nn.MultiheadAttention``; one that is converted already is returned as it is.
+def adopt_multihead(
+    attention: nn.Module,
+    name: str,
+    spec: AdapterSpec,
+    packed: bool = False,
+    mixin: Type[QuantTorchAttentionMixin] = QuantTorchAttentionMixin,
+) -> nn.Module:
+    """Convert an ``nn.MultiheadAttention``.
+
+    Inside of a backbone, the adapter of heads has converted it before: adapters come to children before parents. What
+    the backbone says of it counts.
 
     Args:
         attention: The module.
@@ -171,10 +200,11 @@ def adopt_multihead(attention: nn.Module, name: str, spec: AdapterSpec, packed: 
         spec: As an adapter gets it.
         packed: Whether queries, keys and values are one tensor in every call: then they are one projection, ``qkv``,
             with one range. If not, there are three.
+        mixin: With the forward.
     """
-    if isinstance(attention, QuantTorchAttentionMixin):
-        return attention
-    attention = adopt_attention(attention, QuantTorchAttentionMixin, name, spec)
+    if isinstance(attention, QuantHeadAttentionMixin):
+        _undo(attention)
+    attention = adopt_attention(attention, mixin, name, spec)
     if packed:
         attention.qkv = PackedProjection(attention)
     else:
@@ -190,4 +220,15 @@ def _is_plain(module: nn.Module) -> bool:
     return class_named(module, _ATTENTION) is not None and module.bias_k is None and not module.add_zero_attn
 
 
-register_adapter(_is_plain, adopt_multihead)
+def _undo(attention: nn.Module) -> None:
+    """Make converted attention what it was. Its layers are not quantized yet: composite modules come first."""
+    attention.__class__ = attention._adopted_from[1]
+    for part in _LETTERS:
+        delattr(attention, f'{part}_proj')
+
+
+def _convert(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    return adopt_multihead(module, name, spec, mixin=QuantHeadAttentionMixin)
+
+
+register_adapter(_is_plain, _convert)
