@@ -75,6 +75,15 @@ class ConversionReport:
         self.layers: List[QuantizedLayer] = []
         self.floats: List[FloatLayer] = []
 
+    def name_parts(self, reasons: Mapping[str, str]) -> None:
+        """Put one row, with its reason, in place of the float layers of each of these parts, by their dotted names."""
+        for name, reason in reasons.items():
+            inside = [row for row in self.floats if f'{row.name}.'.startswith(f'{name}.')]
+            if inside:
+                place = self.floats.index(inside[0])
+                self.floats = [row for row in self.floats if row not in inside]
+                self.floats.insert(place, FloatLayer(name, f'{len(inside)} layer{"s" * (len(inside) > 1)}', reason))
+
     def to_table(self) -> str:
         """Text table of both lists."""
         rows = [
@@ -104,6 +113,7 @@ class _Conversion:
         self._check_names(composites)
         self._convert_composites(composites)
         self._convert_layers()
+        self._report_float_computation()
         self._report_edges()
         floats = (row.name for row in self.report.floats)
         self._check_overrides([*self.spec.asked, *floats, *(name for name, _, _ in composites.values())])
@@ -176,6 +186,12 @@ class _Conversion:
             output = self.spec.resolve(f'{name}.output') if self.spec.points == 'all' else None
             adopt(module, quant_class).add_quantizers(layer_spec, output)
             self.report.layers.append(QuantizedLayer(name, kind, layer_spec.w_bits, layer_spec.a_bits))
+
+    def _report_float_computation(self) -> None:
+        for name, module in self.model.named_modules():
+            reason = getattr(module, 'float_reason', None)
+            if reason and self.accept(name, module):
+                self.report.floats.append(FloatLayer(name, type(module).__name__, reason))
 
     def _report_edges(self) -> None:
         for name, quantizer in quantizers(self.model):

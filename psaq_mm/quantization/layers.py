@@ -384,6 +384,17 @@ def feeds_activation(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def computes_in_float(module: nn.Module, reason: str) -> nn.Module:
+    """Mark a module whose layers are quantized, and which computes something else in floating point; the module.
+
+    Args:
+        module: Any module.
+        reason: What it computes, and why that stays; for reports.
+    """
+    module.float_reason = reason  # type: ignore[assignment]  # of nn.Module's annotations
+    return module
+
+
 _ADOPTED: Dict[Tuple[type, type], Any] = {}
 
 

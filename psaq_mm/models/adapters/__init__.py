@@ -9,6 +9,7 @@ from psaq_mm.models.adapters import (
     conv_module,  # noqa: F401  each registers what it describes
     mmseg_vit,  # noqa: F401
     multihead,  # noqa: F401
+    queries,  # noqa: F401
     swin,  # noqa: F401
     timm_swin,  # noqa: F401
     timm_vit,  # noqa: F401
