@@ -90,8 +90,10 @@ class _QuantizedWeightLayer(nn.Module):
         if quantizer.mode != 'on' or not kept or weight.is_inference() or quantizer.scale.is_inference():
             return quantizer(weight)
         quantizer.require_calibrated()
-        sources = (weight, quantizer.scale, quantizer.zero_point)
-        stamps = tuple((t._version, t.data_ptr()) for t in sources)
+        tensors = (weight, quantizer.scale, quantizer.zero_point)
+        stamps = tuple((t._version, t.data_ptr()) for t in tensors)
+        # Of a view, made anew at each use, the tensor that it is a view of.
+        sources = tuple(t if t._base is None else t._base for t in tensors)
         cache = self._weight_cache
         if (
             cache is None

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from vit_models import build, images_of, run
 
-from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import quantize_model_
-from psaq_mm.models.adapters.mmseg_vit import PackedProjection
+from psaq_mm.models.adapters.packed_attention import PackedProjection
 from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import calibrate, is_quantizer_key, quantizers, set_mode
 
@@ -82,13 +81,6 @@ def test_copies_and_pickles_look_at_their_own_weights():
         x = torch.randn(9, 2, 32)
         with torch.no_grad():
             torch.testing.assert_close(twin(x)[0], attention(x)[0], rtol=0, atol=0)
-
-
-def test_a_mask_is_refused():
-    _, attention = calibrated()
-    x = torch.randn(9, 2, 32)
-    with pytest.raises(UnsupportedModelError, match='attn_mask'):
-        attention(x, x, x, attn_mask=torch.zeros(9, 9))
 
 
 def test_batch_first_is_honoured():

@@ -1,0 +1,204 @@
+# Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
+"""``torch.nn.MultiheadAttention``, of one tensor or of several, as layers and products that can be quantized.
+
+It holds its three input projections in one parameter, ``in_proj_weight``, which belongs to no layer, and reads the
+weight of ``out_proj`` without calling it. Here all of them are layers that are called, so that they are quantized,
+calibrated and tapped as any other. Every parameter keeps its place and its key.
+
+Parts of the packed projection that read one tensor are one layer, with one range for it. Which they are depends on the
+module around the attention, so its adapter tells it to :func:`adopt_packed`:
+
+===================  ==============================================================
+inputs               used by
+===================  ==============================================================
+``('qkv',)``         self-attention: Vision Transformer
+``('q', 'kv')``      keys and values of another tensor: spatial reduction (PVT, MiT)
+``('q', 'k', 'v')``  anything: positions are added to queries and keys alone (DETR)
+===================  ==============================================================
+"""
+
+from typing import Dict, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psaq_mm.errors import UnsupportedModelError
+from psaq_mm.models.adapters.attention import adopt_attention, attend_heads
+from psaq_mm.quantization import AdapterSpec, is_quantized_layer
+
+__all__ = ['PackedProjection', 'QuantPackedAttentionMixin', 'adopt_packed']
+
+
+class PackedProjection(nn.Linear):
+    """A part of the packed query, key and value projection of an ``nn.MultiheadAttention``, as a layer.
+
+    It owns no parameter: ``weight`` and ``bias`` are rows of the attention's ``in_proj_weight`` and ``in_proj_bias``,
+    looked up at each use, so that loading, moving or averaging may replace them. Its only state-dict keys are its
+    quantizers'.
+
+    Args:
+        attention: Whose projection it is: one width of queries, keys and values.
+        parts: Neighbours out of ``'qkv'``, for example ``'kv'``.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention, parts: str = 'qkv'):
+        nn.Module.__init__(self)
+        first = 'qkv'.index(parts)
+        self.in_features = attention.embed_dim
+        self.out_features = len(parts) * attention.embed_dim
+        self._rows = slice(first * attention.embed_dim, (first + len(parts)) * attention.embed_dim)
+        # In a tuple: as an attribute of its own, the parent would become a child of its child.
+        self._attention = (attention,)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, embed_dim); a view, unless the layer has all rows."""
+        return self._part(self._attention[0].in_proj_weight)
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        """(out_features,), or None."""
+        bias = self._attention[0].in_proj_bias
+        return None if bias is None else self._part(bias)
+
+    def _part(self, packed: Tensor) -> Tensor:
+        return packed if self.out_features == len(packed) else packed[self._rows]
+
+
+class QuantPackedAttentionMixin:
+    """Attention of ``nn.MultiheadAttention`` as explicit products, made by :func:`adopt_packed`.
+
+    It computes batch first, which changes only the order of rows in its projections: the output is the library's to
+    rounding.
+
+    Attributes:
+        inputs: Names of its :class:`PackedProjection` children: the letters are what each of them gives.
+    """
+
+    inputs: Tuple[str, ...]
+
+    @property
+    def proj(self) -> nn.Linear:
+        """The output projection, under the name that attention has elsewhere."""
+        return self.out_proj
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Optional[Tensor] = None,
+        value: Optional[Tensor] = None,
+        key_padding_mask: Optional[Tensor] = None,
+        need_weights: bool = False,
+        attn_mask: Optional[Tensor] = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> Tuple[Tensor, None]:
+        """Attention, with the arguments of ``nn.MultiheadAttention`` in their order.
+
+        Args:
+            query: (N, B, C), or (B, N, C) with ``batch_first``.
+            key: (M, B, C) or (B, M, C). None: ``query``.
+            value: Shaped as ``key``. None: ``key``.
+            key_padding_mask: Keys that are left out, (B, M): bool with True for those, or added to the scores.
+            need_weights: Not read.
+            attn_mask: (N, M) or (B * heads, N, M): bool with True for pairs that are left out, or added to the scores.
+            average_attn_weights: Not read.
+            is_causal: Not read: it says of ``attn_mask`` what it is.
+
+        Returns:
+            Output, shaped as ``query``, and None in place of the attention weights.
+
+        Raises:
+            UnsupportedModelError: Two inputs differ that one projection reads, or there is no batch.
+        """
+        if query.dim() != 3:
+            raise UnsupportedModelError(
+                f'the quantized attention got queries of shape {tuple(query.shape)}: give it a batch, three dimensions'
+            )
+        key = query if key is None else key
+        q, k, v = self._projected(dict(q=query, k=key, v=key if value is None else value))
+
+        def weights(scores: Tensor) -> Tensor:
+            # After the scores' quantizer: the range must not reach to what the masks add.
+            for mask in self._masks(scores, key_padding_mask, attn_mask):
+                scores = scores + mask
+            return F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
+
+        x = self.out_proj(attend_heads(self, q / self.head_dim**0.5, k, v, weights))
+        return (x if self.batch_first else x.transpose(0, 1)), None
+
+    def _projected(self, inputs: Dict[str, Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, heads, N or M, head_dim), of what each is projected from."""
+        heads = {}
+        for parts in self.inputs:
+            x = inputs[parts[0]]
+            other = next((part for part in parts if not _is_same(inputs[part], x)), None)
+            if other is not None:
+                raise UnsupportedModelError(
+                    f'the quantized attention projects {" and ".join(parts)} from one tensor, and got another one for '
+                    f"{other!r}: adapt it with inputs=('q', 'k', 'v')"
+                )
+            x = getattr(self, parts)(x if self.batch_first else x.transpose(0, 1))
+            x = x.reshape(*x.shape[:2], len(parts), self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            heads.update(zip(parts, x.unbind(0)))
+        return heads['q'], heads['k'], heads['v']
+
+    def _masks(self, scores: Tensor, keys: Optional[Tensor], pairs: Optional[Tensor]) -> Sequence[Tensor]:
+        """The masks that are given, each to be added to the scores (B, heads, N, M)."""
+        masks = []
+        if keys is not None:
+            masks.append(_additive(keys, scores)[:, None, None])
+        if pairs is not None:
+            pairs = _additive(pairs, scores)
+            masks.append(pairs if pairs.dim() == 2 else pairs.unflatten(0, (-1, self.num_heads)))
+        return masks
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # A projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
+        if f'{prefix}in_proj_weight' in state_dict:
+            for parts in self.inputs:
+                layer = getattr(self, parts)
+                if is_quantized_layer(layer) and f'{prefix}{parts}.input_quantizer.fill' not in state_dict:
+                    layer.input_quantizer.forget_folding()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or equal views of one: mmcv's wrapper transposes each input by itself."""
+    return a is b or (a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr())
+
+
+def _additive(mask: Tensor, scores: Tensor) -> Tensor:
+    """A mask as what is added to scores: -inf where a bool mask is True."""
+    return scores.new_zeros(mask.shape).masked_fill(mask, float('-inf')) if mask.dtype == torch.bool else mask
+
+
+def adopt_packed(
+    attention: nn.MultiheadAttention, name: str, spec: AdapterSpec, inputs: Tuple[str, ...] = ('qkv',)
+) -> nn.MultiheadAttention:
+    """Give an ``nn.MultiheadAttention`` its projections as layers and its products; the module.
+
+    Args:
+        attention: Converted in place.
+        name: Its dotted name.
+        spec: As an adapter gets it.
+        inputs: Which of queries, keys and values are projected from one tensor, see the top of this file. Each name
+            becomes a layer of the attention. The tensors are compared when the attention runs.
+
+    Raises:
+        UnsupportedModelError: It adds keys or values of its own, or takes keys of another width.
+    """
+    if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
+        extra = 'keys or values of another width' if attention.in_proj_weight is None else 'a key of its own'
+        raise UnsupportedModelError(
+            f'{name} is torch.nn.MultiheadAttention with {extra} (kdim, vdim, add_bias_kv or add_zero_attn), which is '
+            'not known here: build the model without it'
+        )
+    attention = adopt_attention(attention, QuantPackedAttentionMixin, name, spec)
+    attention.inputs = tuple(inputs)
+    for parts in attention.inputs:
+        setattr(attention, parts, PackedProjection(attention, parts))
+    # torch's own class for it is a Linear in all but name: the name keeps torch's converters away, as nobody calls it.
+    attention.out_proj.__class__ = nn.Linear
+    return attention
