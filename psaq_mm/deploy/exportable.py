@@ -202,7 +202,9 @@ def _require_range(name: str, quantizer: Quantizer) -> None:
 
 def _tap_input(name: str, norm: nn.LayerNorm) -> None:
     library = norm.forward
-    norm.forward = lambda x: library(symbols.mark_tap(x, name))
+    norm.forward = lambda x, *args, **kwargs: library(
+        symbols.mark_tap(x, name), *args, **kwargs
+    )  # a LayerNorm2d has more
 
 
 # ---------------------------------------------------------------------- layers with weights
@@ -219,7 +221,7 @@ def _rewrite_layer(
         original: Name of the layer in the model. It differs where several layers of the copy share a layer's weights.
     """
     linear, sums = isinstance(layer, nn.Linear), None
-    bias = layer.full_bias() if linear else layer.bias
+    bias = layer.full_bias()
     bias = None if bias is None else bias.detach().clone()
     if layer.weight_quantizer.mode == 'off':
         exportable.notes[name] = 'its weight quantizer is switched off'

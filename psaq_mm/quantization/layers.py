@@ -56,8 +56,14 @@ class _QuantizedWeightLayer(nn.Module):
         """
         device = self.weight.device
         if spec.reparameterize and norm_before(self) is not None:
+            outputs, inputs = self.weight.shape[:2]
             self.input_quantizer = ReparameterizedQuantizer(
-                spec.a_bits, self.in_features, self.out_features, spec.a_observer, spec.a_symmetric
+                spec.a_bits,
+                inputs,
+                outputs,
+                spec.a_observer,
+                spec.a_symmetric,
+                axis=-1 if self.weight.dim() == 2 else 1,
             ).to(device)
         else:
             self.input_quantizer = activation_quantizer(spec).to(device)
@@ -73,6 +79,10 @@ class _QuantizedWeightLayer(nn.Module):
         self.output_quantizer = None
         if output is not None and not getattr(self, 'output_feeds_activation', False):
             self.output_quantizer = activation_quantizer(output).to(device)
+
+    def full_bias(self) -> Optional[Tensor]:
+        """The layer's own bias plus the part that reparameterization folded into it."""
+        return self.input_quantizer.shifted(self.bias, self.weight.dtype)
 
     def _finish(self, out: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         return apply_edge(self.output_quantizer, out, valid)
@@ -161,10 +171,6 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
 class QuantLinearMixin(_QuantizedWeightLayer):
     """Forward of a quantized linear layer."""
 
-    def full_bias(self) -> Optional[Tensor]:
-        """The layer's own bias plus the part that reparameterization folded into it."""
-        return self.input_quantizer.shifted(self.bias, self.weight.dtype)
-
     def forward(self, input: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``.
 
@@ -181,7 +187,7 @@ class QuantConv2dMixin(_QuantizedWeightLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C', H', W')``."""
-        return self._finish(self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias))
+        return self._finish(self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.full_bias()))
 
 
 class QuantConvTranspose2dMixin(_QuantizedWeightLayer):

@@ -14,6 +14,7 @@ from psaq_mm.quantization import (
     feeds_activation,
     norm_feeds,
     quantize_output_,
+    takes_folding,
 )
 
 SEQUENTIAL_FFN = ('mmcv.cnn.bricks.transformer.FFN', 'mmpretrain.models.backbones.deit3.DeiT3FFN')
@@ -66,8 +67,8 @@ def add_residual_edges(block: nn.Module, name: str, spec: AdapterSpec) -> nn.Mod
 
 
 def mark_norm(norm: nn.Module, layer: nn.Module) -> None:
-    """Tell that ``norm`` feeds ``layer`` alone, where the two are a LayerNorm and a Linear."""
-    if isinstance(norm, nn.LayerNorm) and isinstance(layer, nn.Linear):
+    """Tell that ``norm`` feeds ``layer`` alone, where the two are a LayerNorm and a layer that its scales fold into."""
+    if isinstance(norm, nn.LayerNorm) and takes_folding(layer):
         norm_feeds(norm, layer)
 
 
