@@ -5,14 +5,14 @@ from typing import List, Tuple
 
 from torch import nn
 
-__all__ = ['find_attention', 'is_attention']
+from psaq_mm.quantization.attention import AttentionParts, attention_parts
+
+__all__ = ['AttentionParts', 'attention_parts', 'find_attention', 'is_attention']
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is self-attention with ``num_heads``, one ``qkv`` projection and an output ``proj``."""
-    return isinstance(getattr(module, 'num_heads', None), int) and all(
-        isinstance(getattr(module, name, None), nn.Linear) for name in ('qkv', 'proj')
-    )
+    """Whether a module is attention whose projections are known, see :func:`attention_parts`."""
+    return attention_parts(module) is not None
 
 
 def find_attention(model: nn.Module) -> List[Tuple[str, nn.Module]]:

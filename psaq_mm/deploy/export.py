@@ -17,9 +17,8 @@ from psaq_mm.deploy.parts import GraphParts, NotInGraph, graph_parts, narrower, 
 from psaq_mm.deploy.tracing import state_shapes_, trace
 from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, report_of, spec_of
-from psaq_mm.models.adapters.match import class_named
-from psaq_mm.models.adapters.swin import SWIN_BACKBONES
-from psaq_mm.models.network import find_backbone
+from psaq_mm.models.adapters import backbone_of
+from psaq_mm.models.network import find_backbone, network_of
 from psaq_mm.models.task import reads_rgb
 from psaq_mm.models.tasks import task_of
 from psaq_mm.plain import to_plain
@@ -164,10 +163,8 @@ def check_opset(opset: int) -> None:
 def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
     """Raises UnsupportedModelError where a model cannot be exported with a dynamic size."""
     backbone = find_backbone(model)
-    # Without pad_small_map, whether mmpretrain shifts depends on the size.
-    if class_named(backbone, SWIN_BACKBONES) is None or not all(
-        getattr(m, 'pad_small_map', True) for m in backbone.modules()
-    ):
+    description = backbone_of(network_of(backbone))
+    if description is None or not description.dynamic_size(backbone):
         raise UnsupportedModelError(
             f'{type(backbone).__name__} does not export with a dynamic size, which the Swin of mmdet and mmseg '
             'does: give its sizes, --size H W'

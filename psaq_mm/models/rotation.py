@@ -9,12 +9,22 @@ from torch import Tensor, nn
 
 from psaq_mm.calibration import find_attention
 from psaq_mm.errors import DataError, UnsupportedModelError
-from psaq_mm.models.adapters.streams import is_identity, streams_of
+from psaq_mm.models.adapters import backbone_of
+from psaq_mm.models.adapters.blocks import is_identity
+from psaq_mm.models.adapters.streams import Stream, Unrotatable
 from psaq_mm.models.scope import find_backbone, network_of
 from psaq_mm.models.task import TaskModel
-from psaq_mm.quantization import full_float32, in_mode, quantizers, random_rotation, rotate_heads_, rotate_stream_
+from psaq_mm.quantization import (
+    attention_parts,
+    full_float32,
+    in_mode,
+    quantizers,
+    random_rotation,
+    rotate_heads_,
+    rotate_stream_,
+)
 
-__all__ = ['RotationReport', 'rotate_model_']
+__all__ = ['RotationReport', 'rotate_model_', 'streams_of']
 
 TOLERANCE = 1e-3
 """Greatest change of an output relative to its spread: float32 alone gives 1e-6 to 1e-5, and TF32, which is off here,
@@ -62,31 +72,56 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
     """
     backbone, heads = find_backbone(model), 0
     streams, left = streams_of(model, network_of(backbone))
-    parts = _parts(model) if streams else ('backbone',)
-    outputs = _outputs(model, parts, size)
+    seen = _parts(model) if streams else ('backbone',)
+    outputs = _outputs(model, seen, size)
     generator = torch.Generator().manual_seed(seed)
     done = []
     with _undone_on_error(model):
         for _, attention in find_attention(backbone):
             scores = is_identity(getattr(attention, 'q_norm', None), getattr(attention, 'k_norm', None))
             values = is_identity(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
-            rotate_heads_(attention.qkv, attention.proj, attention.num_heads, generator, scores=scores, values=values)
-            heads += attention.num_heads if scores or values else 0
-        for stream in streams:
+            parts = attention_parts(attention)
+            rotate_heads_(parts, generator, scores=scores, values=values)
+            heads += parts.heads if scores or values else 0
+        for name, stream in streams:
             rotation = random_rotation(stream.channels, generator, keep_mean=True)
             try:
-                rotate_stream_(rotation, stream.writers, stream.tokens, stream.readers)
+                rotate_stream_(rotation, [writer.layer for writer in stream.writers], stream.tokens, stream.readers)
             except DataError as error:
-                left.append(f'{stream.name}: {error}')
+                left.append(f'{name}: {error}')
             else:
-                done.append((stream.name, stream.channels))
-        change = max((_change(old, new) for old, new in zip(outputs, _outputs(model, parts, size))), default=0.0)
+                done.append((name, stream.channels))
+        change = max((_change(old, new) for old, new in zip(outputs, _outputs(model, seen, size))), default=0.0)
         if not change <= TOLERANCE:
             raise UnsupportedModelError(
                 f'rotating {type(model).__name__} changed its outputs by {change:.1%} of their spread, so something '
                 'reads its tokens that is not known here: set dfq.rotate=False'
             )
     return RotationReport(heads, done, left)
+
+
+def streams_of(model: nn.Module, net: nn.Module) -> Tuple[List[Tuple[str, Stream]], List[str]]:
+    """Streams of a model that may be rotated, each with its title, and a reason for each that may not.
+
+    Args:
+        model: Detector, segmentor or classifier.
+        net: Its network that does the work.
+    """
+    backbone = backbone_of(net)
+    titled = backbone.streams(model, net) if backbone else []
+    if not titled:
+        return [], [f'the stream of {type(net).__name__}: its parts are not told']
+    streams, left = [], []
+    for name, look in titled:
+        try:
+            stream = look()
+            if any(writer.scale is not None for writer in stream.writers):
+                raise Unrotatable('a LayerScale')
+        except Unrotatable as reason:
+            left.append(f'{name}: {reason}')
+        else:
+            streams.append((name, stream))
+    return streams, left
 
 
 @contextmanager

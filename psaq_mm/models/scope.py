@@ -6,7 +6,7 @@ from typing import Callable, Iterator, List, Optional, Tuple
 from torch import nn
 
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.models.adapters import ARCHITECTURES, SUPPORTED_BACKBONES
+from psaq_mm.models.adapters import BACKBONES, backbone_of
 from psaq_mm.models.adapters.match import class_named, qualified_name
 from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, network_of
 from psaq_mm.models.tasks import task_of
@@ -41,17 +41,18 @@ def check_backbone(model: nn.Module) -> None:
             silently.
     """
     net = network_of(find_backbone(model))
-    name = class_named(net, SUPPORTED_BACKBONES)
-    kind = next((kind for kind in ARCHITECTURES if name in kind.backbones), None)
-    if name is None or (kind is not None and not kind.has_blocks(net)):
-        # timm's feature extractor is a wrapper that anything may be in.
-        known = (n for n in SUPPORTED_BACKBONES if '._features.' not in n)
-        supported = ', '.join('.'.join((n.split('.')[0], n.rsplit('.', 1)[1])) for n in known)
+    kind = backbone_of(net)
+    if kind is None:
+        known = (name for backbone in BACKBONES for name in backbone.names)
+        supported = ', '.join('.'.join((name.split('.')[0], name.rsplit('.', 1)[1])) for name in known)
         raise UnsupportedModelError(
             f'the backbone {_title(net)} is not supported: use one of {supported}, or a subclass that does not '
             'override its forward'
         )
-    for path, part in kind.strangers(net) if kind else ():
+    reason = kind.unsupported(net)
+    if reason:
+        raise UnsupportedModelError(f'the backbone {_title(net)} is not supported in this form: {reason}')
+    for path, part in kind.strangers(net):
         raise UnsupportedModelError(
             f'{path} of the backbone {_title(net)} is a {qualified_name(type(part))}, whose attention is not known and '
             'would stay in floating point: build the backbone without it'

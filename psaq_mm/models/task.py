@@ -1,7 +1,6 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """A view of a detector, segmentor or classifier of any library, with all that a data-free run asks of it."""
 
-import math
 from contextlib import nullcontext
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 from psaq_mm.calibration import find_attention
 from psaq_mm.calibration.blocks import BlockTaps
 from psaq_mm.errors import ConfigError, UnsupportedModelError
+from psaq_mm.models.adapters import Backbone, backbone_of
 from psaq_mm.models.network import find_backbone, is_timm, network_of
 from psaq_mm.models.tasks import task_of
 from psaq_mm.pictures import ImageSpec
+from psaq_mm.quantization import attention_parts
 
 __all__ = ['ModelInput', 'TaskModel', 'TaskOutputs', 'PARTS', 'default_parts', 'input_channels', 'reads_rgb']
 
@@ -57,7 +58,7 @@ def default_parts(model: nn.Module) -> Tuple[str, ...]:
     left out: a student of DeiT-Tiny that learns them beside the blocks does worse, see docs/method.md.
     """
     backbone = find_backbone(model)
-    widths = {module.qkv.in_features for _, module in find_attention(backbone)}
+    widths = {attention_parts(module).queries.layer.in_features for _, module in find_attention(backbone)}
     stages = getattr(backbone, 'out_indices', None)
     pyramid = (
         len(widths) != 1 and not is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
@@ -176,54 +177,21 @@ class TaskModel:
     @property
     def min_size(self) -> int:
         """The least image side, in pixels: one attention window, or one patch under global attention."""
-        patch, window = self._patch, 1
-        for module in find_backbone(self.model).modules():
-            size = getattr(module, 'window_size', None)
-            if isinstance(size, (int, tuple)):
-                window = size if isinstance(size, int) else max(size)
-                break
-        return patch * window
-
-    @property
-    def _patch(self) -> int:
-        for module in find_backbone(self.model).modules():
-            if isinstance(module, nn.Conv2d):
-                return max(module.stride)
-        return 1
+        return self._description.min_side(find_backbone(self.model))
 
     @property
     def fixed_size(self) -> Optional[Tuple[int, int]]:
-        """The only (height, width) that the position embedding takes; None where it takes several.
-
-        timm's ViT and Swin refuse other sizes than the one they were built for; the Swin of mmdet and mmseg with an
-        absolute position embedding adds it without resizing. ViT of mmpretrain and mmseg resize theirs.
-        """
-        net = network_of(find_backbone(self.model))
-        embed = getattr(net, 'patch_embed', None)
-        size = getattr(embed, 'img_size', None)
-        if getattr(embed, 'strict_img_size', False) and size:
-            return (size, size) if isinstance(size, int) else tuple(size)
-        absolute = getattr(net, 'absolute_pos_embed', None)
-        if (
-            getattr(net, 'use_abs_pos_embed', False)
-            and isinstance(absolute, Tensor)
-            and not hasattr(net, 'interpolate_mode')
-        ):
-            # A square: the backbone does not keep pretrain_img_size.
-            side = math.isqrt(absolute.shape[1]) * self._patch
-            return side, side
-        return None
+        """The only (height, width) that the position embedding takes; None where it takes several."""
+        return self._description.fixed_size(network_of(find_backbone(self.model)))
 
     @property
     def prefix_tokens(self) -> int:
         """Tokens before those of the patches: 0 for Swin, 1 for ViT and DeiT, 2 for a distilled DeiT."""
-        net = network_of(find_backbone(self.model))
-        for name in ('num_prefix_tokens', 'num_extra_tokens'):
-            if isinstance(getattr(net, name, None), int):
-                return getattr(net, name)
-        if not getattr(net, 'with_cls_token', True):  # mmseg's ViT has the parameter all the same
-            return 0
-        return sum(isinstance(getattr(net, name, None), nn.Parameter) for name in ('cls_token', 'dist_token'))
+        return self._description.prefix_tokens(network_of(find_backbone(self.model)))
+
+    @property
+    def _description(self) -> Backbone:
+        return backbone_of(network_of(find_backbone(self.model))) or Backbone()
 
     @property
     def num_classes(self) -> Optional[int]:

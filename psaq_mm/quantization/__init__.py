@@ -2,6 +2,7 @@
 reparameterization.
 """
 
+from psaq_mm.quantization.attention import AttentionParts, Projection, attention_parts
 from psaq_mm.quantization.convert import (
     ADAPTERS,
     Adapter,
@@ -64,9 +65,14 @@ from psaq_mm.quantization.spec import RECIPES, AdapterSpec, LayerSpec, Override,
 
 __all__ = [
     'ADAPTERS',
+    'RECIPES',
+    'SAME_AS_CONV2D',
+    'SAME_AS_CONVTRANSPOSE2D',
+    'SAME_AS_LINEAR',
     'Adapter',
     'AdapterSpec',
     'AffineQuantizer',
+    'AttentionParts',
     'ChannelGrid',
     'ChannelObserver',
     'ConversionReport',
@@ -82,6 +88,7 @@ __all__ = [
     'Observer',
     'Override',
     'Percentile',
+    'Projection',
     'QuantConv2d',
     'QuantConvTranspose2d',
     'QuantLinear',
@@ -89,16 +96,12 @@ __all__ = [
     'QuantSpec',
     'QuantizedLayer',
     'Quantizer',
-    'RECIPES',
     'Range',
     'ReparameterizedQuantizer',
     'RoundedLayer',
     'RowImportance',
     'RowMask',
     'Rule',
-    'SAME_AS_CONV2D',
-    'SAME_AS_CONVTRANSPOSE2D',
-    'SAME_AS_LINEAR',
     'Shrink',
     'StreamReader',
     'TensorObserver',
@@ -106,6 +109,7 @@ __all__ = [
     'adopt',
     'apply_edge',
     'apply_layer',
+    'attention_parts',
     'attention_products',
     'build_observer',
     'build_rule',

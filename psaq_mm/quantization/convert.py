@@ -139,7 +139,8 @@ class _Conversion:
 
     def _convert_composites(self, composites: Dict) -> None:
         new: Dict[int, nn.Module] = {}
-        for key, (name, module, adapter) in composites.items():
+        # Inner ones first: what contains them reads the parts that they tell.
+        for key, (name, module, adapter) in reversed(list(composites.items())):
             # An excluded module is adapted too: adapters also do what is not quantization, such as masks of padding.
             excluded = self.spec.points == 'linear' or self.spec.resolve(name) is None
             new[key] = adapter.convert(module, name, self.spec.excluded() if excluded else self.spec)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import DataError
+from psaq_mm.quantization.attention import AttentionParts, Projection
 
 __all__ = ['StreamReader', 'random_rotation', 'rotate_heads_', 'rotate_stream_']
 
@@ -76,13 +77,7 @@ def _haar(size: int, generator: Optional[torch.Generator]) -> Tensor:
 
 @torch.no_grad()
 def rotate_heads_(
-    qkv: nn.Linear,
-    proj: nn.Linear,
-    heads: int,
-    generator: Optional[torch.Generator] = None,
-    *,
-    scores: bool = True,
-    values: bool = True,
+    parts: AttentionParts, generator: Optional[torch.Generator] = None, *, scores: bool = True, values: bool = True
 ) -> None:
     """Rotate the queries with the keys, and the values with what reads them, in place.
 
@@ -90,38 +85,40 @@ def rotate_heads_(
     which PSAQ-ViT uses, stays.
 
     Args:
-        qkv: Outputs (3, heads, width): queries, keys, values.
-        proj: Reads the heads' outputs, (heads, width).
-        heads: Their number.
+        parts: Layers of the attention.
         generator: Source of randomness, on the CPU.
         scores: Whether queries and keys are rotated; not where an operation such as a norm is between them and their
             product.
-        values: The same for values and ``proj``.
+        values: The same for values and output projection.
 
     Raises:
         DataError: The layers' widths do not fit.
     """
+    queries, keys, valued, proj = parts.queries, parts.keys, parts.values, parts.proj
     inner = proj.weight.shape[1]
-    if qkv.weight.shape[0] != 3 * inner or inner % heads:
-        raise DataError(
-            f'qkv of {qkv.weight.shape[0]} outputs and proj of {inner} inputs are not those of {heads} heads of one '
-            f'width'
-        )
-    width = inner // heads
-    layers = [qkv.weight] if qkv.bias is None else [qkv.weight, qkv.bias]
-    # (3, heads, width, inputs), a bias as a single input
-    parts = [value.double().cpu().reshape(3, heads, width, -1).clone() for value in layers]
+    for name, projection, rows in (('queries', queries, keys.rows), ('values', valued, inner)):
+        if projection.rows != rows or rows % parts.heads or projection.first + rows > len(projection.layer.weight):
+            raise DataError(
+                f'{projection.rows} rows of {name} and a proj of {inner} inputs are not those of {parts.heads} heads '
+                'of one width'
+            )
     if scores:
-        rotation = random_rotation(width, generator)
-        for part in parts:
-            part[:2] = rotation.T @ part[:2]
+        rotation = random_rotation(queries.rows // parts.heads, generator)
+        _rotate_rows(queries, parts.heads, rotation)
+        _rotate_rows(keys, parts.heads, rotation)
     if values:
+        width = inner // parts.heads
         rotation = random_rotation(width, generator)
-        for part in parts:
-            part[2] = rotation.T @ part[2]
-        proj.weight.copy_((proj.weight.double().cpu().unflatten(1, (heads, width)) @ rotation).flatten(1))
-    for value, part in zip(layers, parts):
-        value.copy_(part.view_as(value))
+        _rotate_rows(valued, parts.heads, rotation)
+        proj.weight.copy_((proj.weight.double().cpu().unflatten(1, (parts.heads, width)) @ rotation).flatten(1))
+
+
+def _rotate_rows(projection: Projection, heads: int, rotation: Tensor) -> None:
+    """Rotate the outputs (heads, width) of a projection, in place."""
+    layer, rows = projection.layer, slice(projection.first, projection.first + projection.rows)
+    for value in (layer.weight,) if layer.bias is None else (layer.weight, layer.bias):
+        part = value[rows].double().cpu().reshape(heads, len(rotation), -1)  # a bias as a single input
+        value[rows] = (rotation.T @ part).reshape(value[rows].shape).to(value)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from psaq_mm.models.adapters.packed_attention import QuantPackedAttentionMixin, 
 from psaq_mm.quantization import (
     AdapterSpec,
     QuantSpec,
+    attention_parts,
     calibrate,
     hold_weights,
     is_quantizer_key,
@@ -19,6 +20,7 @@ from psaq_mm.quantization import (
     quantize_,
     quantizers,
     register_adapter,
+    rotate_heads_,
     set_mode,
 )
 
@@ -160,6 +162,18 @@ def test_a_norm_before_one_part_is_folded_into_its_rows_alone():
     model.load_state_dict(plain.state_dict(), strict=False)  # full-precision weights: nothing is folded any more
     assert not folded.any()
     torch.testing.assert_close(model(), plain(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', INPUTS)
+def test_its_heads_can_be_rotated(kind):
+    plain, model = converted(kind, calibrated=False)
+    set_mode(model, 'off')
+    parts = attention_parts(model.attn)
+    assert parts.heads == HEADS and parts.proj is model.attn.out_proj
+    rotate_heads_(parts, torch.Generator().manual_seed(0))
+    changed = (model.attn.in_proj_weight != plain.attn.in_proj_weight).any(1)
+    assert changed.all() and not torch.equal(model.attn.out_proj.weight, plain.attn.out_proj.weight)
+    torch.testing.assert_close(model(), plain(), rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_that_one_projection_cannot_read_are_refused():

@@ -12,7 +12,7 @@ from vit_models import CONFIGS, build, images_of, run
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import TaskModel, quantize_model_, rotate_model_
-from psaq_mm.models.adapters.streams import streams_of
+from psaq_mm.models.rotation import streams_of
 from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import quantizers, set_mode
 

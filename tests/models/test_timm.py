@@ -146,7 +146,7 @@ REFUSED = [
         timm_backbone,
         'swinv2_tiny_window8_256',
         dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), features_only=True, out_indices=(0, 1)),
-        'SwinTransformerV2Block',
+        'swinv2_tiny_window8_256',
     ),
     (timm_classifier, 'vit_tiny_patch16_224', dict(SMALL_VIT, global_pool='map'), 'attn_pool .*AttentionPoolLatent'),
 ]

@@ -12,6 +12,7 @@ from torch import nn
 
 from psaq_mm.quantization import (
     AffineQuantizer,
+    AttentionParts,
     ChannelGrid,
     FeatureObserver,
     LogQuantizer,
@@ -150,7 +151,7 @@ def test_rotation(device):
     qkv, proj = nn.Linear(8, 24), nn.Linear(8, 8)
     there = copy.deepcopy(qkv).to(device), copy.deepcopy(proj).to(device)
     for layers in ((qkv, proj), there):
-        rotate_heads_(*layers, 2, torch.Generator().manual_seed(0))
+        rotate_heads_(AttentionParts.packed(*layers, 2), torch.Generator().manual_seed(0))
     for one, other in zip(there, (qkv, proj)):
         equal(one.weight.detach(), other.weight.detach(), device)
     assert random_rotation(4, torch.Generator().manual_seed(0)).device.type == 'cpu'

@@ -9,7 +9,9 @@ from torch import nn
 
 from psaq_mm.errors import DataError
 from psaq_mm.quantization import (
+    AttentionParts,
     StreamReader,
+    attention_parts,
     choose_qparams,
     fake_quantize,
     qrange,
@@ -55,6 +57,7 @@ def test_no_size(size):
 class Attention(nn.Module):
     def __init__(self, bias=True):
         super().__init__()
+        self.num_heads = HEADS
         self.qkv, self.proj = nn.Linear(CHANNELS, 3 * CHANNELS, bias=bias), nn.Linear(CHANNELS, CHANNELS)
 
     def forward(self, x):
@@ -68,7 +71,7 @@ def test_heads_compute_what_they_did(bias, which):
     torch.manual_seed(0)
     plain = Attention(bias)
     turned, x = copy.deepcopy(plain), torch.randn(2, 5, CHANNELS)
-    rotate_heads_(turned.qkv, turned.proj, HEADS, generator(), **which)
+    rotate_heads_(attention_parts(turned), generator(), **which)
     torch.testing.assert_close(turned(x), plain(x), rtol=0, atol=1e-6)
     moved = (turned.qkv.weight - plain.qkv.weight).abs().reshape(3, -1).amax(1) > 0.05
     assert moved.tolist() == [which.get('scores', True), which.get('scores', True), which.get('values', True)]
@@ -78,9 +81,9 @@ def test_heads_compute_what_they_did(bias, which):
 def test_heads_that_do_not_fit():
     attention = Attention()
     with pytest.raises(DataError, match='5 heads'):
-        rotate_heads_(attention.qkv, attention.proj, 5)
-    with pytest.raises(DataError, match='24 outputs'):
-        rotate_heads_(attention.proj, attention.proj, HEADS)
+        rotate_heads_(AttentionParts.packed(attention.qkv, attention.proj, 5))
+    with pytest.raises(DataError, match='8 rows of queries'):
+        rotate_heads_(AttentionParts.packed(attention.proj, attention.proj, HEADS))
 
 
 # ---------------------------------------------------------------------- streams

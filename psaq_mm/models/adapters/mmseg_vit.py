@@ -4,18 +4,12 @@
 from torch import Tensor, nn
 
 from psaq_mm.models.adapters.attention import CheckpointedBlockMixin
-from psaq_mm.models.adapters.edges import BlockParts, adopt_block, join, outputs_are_edges
-from psaq_mm.models.adapters.match import Architecture, adapt, class_named
+from psaq_mm.models.adapters.backbone import Backbone, register_backbone
+from psaq_mm.models.adapters.blocks import BlockParts, join, standard_parts
 from psaq_mm.models.adapters.packed_attention import adopt_packed
-from psaq_mm.quantization import AdapterSpec, apply_edge, register_adapter
+from psaq_mm.quantization import AdapterSpec, apply_edge
 
-__all__ = ['MMSEG_VIT_ARCHITECTURES', 'QuantMMSegEncoderLayerMixin']
-
-_BACKBONE = ('mmseg.models.backbones.vit.VisionTransformer',)
-_LAYER = ('mmseg.models.backbones.vit.TransformerEncoderLayer',)
-_WRAPPER = ('mmcv.cnn.bricks.transformer.MultiheadAttention',)
-
-MMSEG_VIT_ARCHITECTURES = (Architecture(_BACKBONE, r'layers\.\d+', _LAYER, _WRAPPER),)
+__all__ = ['MMSegVisionTransformer', 'QuantMMSegEncoderLayerMixin']
 
 
 class QuantMMSegEncoderLayerMixin(CheckpointedBlockMixin):
@@ -26,13 +20,25 @@ class QuantMMSegEncoderLayerMixin(CheckpointedBlockMixin):
         return apply_edge(self.residual2_quantizer, self.ffn(self.norm2(x), identity=x))
 
 
-def _convert_layer(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    attention = adopt_packed(module.attn.attn, join(name, 'attn.attn'), spec)
-    parts = BlockParts(module.norm1, attention, module.norm2, module.ffn)
-    return adopt_block(module, QuantMMSegEncoderLayerMixin, parts, name, spec)
+@register_backbone
+class MMSegVisionTransformer(Backbone):
+    """VisionTransformer of mmseg."""
 
+    names = ('mmseg.models.backbones.vit.VisionTransformer',)
+    block_path = r'layers\.\d+'
+    blocks = {'mmseg.models.backbones.vit.TransformerEncoderLayer': QuantMMSegEncoderLayerMixin}
+    attention = {'mmcv.cnn.bricks.transformer.MultiheadAttention': None}  # converted with its block
+    edges = ('patch_embed.norm', 'drop_after_pos', 'pre_ln')
 
-register_adapter(
-    lambda m: class_named(m, _LAYER) is not None and class_named(m.attn, _WRAPPER) is not None, _convert_layer
-)
-adapt(_BACKBONE, outputs_are_edges('patch_embed.norm', 'drop_after_pos', 'pre_ln'))
+    def convert_block(self, block: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+        """See :meth:`.Backbone.convert_block`."""
+        adopt_packed(block.attn.attn, join(name, 'attn.attn'), spec)
+        return super().convert_block(block, name, spec)
+
+    def parts(self, block: nn.Module) -> BlockParts:
+        """See :meth:`.Backbone.parts`."""
+        return standard_parts(block.norm1, block.attn.attn, block.norm2, block.ffn)
+
+    def prefix_tokens(self, net: nn.Module) -> int:
+        """See :meth:`.Backbone.prefix_tokens`; the parameter is there all the same."""
+        return int(net.with_cls_token)

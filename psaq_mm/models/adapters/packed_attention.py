@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters.attention import adopt_attention, attend_heads
-from psaq_mm.quantization import AdapterSpec, is_quantized_layer
+from psaq_mm.quantization import AdapterSpec, AttentionParts, Projection, is_quantized_layer
 
 __all__ = ['PackedProjection', 'QuantPackedAttentionMixin', 'adopt_packed']
 
@@ -82,6 +82,17 @@ class QuantPackedAttentionMixin:
     def proj(self) -> nn.Linear:
         """The output projection, under the name that attention has elsewhere."""
         return self.out_proj
+
+    def attention_parts(self) -> AttentionParts:
+        """See :func:`psaq_mm.quantization.attention_parts`."""
+        width = self.embed_dim
+        queries, keys, values = (
+            Projection(getattr(self, parts), parts.index(part) * width, width)
+            for part in 'qkv'
+            for parts in self.inputs
+            if part in parts
+        )
+        return AttentionParts(self.num_heads, queries, keys, values, self.out_proj)
 
     def forward(
         self,

@@ -6,17 +6,20 @@ handled where it matters. With every quantizer off, each forward below runs the 
 library's own order, so that its output is the library's to the last bit.
 """
 
+import math
 from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.attention import CheckpointedBlockMixin, adopt_attention, attend
-from psaq_mm.models.adapters.edges import BlockParts, adopt_block, join, mark_norm, outputs_are_edges
-from psaq_mm.models.adapters.match import adapt
+from psaq_mm.models.adapters.attention import CheckpointedBlockMixin, attend
+from psaq_mm.models.adapters.backbone import Backbone, register_backbone
+from psaq_mm.models.adapters.blocks import BlockParts, join, mark_norm, standard_parts
+from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, Stream, need, output_reader, stream
 from psaq_mm.quantization import (
     AdapterSpec,
+    StreamReader,
     adopt,
     apply_edge,
     apply_layer,
@@ -28,27 +31,19 @@ from psaq_mm.quantization import (
 
 __all__ = [
     'PATCH_MERGING',
-    'SWIN_BACKBONES',
-    'valid_query_rows',
-    'QuantWindowMSAMixin',
     'QuantShiftWindowMSAMixin',
     'QuantSwinBlockMixin',
-    'convert_window_attention',
+    'QuantWindowMSAMixin',
+    'Swin',
+    'add_scores_edge',
+    'convert_merging',
     'fill_padding',
+    'valid_query_rows',
 ]
 
-_SWIN_MODULES = ('mmdet.models.backbones.swin', 'mmseg.models.backbones.swin')
-
-SWIN_BACKBONES = tuple(f'{m}.SwinTransformer' for m in _SWIN_MODULES) + (
-    'mmpretrain.models.backbones.swin_transformer.SwinTransformer',
-)
-_WINDOW_MSA = tuple(f'{m}.WindowMSA' for m in _SWIN_MODULES) + ('mmpretrain.models.utils.attention.WindowMSA',)
-_SHIFT_WINDOW_MSA = tuple(f'{m}.ShiftWindowMSA' for m in _SWIN_MODULES) + (
-    'mmpretrain.models.utils.attention.ShiftWindowMSA',
-)
-_SWIN_BLOCK = tuple(f'{m}.SwinBlock' for m in _SWIN_MODULES) + (
-    'mmpretrain.models.backbones.swin_transformer.SwinBlock',
-)
+_MODULES = ('mmdet.models.backbones.swin', 'mmseg.models.backbones.swin')
+_MMPRETRAIN = 'mmpretrain.models.backbones.swin_transformer'
+_ATTENTION_MODULES = (*_MODULES, 'mmpretrain.models.utils.attention')
 PATCH_MERGING = (
     'mmdet.models.layers.transformer.utils.PatchMerging',
     'mmseg.models.utils.embed.PatchMerging',
@@ -165,18 +160,14 @@ class QuantSwinBlockMixin(CheckpointedBlockMixin):
         return apply_edge(self.residual2_quantizer, self.ffn(self.norm2(x), identity=x))
 
 
-def block_parts(block: nn.Module) -> BlockParts:
-    """Parts of a Swin block."""
-    return BlockParts(block.norm1, block.attn.w_msa, block.norm2, block.ffn)
+def add_scores_edge(attention: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    """Give window attention a quantizer of its scores, None where the spec quantizes none; the attention."""
+    attention.scores_quantizer = edge_quantizer(spec, join(name, 'scores'))
+    return attention
 
 
-def convert_window_attention(
-    module: nn.Module, name: str, spec: AdapterSpec, mixin: type = QuantWindowMSAMixin
-) -> nn.Module:
-    """Adopt window attention as ``mixin``, with its products and the edge of its scores."""
-    module = adopt_attention(module, mixin, name, spec)
-    module.scores_quantizer = edge_quantizer(spec, join(name, 'scores'))
-    return module
+def _convert_shift(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    return adopt(module, QuantShiftWindowMSAMixin)
 
 
 def convert_merging(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
@@ -185,13 +176,64 @@ def convert_merging(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Modul
     return module
 
 
-def _convert_block(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    return adopt_block(module, QuantSwinBlockMixin, block_parts(module), name, spec)
+@register_backbone
+class Swin(Backbone):
+    """Swin Transformer of mmdet, mmseg and mmpretrain."""
 
+    names = (*(f'{module}.SwinTransformer' for module in _MODULES), f'{_MMPRETRAIN}.SwinTransformer')
+    block_path = r'stages\.\d+\.blocks\.\d+'
+    blocks = dict.fromkeys(
+        (*(f'{module}.SwinBlock' for module in _MODULES), f'{_MMPRETRAIN}.SwinBlock'), QuantSwinBlockMixin
+    )
+    attention = dict.fromkeys((f'{module}.WindowMSA' for module in _ATTENTION_MODULES), QuantWindowMSAMixin)
+    # What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is
+    # one.
+    edges = ('drop_after_pos',)
+    others = {
+        **dict.fromkeys((f'{module}.ShiftWindowMSA' for module in _ATTENTION_MODULES), _convert_shift),
+        **dict.fromkeys(PATCH_MERGING, convert_merging),
+    }
 
-adapt(_WINDOW_MSA, convert_window_attention)
-adapt(_SHIFT_WINDOW_MSA, lambda module, name, spec: adopt(module, QuantShiftWindowMSAMixin))
-adapt(_SWIN_BLOCK, _convert_block)
-adapt(PATCH_MERGING, convert_merging)
-# What the first block reads: the patch embedding after its LayerNorm, with the position embedding where there is one.
-adapt(SWIN_BACKBONES, outputs_are_edges('drop_after_pos'))
+    def attention_of(self, block: nn.Module) -> Tuple[nn.Module, ...]:
+        """See :meth:`.Backbone.attention_of`."""
+        return (block.attn.w_msa,)
+
+    def parts(self, block: nn.Module) -> BlockParts:
+        """See :meth:`.Backbone.parts`."""
+        return standard_parts(block.norm1, block.attn.w_msa, block.norm2, block.ffn, padded=True)
+
+    def convert_attention(self, attention: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+        """See :meth:`.Backbone.convert_attention`; its scores are an edge."""
+        return add_scores_edge(super().convert_attention(attention, name, spec), name, spec)
+
+    def fixed_size(self, net: nn.Module) -> Optional[Tuple[int, int]]:
+        """See :meth:`.Backbone.fixed_size`: mmdet and mmseg add an absolute position embedding without resizing it."""
+        absolute = getattr(net, 'absolute_pos_embed', None)
+        if not getattr(net, 'use_abs_pos_embed', False) or hasattr(net, 'interpolate_mode'):
+            return None
+        side = math.isqrt(absolute.shape[1]) * self.patch(net)  # a square: pretrain_img_size is not kept
+        return side, side
+
+    def dynamic_size(self, net: nn.Module) -> bool:
+        """See :meth:`.Backbone.dynamic_size`. Without ``pad_small_map``, whether mmpretrain shifts depends on the
+        size.
+        """
+        return all(getattr(module, 'pad_small_map', True) for module in net.modules())
+
+    def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
+        """See :meth:`.Backbone.streams`."""
+        return [
+            (f'the stream of stage {i + 1}', lambda i=i: self._stage(model, net, i)) for i in range(len(net.stages))
+        ]
+
+    def _stage(self, model: nn.Module, net: nn.Module, number: int) -> Stream:
+        need(number > 0, BEHIND_A_NORM)
+        need(not getattr(net, 'out_after_downsample', False), 'outputs after the patch merging')
+        stage, readers = net.stages[number], []
+        if stage.downsample is not None:
+            merging = stage.downsample
+            readers.append(StreamReader(merging.norm, (merging.reduction,), tokens=4, interleaved=True))
+        if number in net.out_indices:
+            level = list(net.out_indices).index(number)
+            readers.append(output_reader(model, getattr(net, f'norm{number}'), level, len(net.out_indices)))
+        return stream(net.stages[number - 1].downsample.reduction, map(self.parts, stage.blocks), readers)

@@ -6,32 +6,19 @@ the padding is at the right and at the bottom whatever the shift. With every qua
 own unfused attention to the last bit.
 """
 
+from typing import Optional, Tuple
+
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.edges import adopt_block
-from psaq_mm.models.adapters.match import Architecture, adapt, class_named
-from psaq_mm.models.adapters.swin import (
-    QuantWindowMSAMixin,
-    convert_merging,
-    convert_window_attention,
-    valid_query_rows,
-)
-from psaq_mm.models.adapters.timm_vit import block_parts
-from psaq_mm.quantization import AdapterSpec, apply_edge, padded, register_adapter
+from psaq_mm.models.adapters.backbone import Backbone, register_backbone
+from psaq_mm.models.adapters.blocks import BlockParts, is_identity
+from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, Stream, need, stream
+from psaq_mm.models.adapters.swin import QuantWindowMSAMixin, add_scores_edge, convert_merging, valid_query_rows
+from psaq_mm.models.adapters.timm_vit import strict_size, timm_parts
+from psaq_mm.quantization import AdapterSpec, StreamReader, apply_edge, padded
 
-__all__ = ['TIMM_SWIN', 'TIMM_SWIN_ARCHITECTURES', 'QuantTimmWindowAttentionMixin', 'QuantTimmSwinBlockMixin']
-
-TIMM_SWIN = ('timm.models.swin_transformer.SwinTransformer',)
-_ATTENTION = ('timm.models.swin_transformer.WindowAttention',)
-_BLOCK = ('timm.models.swin_transformer.SwinTransformerBlock',)
-_PATCH_MERGING = ('timm.models.swin_transformer.PatchMerging',)
-
-# With features_only=True, timm takes the model apart: only its stages are left, as layers_0, layers_1, ...
-TIMM_SWIN_ARCHITECTURES = (
-    Architecture(
-        TIMM_SWIN + ('timm.models._features.FeatureListNet',), r'layers[._]\d+\.blocks\.\d+', _BLOCK, _ATTENTION
-    ),
-)
+__all__ = ['QuantTimmSwinBlockMixin', 'QuantTimmWindowAttentionMixin', 'TimmSwin']
 
 
 class QuantTimmWindowAttentionMixin(QuantWindowMSAMixin):
@@ -57,18 +44,52 @@ class QuantTimmSwinBlockMixin:
         return x.reshape(B, H, W, C)
 
 
-def _convert_attention(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    return convert_window_attention(module, name, spec, QuantTimmWindowAttentionMixin)
+@register_backbone
+class TimmSwin(Backbone):
+    """SwinTransformer of timm. With ``features_only=True``, timm takes the model apart: only its stages are left, as
+    ``layers_0``, ``layers_1``, ...
+    """
 
+    names = ('timm.models.swin_transformer.SwinTransformer',)
+    wrappers = ('timm.models._features.FeatureListNet',)
+    block_path = r'layers[._]\d+\.blocks\.\d+'
+    blocks = {'timm.models.swin_transformer.SwinTransformerBlock': QuantTimmSwinBlockMixin}
+    attention = {'timm.models.swin_transformer.WindowAttention': QuantTimmWindowAttentionMixin}
+    others = {'timm.models.swin_transformer.PatchMerging': convert_merging}
 
-def _convert_block(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    return adopt_block(module, QuantTimmSwinBlockMixin, block_parts(module), name, spec)
+    def parts(self, block: nn.Module) -> BlockParts:
+        """See :meth:`.Backbone.parts`."""
+        return timm_parts(block, padded=True)
 
+    def unsupported(self, net: nn.Module) -> Optional[str]:
+        """See :meth:`.Backbone.unsupported`."""
+        if any(class_named(block, self.blocks, '_attn') is None for _, block in self.block_list(net)):
+            return 'its blocks override _attn'
+        return None
 
-def _is_block(module: nn.Module) -> bool:
-    return class_named(module, _BLOCK) is not None and class_named(module, _BLOCK, '_attn') is not None
+    def convert_attention(self, attention: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+        """See :meth:`.Backbone.convert_attention`; its scores are an edge."""
+        return add_scores_edge(super().convert_attention(attention, name, spec), name, spec)
 
+    def fixed_size(self, net: nn.Module) -> Optional[Tuple[int, int]]:
+        """See :meth:`.Backbone.fixed_size`."""
+        return strict_size(net) if hasattr(net, 'patch_embed') else None
 
-adapt(_ATTENTION, _convert_attention)
-register_adapter(_is_block, _convert_block)
-adapt(_PATCH_MERGING, convert_merging)
+    def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
+        """See :meth:`.Backbone.streams`."""
+        layers = getattr(net, 'layers', ())  # none where timm has taken the model apart
+        return [(f'the stream of stage {i + 1}', lambda i=i: self._stage(net, i)) for i in range(len(layers))]
+
+    def _stage(self, net: nn.Module, number: int) -> Stream:
+        need(number > 0, BEHIND_A_NORM)
+        stage = net.layers[number]
+        if number + 1 < len(net.layers):
+            merging = net.layers[number + 1].downsample
+            reader = StreamReader(merging.norm, (merging.reduction,), tokens=4)
+        else:
+            need(
+                isinstance(getattr(net.head, 'fc', None), nn.Linear) and is_identity(getattr(net.head, 'norm', None)),
+                'no linear head that reads it',
+            )
+            reader = StreamReader(net.norm, (net.head.fc,))
+        return stream(stage.downsample.reduction, map(self.parts, stage.blocks), [reader])

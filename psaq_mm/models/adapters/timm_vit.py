@@ -5,24 +5,24 @@ With every quantizer off, the output is that of timm's own unfused attention to 
 to rounding.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.attention import adopt_attention, attend
-from psaq_mm.models.adapters.edges import BlockParts, adopt_block, outputs_are_edges, quantize_outputs
-from psaq_mm.models.adapters.match import Architecture, adapt
-from psaq_mm.quantization import AdapterSpec, apply_edge
+from psaq_mm.models.adapters.attention import attend
+from psaq_mm.models.adapters.backbone import Backbone, register_backbone
+from psaq_mm.models.adapters.blocks import (
+    BlockParts,
+    is_identity,
+    layer_scale,
+    outputs_are_edges,
+    quantize_outputs,
+    standard_parts,
+)
+from psaq_mm.models.adapters.streams import NamedStreams, Stream, need, stream
+from psaq_mm.quantization import AdapterSpec, StreamReader, apply_edge
 
-__all__ = ['TIMM_VIT_ARCHITECTURES', 'TIMM_VIT_BACKBONES', 'QuantTimmAttentionMixin', 'QuantTimmBlockMixin']
-
-TIMM_VIT_BACKBONES = ('timm.models.vision_transformer.VisionTransformer', 'timm.models.deit.VisionTransformerDistilled')
-# Newer versions of timm have moved the attention among the layers.
-_ATTENTION = ('timm.models.vision_transformer.Attention', 'timm.layers.attention.Attention')
-_BLOCK = ('timm.models.vision_transformer.Block',)
-_PATCH_EMBED = ('timm.layers.patch_embed.PatchEmbed',)
-
-TIMM_VIT_ARCHITECTURES = (Architecture(TIMM_VIT_BACKBONES, r'blocks\.\d+', _BLOCK, _ATTENTION),)
+__all__ = ['QuantTimmAttentionMixin', 'QuantTimmBlockMixin', 'TimmVisionTransformer', 'strict_size', 'timm_parts']
 
 
 class QuantTimmAttentionMixin:
@@ -59,21 +59,64 @@ class QuantTimmBlockMixin:
         return apply_edge(self.residual2_quantizer, x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
-def block_parts(block: nn.Module) -> BlockParts:
+def timm_parts(block: nn.Module, padded: bool = False) -> BlockParts:
     """Parts of a block of timm's VisionTransformer or SwinTransformer."""
-    return BlockParts(block.norm1, block.attn, block.norm2, block.mlp)
+    scales = (layer_scale(getattr(block, name, None)) for name in ('ls1', 'ls2'))
+    return standard_parts(block.norm1, block.attn, block.norm2, block.mlp, *scales, padded=padded)
 
 
-def _convert_attention(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    quantize_outputs(module, name, spec, ('q_norm', 'k_norm'))
-    return adopt_attention(module, QuantTimmAttentionMixin, name, spec)
+def strict_size(net: nn.Module) -> Optional[Tuple[int, int]]:
+    """The size that timm's patch embedding was built for, where it takes no other."""
+    size = getattr(net.patch_embed, 'img_size', None)
+    if not size or not getattr(net.patch_embed, 'strict_img_size', False):
+        return None
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def _convert_block(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    return adopt_block(module, QuantTimmBlockMixin, block_parts(module), name, spec)
+@register_backbone
+class TimmVisionTransformer(Backbone):
+    """VisionTransformer and VisionTransformerDistilled of timm."""
 
+    names = ('timm.models.vision_transformer.VisionTransformer', 'timm.models.deit.VisionTransformerDistilled')
+    block_path = r'blocks\.\d+'
+    blocks = {'timm.models.vision_transformer.Block': QuantTimmBlockMixin}
+    # Newer versions of timm have moved the attention among the layers.
+    attention = {
+        'timm.models.vision_transformer.Attention': QuantTimmAttentionMixin,
+        'timm.layers.attention.Attention': QuantTimmAttentionMixin,
+    }
+    edges = ('pos_drop', 'norm_pre')
+    others = {'timm.layers.patch_embed.PatchEmbed': outputs_are_edges('norm')}
 
-adapt(_ATTENTION, _convert_attention)
-adapt(_BLOCK, _convert_block)
-adapt(TIMM_VIT_BACKBONES, outputs_are_edges('pos_drop', 'norm_pre'))
-adapt(_PATCH_EMBED, outputs_are_edges('norm'))
+    def parts(self, block: nn.Module) -> BlockParts:
+        """See :meth:`.Backbone.parts`."""
+        return timm_parts(block)
+
+    def convert_attention(self, attention: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+        """See :meth:`.Backbone.convert_attention`."""
+        quantize_outputs(attention, name, spec, ('q_norm', 'k_norm'))
+        return super().convert_attention(attention, name, spec)
+
+    def prefix_tokens(self, net: nn.Module) -> int:
+        """See :meth:`.Backbone.prefix_tokens`."""
+        return net.num_prefix_tokens
+
+    def fixed_size(self, net: nn.Module) -> Optional[Tuple[int, int]]:
+        """See :meth:`.Backbone.fixed_size`."""
+        return strict_size(net)
+
+    def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
+        """See :meth:`.Backbone.streams`."""
+        return [('the stream', lambda: self._stream(net))]
+
+    def _stream(self, net: nn.Module) -> Stream:
+        need(is_identity(net.norm_pre, net.patch_embed.norm), 'a LayerNorm before the first block')
+        need(
+            is_identity(getattr(net, 'attn_pool', None)) and isinstance(net.head, nn.Linear),
+            'no linear head that reads it',
+        )
+        norms = [norm for norm in (net.norm, net.fc_norm) if not is_identity(norm)]
+        need(len(norms) == 1, 'not one LayerNorm before the head')
+        heads = tuple(head for head in (net.head, getattr(net, 'head_dist', None)) if isinstance(head, nn.Linear))
+        tokens = [getattr(net, name, None) for name in ('pos_embed', 'cls_token', 'dist_token', 'reg_token')]
+        return stream(net.patch_embed.proj, map(self.parts, net.blocks), [StreamReader(norms[0], heads)], tokens)

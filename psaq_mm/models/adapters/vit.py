@@ -9,22 +9,24 @@ zoo model).
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.attention import adopt_attention, attend
-from psaq_mm.models.adapters.edges import BlockParts, add_residual_edges, adopt_block, mark_ffn, outputs_are_edges
-from psaq_mm.models.adapters.match import Architecture, adapt
-from psaq_mm.quantization import AdapterSpec, adopt, apply_edge
+from psaq_mm.models.adapters.attention import attend
+from psaq_mm.models.adapters.backbone import Backbone, register_backbone
+from psaq_mm.models.adapters.blocks import BlockParts, is_identity, layer_scale, standard_parts
+from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.streams import NamedStreams, Stream, need, stream
+from psaq_mm.quantization import StreamReader, apply_edge
 
-__all__ = ['VIT_ARCHITECTURES', 'QuantMultiheadAttentionMixin', 'QuantEncoderLayerMixin', 'QuantDeiT3EncoderLayerMixin']
+__all__ = ['QuantMultiheadAttentionMixin', 'QuantEncoderLayerMixin', 'QuantDeiT3EncoderLayerMixin', 'VisionTransformer']
 
-_BACKBONES = tuple(
+_VITS = tuple(
     f'mmpretrain.models.backbones.{name}'
-    for name in ('vision_transformer.VisionTransformer', 'deit.DistilledVisionTransformer', 'deit3.DeiT3')
+    for name in ('vision_transformer.VisionTransformer', 'deit.DistilledVisionTransformer')
 )
-_ATTENTION = ('mmpretrain.models.utils.attention.MultiheadAttention',)
-_LAYER = ('mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer',)
-_DEIT3_LAYER = ('mmpretrain.models.backbones.deit3.DeiT3TransformerEncoderLayer',)
-
-VIT_ARCHITECTURES = (Architecture(_BACKBONES, r'layers\.\d+', _LAYER + _DEIT3_LAYER, _ATTENTION),)
+_DEIT3 = 'mmpretrain.models.backbones.deit3.DeiT3'
+_HEADS = tuple(
+    f'mmpretrain.models.heads.{name}'
+    for name in ('vision_transformer_head.VisionTransformerClsHead', 'deit_head.DeiTClsHead')
+)
 
 
 class QuantMultiheadAttentionMixin:
@@ -63,26 +65,46 @@ class QuantDeiT3EncoderLayerMixin(QuantEncoderLayerMixin):
     ffn_norm = 'ln1'
 
 
-def block_parts(layer: nn.Module) -> BlockParts:
-    """Parts of a layer of mmpretrain's VisionTransformer."""
-    return BlockParts(layer.ln1, layer.attn, layer.ln2, layer.ffn)
+@register_backbone
+class VisionTransformer(Backbone):
+    """VisionTransformer, DistilledVisionTransformer and DeiT3 of mmpretrain."""
 
+    names = (*_VITS, _DEIT3)
+    block_path = r'layers\.\d+'
+    blocks = {
+        'mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer': QuantEncoderLayerMixin,
+        'mmpretrain.models.backbones.deit3.DeiT3TransformerEncoderLayer': QuantDeiT3EncoderLayerMixin,
+    }
+    attention = {'mmpretrain.models.utils.attention.MultiheadAttention': QuantMultiheadAttentionMixin}
+    edges = ('patch_embed.norm', 'drop_after_pos', 'pre_norm')
 
-def _convert_attention(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    return adopt_attention(module, QuantMultiheadAttentionMixin, name, spec)
+    def parts(self, block: nn.Module) -> BlockParts:
+        """See :meth:`.Backbone.parts`."""
+        norm2 = getattr(block, self.blocks[class_named(block, self.blocks)].ffn_norm)
+        return standard_parts(block.ln1, block.attn, norm2, block.ffn, layer_scale(block.attn.gamma1))
 
+    def prefix_tokens(self, net: nn.Module) -> int:
+        """See :meth:`.Backbone.prefix_tokens`."""
+        return net.num_extra_tokens
 
-def _convert_layer(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    return adopt_block(module, QuantEncoderLayerMixin, block_parts(module), name, spec)
+    def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
+        """See :meth:`.Backbone.streams`."""
+        return [('the stream', lambda: self._stream(model, net))] if class_named(net, _VITS) else []
 
-
-def _convert_deit3_layer(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    # ln1 feeds two layers, so that its scales cannot be folded into either.
-    mark_ffn(module.ffn)
-    return add_residual_edges(adopt(module, QuantDeiT3EncoderLayerMixin), name, spec)
-
-
-adapt(_ATTENTION, _convert_attention)
-adapt(_LAYER, _convert_layer)
-adapt(_DEIT3_LAYER, _convert_deit3_layer)
-adapt(_BACKBONES, outputs_are_edges('patch_embed.norm', 'drop_after_pos', 'pre_norm'))
+    def _stream(self, model: nn.Module, net: nn.Module) -> Stream:
+        head = getattr(model, 'head', None)
+        need(
+            class_named(head, _HEADS)
+            and getattr(model, 'neck', None) is None
+            and net.out_type == 'cls_token'
+            and net.final_norm
+            and list(net.out_indices) == [len(net.layers) - 1],
+            'its tokens are read by more than a known head of class tokens',
+        )
+        need(is_identity(getattr(net, 'pre_norm', None), net.patch_embed.norm), 'a LayerNorm before the first block')
+        need(not any(layer.attn.v_shortcut for layer in net.layers), 'a shortcut around the attention')
+        linears = [getattr(head.layers, name, None) for name in ('pre_logits', 'head', 'head_dist')]
+        behind = linears[:1] if linears[0] is not None else [layer for layer in linears if layer is not None]
+        tokens = [getattr(net, name, None) for name in ('pos_embed', 'cls_token', 'dist_token')]
+        last = StreamReader(net.ln1, tuple(behind))
+        return stream(net.patch_embed.projection, map(self.parts, net.layers), [last], tokens)
