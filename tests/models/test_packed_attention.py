@@ -103,6 +103,8 @@ def test_with_quantizers_off_it_is_torchs_attention_under_every_mask(kind, batch
     for masks in masks_of(kind).values():
         outputs.append(plain(**masks))
         torch.testing.assert_close(model(**masks), outputs[-1], rtol=1e-5, atol=1e-6)
+        if not masks:
+            assert torch.equal(model(), outputs[-1])
     assert all((out - outputs[0]).abs().max() > 1e-3 for out in outputs[1:])  # every mask matters
 
 
@@ -184,5 +186,29 @@ def test_inputs_that_one_projection_cannot_read_are_refused():
     with pytest.raises(UnsupportedModelError, match='give it a batch'):
         model.attn(query[:, 0])
     for options in (dict(kdim=16), dict(add_bias_kv=True), dict(add_zero_attn=True)):
-        with pytest.raises(UnsupportedModelError, match='attn is torch.nn.MultiheadAttention with'):
-            adopt_packed(nn.MultiheadAttention(WIDTH, HEADS, **options), 'attn', AdapterSpec(QuantSpec()))
+        with pytest.raises(UnsupportedModelError, match=f'(?s)attn, a torch.*{next(iter(options))}'):
+            adopt_packed(nn.MultiheadAttention(WIDTH, HEADS, **options), 'attn', AdapterSpec(QuantSpec()), ('q', 'kv'))
+
+
+@pytest.mark.parametrize('average', [True, False])
+def test_its_attention_weights_are_the_librarys(average):
+    plain, model = converted('cross')
+    set_mode(model, 'off')
+    options = dict(average_attn_weights=average, need_weights=True)
+    expected, given = (part.attn(*part.tensors(), **options)[1] for part in (plain, model))
+    torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-6)
+    assert model.attn(*model.tensors(), need_weights=False)[1] is None
+
+
+def test_keys_and_values_may_have_a_width_of_their_own():
+    plain, model = converted('cross', kdim=16, vdim=8, calibrated=False)
+    assert adopt_packed(model.attn, 'attn', AdapterSpec(QuantSpec())) is model.attn  # once is enough
+    query, key, value = plain.tensors()
+    tensors = query, key[..., :16], value[..., :8]
+    expected = plain.attn(*tensors)[0]
+    set_mode(model, 'off')
+    assert torch.equal(model.attn(*tensors)[0], expected)
+    set_mode(model, 'on')
+    calibrate(model, lambda: model.attn(*tensors))
+    assert (model.attn(*tensors)[0] - expected).square().mean() < 1e-3 * expected.var()
+    assert model.attn.k.weight_quantizer.scale.shape == (WIDTH,) and model.attn.k.weight.shape == (WIDTH, 16)

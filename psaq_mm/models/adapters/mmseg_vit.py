@@ -32,7 +32,7 @@ class MMSegVisionTransformer(Backbone):
 
     def convert_block(self, block: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
         """See :meth:`.Backbone.convert_block`."""
-        adopt_packed(block.attn.attn, join(name, 'attn.attn'), spec)
+        adopt_packed(block.attn.attn, join(name, 'attn.attn'), spec, ('qkv',))
         return super().convert_block(block, name, spec)
 
     def parts(self, block: nn.Module) -> BlockParts:

@@ -17,7 +17,7 @@ inputs               used by
 ===================  ==============================================================
 """
 
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -34,27 +34,32 @@ class PackedProjection(nn.Linear):
     """A part of the packed query, key and value projection of an ``nn.MultiheadAttention``, as a layer.
 
     It owns no parameter: ``weight`` and ``bias`` are rows of the attention's ``in_proj_weight`` and ``in_proj_bias``,
-    looked up at each use, so that loading, moving or averaging may replace them. Its only state-dict keys are its
-    quantizers'.
+    looked up at each use, so that loading, moving or averaging may replace them. Where keys or values have a width of
+    their own (``kdim``, ``vdim``), the weight is the attention's ``q_proj_weight``, ``k_proj_weight`` or
+    ``v_proj_weight``. Its only state-dict keys are its quantizers'.
 
     Args:
-        attention: Whose projection it is: one width of queries, keys and values.
+        attention: Whose projection it is.
         parts: Neighbours out of ``'qkv'``, for example ``'kv'``.
+
+    Attributes:
+        weight_name: Of the attention's parameter.
     """
 
     def __init__(self, attention: nn.MultiheadAttention, parts: str = 'qkv'):
         nn.Module.__init__(self)
-        first = 'qkv'.index(parts)
-        self.in_features = attention.embed_dim
+        first = 'qkv'.index(parts) * attention.embed_dim
+        self.in_features = dict(k=attention.kdim, v=attention.vdim).get(parts, attention.embed_dim)
         self.out_features = len(parts) * attention.embed_dim
-        self._rows = slice(first * attention.embed_dim, (first + len(parts)) * attention.embed_dim)
+        self._rows = slice(first, first + self.out_features)
+        self.weight_name = 'in_proj_weight' if attention.in_proj_weight is not None else f'{parts}_proj_weight'
         # In a tuple: as an attribute of its own, the parent would become a child of its child.
         self._attention = (attention,)
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, embed_dim); a view, unless the layer has all rows."""
-        return self._part(self._attention[0].in_proj_weight)
+        """(out_features, in_features); a view, unless the layer has all rows."""
+        return self._part(getattr(self._attention[0], self.weight_name))
 
     @property
     def bias(self) -> Optional[Tensor]:
@@ -69,8 +74,8 @@ class PackedProjection(nn.Linear):
 class QuantPackedAttentionMixin:
     """Attention of ``nn.MultiheadAttention`` as explicit products, made by :func:`adopt_packed`.
 
-    It computes batch first, which changes only the order of rows in its projections: the output is the library's to
-    rounding.
+    The projections read their input as the library's do, positions first, so that the output is the library's to the
+    last bit; the output projection reads it batch first, as other attention does and as taps want it.
 
     Attributes:
         inputs: Names of its :class:`PackedProjection` children: the letters are what each of them gives.
@@ -100,11 +105,11 @@ class QuantPackedAttentionMixin:
         key: Optional[Tensor] = None,
         value: Optional[Tensor] = None,
         key_padding_mask: Optional[Tensor] = None,
-        need_weights: bool = False,
+        need_weights: bool = True,
         attn_mask: Optional[Tensor] = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> Tuple[Tensor, None]:
+    ) -> Tuple[Tensor, Optional[Tensor]]:
         """Attention, with the arguments of ``nn.MultiheadAttention`` in their order.
 
         Args:
@@ -112,13 +117,13 @@ class QuantPackedAttentionMixin:
             key: (M, B, C) or (B, M, C). None: ``query``.
             value: Shaped as ``key``. None: ``key``.
             key_padding_mask: Keys that are left out, (B, M): bool with True for those, or added to the scores.
-            need_weights: Not read.
+            need_weights: Whether the attention weights are returned.
             attn_mask: (N, M) or (B * heads, N, M): bool with True for pairs that are left out, or added to the scores.
-            average_attn_weights: Not read.
+            average_attn_weights: Whether they are the mean over the heads.
             is_causal: Not read: it says of ``attn_mask`` what it is.
 
         Returns:
-            Output, shaped as ``query``, and None in place of the attention weights.
+            Output, shaped as ``query``, and the attention weights (B, N, M) or (B, heads, N, M), or None.
 
         Raises:
             UnsupportedModelError: Two inputs differ that one projection reads, or there is no batch.
@@ -130,14 +135,20 @@ class QuantPackedAttentionMixin:
         key = query if key is None else key
         q, k, v = self._projected(dict(q=query, k=key, v=key if value is None else value))
 
+        kept: List[Tensor] = []
+
         def weights(scores: Tensor) -> Tensor:
             # After the scores' quantizer: the range must not reach to what the masks add.
             for mask in self._masks(scores, key_padding_mask, attn_mask):
                 scores = scores + mask
-            return F.dropout(scores.softmax(dim=-1), self.dropout, self.training)
+            kept.append(F.dropout(scores.softmax(dim=-1), self.dropout, self.training))
+            return kept[0]
 
         x = self.out_proj(attend_heads(self, q / self.head_dim**0.5, k, v, weights))
-        return (x if self.batch_first else x.transpose(0, 1)), None
+        x = x if self.batch_first else x.transpose(0, 1)
+        if not need_weights:
+            return x, None
+        return x, kept[0].mean(1) if average_attn_weights else kept[0]
 
     def _projected(self, inputs: Dict[str, Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, heads, N or M, head_dim), of what each is projected from."""
@@ -150,9 +161,10 @@ class QuantPackedAttentionMixin:
                     f'the quantized attention projects {" and ".join(parts)} from one tensor, and got another one for '
                     f"{other!r}: adapt it with inputs=('q', 'k', 'v')"
                 )
-            x = getattr(self, parts)(x if self.batch_first else x.transpose(0, 1))
-            x = x.reshape(*x.shape[:2], len(parts), self.num_heads, -1).permute(2, 0, 3, 1, 4)
-            heads.update(zip(parts, x.unbind(0)))
+            x = getattr(self, parts)(x.transpose(0, 1) if self.batch_first else x)
+            # Each part in its own memory, as in the library: the last bit of the products depends on it.
+            x = x.unflatten(-1, (len(parts), self.num_heads, -1)).movedim(-3, 0).contiguous()
+            heads.update(zip(parts, x.permute(0, 2, 3, 1, 4).unbind(0)))
         return heads['q'], heads['k'], heads['v']
 
     def _masks(self, scores: Tensor, keys: Optional[Tensor], pairs: Optional[Tensor]) -> Sequence[Tensor]:
@@ -167,11 +179,11 @@ class QuantPackedAttentionMixin:
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # A projection cannot tell by itself that full-precision weights are loaded: their key is not its own.
-        if f'{prefix}in_proj_weight' in state_dict:
-            for parts in self.inputs:
-                layer = getattr(self, parts)
-                if is_quantized_layer(layer) and f'{prefix}{parts}.input_quantizer.fill' not in state_dict:
-                    layer.input_quantizer.forget_folding()
+        for parts in self.inputs:
+            layer = getattr(self, parts)
+            weight, fill = f'{prefix}{layer.weight_name}', f'{prefix}{parts}.input_quantizer.fill'
+            if is_quantized_layer(layer) and weight in state_dict and fill not in state_dict:
+                layer.input_quantizer.forget_folding()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -186,25 +198,30 @@ def _additive(mask: Tensor, scores: Tensor) -> Tensor:
 
 
 def adopt_packed(
-    attention: nn.MultiheadAttention, name: str, spec: AdapterSpec, inputs: Tuple[str, ...] = ('qkv',)
+    attention: nn.MultiheadAttention, name: str, spec: AdapterSpec, inputs: Tuple[str, ...] = ('q', 'k', 'v')
 ) -> nn.MultiheadAttention:
     """Give an ``nn.MultiheadAttention`` its projections as layers and its products; the module.
 
     Args:
-        attention: Converted in place.
+        attention: Converted in place; one that is converted already stays as it is.
         name: Its dotted name.
         spec: As an adapter gets it.
         inputs: Which of queries, keys and values are projected from one tensor, see the top of this file. Each name
             becomes a layer of the attention. The tensors are compared when the attention runs.
 
     Raises:
-        UnsupportedModelError: It adds keys or values of its own, or takes keys of another width.
+        UnsupportedModelError: It adds a key and a value of its own; or parts of several widths are to be one layer.
     """
-    if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
-        extra = 'keys or values of another width' if attention.in_proj_weight is None else 'a key of its own'
+    if isinstance(attention, QuantPackedAttentionMixin):
+        return attention
+    problem = ''
+    if attention.bias_k is not None or attention.add_zero_attn:
+        problem = 'adds a key of its own (add_bias_kv or add_zero_attn)'
+    elif attention.in_proj_weight is None and max(map(len, inputs)) > 1:
+        problem = f'has keys or values of another width (kdim or vdim), so that {inputs} is no set of layers'
+    if problem:
         raise UnsupportedModelError(
-            f'{name} is torch.nn.MultiheadAttention with {extra} (kdim, vdim, add_bias_kv or add_zero_attn), which is '
-            'not known here: build the model without it'
+            f'{name}, a torch.nn.MultiheadAttention, {problem}, which is not known here: build the model without it'
         )
     attention = adopt_attention(attention, QuantPackedAttentionMixin, name, spec)
     attention.inputs = tuple(inputs)
