@@ -36,6 +36,7 @@ from psaq_mm.quantization.layers import (
     full_precision_weights,
     hold_weights,
     is_quantized_layer,
+    keep_float,
     quantize_output_,
 )
 from psaq_mm.quantization.logarithmic import fake_log_quantize, log_dequantize, log_quantize
@@ -127,6 +128,7 @@ __all__ = [
     'in_mode',
     'is_quantized_layer',
     'is_quantizer_key',
+    'keep_float',
     'learn_ranges_',
     'learned_ranges',
     'log_dequantize',

@@ -456,6 +456,18 @@ _FLOAT_LAYERS = (
 )
 
 
+def keep_float(module: nn.Module, reason: str) -> None:
+    """Leave the layers of a module in floating point; a report names each with the reason.
+
+    Args:
+        module: A layer, or what holds some. For an adapter, which knows that a layer computes a constant, for example.
+        reason: Such as ``'a constant of the size'``.
+    """
+    for layer in module.modules():
+        if isinstance(layer, tuple(row[0] for row in _FLOAT_LAYERS)):
+            vars(layer)['float_reason'] = reason
+
+
 def quant_class_of(module: nn.Module) -> Tuple[Optional[type], str]:
     """Quantized class for a float layer.
 
@@ -466,6 +478,8 @@ def quant_class_of(module: nn.Module) -> Tuple[Optional[type], str]:
     for float_class, quant_class, same in _FLOAT_LAYERS:
         if not isinstance(module, float_class):
             continue
+        if 'float_reason' in vars(module):
+            return None, vars(module)['float_reason']
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return None, 'its weight is used by the attention function, its forward is never called'
         if isinstance(getattr(module, 'weight', None), nn.parameter.UninitializedParameter):
