@@ -82,6 +82,6 @@ class CheckpointedBlockMixin:
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """(B, N, C) to (B, N, C), as the library's."""
-        if self.with_cp and x.requires_grad:
+        if getattr(self, 'with_cp', False) and x.requires_grad:
             return cp.checkpoint(self._block, x, *args, use_reentrant=False)
         return self._block(x, *args)
