@@ -461,25 +461,26 @@ def keep_float(module: nn.Module, reason: str) -> None:
 
     Args:
         module: A layer, or what holds some. For an adapter, which knows that a layer computes a constant, for example.
+            A module without layers is named itself: one that multiplies activations in a way that has no quantizer.
         reason: Such as ``'a constant of the size'``.
     """
-    for layer in module.modules():
-        if isinstance(layer, tuple(row[0] for row in _FLOAT_LAYERS)):
-            vars(layer)['float_reason'] = reason
+    layers = [layer for layer in module.modules() if isinstance(layer, tuple(row[0] for row in _FLOAT_LAYERS))]
+    for part in layers or [module]:
+        vars(part)['float_reason'] = reason
 
 
 def quant_class_of(module: nn.Module) -> Tuple[Optional[type], str]:
     """Quantized class for a float layer.
 
     Returns:
-        ``(class, '')``, or ``(None, reason)`` for a Linear or convolution whose forward is not the known one, or
-        ``(None, '')`` for any other module.
+        ``(class, '')``, or ``(None, reason)`` for a Linear or convolution whose forward is not the known one and for
+        what :func:`keep_float` keeps, or ``(None, '')`` for any other module.
     """
+    if 'float_reason' in vars(module):
+        return None, vars(module)['float_reason']
     for float_class, quant_class, same in _FLOAT_LAYERS:
         if not isinstance(module, float_class):
             continue
-        if 'float_reason' in vars(module):
-            return None, vars(module)['float_reason']
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return None, 'its weight is used by the attention function, its forward is never called'
         if isinstance(getattr(module, 'weight', None), nn.parameter.UninitializedParameter):

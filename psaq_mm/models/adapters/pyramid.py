@@ -7,8 +7,7 @@ of convolutions: 1 x 1, a depthwise 3 x 3 in MiT and in PVT v2, 1 x 1 (SegFormer
 arXiv 2106.13797, section 3.3).
 """
 
-import math
-from typing import Iterable, Optional, Sequence, Tuple
+from typing import Iterable, Tuple
 
 from torch import Tensor, nn
 
@@ -53,7 +52,7 @@ def reduced_attention_parts(norm: nn.Module, attention: nn.Module) -> Tuple[Feed
 
 
 def smallest_side(stages: Iterable[Tuple[int, int]]) -> int:
-    """The least side of a picture in pixels, of (stride, reduction) of each stage: one position of every reduced map."""
+    """The least side of a picture in pixels, of (stride, reduction) of each stage: each reduced map has a position."""
     total, sides = 1, []
     for stride, reduction in stages:
         total *= stride
@@ -87,9 +86,7 @@ class _Pyramid(Backbone):
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`: each stage begins behind a LayerNorm."""
-        return [
-            (f'the stream of stage {i + 1}', lambda: need(False, BEHIND_A_NORM)) for i in range(len(net.layers))
-        ]
+        return [(f'the stream of stage {i + 1}', lambda: need(False, BEHIND_A_NORM)) for i in range(len(net.layers))]
 
 
 def _stage_edges(net: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
@@ -114,7 +111,7 @@ class MixVisionTransformer(_Pyramid):
 class PyramidVisionTransformer(_Pyramid):
     """PyramidVisionTransformer and PyramidVisionTransformerV2 of mmdet. The position embedding is resized."""
 
-    names = ('mmdet.models.backbones.pvt.PyramidVisionTransformer',)
+    names = tuple(f'mmdet.models.backbones.pvt.PyramidVisionTransformer{version}' for version in ('', 'V2'))
     blocks = {'mmdet.models.backbones.pvt.PVTEncoderLayer': QuantPyramidBlockMixin}
     attention = {'mmdet.models.backbones.pvt.SpatialReductionAttention': None}  # converted with its block
     others = dict.fromkeys(names, _stage_edges)
