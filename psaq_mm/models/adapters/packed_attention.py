@@ -163,7 +163,7 @@ class QuantPackedAttentionMixin:
                 )
             x = getattr(self, parts)(x.transpose(0, 1) if self.batch_first else x)
             # Each part in its own memory, as in the library: the last bit of the products depends on it.
-            x = x.unflatten(-1, (len(parts), self.num_heads, -1)).movedim(-3, 0).contiguous()
+            x = x.unflatten(-1, (len(parts), self.num_heads, -1)).permute(2, 0, 1, 3, 4).contiguous()
             heads.update(zip(parts, x.permute(0, 2, 3, 1, 4).unbind(0)))
         return heads['q'], heads['k'], heads['v']
 
