@@ -16,11 +16,13 @@ from psaq_mm.contexts import replaced
 from psaq_mm.models.adapters.attention import CheckpointedBlockMixin
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, Feed, Writer, join, mark_norm, mark_parts, quantize_outputs
-from psaq_mm.models.adapters.match import class_named, qualified_name
+from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.streams import NamedStreams, need
 from psaq_mm.quantization import AdapterSpec, adopt, apply_edge, edge_quantizer, feeds_activation, keep_float
 
 __all__ = ['ConvNeXt', 'QuantConvNeXtBlockMixin', 'TimmConvNeXt']
+
+_SPARSE = ('mmpretrain.models.backbones.sparse_convnext.SparseConvNeXt',)
 
 
 class QuantConvNeXtBlockMixin(CheckpointedBlockMixin):
@@ -50,11 +52,6 @@ class _ConvNeXt(Backbone):
         block = adopt(block, QuantConvNeXtBlockMixin)
         block.residual_quantizer = edge_quantizer(spec, join(name, 'residual'))
         return block
-
-    def unsupported(self, net: nn.Module) -> Optional[str]:
-        """See :meth:`.Backbone.unsupported`: SparseConvNeXt, for pretraining, masks its maps in blocks of its own."""
-        other = next((block for _, block in self.block_list(net) if not class_named(block, self.blocks)), None)
-        return None if other is None else f'its blocks are {qualified_name(type(other))}, which compute something else'
 
     def min_side(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.min_side`: one position of the last map."""
@@ -93,6 +90,16 @@ class ConvNeXt(_ConvNeXt):
         **dict.fromkeys(names, _convert_network),
         'mmpretrain.models.utils.norm.GRN': _convert_response_norm,
     }
+
+    def describes(self, net: nn.Module) -> bool:
+        """See :meth:`.Backbone.describes`. The form for pretraining is refused with a reason of its own."""
+        return super().describes(net) or class_named(net, _SPARSE) is not None
+
+    def unsupported(self, net: nn.Module) -> Optional[str]:
+        """See :meth:`.Backbone.unsupported`."""
+        if class_named(net, _SPARSE):
+            return 'its masks are made while it is pretrained; load its weights into mmpretrain.ConvNeXt'
+        return None
 
     def parts(self, block: nn.Module) -> BlockParts:
         """See :meth:`.Backbone.parts`. The norm reads a branch, not the stream."""
