@@ -56,8 +56,9 @@ class TaskOutputs(NamedTuple):
 def default_parts(model: nn.Module) -> Tuple[str, ...]:
     """The parts that the student learns if the config names none.
 
-    Stages and neck levels if the backbone has outputs of several scales (Swin in a detector or segmentor). Transformer
-    blocks if all tokens have one width (ViT, DeiT), or if only the last stage is an output. A classifier's logits are
+    Stages and neck levels if the backbone has outputs of several scales (Swin in a detector or segmentor), or no
+    attention (ConvNeXt). Transformer blocks if all tokens have one width (ViT, DeiT), or if only the last stage is an
+    output. A classifier's logits are
     left out: a student of DeiT-Tiny that learns them beside the blocks does worse, see docs/method.md.
     """
     backbone = find_backbone(model)
@@ -66,7 +67,7 @@ def default_parts(model: nn.Module) -> Tuple[str, ...]:
     pyramid = (
         len(widths) != 1 and not is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
     )
-    return ('backbone', 'neck') if pyramid else ('blocks',)
+    return ('backbone', 'neck') if pyramid or not widths else ('blocks',)
 
 
 def input_channels(model: nn.Module) -> int:

@@ -113,7 +113,6 @@ class _Conversion:
         self._check_names(composites)
         self._convert_composites(composites)
         self._convert_layers()
-        self._report_float_computation()
         self._report_edges()
         floats = (row.name for row in self.report.floats)
         self._check_overrides([*self.spec.asked, *floats, *(name for name, _, _ in composites.values())])
@@ -186,12 +185,6 @@ class _Conversion:
             output = self.spec.resolve(f'{name}.output') if self.spec.points == 'all' else None
             adopt(module, quant_class).add_quantizers(layer_spec, output)
             self.report.layers.append(QuantizedLayer(name, kind, layer_spec.w_bits, layer_spec.a_bits))
-
-    def _report_float_computation(self) -> None:
-        for name, module in self.model.named_modules():
-            reason = getattr(module, 'float_reason', None)
-            if reason and self.accept(name, module):
-                self.report.floats.append(FloatLayer(name, type(module).__name__, reason))
 
     def _report_edges(self) -> None:
         for name, quantizer in quantizers(self.model):

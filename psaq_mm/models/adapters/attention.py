@@ -47,23 +47,23 @@ def attend_heads(
     weights: Callable[[Tensor], Tensor],
     valid: Optional[Tensor] = None,
 ) -> Tensor:
-    """Attention of L queries to S keys, with two products that are :class:`QuantMatMul`.
+    """Attention of projected heads, whose two products are :class:`QuantMatMul`.
 
     Args:
         attention: Converted by :func:`adopt_attention`.
-        q: Scaled queries, (B, heads, L, D).
-        k: Keys, (B, heads, S, D).
-        v: Values, (B, heads, S, D).
-        weights: Scores (B, heads, L, S) to attention weights: softmax, and what the library has around it.
-        valid: Mask of the queries (B, L) that take part in calibration, or None.
+        q: Queries (B, heads, N, D), scaled.
+        k: Keys (B, heads, M, D).
+        v: Values (B, heads, M, D).
+        weights: As for :func:`attend`, of scores (B, heads, N, M).
+        valid: Mask of the queries (B, N) that take part in calibration, or None.
 
     Returns:
-        Outputs of all heads, (B, L, heads * D).
+        Outputs of all heads, (B, N, heads * D).
     """
     heads_valid = None if valid is None else valid[:, None]
     scores = attention.matmul_qk(q, k.transpose(-2, -1), valid=heads_valid)
     x = attention.matmul_av(weights(scores), v, valid=heads_valid)
-    return x.transpose(1, 2).flatten(2)
+    return x.transpose(1, 2).reshape(len(q), q.shape[2], -1)
 
 
 def adopt_attention(module: nn.Module, mixin: type, name: str, spec: AdapterSpec) -> nn.Module:
@@ -82,6 +82,6 @@ class CheckpointedBlockMixin:
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """(B, N, C) to (B, N, C), as the library's."""
-        if self.with_cp and x.requires_grad:
+        if getattr(self, 'with_cp', False) and x.requires_grad:
             return cp.checkpoint(self._block, x, *args, use_reentrant=False)
         return self._block(x, *args)

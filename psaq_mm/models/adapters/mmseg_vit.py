@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from psaq_mm.models.adapters.attention import CheckpointedBlockMixin
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
-from psaq_mm.models.adapters.blocks import BlockParts, adopt_block, join, standard_parts
-from psaq_mm.models.adapters.multihead import adopt_multihead
+from psaq_mm.models.adapters.blocks import BlockParts, join, standard_parts
+from psaq_mm.models.adapters.packed_attention import adopt_packed
 from psaq_mm.quantization import AdapterSpec, apply_edge
 
 __all__ = ['MMSegVisionTransformer', 'QuantMMSegEncoderLayerMixin']
@@ -32,8 +32,8 @@ class MMSegVisionTransformer(Backbone):
 
     def convert_block(self, block: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
         """See :meth:`.Backbone.convert_block`."""
-        adopt_multihead(block.attn.attn, join(name, 'attn.attn'), spec, packed=True)
-        return adopt_block(block, QuantMMSegEncoderLayerMixin, self.parts(block), name, spec)
+        adopt_packed(block.attn.attn, join(name, 'attn.attn'), spec, ('qkv',))
+        return super().convert_block(block, name, spec)
 
     def parts(self, block: nn.Module) -> BlockParts:
         """See :meth:`.Backbone.parts`."""
