@@ -20,8 +20,8 @@ from psaq_mm.deploy.heads import read_channels_last_
 from psaq_mm.deploy.pooling import LinearPooling
 from psaq_mm.errors import NotCalibratedError, UnsupportedModelError
 from psaq_mm.models.adapters.match import class_named
-from psaq_mm.models.adapters.swin import PATCH_MERGING, QuantShiftWindowMSAMixin, QuantWindowMSAMixin
-from psaq_mm.models.adapters.timm_swin import QuantTimmSwinBlockMixin
+from psaq_mm.models.adapters.swin import PATCH_MERGING
+from psaq_mm.models.adapters.windows import CutMixin, WindowAttentionMixin
 from psaq_mm.quantization import (
     AffineQuantizer,
     LogQuantizer,
@@ -202,7 +202,9 @@ def _require_range(name: str, quantizer: Quantizer) -> None:
 
 def _tap_input(name: str, norm: nn.LayerNorm) -> None:
     library = norm.forward
-    norm.forward = lambda x: library(symbols.mark_tap(x, name))
+    norm.forward = lambda x, *args, **kwargs: library(
+        symbols.mark_tap(x, name), *args, **kwargs
+    )  # a LayerNorm2d has more
 
 
 # ---------------------------------------------------------------------- layers with weights
@@ -219,7 +221,7 @@ def _rewrite_layer(
         original: Name of the layer in the model. It differs where several layers of the copy share a layer's weights.
     """
     linear, sums = isinstance(layer, nn.Linear), None
-    bias = layer.full_bias() if linear else layer.bias
+    bias = layer.full_bias()
     bias = None if bias is None else bias.detach().clone()
     if layer.weight_quantizer.mode == 'off':
         exportable.notes[name] = 'its weight quantizer is switched off'
@@ -241,7 +243,8 @@ def _rewrite_layer(
         read = _reader(exportable, name)
     multiply = _linear if linear else partial(_transposed if isinstance(layer, nn.ConvTranspose2d) else _conv, layer)
 
-    def forward(x: Tensor, *args, **kwargs) -> Tensor:  # further ones: the output size of a transposed convolution
+    # further ones: the output size of a transposed convolution, a mask of rows, which only calibration reads
+    def forward(x: Tensor, *args, **kwargs) -> Tensor:
         x = layer.input_quantizer(x)
         out = multiply(x, read(x), bias, *args, **kwargs)
         if sums is not None:
@@ -251,7 +254,7 @@ def _rewrite_layer(
     layer.forward = forward
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], valid: Optional[Tensor] = None) -> Tensor:
     # A product and a sum, not a Gemm: runtimes know the pattern for inputs of any number of dimensions.
     x = torch.matmul(x, weight)
     return x if bias is None else x + bias
@@ -316,7 +319,7 @@ def _product_forward(exportable: ExportableModel, name: str, layer: nn.Module) -
     """Forward of a linear map whose input is quantized: the product of codes, see :attr:`ExportableModel.products`."""
     quantizer, product = exportable.names[layer.input_quantizer], _add_product(exportable, name)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, valid: Optional[Tensor] = None) -> Tensor:  # the mask is for calibration
         codes = symbols.codes(x, quantizer, torch.uint8)
         return apply_edge(layer.output_quantizer, product(symbols.values(codes, quantizer, centred=True)))
 
@@ -417,21 +420,21 @@ def _rewrite_attentions(
     """
     rows = {}
     for name, module in modules.items():
-        if isinstance(module, QuantWindowMSAMixin):
+        if isinstance(module, WindowAttentionMixin):
             integer = exportable.target == 'default' and _has_integer_products(module)
             operands = _split_projection(exportable, name, module) if integer else None
-            exportable.positions[name] = (
-                module.relative_position_bias_table.detach().t().contiguous(),
-                module.relative_position_index,
+            bias = module.position_bias()
+            if bias is not None:
+                exportable.positions[name] = module.position_values(bias.table.detach()).contiguous(), bias.index
+            rows[name] = windows.AttentionExport(
+                name, exportable.tracing, exportable.products, operands, bias is not None
             )
-            rows[name] = windows.AttentionExport(name, exportable.tracing, exportable.products, operands)
             module.forward = partial(windows.window_attention, module, rows[name])
-    for name, module in modules.items():
-        prefix = f'{name}.' if name else ''
-        if isinstance(module, QuantShiftWindowMSAMixin):
-            module.forward = partial(windows.shift_attention, module, rows[f'{prefix}w_msa'])
-        elif isinstance(module, QuantTimmSwinBlockMixin):
-            module._attn = partial(windows.timm_attention, module, rows[f'{prefix}attn'])
+    for module in modules.values():
+        if isinstance(module, CutMixin):
+            attention = module.window_attention()
+            row = rows[exportable.names[attention]]
+            setattr(module, module.cut_method, partial(windows.cut_attention, module, attention, row))
     return rows
 
 
@@ -456,15 +459,15 @@ def _has_integer_products(attention: nn.Module) -> bool:
 
 
 def _split_projection(exportable: ExportableModel, name: str, attention: nn.Module) -> Dict[str, windows.Operand]:
-    """Split ``qkv`` of the attention ``name`` into three products, for queries, keys and values. Each is quantized as
-    it comes, and the scale of the scores is part of the weight of the first.
+    """Split ``qkv`` of the attention ``name`` into three products, for queries, keys and values. Each is quantized by
+    itself, and a factor of the queries is part of the weight of the first.
 
     Returns:
         Operands of the attention's products, see :class:`.windows.AttentionExport`.
     """
     layer, qkv = attention.qkv, f'{name}.qkv'
     weight, bias, width = _integer_weight(qkv, qkv, layer), layer.full_bias(), layer.out_features // 3
-    for i, (part, factor) in enumerate(dict(q=float(attention.scale), k=1.0, v=1.0).items()):
+    for i, (part, factor) in enumerate(dict(q=attention.query_factor or 1.0, k=1.0, v=1.0).items()):
         rows = slice(i * width, (i + 1) * width)
         exportable.weights[f'{qkv}.{part}'] = IntegerWeight(
             weight.codes[:, rows].contiguous(),
@@ -597,7 +600,7 @@ def _fold_norm(
 
 # ---------------------------------------------------------------------- patch merging
 def _rewrite_merging(exportable: ExportableModel, name: str, module: nn.Module) -> None:
-    sampler, padding = module.sampler, getattr(module, 'adap_padding', None)
+    sampler, padding = module.sampler, getattr(module, 'adap_padding', getattr(module, 'adaptive_padding', None))
     plain = (
         _pair(sampler.kernel_size) == _pair(sampler.stride) == (2, 2)
         and _pair(sampler.dilation) == (1, 1)
@@ -610,14 +613,16 @@ def _rewrite_merging(exportable: ExportableModel, name: str, module: nn.Module) 
     if not plain:
         return
     order = windows.patch_order(module.in_channels)
+    norm_first = not getattr(module, 'use_post_norm', False)
     with torch.no_grad():
-        if module.norm is not None and module.norm.elementwise_affine:
+        if norm_first and module.norm is not None and module.norm.elementwise_affine:
             module.norm.weight.copy_(module.norm.weight[order])
             module.norm.bias.copy_(module.norm.bias[order])
         module.reduction.weight.copy_(module.reduction.weight[:, order])
     prefix = f'{name}.' if name else ''
     exportable.orders[f'{prefix}reduction.input_quantizer'] = order
-    exportable.orders[f'{prefix}norm'] = order
+    if norm_first:
+        exportable.orders[f'{prefix}norm'] = order
     module.forward = partial(windows.merge_patches, module, exportable.tracing)
 
 

@@ -22,9 +22,8 @@ __all__ = [
     'Windows',
     'attend_integer',
     'attend_windows',
+    'cut_attention',
     'merge_patches',
-    'shift_attention',
-    'timm_attention',
     'window_attention',
 ]
 
@@ -246,16 +245,22 @@ class AttentionExport:
         products: See :attr:`.exportable.ExportableModel.products`.
         operands: Operands of the attention's products if all of them are codes: ``'tokens'`` (input of ``qkv``),
             ``'q'``, ``'k'``, ``'v'`` and ``'out'`` (input of ``proj``); else None.
+        biased: Whether it has a position bias, see :attr:`.exportable.ExportableModel.positions`.
     """
 
     name: str
     tracing: Tracing
     products: Mapping[str, Callable[[Tensor], Tensor]]
     operands: Optional[Mapping[str, Operand]]
+    biased: bool
 
     def part(self, name: str) -> str:
         """Dotted name of a part of the attention."""
         return f'{self.name}.{name}'
+
+    def add_position_bias(self, scores: Tensor) -> Tensor:
+        """Scores (windows, heads, N, N) with the position bias added, if there is one."""
+        return symbols.position_bias(scores, self.name) if self.biased else scores
 
 
 def _padding(qkv: nn.Module, channels: int) -> Tensor:
@@ -292,16 +297,21 @@ def attend_integer(
 
     The scores are a product of int8 codes without zero points, which runtimes have a kernel for. They are
     s (q - a) (k - b), with codes q and k and their zero points a and b. The terms with b are equal for all keys of a
-    query, so softmax does not change with them. What is left beside s q k is -s a sum(k), one number for each key.
+    query, so softmax does not change with them, nor after a factor of each head. What is left beside s q k is
+    -s a sum(k), one number for each key.
     """
     heads = attention.num_heads
     tokens, channels = (int(s) for s in x.shape[1:])
+    parts = {part: export.products[export.part(f'qkv.{part}')](x) for part in 'qkv'}
+    if attention.query_factor is None:  # else it is part of the weight
+        q, k = (parts[part].reshape(-1, tokens, heads, channels // heads) for part in 'qk')
+        parts.update(zip('qk', (t.reshape(-1, tokens, channels) for t in attention.scaled(q, k))))
     back = dict(q=(0, 2, 1, 3), k=(0, 3, 1, 2), v=(0, 2, 1, 3))
     values = {}
     for part, axes in back.items():
         operand = export.operands[part]
         # Dequantized before the heads are separated: only then OpenVINO finds the integer product.
-        values[part] = operand.values(operand.codes(export.products[export.part(f'qkv.{part}')](x)), part != 'v')
+        values[part] = operand.values(operand.codes(parts[part]), part != 'v')
         export.tracing.layouts[operand.quantizer] = lambda rows, axes=axes: rows.permute(axes).reshape(
             -1, tokens, channels
         )
@@ -311,7 +321,7 @@ def attend_integer(
     key_sums = export.products.get(export.part('key_sums'))
     if key_sums is not None:
         scores = scores + key_sums(values['k']).transpose(1, 2).unsqueeze(2)
-    scores = mask(symbols.position_bias(scores, export.name))
+    scores = mask(export.add_position_bias(attention.scaled_scores(scores)))
     weights = apply_edge(attention.matmul_av.lhs_quantizer, attention.softmax(scores))
     return torch.matmul(weights, v)
 
@@ -343,35 +353,38 @@ def window_attention(
     tokens, channels = (int(s) for s in x.shape[1:])
     heads = attention.num_heads
     q, k, v = attention.qkv(x).reshape(-1, tokens, 3, heads, channels // heads).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = symbols.position_bias(attention.matmul_qk(q * attention.scale, k.transpose(-2, -1)), export.name)
-    scores = mask(apply_edge(attention.scores_quantizer, scores))
+    q, k = attention.scaled(q, k)
+    scores = attention.scaled_scores(attention.matmul_qk(q, k.transpose(-2, -1)))
+    scores = mask(apply_edge(attention.scores_quantizer, export.add_position_bias(scores)))
     x = attention.matmul_av(attention.softmax(scores), v).transpose(1, 2).reshape(-1, tokens, channels)
     return attention.proj(x)
 
 
-def shift_attention(module: nn.Module, export: AttentionExport, query: Tensor, hw_shape) -> Tensor:
-    """Forward of OpenMMLab's ``ShiftWindowMSA``: (1, H * W, C) to (1, H * W, C)."""
-    height, width = (int(s) for s in hw_shape)
-    shift, window, tracing = module.shift_size, module.window_size, export.tracing
-    # mmpretrain does not shift where one window holds the whole map.
-    if not getattr(module, 'pad_small_map', True) and min(height, width) == window:
-        shift = 0
-    windows = Windows(height, width, (window, window), (shift, shift), pad_first=True)
+def cut_attention(module: nn.Module, attention: nn.Module, export: AttentionExport, x: Tensor, hw_shape=None) -> Tensor:
+    """What a :class:`.CutMixin` does, its ``cut_method``.
+
+    Args:
+        module: The module that cuts.
+        attention: Its attention.
+        export: What the export knows of that.
+        x: (1, H * W, C), or a map (1, H, W, C).
+        hw_shape: H and W, where ``x`` is no map.
+    """
+    shape, tracing = x.shape, export.tracing
+    size = tuple(shape[1:3]) if hw_shape is None else tuple(hw_shape)
+    height, width = (int(s) for s in size)
+    windows = Windows(height, width, *module.cut(height, width))
     if tracing.dynamic:
-        windows = TracedWindows(height, width, windows.window, windows.shift, True, tuple(hw_shape), tracing.cache)
-    return attend_windows(query, module.w_msa, export, windows)
-
-
-def timm_attention(block: nn.Module, export: AttentionExport, x: Tensor) -> Tensor:
-    """``_attn`` of timm's ``SwinTransformerBlock``: (1, H, W, C) to (1, H, W, C)."""
-    _, height, width, channels = (int(s) for s in x.shape)
-    windows = Windows(height, width, tuple(block.window_size), tuple(block.shift_size), pad_first=False)
-    x = attend_windows(x.reshape(1, height * width, channels), block.attn, export, windows)
-    return x.reshape(1, height, width, channels)
+        windows = TracedWindows(height, width, windows.window, windows.shift, True, size, tracing.cache)
+    if hw_shape is not None:
+        return attend_windows(x, attention, export, windows)
+    x = x.reshape(1, height * width, int(shape[3]))
+    return attend_windows(x, attention, export, windows).reshape(1, height, width, -1)
 
 
 def merge_patches(module: nn.Module, tracing: Tracing, x: Tensor, input_size) -> Tuple[Tensor, Tuple[int, int]]:
-    """Forward of OpenMMLab's ``PatchMerging`` of 2 x 2 patches, with the channels of one patch side by side.
+    """Forward of OpenMMLab's ``PatchMerging`` of 2 x 2 patches, with the channels of one patch side by side. In
+    mmpretrain its norm may come after the reduction.
 
     The library's uses ``nn.Unfold``, which becomes gathers in ONNX and puts the four values of one channel side by
     side. LayerNorm and reduction must be reordered by :func:`patch_order` for this. A size that the graph finds out
@@ -384,8 +397,10 @@ def merge_patches(module: nn.Module, tracing: Tracing, x: Tensor, input_size) ->
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
     height, width = (height + 1) // 2, (width + 1) // 2
     x = x.reshape(1, height, 2, width, 2, channels).transpose(2, 3).reshape(1, height * width, 4 * channels)
-    x = module.norm(x) if module.norm is not None else x
-    return module.reduction(x), (height, width)
+    steps = [module.reduction] if module.norm is None else [module.norm, module.reduction]
+    for step in reversed(steps) if getattr(module, 'use_post_norm', False) else steps:
+        x = step(x)
+    return x, (height, width)
 
 
 def patch_order(channels: int) -> Tensor:

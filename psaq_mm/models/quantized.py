@@ -16,6 +16,7 @@ from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.loading import guard_loading
 from psaq_mm.models.network import find_backbone
 from psaq_mm.models.scope import check_backbone, first_layer_name, scope_filter
+from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_, use_full_float32
 from psaq_mm.registry import MODELS
 from psaq_mm.type_names import type_name
@@ -75,6 +76,7 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
     if use_full_float32() and torch.cuda.is_available():
         print_log('TF32 is switched off for this process: it would round quantized values a second time', 'current')
     report = quantize_(model, spec, filter_fn=scope_filter(model, spec.scope), first_layer=first_layer_name(model))
+    report.name_parts(task_of(model).float_parts(model))
     model.quant_spec = spec
     model.quant_report = report
     guard_loading(model)

@@ -78,9 +78,11 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
     done = []
     with _undone_on_error(model):
         for _, attention in find_attention(backbone):
+            parts = attention_parts(attention)
+            if not parts.rotatable:
+                continue
             scores = is_identity(getattr(attention, 'q_norm', None), getattr(attention, 'k_norm', None))
             values = is_identity(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
-            parts = attention_parts(attention)
             rotate_heads_(parts, generator, scores=scores, values=values)
             heads += parts.heads if scores or values else 0
         for name, stream in streams:

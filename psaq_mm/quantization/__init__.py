@@ -31,11 +31,13 @@ from psaq_mm.quantization.layers import (
     apply_edge,
     apply_layer,
     attention_products,
+    computes_in_float,
     edge_quantizer,
     feeds_activation,
     full_precision_weights,
     hold_weights,
     is_quantized_layer,
+    keep_float,
     quantize_output_,
 )
 from psaq_mm.quantization.logarithmic import fake_log_quantize, log_dequantize, log_quantize
@@ -57,7 +59,7 @@ from psaq_mm.quantization.precision import full_float32, use_full_float32
 from psaq_mm.quantization.primitives import choose_qparams, dequantize, fake_quantize, qrange, quantize
 from psaq_mm.quantization.quantizers import AffineQuantizer, LogQuantizer, Quantizer, Range, in_mode, observing
 from psaq_mm.quantization.ranges import learn_ranges_, learned_ranges, update_ranges_
-from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds
+from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds, takes_folding
 from psaq_mm.quantization.rotation import StreamReader, random_rotation, rotate_heads_, rotate_stream_
 from psaq_mm.quantization.rounding import RoundedLayer, compensated_rounding, round_weights_
 from psaq_mm.quantization.rows import RowMask, padded, row_mask_given, row_mask_of
@@ -120,6 +122,7 @@ __all__ = [
     'edge_quantizer',
     'fake_log_quantize',
     'fake_quantize',
+    'computes_in_float',
     'feeds_activation',
     'full_float32',
     'full_precision_weights',
@@ -127,6 +130,7 @@ __all__ = [
     'in_mode',
     'is_quantized_layer',
     'is_quantizer_key',
+    'keep_float',
     'learn_ranges_',
     'learned_ranges',
     'log_dequantize',
@@ -150,6 +154,7 @@ __all__ = [
     'row_mask_given',
     'row_mask_of',
     'set_mode',
+    'takes_folding',
     'update_ranges_',
     'use_full_float32',
 ]

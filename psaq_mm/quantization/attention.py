@@ -15,11 +15,14 @@ class Projection(NamedTuple):
         layer: Its weight is (rows of all projections in it, input channels).
         first: Index of the first row.
         rows: Their number: heads times width of a head.
+        bias: (rows,), a parameter that is the bias of these rows where it is no part of the layer's own. None: the
+            bias is the layer's.
     """
 
     layer: nn.Module
     first: int
     rows: int
+    bias: Optional[nn.Parameter] = None
 
 
 class AttentionParts(NamedTuple):
@@ -31,6 +34,8 @@ class AttentionParts(NamedTuple):
         keys: Projection of the keys.
         values: Projection of the values.
         proj: Output projection. Its input is (..., heads * width of the values).
+        rotatable: Whether queries and keys may be rotated together, and values with the output projection. Not in
+            attention over channels, where a rotation mixes what is attended to.
     """
 
     heads: int
@@ -38,6 +43,7 @@ class AttentionParts(NamedTuple):
     keys: Projection
     values: Projection
     proj: nn.Module
+    rotatable: bool = True
 
     @classmethod
     def packed(cls, qkv: nn.Module, proj: nn.Module, heads: int) -> 'AttentionParts':

@@ -116,9 +116,14 @@ def rotate_heads_(
 def _rotate_rows(projection: Projection, heads: int, rotation: Tensor) -> None:
     """Rotate the outputs (heads, width) of a projection, in place."""
     layer, rows = projection.layer, slice(projection.first, projection.first + projection.rows)
-    for value in (layer.weight,) if layer.bias is None else (layer.weight, layer.bias):
-        part = value[rows].double().cpu().reshape(heads, len(rotation), -1)  # a bias as a single input
-        value[rows] = (rotation.T @ part).reshape(value[rows].shape).to(value)
+    values = [layer.weight[rows]]
+    if projection.bias is not None:
+        values.append(projection.bias)
+    elif layer.bias is not None:
+        values.append(layer.bias[rows])
+    for value in values:
+        part = value.double().cpu().reshape(heads, len(rotation), -1)  # a bias as a single input
+        value.copy_((rotation.T @ part).reshape(value.shape))
 
 
 @torch.no_grad()

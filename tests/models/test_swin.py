@@ -9,7 +9,7 @@ from swin_models import LIBRARIES, SIZES, build_backbone
 
 from psaq_mm.errors import CheckpointError, NotCalibratedError, UnsupportedModelError
 from psaq_mm.models import quantize_model_
-from psaq_mm.models.adapters.swin import valid_query_rows
+from psaq_mm.models.adapters.windows import valid_query_rows
 from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import (
     AffineQuantizer,

@@ -7,7 +7,7 @@ import torch
 from swin_models import LIBRARIES, build_backbone
 
 from psaq_mm.models import quantize_model_
-from psaq_mm.models.adapters.swin import valid_query_rows
+from psaq_mm.models.adapters.windows import valid_query_rows
 from psaq_mm.quantization import (
     ReparameterizedQuantizer,
     calibrate,

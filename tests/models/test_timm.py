@@ -7,7 +7,7 @@ from vit_models import CONFIGS, build, images_of, run
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import quantize_model_
-from psaq_mm.models.adapters.swin import valid_query_rows
+from psaq_mm.models.adapters.windows import valid_query_rows
 from psaq_mm.models.scope import find_backbone, first_layer_name
 from psaq_mm.quantization import calibrate, quantizers, set_mode
 

@@ -7,10 +7,14 @@ qualified names, so that a user with mmdet alone needs neither mmseg nor mmpretr
 
 from psaq_mm.models.adapters import (
     conv_module,  # noqa: F401  each registers what it describes
+    convnext,  # noqa: F401
     mmseg_vit,  # noqa: F401
+    pyramid,  # noqa: F401
+    queries,  # noqa: F401
     swin,  # noqa: F401
     timm_swin,  # noqa: F401
     timm_vit,  # noqa: F401
+    twins,  # noqa: F401
     vit,  # noqa: F401
 )
 from psaq_mm.models.adapters.backbone import BACKBONES, Backbone, backbone_of, register_backbone

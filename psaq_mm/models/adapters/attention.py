@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from psaq_mm.quantization import AdapterSpec, adopt, attention_products
 
-__all__ = ['CheckpointedBlockMixin', 'adopt_attention', 'attend']
+__all__ = ['CheckpointedBlockMixin', 'adopt_attention', 'attend', 'attend_heads']
 
 
 def attend(
@@ -36,10 +36,34 @@ def attend(
     B, N, _ = x.shape
     q, k, v = attention.qkv(x).reshape(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = scaled(q, k)
+    return attend_heads(attention, q, k, v, weights, valid), v
+
+
+def attend_heads(
+    attention: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Callable[[Tensor], Tensor],
+    valid: Optional[Tensor] = None,
+) -> Tensor:
+    """Attention of projected heads, whose two products are :class:`QuantMatMul`.
+
+    Args:
+        attention: Converted by :func:`adopt_attention`.
+        q: Queries (B, heads, N, D), scaled.
+        k: Keys (B, heads, M, D).
+        v: Values (B, heads, M, D).
+        weights: As for :func:`attend`, of scores (B, heads, N, M).
+        valid: Mask of the queries (B, N) that take part in calibration, or None.
+
+    Returns:
+        Outputs of all heads, (B, N, heads * D).
+    """
     heads_valid = None if valid is None else valid[:, None]
     scores = attention.matmul_qk(q, k.transpose(-2, -1), valid=heads_valid)
     x = attention.matmul_av(weights(scores), v, valid=heads_valid)
-    return x.transpose(1, 2).reshape(B, N, -1), v
+    return x.transpose(1, 2).reshape(len(q), q.shape[2], -1)
 
 
 def adopt_attention(module: nn.Module, mixin: type, name: str, spec: AdapterSpec) -> nn.Module:
@@ -58,6 +82,6 @@ class CheckpointedBlockMixin:
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """(B, N, C) to (B, N, C), as the library's."""
-        if self.with_cp and x.requires_grad:
+        if getattr(self, 'with_cp', False) and x.requires_grad:
             return cp.checkpoint(self._block, x, *args, use_reentrant=False)
         return self._block(x, *args)

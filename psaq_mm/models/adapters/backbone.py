@@ -14,7 +14,7 @@ from torch import nn
 from psaq_mm.errors import ConfigError
 from psaq_mm.models.adapters.attention import adopt_attention
 from psaq_mm.models.adapters.blocks import BlockParts, adopt_block, outputs_are_edges
-from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.match import class_named, qualified_name
 from psaq_mm.models.adapters.streams import NamedStreams
 from psaq_mm.quantization import AdapterSpec, ConvertFn, register_adapter
 
@@ -53,7 +53,9 @@ class Backbone:
         if class_named(net, self.names):
             return True
         return class_named(net, self.wrappers) is not None and any(
-            class_named(block, self.blocks) for _, block in self.block_list(net)
+            qualified_name(base) in self.blocks  # also of a converted block, whose forward is its mixin's
+            for _, block in self.block_list(net)
+            for base in type(block).__mro__
         )
 
     # ---------------------------------------------------------------- parts
@@ -127,8 +129,9 @@ class Backbone:
         strangers: List[Tuple[str, nn.Module]] = []
         inside: Tuple[str, ...] = ()
         names = {module: name for name, module in net.named_modules()}
+        blocks = dict(self.block_list(net))
         for name, module in net.named_modules():
-            if re.fullmatch(self.block_path, name):
+            if name in blocks:
                 inside = (name + '.',)
                 if not class_named(module, self.blocks):
                     strangers.append((name, module))

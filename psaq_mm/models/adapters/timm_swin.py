@@ -14,26 +14,34 @@ from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, is_identity
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, Stream, need, stream
-from psaq_mm.models.adapters.swin import QuantWindowMSAMixin, add_scores_edge, convert_merging, valid_query_rows
+from psaq_mm.models.adapters.swin import convert_merging
 from psaq_mm.models.adapters.timm_vit import strict_size, timm_parts
-from psaq_mm.quantization import AdapterSpec, StreamReader, apply_edge, padded
+from psaq_mm.models.adapters.windows import Cut, CutMixin, WindowAttentionMixin, add_scores_edge
+from psaq_mm.quantization import AdapterSpec, StreamReader, apply_edge
 
-__all__ = ['QuantTimmSwinBlockMixin', 'QuantTimmWindowAttentionMixin', 'TimmSwin']
-
-
-class QuantTimmWindowAttentionMixin(QuantWindowMSAMixin):
-    """Window attention as OpenMMLab's, whatever ``fused_attn`` says."""
-
-    def _position_bias(self) -> Tensor:
-        return self._get_rel_pos_bias()
+__all__ = ['QuantTimmSwinBlockMixin', 'TimmCutMixin', 'TimmSwin']
 
 
-class QuantTimmSwinBlockMixin:
-    """A Swin block whose two residual sums are edges, and which tells its attention which rows are padding."""
+class TimmCutMixin(CutMixin):
+    """timm's shifting and padding in a method of the block."""
+
+    cut_method = '_attn'
+
+    def window_attention(self) -> nn.Module:
+        """See :meth:`.CutMixin.window_attention`."""
+        return self.attn
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See :meth:`.CutMixin.cut`."""
+        return Cut(tuple(self.window_size), tuple(self.shift_size), pad_first=False)
 
     def _attn(self, x: Tensor) -> Tensor:
-        with padded(self.attn, valid_query_rows(x.shape[1], x.shape[2], self.window_size, device=x.device)):
+        with self.cutting(*x.shape[1:3], x.device):
             return super()._attn(x)
+
+
+class QuantTimmSwinBlockMixin(TimmCutMixin):
+    """A Swin block whose two residual sums are edges, and which tells its attention which rows are padding."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
@@ -54,7 +62,7 @@ class TimmSwin(Backbone):
     wrappers = ('timm.models._features.FeatureListNet',)
     block_path = r'layers[._]\d+\.blocks\.\d+'
     blocks = {'timm.models.swin_transformer.SwinTransformerBlock': QuantTimmSwinBlockMixin}
-    attention = {'timm.models.swin_transformer.WindowAttention': QuantTimmWindowAttentionMixin}
+    attention = {'timm.models.swin_transformer.WindowAttention': WindowAttentionMixin}
     others = {'timm.models.swin_transformer.PatchMerging': convert_merging}
 
     def parts(self, block: nn.Module) -> BlockParts:
