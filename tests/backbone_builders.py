@@ -381,7 +381,7 @@ def mmpretrain_convnext_v2():
 
 @backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
 def timm_convnext():
-    return dict(_TIMM_CONVNEXT, model_name='convnext_tiny', ls_init_value=0.5)
+    return dict(_TIMM_CONVNEXT, model_name='convnext_tiny', ls_init_value=2.0)
 
 
 @backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
