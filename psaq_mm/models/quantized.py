@@ -16,7 +16,14 @@ from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.loading import guard_loading
 from psaq_mm.models.network import find_backbone
 from psaq_mm.models.scope import check_backbone, first_layer_name, scope_filter
-from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_, use_full_float32
+from psaq_mm.quantization import (
+    ConversionReport,
+    QuantSpec,
+    ReparameterizedQuantizer,
+    quantize_,
+    quantizers,
+    use_full_float32,
+)
 from psaq_mm.registry import MODELS
 from psaq_mm.type_names import type_name
 
@@ -67,7 +74,8 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
         What was quantized, at which bits, and what stays float.
 
     Raises:
-        UnsupportedModelError: The backbone is not a supported one.
+        UnsupportedModelError: The backbone is not a supported one, or ``reparameterize`` finds no LayerNorm that could
+            be folded (the model is changed already and must be built anew).
         SpecError: The spec is invalid, or an override's pattern matches nothing.
     """
     spec = QuantSpec.parse(quant)
@@ -75,6 +83,11 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
     if use_full_float32() and torch.cuda.is_available():
         print_log('TF32 is switched off for this process: it would round quantized values a second time', 'current')
     report = quantize_(model, spec, filter_fn=scope_filter(model, spec.scope), first_layer=first_layer_name(model))
+    if spec.reparameterize and not any(isinstance(q, ReparameterizedQuantizer) for _, q in quantizers(model)):
+        raise UnsupportedModelError(
+            f'reparameterize=True has nothing to fold in {type(find_backbone(model)).__name__}, where no LayerNorm '
+            'feeds one Linear alone: set it to False, or take a method without it'
+        )
     model.quant_spec = spec
     model.quant_report = report
     guard_loading(model)

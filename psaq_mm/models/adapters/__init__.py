@@ -9,7 +9,9 @@ from psaq_mm.models.adapters import (
     conv_module,  # noqa: F401  each registers what it describes
     mmseg_vit,  # noqa: F401
     swin,  # noqa: F401
+    swin_v2,  # noqa: F401
     timm_swin,  # noqa: F401
+    timm_swin_v2,  # noqa: F401
     timm_vit,  # noqa: F401
     vit,  # noqa: F401
 )

@@ -25,6 +25,7 @@ __all__ = [
     'Swin',
     'convert_merging',
     'convert_shift',
+    'smallest_side',
 ]
 
 _MODULES = ('mmdet.models.backbones.swin', 'mmseg.models.backbones.swin')
@@ -79,6 +80,23 @@ def convert_merging(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Modul
     return module
 
 
+def smallest_side(net: nn.Module, patch: int) -> Optional[int]:
+    """The least side of a picture, in pixels, where mmpretrain does not pad maps that are smaller than a window; None
+    where it does.
+
+    Args:
+        net: With ``stages``, each with half the side of the one before.
+        patch: Pixels of a side of a patch.
+    """
+    sides = [
+        patch * 2**number * module.window_size
+        for number, stage in enumerate(net.stages)
+        for module in stage.modules()
+        if isinstance(getattr(module, 'window_size', None), int) and not getattr(module, 'pad_small_map', True)
+    ]
+    return max(sides, default=None)
+
+
 @register_backbone
 class Swin(Backbone):
     """Swin Transformer of mmdet, mmseg and mmpretrain."""
@@ -116,6 +134,10 @@ class Swin(Backbone):
             return None
         side = math.isqrt(absolute.shape[1]) * self.patch(net)  # a square: pretrain_img_size is not kept
         return side, side
+
+    def min_side(self, net: nn.Module) -> int:
+        """See :meth:`.Backbone.min_side`."""
+        return smallest_side(net, self.patch(net)) or super().min_side(net)
 
     def dynamic_size(self, net: nn.Module) -> bool:
         """See :meth:`.Backbone.dynamic_size`. Without ``pad_small_map``, whether mmpretrain shifts depends on the
