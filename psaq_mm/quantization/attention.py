@@ -34,8 +34,6 @@ class AttentionParts(NamedTuple):
         keys: Projection of the keys.
         values: Projection of the values.
         proj: Output projection. Its input is (..., heads * width of the values).
-        rotatable: Whether queries and keys may be rotated together, and values with the output projection. Not in
-            attention over channels, where a rotation mixes what is attended to.
     """
 
     heads: int
@@ -43,7 +41,6 @@ class AttentionParts(NamedTuple):
     keys: Projection
     values: Projection
     proj: nn.Module
-    rotatable: bool = True
 
     @classmethod
     def packed(cls, qkv: nn.Module, proj: nn.Module, heads: int) -> 'AttentionParts':

@@ -13,7 +13,7 @@ from torch import nn
 
 from psaq_mm.errors import ConfigError
 from psaq_mm.models.adapters.attention import adopt_attention
-from psaq_mm.models.adapters.blocks import BlockParts, adopt_block, outputs_are_edges
+from psaq_mm.models.adapters.blocks import BlockParts, adopt_block, is_identity, outputs_are_edges
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.streams import NamedStreams
 from psaq_mm.quantization import AdapterSpec, ConvertFn, register_adapter
@@ -77,6 +77,14 @@ class Backbone:
         """
         return []
 
+    def rotates_heads(self, attention: nn.Module) -> Tuple[bool, bool]:
+        """Whether queries and keys of an attention module may be rotated together, and values with the output
+        projection. By default a norm or a shortcut in between forbids it.
+        """
+        scores = is_identity(getattr(attention, 'q_norm', None), getattr(attention, 'k_norm', None))
+        values = is_identity(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
+        return scores, values
+
     # ---------------------------------------------------------------- pictures
     def prefix_tokens(self, net: nn.Module) -> int:
         """Tokens before those of the patches: class, distillation and register tokens."""
@@ -138,7 +146,7 @@ class Backbone:
                         for part in self.attention_of(module)
                         if not class_named(part, self.attention)
                     ]
-            elif isinstance(getattr(module, 'num_heads', None), int) and not name.startswith(inside):
+            elif name and isinstance(getattr(module, 'num_heads', None), int) and not name.startswith(inside):
                 strangers.append((name, module))
         return strangers
 
