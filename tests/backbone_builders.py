@@ -75,3 +75,72 @@ def timm_swin_v2_features():
         out_indices=(0, 1),
         **_TIMM_SWIN_V2,
     )
+
+
+def mmpretrain_davit(**more):
+    arch = dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2])
+    config = dict(type='DaViT', arch=arch, window_size=4, pad_small_map=True, out_indices=(0, 1), drop_path_rate=0.1)
+    return _build('mmpretrain', {**config, **more}, (56, 72))
+
+
+def mmpretrain_davit_after_downsample():
+    return mmpretrain_davit(out_after_downsample=True, with_cp=True, out_indices=(1,))
+
+
+def _hivit(type, size=(64, 64), **more):
+    # The first stages have the numbers 0 to 5 in out_indices: the last block needs a greater one.
+    arch = dict(embed_dims=32, depths=[1, 1, 7], num_heads=2)
+    return _build('mmpretrain', dict(type=type, arch=arch, img_size=64, drop_path_rate=0.1, **more), size)
+
+
+def mmpretrain_hivit():
+    return _hivit('HiViT', rpe=True, layer_scale_init_value=0.5, out_indices=[6])
+
+
+def mmpretrain_hivit_other_size():
+    return _hivit('HiViT', (64, 96), out_indices=[6])
+
+
+def mmpretrain_hivit_mae():
+    return _hivit('MAEHiViT', out_indices=[6])
+
+
+def mmpretrain_hivit_itpn():
+    return _hivit('iTPNHiViT', reconstruction_type='clip', out_indices=[6])
+
+
+_MIXMIM = dict(arch=dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2]), img_size=64, window_size=[4, 8])
+
+
+def mmpretrain_mixmim():
+    return _build('mmpretrain', dict(type='MixMIMTransformer', drop_path_rate=0.1, **_MIXMIM), (64, 64))
+
+
+def mmpretrain_mixmim_pretraining():
+    return _build('mmpretrain', dict(type='MixMIMPretrainTransformer', use_checkpoint=True, **_MIXMIM), (64, 64))
+
+
+def mmpretrain_simmim_swin():
+    arch = dict(embed_dims=16, depths=[2, 2], num_heads=[1, 2])
+    stage = dict(block_cfgs=dict(window_size=4))
+    config = dict(type='SimMIMSwinTransformer', arch=arch, img_size=64, stage_cfgs=stage, out_indices=(0, 1))
+    return _build('mmpretrain', dict(config, pad_small_map=True, use_abs_pos_embed=True), (36, 60))
+
+
+_SAM = dict(
+    arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64, global_attn_indexes=[1]),
+    img_size=48,
+    patch_size=8,
+    window_size=4,
+    out_channels=16,
+)
+
+
+def mmpretrain_sam():
+    return _build('mmpretrain', dict(type='ViTSAM', **_SAM), (48, 72))
+
+
+def mmpretrain_sam_plain():
+    """Without positions and without the reduction of channels; nothing is padded."""
+    config = {**_SAM, 'out_channels': 0, 'use_rel_pos': False, 'use_abs_pos': False, 'qkv_bias': False}
+    return _build('mmpretrain', dict(type='ViTSAM', out_type='avg_featmap', **config), (32, 64))

@@ -7,6 +7,9 @@ qualified names, so that a user with mmdet alone needs neither mmseg nor mmpretr
 
 from psaq_mm.models.adapters import (
     conv_module,  # noqa: F401  each registers what it describes
+    davit,  # noqa: F401
+    hivit,  # noqa: F401
+    mixmim,  # noqa: F401
     mmseg_vit,  # noqa: F401
     swin,  # noqa: F401
     swin_v2,  # noqa: F401
@@ -14,6 +17,7 @@ from psaq_mm.models.adapters import (
     timm_swin_v2,  # noqa: F401
     timm_vit,  # noqa: F401
     vit,  # noqa: F401
+    vit_sam,  # noqa: F401
 )
 from psaq_mm.models.adapters.backbone import BACKBONES, Backbone, backbone_of, register_backbone
 from psaq_mm.models.adapters.match import class_named

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from psaq_mm.models.adapters.attention import CheckpointedBlockMixin
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, mark_norm, standard_parts
+from psaq_mm.models.adapters.pretraining import converts_to_features
 from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, Stream, need, output_reader, stream
 from psaq_mm.models.adapters.windows import Cut, CutMixin, WindowAttentionMixin, add_scores_edge
 from psaq_mm.quantization import AdapterSpec, StreamReader, adopt, apply_edge
 
 __all__ = [
     'PATCH_MERGING',
+    'PretrainingSwin',
     'QuantShiftWindowMSAMixin',
     'QuantSwinBlockMixin',
     'Swin',
@@ -162,3 +164,12 @@ class Swin(Backbone):
             level = list(net.out_indices).index(number)
             readers.append(output_reader(model, getattr(net, f'norm{number}'), level, len(net.out_indices)))
         return stream(net.stages[number - 1].downsample.reduction, map(self.parts, stage.blocks), readers)
+
+
+@register_backbone
+class PretrainingSwin(Swin):
+    """SimMIMSwinTransformer of mmpretrain, which extracts features without a mask."""
+
+    names = ('mmpretrain.models.selfsup.simmim.SimMIMSwinTransformer',)
+    edges = ()
+    others = {**Swin.others, **dict.fromkeys(names, converts_to_features(*Swin.edges))}
