@@ -241,7 +241,9 @@ def _rewrite_layer(
         read = _reader(exportable, name)
     multiply = _linear if linear else partial(_transposed if isinstance(layer, nn.ConvTranspose2d) else _conv, layer)
 
-    def forward(x: Tensor, *args, **kwargs) -> Tensor:  # further ones: the output size of a transposed convolution
+    def forward(x: Tensor, *args, **kwargs) -> Tensor:
+        if linear:  # the mask of padding is for calibration; else it is the output size of a transposed convolution
+            args, kwargs = (), {}
         x = layer.input_quantizer(x)
         out = multiply(x, read(x), bias, *args, **kwargs)
         if sums is not None:
@@ -316,7 +318,7 @@ def _product_forward(exportable: ExportableModel, name: str, layer: nn.Module) -
     """Forward of a linear map whose input is quantized: the product of codes, see :attr:`ExportableModel.products`."""
     quantizer, product = exportable.names[layer.input_quantizer], _add_product(exportable, name)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, valid: Optional[Tensor] = None) -> Tensor:  # the mask of padding is for calibration
         codes = symbols.codes(x, quantizer, torch.uint8)
         return apply_edge(layer.output_quantizer, product(symbols.values(codes, quantizer, centred=True)))
 

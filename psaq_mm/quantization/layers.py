@@ -430,8 +430,8 @@ def adopt(module: nn.Module, quant_class: Type[nn.Module]) -> nn.Module:
 
     Args:
         module: Any module.
-        quant_class: Class whose ``forward`` takes over. If it has ``keeps_name = True``, messages call the module by the
-            name of its own class.
+        quant_class: Class whose ``forward`` takes over. If it has ``keeps_name = True``, messages call the module by
+            the name of its own class.
 
     Returns:
         ``module``.
