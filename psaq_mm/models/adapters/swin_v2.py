@@ -121,6 +121,10 @@ class SwinV2(Backbone):
         """See :meth:`.Backbone.min_side`."""
         return smallest_side(net, self.patch(net)) or super().min_side(net)
 
+    def dynamic_size(self, net: nn.Module) -> bool:
+        """See :meth:`.Backbone.dynamic_size`. Without ``pad_small_map``, whether a block shifts depends on the size."""
+        return all(getattr(module, 'pad_small_map', True) for module in net.modules())
+
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`."""
         return post_norm_streams()
