@@ -1,146 +1,445 @@
-"""Reduced backbones, one function each, for the test of all backbones: float, evaluated, with weights that make
-attention uneven. Each returns the model and images that it takes."""
+"""Every supported backbone at reduced size: one function for each backbone of each library.
+
+To add one, write a function that returns its config, and say in the decorator what works::
+
+    @backbone('BEiT', 'mmpretrain', folding=4, rotation='a LayerScale', similarity=2, export=True, dynamic='a dynamic')
+    def mmpretrain_beit():
+        return dict(type='BEiTViT', img_size=32, patch_size=8, ...)
+
+- The first argument is the name that people know it by, the second the library in whose scope the config is built:
+  mmdet, mmseg, mmpretrain, or timm for a ``TimmClassifier`` or ``TIMMBackbone`` of mmpretrain. Two functions of one
+  backbone and library are two rows; ``build_of`` tells them apart in the docs.
+- The function returns the config of a backbone or of a whole model. Reduced: one or two blocks a stage, 16 or 32
+  channels, heads 16 wide (the root is a power of two, so that scaling is exact), pictures of 32 to 64 pixels.
+- ``size`` is the height and width of the pictures, in pixels. ``inside`` puts a bare backbone into a model whose neck
+  or head is known (:func:`classifier`, :func:`detector`, :func:`segmentor`): a stream that ends in the backbone's
+  outputs is rotated only where everything that reads them is known. ``exact=False``: with its quantizers off the model
+  equals the library's to rounding and not to the last bit; say why in a comment.
+- The rest are the cells of the table in docs/backbones.md. A number or True says that it works, and the test exercises
+  it. A text says that it is refused, and the test finds these words in what psaq_mm says:
+
+  ========== ================================================== ==================================================
+  cell       works                                              refused: words out of
+  ========== ================================================== ==================================================
+  folding    number of layers whose LayerNorm RepQ folds        ``capabilities(model)['folding']``
+  rotation   number of residual streams that are rotated        ``rotate_model_``'s report of what it left
+  similarity number of attention modules that are tapped        the error of ``AttentionTaps``
+  export     True: exported and verified on a runtime           the error of ``export_model``
+  dynamic    True: one graph takes several sizes                the error of ``export_model(..., dynamic=True)``
+  ========== ================================================== ==================================================
+
+tests/models/test_every_backbone.py runs all of them; a function needs no test of its own.
+"""
+
+import copy
+import inspect
+from functools import lru_cache
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple, Union
 
 import pytest
 import torch
 
+CELLS = ('folding', 'rotation', 'similarity', 'export', 'dynamic')
 
-def _build(library, config, size, seed=0):
-    pytest.importorskip(library)
+
+class Row(NamedTuple):
+    """A backbone of a library.
+
+    Attributes:
+        id: Name of its function.
+        title: As people know it.
+        library: Whose it is.
+        build_of: What is special of this build, for the docs; '' for the usual one.
+        config: Its function.
+        size: (height, width) of its pictures, in pixels.
+        exact: Whether the outputs are the library's to the last bit.
+        inside: Config of the backbone to that of the model around it, for its rotation.
+        cells: See the module.
+    """
+
+    id: str
+    title: str
+    library: str
+    build_of: str
+    config: Callable[[], Dict]
+    size: Tuple[int, int]
+    exact: bool
+    inside: Callable[[Dict], Dict]
+    cells: Dict[str, Union[int, str]]
+
+
+ROWS: List[Row] = []
+
+
+def backbone(
+    title: str,
+    library: str,
+    build_of: str = '',
+    size: Tuple[int, int] = (32, 32),
+    exact: bool = True,
+    inside: Callable[[Dict], Dict] = dict,
+    **cells: Union[int, str],
+) -> Callable:
+    """Register the function below as a row; see the module."""
+    assert set(cells) == set(CELLS), f'{title} of {library} declares {sorted(cells)}, not {CELLS}'
+
+    def register(config: Callable[[], Dict]) -> Callable[[], Dict]:
+        ROWS.append(Row(config.__name__, title, library, build_of, config, size, exact, inside, cells))
+        return config
+
+    return register
+
+
+def build(row: Row, seed: int = 0, inside: bool = False) -> torch.nn.Module:
+    """The full-precision model of a row, with weights that make attention uneven; ``inside`` the model around it."""
+    scope = 'mmpretrain' if row.library == 'timm' else row.library
+    for library in {row.library, scope}:
+        pytest.importorskip(library)
+    return copy.deepcopy(_built(scope, row.config, row.inside if inside else dict, seed))
+
+
+@lru_cache(maxsize=None)
+def _built(scope: str, config: Callable[[], Dict], inside: Callable[[Dict], Dict], seed: int) -> torch.nn.Module:
+    from mmengine.config import ConfigDict
     from mmengine.registry import MODELS, DefaultScope
 
     torch.manual_seed(seed)
-    with DefaultScope.overwrite_default_scope(library):
-        model = MODELS.build(config)
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(ConfigDict(inside(config())))
     with torch.no_grad():
+        for module in model.modules():
+            # timm starts the norms of Swin V2 at 0: the branches in front of them would be nothing.
+            if isinstance(module, torch.nn.LayerNorm) and not module.weight.any():
+                module.weight.fill_(1)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.eval()
-    return model, torch.randn(2, 3, *size)
+    model.eval()  # returns None in some libraries
+    return model
 
 
-def _timm(name, size, type='TimmClassifier', **more):
-    pytest.importorskip('timm')
-    return _build('mmpretrain', dict(type=type, model_name=name, **more), size)
+def images_of(row: Row, batch: int = 2, seed: int = 1) -> torch.Tensor:
+    """Noise that a row takes, (batch, 3, height, width)."""
+    return torch.randn(batch, 3, *row.size, generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------- windows
-def mmpretrain_swin_v2(**more):
-    arch = dict(embed_dims=16, depths=[2, 2], num_heads=[1, 2], extra_norm_every_n_blocks=0)
-    config = dict(
+def tensors(outputs: Any) -> List[torch.Tensor]:
+    """The tensors of nested tuples and lists, in order."""
+    return [outputs] if isinstance(outputs, torch.Tensor) else [t for o in outputs for t in tensors(o)]
+
+
+def run(model: torch.nn.Module, images: torch.Tensor) -> List[torch.Tensor]:
+    """Every tensor that the model returns, without gradients."""
+    # Backbones of masked pre-training take a mask; without one they give features.
+    whole = dict(mask=None) if 'mask' in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        return tensors(model(images, **whole))
+
+
+def unfuse(model: torch.nn.Module) -> torch.nn.Module:
+    """Make the library take its own explicit path through attention, in place; the model."""
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = False
+        if hasattr(module, 'scaled_dot_product_attention'):
+            from mmpretrain.models.utils.attention import scaled_dot_product_attention_pyimpl
+
+            module.scaled_dot_product_attention = scaled_dot_product_attention_pyimpl
+    return model
+
+
+# ---------------------------------------------------------------------- models around a backbone, for its rotation
+def classifier(channels: int, head: str = 'LinearClsHead') -> Callable[[Dict], Dict]:
+    """A backbone in mmpretrain's ImageClassifier: behind a pooling of its map, or with a head of class tokens."""
+    neck = dict(type='GlobalAveragePooling') if head == 'LinearClsHead' else None
+    parts = dict(head=dict(type=head, in_channels=channels, num_classes=5), neck=neck)
+    return lambda config: dict(type='ImageClassifier', backbone=config, **parts)
+
+
+def detector(*channels: int) -> Callable[[Dict], Dict]:
+    """A backbone in mmdet's RetinaNet, with an FPN of its outputs."""
+    neck = dict(type='FPN', in_channels=list(channels), out_channels=16, num_outs=len(channels))
+    anchors = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1, ratios=[1.0], strides=[8] * 2)
+    anchors['strides'] = [8 * 2**i for i in range(len(channels))]
+    coder = dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4)
+    head = dict(
+        type='RetinaHead',
+        num_classes=3,
+        in_channels=16,
+        feat_channels=16,
+        stacked_convs=1,
+        anchor_generator=anchors,
+        bbox_coder=coder,
+    )
+    return lambda config: dict(type='RetinaNet', backbone=config, neck=neck, bbox_head=head)
+
+
+def segmentor(*channels: int) -> Callable[[Dict], Dict]:
+    """A backbone in mmseg's EncoderDecoder with a UPerHead of its outputs."""
+    head = dict(
+        type='UPerHead',
+        in_channels=list(channels),
+        in_index=list(range(len(channels))),
+        channels=8,
+        num_classes=3,
+        norm_cfg=dict(type='BN'),
+    )
+    return lambda config: dict(type='EncoderDecoder', backbone=config, decode_head=head, test_cfg=dict(mode='whole'))
+
+
+# ---------------------------------------------------------------------- Swin
+_NOT_DYNAMIC = 'does not export with a dynamic size'
+_SWIN = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2], strides=(4, 2), window_size=7, out_indices=(0, 1))
+_SWIN_WORKS = dict(size=(56, 72), folding=7, rotation=1, similarity=3, export=True)
+
+
+@backbone('Swin', 'mmdet', inside=detector(16, 32), dynamic=True, **_SWIN_WORKS)
+def mmdet_swin():
+    return dict(type='SwinTransformer', **_SWIN)
+
+
+@backbone('Swin', 'mmseg', inside=segmentor(16, 32), dynamic=True, **_SWIN_WORKS)
+def mmseg_swin():
+    return dict(type='SwinTransformer', **_SWIN)
+
+
+@backbone('Swin', 'mmpretrain', inside=classifier(32), dynamic=True, **_SWIN_WORKS)
+def mmpretrain_swin():
+    arch = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2])
+    return dict(type='SwinTransformer', arch=arch, window_size=7, out_indices=(1,), pad_small_map=True)
+
+
+@backbone('Swin', 'mmpretrain', 'pad_small_map=False', inside=classifier(32), dynamic=_NOT_DYNAMIC, **_SWIN_WORKS)
+def mmpretrain_swin_of_small_maps():
+    return dict(mmpretrain_swin(), pad_small_map=False)
+
+
+@backbone('Swin', 'timm', dynamic=_NOT_DYNAMIC, **_SWIN_WORKS)
+def timm_swin():
+    return dict(
+        type='TimmClassifier',
+        model_name='swin_tiny_patch4_window7_224',
+        img_size=(56, 72),
+        embed_dim=16,
+        depths=(2, 1),
+        num_heads=(1, 2),
+        num_classes=5,
+        window_size=7,
+    )
+
+
+# ---------------------------------------------------------------------- ViT and DeiT
+_VIT = dict(arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64), img_size=32, patch_size=8)
+_TIMM_VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+_VIT_WORKS = dict(folding=4, rotation=1, similarity=2, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('ViT, DeiT', 'mmpretrain', inside=classifier(32, 'VisionTransformerClsHead'), **_VIT_WORKS)
+def mmpretrain_vit():
+    return dict(type='VisionTransformer', **_VIT)
+
+
+@backbone('DeiT, distilled', 'mmpretrain', inside=classifier(32, 'DeiTClsHead'), **_VIT_WORKS)
+def mmpretrain_distilled_deit():
+    return dict(type='DistilledVisionTransformer', **_VIT)
+
+
+@backbone(
+    'DeiT III', 'mmpretrain', **{**_VIT_WORKS, 'folding': 'is read by 2 layers', 'rotation': 'its parts are not told'}
+)
+def mmpretrain_deit3():
+    return dict(type='DeiT3', **_VIT)
+
+
+# nn.MultiheadAttention runs tokens first: the same products in another order of rows, which the bits may depend on.
+@backbone('ViT, DeiT', 'mmseg', exact=False, **{**_VIT_WORKS, 'rotation': 'its parts are not told'})
+def mmseg_vit():
+    return dict(
+        type='VisionTransformer',
+        img_size=32,
+        patch_size=8,
+        embed_dims=32,
+        num_layers=2,
+        num_heads=2,
+        mlp_ratio=2,
+        out_indices=(0, 1),
+    )
+
+
+@backbone('ViT, DeiT', 'timm', **_VIT_WORKS)
+def timm_vit():
+    return dict(type='TimmClassifier', model_name='vit_tiny_patch16_224', **_TIMM_VIT)
+
+
+@backbone('DeiT, distilled', 'timm', **_VIT_WORKS)
+def timm_distilled_deit():
+    return dict(type='TimmClassifier', model_name='deit_tiny_distilled_patch16_224', **_TIMM_VIT)
+
+
+# ---------------------------------------------------------------------- ViT and its relatives
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- Swin V2, windows
+_POST_NORM = dict(folding='stand behind the layers', rotation='a LayerNorm stands between each branch and the stream')
+_SWIN_V2 = dict(size=(36, 60), similarity=3, export=True, **_POST_NORM)
+
+
+@backbone('Swin V2', 'mmpretrain', inside=classifier(32), dynamic=True, **_SWIN_V2)
+def mmpretrain_swin_v2():
+    arch = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2], extra_norm_every_n_blocks=0)
+    return dict(
         type='SwinTransformerV2',
         arch=arch,
-        img_size=64,
         window_size=4,
         pretrained_window_sizes=[0, 3],
-        drop_path_rate=0.2,
         pad_small_map=True,
-        out_indices=(0, 1),
+        drop_path_rate=0.2,
+        out_indices=(1,),
     )
-    return _build('mmpretrain', {**config, **more}, (36, 60))
 
 
+@backbone(
+    'Swin V2', 'mmpretrain', 'giant, checkpointed', dynamic=_NOT_DYNAMIC, **dict(_SWIN_V2, size=(64, 48), similarity=2)
+)
 def mmpretrain_swin_v2_giant():
-    """An extra norm behind every second block, an absolute position embedding, no biases of the projections."""
-    arch = dict(embed_dims=16, depths=[2, 2], num_heads=[1, 2], extra_norm_every_n_blocks=2)
-    return mmpretrain_swin_v2(
-        arch=arch,
+    """An extra norm behind every second block, position embeddings, no biases, maps that are never padded."""
+    return dict(
+        type='SwinTransformerV2',
+        arch=dict(embed_dims=16, depths=[2], num_heads=[1], extra_norm_every_n_blocks=2),
+        img_size=64,
+        window_size=4,
+        stage_cfgs=dict(block_cfgs=dict(attn_cfgs=dict(qkv_bias=False))),
         use_abs_pos_embed=True,
         with_cp=True,
-        stage_cfgs=dict(block_cfgs=dict(attn_cfgs=dict(qkv_bias=False)), downsample_cfg=dict(use_post_norm=True)),
+        out_indices=(0,),
     )
 
 
-_TIMM_SWIN_V2 = dict(embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=4, drop_path_rate=0.1)
-
-
-def timm_swin_v2():
-    return _timm('swinv2_tiny_window8_256', (64, 32), img_size=(64, 32), num_classes=5, **_TIMM_SWIN_V2)
-
-
-def timm_swin_v2_dynamic():
-    """Any size: windows are padded."""
-    return _timm(
-        'swinv2_tiny_window8_256', (36, 60), img_size=64, num_classes=5, strict_img_size=False, **_TIMM_SWIN_V2
-    )
-
-
-def timm_swin_v2_features():
-    return _timm(
-        'swinv2_tiny_window8_256',
-        (64, 32),
-        type='TIMMBackbone',
-        features_only=True,
-        img_size=(64, 32),
-        out_indices=(0, 1),
-        **_TIMM_SWIN_V2,
-    )
-
-
-def mmpretrain_davit(**more):
-    arch = dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2])
-    config = dict(type='DaViT', arch=arch, window_size=4, pad_small_map=True, out_indices=(0, 1), drop_path_rate=0.1)
-    return _build('mmpretrain', {**config, **more}, (56, 72))
-
-
-def mmpretrain_davit_after_downsample():
-    return mmpretrain_davit(out_after_downsample=True, with_cp=True, out_indices=(1,))
-
-
-def _hivit(type, size=(64, 64), **more):
-    # The first stages have the numbers 0 to 5 in out_indices: the last block needs a greater one.
-    arch = dict(embed_dims=32, depths=[1, 1, 7], num_heads=2)
-    return _build('mmpretrain', dict(type=type, arch=arch, img_size=64, drop_path_rate=0.1, **more), size)
-
-
-def mmpretrain_hivit():
-    return _hivit('HiViT', rpe=True, layer_scale_init_value=0.5, out_indices=[6])
-
-
-def mmpretrain_hivit_other_size():
-    return _hivit('HiViT', (64, 96), out_indices=[6])
-
-
-def mmpretrain_hivit_mae():
-    return _hivit('MAEHiViT', out_indices=[6])
-
-
-def mmpretrain_hivit_itpn():
-    return _hivit('iTPNHiViT', reconstruction_type='clip', out_indices=[6])
-
-
-_MIXMIM = dict(arch=dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2]), img_size=64, window_size=[4, 8])
-
-
-def mmpretrain_mixmim():
-    return _build('mmpretrain', dict(type='MixMIMTransformer', drop_path_rate=0.1, **_MIXMIM), (64, 64))
-
-
-def mmpretrain_mixmim_pretraining():
-    return _build('mmpretrain', dict(type='MixMIMPretrainTransformer', use_checkpoint=True, **_MIXMIM), (64, 64))
-
-
-def mmpretrain_simmim_swin():
-    arch = dict(embed_dims=16, depths=[2, 2], num_heads=[1, 2])
-    stage = dict(block_cfgs=dict(window_size=4))
-    config = dict(type='SimMIMSwinTransformer', arch=arch, img_size=64, stage_cfgs=stage, out_indices=(0, 1))
-    return _build('mmpretrain', dict(config, pad_small_map=True, use_abs_pos_embed=True), (36, 60))
-
-
-_SAM = dict(
-    arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64, global_attn_indexes=[1]),
-    img_size=48,
-    patch_size=8,
+_TIMM_SWIN_V2 = dict(
+    type='TimmClassifier',
+    model_name='swinv2_tiny_window8_256',
+    embed_dim=16,
+    depths=(2, 1),
+    num_heads=(1, 2),
+    num_classes=5,
     window_size=4,
-    out_channels=16,
 )
 
 
+@backbone('Swin V2', 'timm', dynamic=_NOT_DYNAMIC, **dict(_SWIN_V2, size=(64, 32)))
+def timm_swin_v2():
+    return dict(_TIMM_SWIN_V2, img_size=(64, 32))
+
+
+@backbone('Swin V2', 'timm', 'strict_img_size=False', dynamic=_NOT_DYNAMIC, **_SWIN_V2)
+def timm_swin_v2_of_any_size():
+    return dict(_TIMM_SWIN_V2, img_size=64, strict_img_size=False)
+
+
+@backbone('Swin V2', 'timm', 'features_only=True', dynamic=_NOT_DYNAMIC, **dict(_SWIN_V2, size=(64, 32)))
+def timm_swin_v2_features():
+    config = dict(_TIMM_SWIN_V2, type='TIMMBackbone', img_size=(64, 32), features_only=True, out_indices=(0, 1))
+    del config['num_classes']
+    return config
+
+
+_SIMMIM_WORKS = dict(size=(36, 60), folding=7, similarity=3, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('Swin, SimMIM', 'mmpretrain', inside=classifier(32), rotation=1, **_SIMMIM_WORKS)
+def mmpretrain_simmim_swin():
+    arch = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2])
+    stage = dict(block_cfgs=dict(window_size=4))
+    more = dict(img_size=64, stage_cfgs=stage, out_indices=(1,), pad_small_map=True, use_abs_pos_embed=True)
+    return dict(type='SimMIMSwinTransformer', arch=arch, **more)
+
+
+_DAVIT_WORKS = dict(folding=8, rotation='depthwise convolutions', similarity=4, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('DaViT', 'mmpretrain', size=(56, 72), **_DAVIT_WORKS)
+def mmpretrain_davit():
+    arch = dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2])
+    return dict(type='DaViT', arch=arch, window_size=4, pad_small_map=True, out_indices=(0, 1), drop_path_rate=0.1)
+
+
+@backbone('DaViT', 'mmpretrain', 'out_after_downsample, checkpointed', size=(64, 64), **_DAVIT_WORKS)
+def mmpretrain_davit_after_downsampling():
+    more = dict(out_after_downsample=True, with_cp=True, pad_small_map=False, out_indices=(1,))
+    return dict(mmpretrain_davit(), **more)
+
+
+def _hivit(**more):
+    # The first stages have the numbers 0 to 5 in out_indices: the last block needs a greater one.
+    arch = dict(embed_dims=32, depths=[1, 1, 7], num_heads=2)
+    return dict(arch=arch, img_size=64, out_indices=[6], drop_path_rate=0.1, **more)
+
+
+# In each of the first two stages two feed-forward networks and a merging, seven whole blocks behind.
+_HIVIT_WORKS = dict(size=(64, 64), folding=20, similarity=7, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('HiViT', 'mmpretrain', rotation='a LayerScale', **_HIVIT_WORKS)
+def mmpretrain_hivit():
+    return dict(type='HiViT', rpe=True, layer_scale_init_value=0.5, **_hivit())
+
+
+@backbone('HiViT', 'mmpretrain', 'another size', rotation=1, **dict(_HIVIT_WORKS, size=(64, 96)))
+def mmpretrain_hivit_of_another_size():
+    return dict(type='HiViT', **_hivit())
+
+
+@backbone('HiViT, MAE', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
+def mmpretrain_mae_hivit():
+    return dict(type='MAEHiViT', **_hivit())
+
+
+@backbone('HiViT, iTPN', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
+def mmpretrain_itpn_hivit():
+    return dict(type='iTPNHiViT', reconstruction_type='clip', **_hivit())
+
+
+_MIXMIM_WORKS = dict(size=(64, 64), folding=7, similarity=3, export=True, dynamic=_NOT_DYNAMIC)
+
+
+def _pooled_classifier(config):
+    head = dict(type='LinearClsHead', in_channels=32, num_classes=5)
+    return dict(type='ImageClassifier', backbone=config, head=head)
+
+
+@backbone('MixMIM', 'mmpretrain', inside=_pooled_classifier, rotation=1, **_MIXMIM_WORKS)
+def mmpretrain_mixmim():
+    arch = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2])
+    return dict(type='MixMIMTransformer', arch=arch, img_size=64, window_size=[4, 8], drop_path_rate=0.1)
+
+
+@backbone('MixMIM', 'mmpretrain', 'pre-training', rotation='no linear head', **_MIXMIM_WORKS)
+def mmpretrain_mixmim_of_pretraining():
+    return dict(mmpretrain_mixmim(), type='MixMIMPretrainTransformer', use_checkpoint=True)
+
+
+_SAM_WORKS = dict(folding=4, rotation='which no LayerNorm reads', similarity=2, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('SAM', 'mmpretrain', size=(48, 72), **_SAM_WORKS)
 def mmpretrain_sam():
-    return _build('mmpretrain', dict(type='ViTSAM', **_SAM), (48, 72))
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64, global_attn_indexes=[1])
+    return dict(type='ViTSAM', arch=arch, img_size=48, patch_size=8, window_size=4, out_channels=16)
 
 
-def mmpretrain_sam_plain():
-    """Without positions and without the reduction of channels; nothing is padded."""
-    config = {**_SAM, 'out_channels': 0, 'use_rel_pos': False, 'use_abs_pos': False, 'qkv_bias': False}
-    return _build('mmpretrain', dict(type='ViTSAM', out_type='avg_featmap', **config), (32, 64))
+@backbone('SAM', 'mmpretrain', 'without positions', size=(32, 64), **_SAM_WORKS)
+def mmpretrain_sam_without_positions():
+    more = dict(out_channels=0, use_rel_pos=False, use_abs_pos=False, qkv_bias=False, out_type='avg_featmap')
+    return dict(mmpretrain_sam(), **more)
+
+
+# ---------------------------------------------------------------------- MiT, PVT, Twins
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- ConvNeXt
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- Convolutions and attention side by side
+# Rows of this family stand below.

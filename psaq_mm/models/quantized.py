@@ -5,6 +5,7 @@ The model is converted when it is built, and not in a hook, so that the library'
 augmentation use the quantized model: inferencers run no hooks, and TTA and DDP wrap the model before any hook runs.
 """
 
+import logging
 from typing import Mapping, Union
 
 import torch
@@ -74,8 +75,7 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
         What was quantized, at which bits, and what stays float.
 
     Raises:
-        UnsupportedModelError: The backbone is not a supported one, or ``reparameterize`` finds no LayerNorm that could
-            be folded (the model is changed already and must be built anew).
+        UnsupportedModelError: The backbone is not a supported one.
         SpecError: The spec is invalid, or an override's pattern matches nothing.
     """
     spec = QuantSpec.parse(quant)
@@ -84,9 +84,11 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
         print_log('TF32 is switched off for this process: it would round quantized values a second time', 'current')
     report = quantize_(model, spec, filter_fn=scope_filter(model, spec.scope), first_layer=first_layer_name(model))
     if spec.reparameterize and not any(isinstance(q, ReparameterizedQuantizer) for _, q in quantizers(model)):
-        raise UnsupportedModelError(
-            f'reparameterize=True has nothing to fold in {type(find_backbone(model)).__name__}, where no LayerNorm '
-            'feeds one Linear alone: set it to False, or take a method without it'
+        print_log(
+            f'reparameterize=True folds nothing in {type(find_backbone(model)).__name__}, where no LayerNorm feeds one '
+            'Linear alone: ranges are those of whole tensors',
+            'current',
+            logging.WARNING,
         )
     model.quant_spec = spec
     model.quant_report = report

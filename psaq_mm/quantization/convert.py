@@ -41,8 +41,7 @@ def register_adapter(matcher: Callable[[nn.Module], bool], convert: ConvertFn) -
         matcher: Whether a module is of the kind; must be False for a converted one.
         convert: Takes the module, its dotted name and the spec (:class:`.spec.AdapterSpec`), returns the converted
             module. Linear and convolution layers inside are converted afterwards, as anywhere; products of activations
-            are the adapter's (:class:`.layers.QuantMatMul`). Operations that stay in floating point are named in the
-            report where the converted module has a mapping ``float_operations`` from names to reasons.
+            are the adapter's (:class:`.layers.QuantMatMul`).
     """
     ADAPTERS.append(Adapter(matcher, convert))
 
@@ -159,8 +158,6 @@ class _Conversion:
 
     def _convert_layers(self) -> None:
         for name, module in list(self.model.named_modules()):
-            for operation, reason in getattr(module, 'float_operations', {}).items():
-                self.report.floats.append(FloatLayer(f'{name}.{operation}', 'operation', reason))
             if isinstance(module, QuantMatMul):
                 self._report_matmul(name, module)
                 continue

@@ -38,6 +38,7 @@ class Backbone:
         attention: Classes of attention, each with its mixin.
         edges: Children of the network whose outputs are edges: what the first block reads.
         others: Further classes inside the network, each with the function that converts it.
+        post_norm: Whether the norms of its blocks stand behind the layers of their branches: none feeds a layer.
     """
 
     names: Tuple[str, ...] = ()
@@ -47,6 +48,7 @@ class Backbone:
     attention: Mapping[str, Optional[type]] = {}
     edges: Tuple[str, ...] = ()
     others: Mapping[str, ConvertFn] = {}
+    post_norm: bool = False
 
     def describes(self, net: nn.Module) -> bool:
         """Whether this is the description of a network."""

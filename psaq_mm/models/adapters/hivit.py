@@ -13,7 +13,7 @@ from psaq_mm.models.adapters.attention import attend
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, Feed, Writer
 from psaq_mm.models.adapters.match import class_named
-from psaq_mm.models.adapters.pretraining import converts_to_features
+from psaq_mm.models.adapters.pretraining import FeaturesMixin, converts_network
 from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, Stream, need
 from psaq_mm.models.adapters.windows import add_scores_edge
 from psaq_mm.quantization import AdapterSpec, StreamReader, apply_edge
@@ -67,6 +67,20 @@ class QuantHiViTBlockMixin:
         return apply_edge(self.residual2_quantizer, x + self.drop_path(branch))
 
 
+class QuantHiViTMixin:
+    """The network, whose position embedding is resized for plain numbers also in a trace."""
+
+    keeps_name = True
+
+    def interpolate_pos_encoding(self, x: Tensor, h: int, w: int) -> Tensor:
+        """As the library's: position embedding (1, N, C) of an image of height ``h`` and width ``w``, in pixels."""
+        return super().interpolate_pos_encoding(x, int(h), int(w))
+
+
+class PretrainingHiViTMixin(FeaturesMixin, QuantHiViTMixin):
+    """MAEHiViT and iTPNHiViT."""
+
+
 @register_backbone
 class HiViT(Backbone):
     """HiViT of mmpretrain."""
@@ -75,7 +89,7 @@ class HiViT(Backbone):
     block_path = r'blocks\.\d+'
     blocks = {f'{_MODULE}.BlockWithRPE': QuantHiViTBlockMixin, _MERGING: None}
     attention = {f'{_MODULE}.Attention': QuantHiViTAttentionMixin}
-    edges = ('patch_embed.norm', 'pos_drop')
+    others = {f'{_MODULE}.HiViT': converts_network(QuantHiViTMixin, 'patch_embed.norm', 'pos_drop')}
 
     def attention_of(self, block: nn.Module) -> Tuple[nn.Module, ...]:
         """See :meth:`.Backbone.attention_of`."""
@@ -143,5 +157,4 @@ class PretrainingHiViT(HiViT):
     """MAEHiViT and iTPNHiViT of mmpretrain, which extract features without a mask."""
 
     names = ('mmpretrain.models.selfsup.mae.MAEHiViT', 'mmpretrain.models.selfsup.itpn.iTPNHiViT')
-    edges = ()
-    others = dict.fromkeys(names, converts_to_features(*HiViT.edges))
+    others = dict.fromkeys(names, converts_network(PretrainingHiViTMixin, 'patch_embed.norm', 'pos_drop'))

@@ -10,7 +10,7 @@ from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, standard_parts
 from psaq_mm.models.adapters.match import class_named
-from psaq_mm.models.adapters.pretraining import converts_to_features
+from psaq_mm.models.adapters.pretraining import FeaturesMixin, converts_network
 from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, Stream, need, stream
 from psaq_mm.models.adapters.swin import convert_merging
 from psaq_mm.models.adapters.windows import Cut, CutMixin, WindowAttentionMixin, add_scores_edge
@@ -127,4 +127,4 @@ class PretrainingMixMIM(MixMIM):
 
     names = ('mmpretrain.models.selfsup.mixmim.MixMIMPretrainTransformer',)
     edges = ()
-    others = {**MixMIM.others, **dict.fromkeys(names, converts_to_features(*MixMIM.edges))}
+    others = {**MixMIM.others, **dict.fromkeys(names, converts_network(FeaturesMixin, *MixMIM.edges))}

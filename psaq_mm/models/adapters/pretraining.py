@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from psaq_mm.models.adapters.blocks import outputs_are_edges
 from psaq_mm.quantization import AdapterSpec, ConvertFn, adopt
 
-__all__ = ['FeaturesMixin', 'converts_to_features']
+__all__ = ['FeaturesMixin', 'converts_network']
 
 
 class FeaturesMixin:
@@ -25,11 +25,11 @@ class FeaturesMixin:
         return super().forward(x, mask)
 
 
-def converts_to_features(*edges: str) -> ConvertFn:
-    """The adapter of such a backbone, whose children ``edges`` have outputs that are edges."""
+def converts_network(mixin: type, *edges: str) -> ConvertFn:
+    """The adapter of a network that ``mixin`` adopts, and whose children ``edges`` have outputs that are edges."""
     quantize_edges = outputs_are_edges(*edges)
 
     def convert(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-        return adopt(quantize_edges(module, name, spec), FeaturesMixin)
+        return adopt(quantize_edges(module, name, spec), mixin)
 
     return convert

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from psaq_mm.models.adapters.attention import CheckpointedBlockMixin
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, mark_norm, standard_parts
-from psaq_mm.models.adapters.pretraining import converts_to_features
+from psaq_mm.models.adapters.pretraining import FeaturesMixin, converts_network
 from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, Stream, need, output_reader, stream
 from psaq_mm.models.adapters.windows import Cut, CutMixin, WindowAttentionMixin, add_scores_edge
 from psaq_mm.quantization import AdapterSpec, StreamReader, adopt, apply_edge
@@ -27,6 +27,7 @@ __all__ = [
     'Swin',
     'convert_merging',
     'convert_shift',
+    'cuts_any_size',
     'smallest_side',
 ]
 
@@ -99,6 +100,14 @@ def smallest_side(net: nn.Module, patch: int) -> Optional[int]:
     return max(sides, default=None)
 
 
+def cuts_any_size(net: nn.Module) -> bool:
+    """Whether a network of stages does the same for maps of all sizes. Without ``pad_small_map``, whether mmpretrain
+    shifts depends on the size, and so does whether it resizes an absolute position embedding.
+    """
+    padded = all(getattr(module, 'pad_small_map', True) for module in net.modules())
+    return padded and not getattr(net, 'use_abs_pos_embed', False)
+
+
 @register_backbone
 class Swin(Backbone):
     """Swin Transformer of mmdet, mmseg and mmpretrain."""
@@ -142,10 +151,8 @@ class Swin(Backbone):
         return smallest_side(net, self.patch(net)) or super().min_side(net)
 
     def dynamic_size(self, net: nn.Module) -> bool:
-        """See :meth:`.Backbone.dynamic_size`. Without ``pad_small_map``, whether mmpretrain shifts depends on the
-        size.
-        """
-        return all(getattr(module, 'pad_small_map', True) for module in net.modules())
+        """See :meth:`.Backbone.dynamic_size`."""
+        return cuts_any_size(net)
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`."""
@@ -172,4 +179,4 @@ class PretrainingSwin(Swin):
 
     names = ('mmpretrain.models.selfsup.simmim.SimMIMSwinTransformer',)
     edges = ()
-    others = {**Swin.others, **dict.fromkeys(names, converts_to_features(*Swin.edges))}
+    others = {**Swin.others, **dict.fromkeys(names, converts_network(FeaturesMixin, *Swin.edges))}

@@ -20,7 +20,7 @@ from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, feed_forward, quantize_outputs
 from psaq_mm.models.adapters.split_bias import SplitBiasProjection
 from psaq_mm.models.adapters.streams import NamedStreams, need
-from psaq_mm.models.adapters.swin import convert_merging, convert_shift, smallest_side
+from psaq_mm.models.adapters.swin import convert_merging, convert_shift, cuts_any_size, smallest_side
 from psaq_mm.models.adapters.windows import PositionBias, WindowAttentionMixin, add_scores_edge
 from psaq_mm.quantization import AdapterSpec, apply_edge, keep_float
 
@@ -90,6 +90,7 @@ class SwinV2(Backbone):
     """SwinTransformerV2 of mmpretrain."""
 
     names = ('mmpretrain.models.backbones.swin_transformer_v2.SwinTransformerV2',)
+    post_norm = True
     block_path = r'stages\.\d+\.blocks\.\d+'
     blocks = {'mmpretrain.models.backbones.swin_transformer_v2.SwinBlockV2': QuantSwinBlockV2Mixin}
     attention = {'mmpretrain.models.utils.attention.WindowMSAV2': CosineWindowAttentionMixin}
@@ -122,8 +123,8 @@ class SwinV2(Backbone):
         return smallest_side(net, self.patch(net)) or super().min_side(net)
 
     def dynamic_size(self, net: nn.Module) -> bool:
-        """See :meth:`.Backbone.dynamic_size`. Without ``pad_small_map``, whether a block shifts depends on the size."""
-        return all(getattr(module, 'pad_small_map', True) for module in net.modules())
+        """See :meth:`.Backbone.dynamic_size`."""
+        return cuts_any_size(net)
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`."""

@@ -41,6 +41,7 @@ class TimmSwinV2(Backbone):
 
     names = ('timm.models.swin_transformer_v2.SwinTransformerV2',)
     wrappers = ('timm.models._features.FeatureListNet',)
+    post_norm = True
     block_path = r'layers[._]\d+\.blocks\.\d+'
     blocks = {'timm.models.swin_transformer_v2.SwinTransformerV2Block': QuantTimmSwinV2BlockMixin}
     attention = {'timm.models.swin_transformer_v2.WindowAttention': CosineWindowAttentionMixin}

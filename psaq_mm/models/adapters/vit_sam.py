@@ -6,7 +6,7 @@ of the horizontal distance (MViTv2, arXiv 2112.01526, section 4.1). These produc
 point: they are short, and no runtime has an integer kernel for them.
 """
 
-from typing import Dict, List, Tuple
+from typing import List, Tuple
 
 from torch import Tensor, nn
 
@@ -26,12 +26,6 @@ class QuantSAMAttentionMixin:
     """Attention of a map or of windows, whose two matrix products are :class:`QuantMatMul`, and which knows its padded
     rows.
     """
-
-    @property
-    def float_operations(self) -> Dict[str, str]:
-        """See :func:`psaq_mm.quantization.register_adapter`."""
-        reason = 'products of queries with embeddings of distances stay in floating point'
-        return {'relative_positions': reason} if self.use_rel_pos else {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
