@@ -8,6 +8,7 @@ import torch
 from pyramid_models import build, images_of
 from vit_models import run
 
+from psaq_mm.engine.forks import find_configs_of_forks
 from psaq_mm.models import TaskModel, quantize_model_
 from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import calibrate, is_quantizer_key, norm_before, quantizers, set_mode
@@ -131,6 +132,7 @@ def test_a_zoo_segformer_is_quantized_with_its_head():
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
+    find_configs_of_forks()
     config = Config.fromstring(SEGFORMER, '.py').model
     init_default_scope('mmseg')
     model = MODELS.build(
