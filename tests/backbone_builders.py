@@ -15,6 +15,8 @@ To add one, write a function that returns its config, and say in the decorator w
   or head is known (:func:`classifier`, :func:`detector`, :func:`segmentor`): a stream that ends in the backbone's
   outputs is rotated only where everything that reads them is known. ``exact=False``: with its quantizers off the model
   equals the library's to rounding and not to the last bit; say why in a comment.
+- ``floats`` are the operations inside the backbone that stay in floating point and that ``psaq-inspect`` names, such as
+  ``'einsum with a parameter'``; there are none in most.
 - The rest are the cells of the table in docs/backbones.md. A number or True says that it works, and the test exercises
   it. A text says that it is refused, and the test finds these words in what psaq_mm says:
 
@@ -53,6 +55,7 @@ class Row(NamedTuple):
         config: Its function.
         size: (height, width) of its pictures, in pixels.
         exact: Whether the outputs are the library's to the last bit.
+        floats: What it computes in floating point, see :class:`psaq_mm.models.uncovered.Uncovered`.
         inside: Config of the backbone to that of the model around it, for its rotation.
         cells: See the module.
     """
@@ -64,6 +67,7 @@ class Row(NamedTuple):
     config: Callable[[], Dict]
     size: Tuple[int, int]
     exact: bool
+    floats: Tuple[str, ...]
     inside: Callable[[Dict], Dict]
     cells: Dict[str, Union[int, str]]
 
@@ -77,6 +81,7 @@ def backbone(
     build_of: str = '',
     size: Tuple[int, int] = (32, 32),
     exact: bool = True,
+    floats: Tuple[str, ...] = (),
     inside: Callable[[Dict], Dict] = dict,
     **cells: Union[int, str],
 ) -> Callable:
@@ -84,7 +89,7 @@ def backbone(
     assert set(cells) == set(CELLS), f'{title} of {library} declares {sorted(cells)}, not {CELLS}'
 
     def register(config: Callable[[], Dict]) -> Callable[[], Dict]:
-        ROWS.append(Row(config.__name__, title, library, build_of, config, size, exact, inside, cells))
+        ROWS.append(Row(config.__name__, title, library, build_of, config, size, exact, floats, inside, cells))
         return config
 
     return register

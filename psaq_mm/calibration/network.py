@@ -40,7 +40,11 @@ class Network(Protocol):
         """Feature maps to distil, for normalized ``images`` (B, C, H, W)."""
 
     def run(self, images: Tensor, with_logits: bool = False) -> Any:
-        """One forward pass: ``parts`` (as :meth:`outputs`) and ``logits`` (B, classes) or None."""
+        """One forward pass: ``parts`` (as :meth:`outputs`) and ``logits`` (B, classes) or None.
+
+        A network that chooses what it decodes returns ``chosen`` as well, and takes another network's as an argument of
+        that name.
+        """
 
     def calibration_forward(self, images: Tensor, scope: str = 'backbone') -> None:
         """Run every layer that ``scope`` quantizes."""

@@ -211,7 +211,9 @@ class StudentTraining:
         with_logits = self.settings.logits_weight > 0 and self.teacher.num_classes is not None
         with torch.no_grad():
             target = self.teacher.run(images, with_logits=with_logits)
-        output = self.student.run(images, with_logits=with_logits)
+        chosen = getattr(target, 'chosen', None)
+        queries = {} if chosen is None else dict(chosen=chosen)
+        output = self.student.run(images, with_logits=with_logits, **queries)
         loss = discrepancy = normalized_l1(output.parts, target.parts)
         if with_logits:
             loss = loss + self.settings.logits_weight * _divergence(output.logits, target.logits)

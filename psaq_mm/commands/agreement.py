@@ -87,7 +87,7 @@ class Predictions:
                 header = json.loads(content['header'].tobytes())
                 self.names, self.metrics = header['names'], header['metrics']
                 if header['kind'] is not None:
-                    self.task = {task.kind: task for task in reversed(TASKS)}[header['kind']]
+                    self.task = {task.kind: task for task in reversed(TASKS) if task.field}[header['kind']]
                     self._records = self.task.unpack(header, content)
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DataError(f'{path} is damaged ({error}): delete it, and full precision is evaluated again') from error

@@ -202,7 +202,9 @@ def _require_range(name: str, quantizer: Quantizer) -> None:
 
 def _tap_input(name: str, norm: nn.LayerNorm) -> None:
     library = norm.forward
-    norm.forward = lambda x: library(symbols.mark_tap(x, name))
+    norm.forward = lambda x, *args, **kwargs: library(
+        symbols.mark_tap(x, name), *args, **kwargs
+    )  # a LayerNorm2d has more
 
 
 # ---------------------------------------------------------------------- layers with weights
@@ -219,7 +221,7 @@ def _rewrite_layer(
         original: Name of the layer in the model. It differs where several layers of the copy share a layer's weights.
     """
     linear, sums = isinstance(layer, nn.Linear), None
-    bias = layer.full_bias() if linear else layer.bias
+    bias = layer.full_bias()
     bias = None if bias is None else bias.detach().clone()
     if layer.weight_quantizer.mode == 'off':
         exportable.notes[name] = 'its weight quantizer is switched off'
@@ -241,9 +243,8 @@ def _rewrite_layer(
         read = _reader(exportable, name)
     multiply = _linear if linear else partial(_transposed if isinstance(layer, nn.ConvTranspose2d) else _conv, layer)
 
+    # further ones: the output size of a transposed convolution, a mask of rows, which only calibration reads
     def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        if linear:  # the mask of padding is for calibration; else it is the output size of a transposed convolution
-            args, kwargs = (), {}
         x = layer.input_quantizer(x)
         out = multiply(x, read(x), bias, *args, **kwargs)
         if sums is not None:
@@ -253,7 +254,7 @@ def _rewrite_layer(
     layer.forward = forward
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], valid: Optional[Tensor] = None) -> Tensor:
     # A product and a sum, not a Gemm: runtimes know the pattern for inputs of any number of dimensions.
     x = torch.matmul(x, weight)
     return x if bias is None else x + bias
@@ -318,7 +319,7 @@ def _product_forward(exportable: ExportableModel, name: str, layer: nn.Module) -
     """Forward of a linear map whose input is quantized: the product of codes, see :attr:`ExportableModel.products`."""
     quantizer, product = exportable.names[layer.input_quantizer], _add_product(exportable, name)
 
-    def forward(x: Tensor, valid: Optional[Tensor] = None) -> Tensor:  # the mask of padding is for calibration
+    def forward(x: Tensor, valid: Optional[Tensor] = None) -> Tensor:  # the mask is for calibration
         codes = symbols.codes(x, quantizer, torch.uint8)
         return apply_edge(layer.output_quantizer, product(symbols.values(codes, quantizer, centred=True)))
 

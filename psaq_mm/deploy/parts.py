@@ -64,9 +64,10 @@ def graph_parts(model: nn.Module) -> GraphParts:
         return GraphParts('', None, False, ('model',)).of_task(task)
     dense = task.dense_head(model)
     prefixes = tuple(n for n in ('backbone', 'neck', dense) if n and getattr(model, n, None) is not None)
-    parts = GraphParts('', dense, _others_read_levels(model, task, dense), prefixes).of_task(task)
+    outside = task.outside_graph(model)
+    parts = GraphParts('', dense, _others_read_levels(model, task, dense), prefixes, outside).of_task(task)
     if dense is not None:
-        reason = _why_apart(model, task, getattr(model, dense))
+        reason = _why_apart(getattr(model, dense))
         parts = _without(parts, dense, reason) if reason else parts
     reason = _why_neck_apart(model)
     last = 'neck' if 'neck' in parts.prefixes else parts.dense
@@ -136,11 +137,9 @@ def _why_neck_apart(model: nn.Module) -> Optional[str]:
     return None
 
 
-def _why_apart(model: nn.Module, task: Task, head: nn.Module) -> Optional[str]:
-    """Why the dense head of a model cannot be in the graph; None where it can."""
+def _why_apart(head: nn.Module) -> Optional[str]:
+    """Why a dense head cannot be in the graph; None where it can."""
     kind = type(head).__name__
-    if task.is_query_based(model):
-        return f'{kind} reads queries, not the levels of the neck; backbone and neck are exported'
     if not takes_levels_alone(head):
         return f'{kind} needs more than the levels of the neck'
     if not _predicts_from_levels(head):

@@ -17,6 +17,7 @@ from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models.loading import guard_loading
 from psaq_mm.models.network import find_backbone
 from psaq_mm.models.scope import check_backbone, first_layer_name, scope_filter
+from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import (
     ConversionReport,
     QuantSpec,
@@ -90,6 +91,7 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
             'current',
             logging.WARNING,
         )
+    report.name_parts(task_of(model).float_parts(model))
     model.quant_spec = spec
     model.quant_report = report
     guard_loading(model)

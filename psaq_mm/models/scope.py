@@ -65,17 +65,19 @@ def _quantizable(part: nn.Module) -> bool:
 
 def _never_run(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
     """Parts of a model that a calibration of the full scope does not run."""
-    calibrated = task_of(model).calibrated_parts(model)
+    task = task_of(model)
+    calibrated = task.calibrated_parts(model)
+    known = ('neck', *TRAINING_ONLY, *calibrated, *task.float_parts(model))
     in_part = {name.split('.')[0] for name in calibrated if '.' in name}
     backbone = find_backbone(model)
     for name, part in model.named_children():
-        if part is backbone or name in ('neck', *TRAINING_ONLY, *calibrated):
+        if part is backbone or name in known:
             continue
         if name not in in_part:
             yield name, part
             continue
         for key, child in part.named_children():
-            if f'{name}.{key}' not in calibrated:
+            if f'{name}.{key}' not in known:
                 yield f'{name}.{key}', child
 
 
@@ -84,6 +86,7 @@ def _unknown_attention(model: nn.Module) -> Optional[str]:
     known: Tuple[str, ...] = ()
     backbone = find_backbone(model)
     inside = tuple(f'{name}.' for name, part in model.named_children() if part is backbone or name in TRAINING_ONLY)
+    inside += tuple(f'{name}.' for name in task_of(model).float_parts(model))
     for name, module in model.named_modules():
         if name.startswith(inside):
             continue
@@ -102,17 +105,12 @@ def check_scope(model: nn.Module, scope: str) -> None:
         scope: ``'backbone'`` covers every model with a supported backbone.
 
     Raises:
-        UnsupportedModelError: The detector is of the DETR family; a part of the model would see no sample; or an
-            attention would stay float silently. The message names the part.
+        UnsupportedModelError: A part of the model would see no sample, or an attention would stay float silently. The
+            message names the part.
     """
     if scope == 'backbone' or find_backbone(model) is model or class_named(model, TIMM_CLASSIFIER):
         return
     task, kind, way_out = task_of(model), type(model).__name__, "use scope='backbone' for this model"
-    if task.is_query_based(model):
-        raise UnsupportedModelError(
-            f"scope='full' does not cover {kind}, whose encoder and decoder attend with layers that are not known "
-            f'here and would stay in floating point: {way_out}'
-        )
     for name, part in _never_run(model):
         if _quantizable(part):
             raise UnsupportedModelError(
@@ -134,14 +132,15 @@ def scope_filter(model: nn.Module, scope: str) -> Callable[[str, nn.Module], boo
     Args:
         model: The model about to be quantized.
         scope: ``'backbone'`` (without the classification head that a timm network holds) or ``'full'`` (backbone, neck
-            and heads; auxiliary heads, unused at test time, stay float).
+            and heads; what the task names as float, and auxiliary heads, unused at test time, stay float).
 
     Raises:
         UnsupportedModelError: See :func:`check_scope`.
     """
     check_scope(model, scope)
     if scope != 'backbone':
-        return lambda name, module: name.split('.')[0] not in TRAINING_ONLY
+        floats = tuple(f'{name}.' for name in (*TRAINING_ONLY, *task_of(model).float_parts(model)))
+        return lambda name, module: not f'{name}.'.startswith(floats)
     path = _backbone_path(model)
     prefix = f'{path}.' if path else ''
     heads = tuple(prefix + head for head in CLASSIFIER_HEADS)

@@ -9,7 +9,7 @@ layers add up; the error of the whole model under the choice checks that.
 
 import contextlib
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def outputs_to_compare(model: nn.Module, batches: Sequence[Tensor]) -> Callable[
     """A function that runs the model on all samples and returns the outputs to compare, one list for each batch.
 
     They are those that a student learns by default, and with ``scope='full'`` those of all heads. RoI heads get the
-    RoIs that the model proposes when this function is called.
+    RoIs that the model proposes when this function is called, decoders the queries that it chooses then.
 
     Args:
         model: Calibrated; its quantizers should be off while this is called.
@@ -112,15 +112,19 @@ def outputs_to_compare(model: nn.Module, batches: Sequence[Tensor]) -> Callable[
     """
     task, part = TaskModel(model), quantized_part(model)
     rois: List[Optional[List[Tensor]]] = [None] * len(batches)
+    queries: List[Any] = [None] * len(batches)
     if part is model and part.quant_spec.scope == 'full':
         task = TaskModel(model, (*task.parts, 'head'))
         rois = [task.proposals(batch) for batch in batches]
+        if task.task.chooses_queries(model):
+            with torch.no_grad():
+                queries = [task.run(batch).chosen for batch in batches]
 
     @torch.no_grad()
     def run() -> List[List[Tensor]]:
         return [
-            task.outputs(batch) + ([] if boxes is None else task.roi_outputs(batch, boxes))
-            for batch, boxes in zip(batches, rois)
+            task.outputs(batch, chosen) + ([] if boxes is None else task.roi_outputs(batch, boxes))
+            for batch, boxes, chosen in zip(batches, rois, queries)
         ]
 
     return run

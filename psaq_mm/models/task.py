@@ -2,14 +2,14 @@
 """A view of a detector, segmentor or classifier of any library, with all that a data-free run asks of it."""
 
 from contextlib import nullcontext
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from psaq_mm.calibration import find_attention
 from psaq_mm.calibration.blocks import BlockTaps
-from psaq_mm.errors import ConfigError, UnsupportedModelError
+from psaq_mm.errors import ConfigError
 from psaq_mm.models.adapters import Backbone, backbone_of
 from psaq_mm.models.network import find_backbone, is_timm, network_of
 from psaq_mm.models.tasks import task_of
@@ -21,7 +21,8 @@ __all__ = ['ModelInput', 'TaskModel', 'TaskOutputs', 'PARTS', 'default_parts', '
 PARTS = ('blocks', 'backbone', 'neck', 'head')
 """Parts whose outputs can be distilled. ``blocks``: the tokens of every few transformer blocks, for backbones without
 stages of several scales. ``head``: RPN maps of a two-stage detector, per-pixel logits of a segmentor, dense head maps
-of a one-stage detector, logits of a classifier."""
+of a one-stage detector, class logits with boxes or masks of the last decoder layer of a model with queries, logits of a
+classifier."""
 
 
 class ModelInput(NamedTuple):
@@ -44,17 +45,20 @@ class TaskOutputs(NamedTuple):
     Attributes:
         parts: The tensors of the parts asked for.
         logits: (B, classes) of a classifier, else None.
+        chosen: What a detector chose as queries, see :meth:`.Task.chooses_queries`; None for every other model.
     """
 
     parts: List[Tensor]
     logits: Optional[Tensor]
+    chosen: Any = None
 
 
 def default_parts(model: nn.Module) -> Tuple[str, ...]:
     """The parts that the student learns if the config names none.
 
-    Stages and neck levels if the backbone has outputs of several scales (Swin in a detector or segmentor). Transformer
-    blocks if all tokens have one width (ViT, DeiT), or if only the last stage is an output. A classifier's logits are
+    Stages and neck levels if the backbone has outputs of several scales (Swin in a detector or segmentor), or no
+    attention (ConvNeXt). Transformer blocks if all tokens have one width (ViT, DeiT), or if only the last stage is an
+    output. A classifier's logits are
     left out: a student of DeiT-Tiny that learns them beside the blocks does worse, see docs/method.md.
     """
     backbone = find_backbone(model)
@@ -63,7 +67,7 @@ def default_parts(model: nn.Module) -> Tuple[str, ...]:
     pyramid = (
         len(widths) != 1 and not is_timm(backbone) and not (isinstance(stages, (tuple, list)) and len(stages) == 1)
     )
-    return ('backbone', 'neck') if pyramid else ('blocks',)
+    return ('backbone', 'neck') if pyramid or not widths else ('blocks',)
 
 
 def input_channels(model: nn.Module) -> int:
@@ -129,7 +133,7 @@ class TaskModel:
 
     Raises:
         ConfigError: A part that does not exist.
-        UnsupportedModelError: ``blocks`` of a model that has none, or ``head`` of a detector of the DETR family.
+        UnsupportedModelError: ``blocks`` of a model that has none.
     """
 
     def __init__(
@@ -142,11 +146,6 @@ class TaskModel:
                 f'distil={list(parts)} names no part {unknown[0]!r} of a model: use some of {", ".join(PARTS)}'
             )
         self.task = task_of(model)
-        if 'head' in parts and self.task.is_query_based(model):
-            raise UnsupportedModelError(
-                f'distil={list(parts)} asks for the head of {type(model).__name__}, which reads queries and gives no '
-                'dense maps: distil its backbone and neck'
-            )
         self.model = model
         self.parts = tuple(parts)
         self.max_proposals = max_proposals
@@ -212,20 +211,24 @@ class TaskModel:
         levels = neck(tuple(stages))
         return stages, list(levels) if isinstance(levels, (tuple, list)) else [levels]
 
-    def outputs(self, images: Tensor) -> List[Tensor]:
-        """The tensors that the student learns from the teacher, in this order: blocks, stages, neck levels, dense maps.
+    def outputs(self, images: Tensor, chosen: Any = None) -> List[Tensor]:
+        """The tensors that the student learns from the teacher, in this order: blocks, stages, neck levels, those of
+        the head.
 
         Args:
             images: Normalized, (B, C, H, W).
+            chosen: As for :meth:`run`.
         """
-        return self.run(images).parts
+        return self.run(images, chosen=chosen).parts
 
-    def run(self, images: Tensor, with_logits: bool = False) -> TaskOutputs:
+    def run(self, images: Tensor, with_logits: bool = False, chosen: Any = None) -> TaskOutputs:
         """One forward pass: the outputs to distil, and a classifier's logits where ``with_logits`` asks for them.
 
         Args:
             images: Normalized, (B, C, H, W).
             with_logits: Run a classifier's head, also where it is not distilled.
+            chosen: :attr:`TaskOutputs.chosen` of another model's pass over the same images: a student decodes the
+                queries of its teacher, so that each has the same meaning in both.
         """
         recording = nullcontext([]) if self._blocks is None else self._blocks.record(images.requires_grad)
         with recording as blocks:
@@ -236,10 +239,13 @@ class TaskModel:
         if 'neck' in self.parts and levels is not stages:
             tensors += levels
         wants_logits = with_logits and self.num_classes is not None
-        dense = _tensors(self.task.dense_outputs(self.model, levels)) if 'head' in self.parts or wants_logits else []
+        dense: List[Tensor] = []
+        if 'head' in self.parts or wants_logits:
+            outputs, chosen = self.task.head_outputs(self.model, images, levels, chosen)
+            dense = _tensors(outputs)
         if 'head' in self.parts:
             tensors += dense
-        return TaskOutputs(tensors, _logits(dense) if wants_logits else None)
+        return TaskOutputs(tensors, _logits(dense) if wants_logits else None, chosen)
 
     @torch.no_grad()
     def calibration_forward(self, images: Tensor, scope: str = 'backbone') -> None:

@@ -60,8 +60,9 @@ class AttentionTaps:
             raise DataError(f'drop_tokens={drop_tokens} must not be negative')
         if not self.attention:
             raise UnsupportedModelError(
-                f'{type(model).__name__} has no self-attention with num_heads, qkv and proj, so patch similarity '
-                'cannot be measured; use a Swin, DeiT or ViT backbone, or set the weight of the entropy to 0'
+                f'{type(model).__name__} has no self-attention whose projections are known, so patch similarity '
+                "cannot be measured: use a method that synthesizes nothing, such as 'fast' or 'best', or set the "
+                'weight of the entropy to 0'
             )
 
     @contextmanager

@@ -32,6 +32,7 @@ from psaq_mm.quantization.layers import (
     apply_layer,
     attention_products,
     class_before,
+    computes_in_float,
     edge_quantizer,
     feeds_activation,
     full_precision_weights,
@@ -59,7 +60,7 @@ from psaq_mm.quantization.precision import full_float32, use_full_float32
 from psaq_mm.quantization.primitives import choose_qparams, dequantize, fake_quantize, qrange, quantize
 from psaq_mm.quantization.quantizers import AffineQuantizer, LogQuantizer, Quantizer, Range, in_mode, observing
 from psaq_mm.quantization.ranges import learn_ranges_, learned_ranges, update_ranges_
-from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds
+from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds, takes_folding
 from psaq_mm.quantization.rotation import StreamReader, random_rotation, rotate_heads_, rotate_stream_
 from psaq_mm.quantization.rounding import RoundedLayer, compensated_rounding, round_weights_
 from psaq_mm.quantization.rows import RowMask, padded, row_mask_given, row_mask_of
@@ -123,6 +124,7 @@ __all__ = [
     'edge_quantizer',
     'fake_log_quantize',
     'fake_quantize',
+    'computes_in_float',
     'feeds_activation',
     'full_float32',
     'full_precision_weights',
@@ -154,6 +156,7 @@ __all__ = [
     'row_mask_given',
     'row_mask_of',
     'set_mode',
+    'takes_folding',
     'update_ranges_',
     'use_full_float32',
 ]

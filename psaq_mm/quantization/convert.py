@@ -75,6 +75,15 @@ class ConversionReport:
         self.layers: List[QuantizedLayer] = []
         self.floats: List[FloatLayer] = []
 
+    def name_parts(self, reasons: Mapping[str, str]) -> None:
+        """Put one row, with its reason, in place of the float layers of each of these parts, by their dotted names."""
+        for name, reason in reasons.items():
+            inside = [row for row in self.floats if f'{row.name}.'.startswith(f'{name}.')]
+            if inside:
+                place = self.floats.index(inside[0])
+                self.floats = [row for row in self.floats if row not in inside]
+                self.floats.insert(place, FloatLayer(name, f'{len(inside)} layer{"s" * (len(inside) > 1)}', reason))
+
     def to_table(self) -> str:
         """Text table of both lists."""
         rows = [

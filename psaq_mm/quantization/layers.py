@@ -56,8 +56,14 @@ class _QuantizedWeightLayer(nn.Module):
         """
         device = self.weight.device
         if spec.reparameterize and norm_before(self) is not None:
+            outputs, inputs = self.weight.shape[:2]
             self.input_quantizer = ReparameterizedQuantizer(
-                spec.a_bits, self.in_features, self.out_features, spec.a_observer, spec.a_symmetric
+                spec.a_bits,
+                inputs,
+                outputs,
+                spec.a_observer,
+                spec.a_symmetric,
+                axis=-1 if self.weight.dim() == 2 else 1,
             ).to(device)
         else:
             self.input_quantizer = activation_quantizer(spec).to(device)
@@ -73,6 +79,10 @@ class _QuantizedWeightLayer(nn.Module):
         self.output_quantizer = None
         if output is not None and not getattr(self, 'output_feeds_activation', False):
             self.output_quantizer = activation_quantizer(output).to(device)
+
+    def full_bias(self) -> Optional[Tensor]:
+        """The layer's own bias plus the part that reparameterization folded into it."""
+        return self.input_quantizer.shifted(self.bias, self.weight.dtype)
 
     def _finish(self, out: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         return apply_edge(self.output_quantizer, out, valid)
@@ -90,8 +100,10 @@ class _QuantizedWeightLayer(nn.Module):
         if quantizer.mode != 'on' or not kept or weight.is_inference() or quantizer.scale.is_inference():
             return quantizer(weight)
         quantizer.require_calibrated()
-        sources = (weight, quantizer.scale, quantizer.zero_point)
-        stamps = tuple((t._version, t.data_ptr()) for t in sources)
+        tensors = (weight, quantizer.scale, quantizer.zero_point)
+        stamps = tuple((t._version, t.data_ptr()) for t in tensors)
+        # Of a view, made anew at each use, the tensor that it is a view of.
+        sources = tuple(t if t._base is None else t._base for t in tensors)
         cache = self._weight_cache
         if (
             cache is None
@@ -159,10 +171,6 @@ def hold_weights(model: nn.Module) -> Iterator[None]:
 class QuantLinearMixin(_QuantizedWeightLayer):
     """Forward of a quantized linear layer."""
 
-    def full_bias(self) -> Optional[Tensor]:
-        """The layer's own bias plus the part that reparameterization folded into it."""
-        return self.input_quantizer.shifted(self.bias, self.weight.dtype)
-
     def forward(self, input: Tensor, valid: Optional[Tensor] = None) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``.
 
@@ -179,7 +187,7 @@ class QuantConv2dMixin(_QuantizedWeightLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C', H', W')``."""
-        return self._finish(self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias))
+        return self._finish(self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.full_bias()))
 
 
 class QuantConvTranspose2dMixin(_QuantizedWeightLayer):
@@ -298,7 +306,7 @@ class QuantMatMul(nn.Module):
         return apply_edge(self.output_quantizer, a @ b, valid)
 
 
-def attention_products(spec: AdapterSpec, name: str) -> Tuple[QuantMatMul, QuantMatMul]:
+def attention_products(spec: AdapterSpec, name: str, weighted: str = 'av') -> Tuple[QuantMatMul, QuantMatMul]:
     """The two products of an attention module: scores ``q @ k.T``, and ``softmax(scores) @ v``.
 
     With ``points='all'`` q, k and v come quantized out of their projection, as one tensor, and the scores are quantized
@@ -307,8 +315,9 @@ def attention_products(spec: AdapterSpec, name: str) -> Tuple[QuantMatMul, Quant
     Args:
         spec: As an adapter gets it.
         name: Dotted name of the attention module; the products are its children ``matmul_qk`` and ``matmul_av``.
+        weighted: What the second one is called, where a module has several.
     """
-    qk, av = spec.resolve(f'{name}.matmul_qk'), spec.resolve(f'{name}.matmul_av')
+    qk, av = spec.resolve(f'{name}.matmul_qk'), spec.resolve(f'{name}.matmul_{weighted}')
     kind, quantize_softmax = spec.softmax_quantizer, spec.quantize_softmax
     if spec.points == 'all':
         scores, product = QuantMatMul(None, None), QuantMatMul(None, None)
@@ -462,25 +471,40 @@ def keep_float(module: nn.Module, reason: str) -> None:
 
     Args:
         module: A layer, or what holds some. For an adapter, which knows that a layer computes a constant, for example.
+            A module without layers is named itself: one that multiplies activations in a way that has no quantizer.
         reason: Such as ``'a constant of the size'``.
     """
-    for layer in module.modules():
-        if isinstance(layer, tuple(row[0] for row in _FLOAT_LAYERS)):
-            vars(layer)['float_reason'] = reason
+    layers = [layer for layer in module.modules() if isinstance(layer, tuple(row[0] for row in _FLOAT_LAYERS))]
+    for part in layers or [module]:
+        vars(part)['float_reason'] = reason
+
+
+def computes_in_float(module: nn.Module, reason: str) -> nn.Module:
+    """Have a report name a module whose layers are quantized, and which computes something else in floating point.
+
+    Args:
+        module: Any module but a layer.
+        reason: What it computes.
+
+    Returns:
+        ``module``.
+    """
+    vars(module)['float_reason'] = reason
+    return module
 
 
 def quant_class_of(module: nn.Module) -> Tuple[Optional[type], str]:
     """Quantized class for a float layer.
 
     Returns:
-        ``(class, '')``, or ``(None, reason)`` for a Linear or convolution whose forward is not the known one, or
-        ``(None, '')`` for any other module.
+        ``(class, '')``, or ``(None, reason)`` for a Linear or convolution whose forward is not the known one and for
+        what :func:`keep_float` keeps, or ``(None, '')`` for any other module.
     """
+    if 'float_reason' in vars(module):
+        return None, vars(module)['float_reason']
     for float_class, quant_class, same in _FLOAT_LAYERS:
         if not isinstance(module, float_class):
             continue
-        if 'float_reason' in vars(module):
-            return None, vars(module)['float_reason']
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return None, 'its weight is used by the attention function, its forward is never called'
         if isinstance(getattr(module, 'weight', None), nn.parameter.UninitializedParameter):

@@ -12,6 +12,10 @@ z~ is the *rounded* mean of the zero points, moved into the code range, where th
 integer kernel has.
 
 A channel that is constant on the samples has no scale. Its value is moved into the bias: y' is 0 there.
+
+A convolution without padding and without groups takes the change back as a Linear does, for each place of its kernel:
+the 1 x 1 convolution of a feed-forward network, or the one that downsamples after a LayerNorm (ConvNeXt). Where zeros
+are padded, zero would have to mean something else.
 """
 
 from dataclasses import dataclass
@@ -30,26 +34,44 @@ from psaq_mm.quantization.quantizers import AffineQuantizer, Range
 MIN_RATIO = 1e-4
 
 
-def norm_feeds(norm: nn.Module, linear: nn.Module) -> None:
-    """Declare that only this Linear reads the output of a LayerNorm. Rows may be moved in between.
+def takes_folding(layer: nn.Module) -> bool:
+    """Whether what a LayerNorm before ``layer`` gives up can be folded into it: a Linear, or a convolution without
+    padding and without groups.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding in ((0, 0), 'valid')
+    return isinstance(layer, nn.Linear)
+
+
+def norm_feeds(norm: nn.Module, layer: nn.Module) -> None:
+    """Declare that only this layer reads the output of a LayerNorm. Rows may be moved in between.
 
     Without :attr:`.QuantSpec.reparameterize` it has no effect. A LayerNorm without gain and offset has nothing to fold
-    into: its Linear then keeps one range.
+    into: its layer then keeps one range.
+
+    Args:
+        norm: LayerNorm.
+        layer: A Linear, whose input has its channels last, or a convolution, whose input has them second.
 
     Raises:
-        SpecError: The Linear has another norm before it already.
+        SpecError: The layer has another norm before it already, or is none that :func:`takes_folding`.
     """
     if getattr(norm, 'weight', None) is None or getattr(norm, 'bias', None) is None:
         return
-    if norm_before(linear) not in (None, norm):
+    if norm_before(layer) not in (None, norm):
         raise SpecError('A Linear can only be reparameterized with one LayerNorm before it.')
+    if not takes_folding(layer):
+        raise SpecError(
+            f'{layer} cannot be reparameterized with the LayerNorm before it: only a Linear, or a convolution without '
+            'padding and groups, can.'
+        )
     # In a tuple: as an attribute of its own it would be a second name of the LayerNorm, with state-dict keys.
-    vars(linear)['norm_before'] = (norm,)
+    vars(layer)['norm_before'] = (norm,)
 
 
-def norm_before(linear: nn.Module) -> Optional[nn.Module]:
-    """The LayerNorm that :func:`norm_feeds` named for a Linear, or None."""
-    return getattr(linear, 'norm_before', (None,))[0]
+def norm_before(layer: nn.Module) -> Optional[nn.Module]:
+    """The LayerNorm that :func:`norm_feeds` named for a layer, or None."""
+    return getattr(layer, 'norm_before', (None,))[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +80,7 @@ class Folding(Range):
 
     Attributes:
         norm: The LayerNorm.
-        layer: The Linear that reads its output, through this quantizer.
+        layer: The Linear or convolution that reads its output, through this quantizer.
         ratio: ``(in_features,)``, float64, see the top of this file.
         shift: ``(in_features,)``, float64, see the top of this file.
     """
@@ -72,7 +94,8 @@ class Folding(Range):
         """The layer's weight as it will be."""
         weight = self.layer.weight.detach()
         # float64: the product of a division and a multiplication has to give the weight back.
-        return (weight.double() * self.ratio).to(weight.dtype)
+        ratio = self.ratio.reshape(-1, *[1] * (weight.dim() - 2))
+        return (weight.double() * ratio).to(weight.dtype)
 
     @torch.no_grad()
     def set(self) -> None:
@@ -83,7 +106,10 @@ class Folding(Range):
         """
         super().set()
         quantizer, norm, ratio, shift = self.layer.input_quantizer, self.norm, self.ratio, self.shift
-        quantizer.folded_bias.copy_(quantizer.folded_bias.double() - self.layer.weight.double() @ shift)
+        weight = self.layer.weight.double()
+        quantizer.folded_bias.copy_(
+            quantizer.folded_bias.double() - weight.reshape(*weight.shape[:2], -1).sum(-1) @ shift
+        )
         quantizer.fill.copy_((quantizer.fill.double() + shift) / ratio)
         self.layer.weight.copy_(self.weight())
         norm.weight.copy_(norm.weight.double() / ratio)
@@ -91,7 +117,7 @@ class Folding(Range):
 
 
 class ReparameterizedQuantizer(AffineQuantizer):
-    """Input quantizer of a Linear after a LayerNorm: observes per channel, quantizes per tensor.
+    """Input quantizer of a layer after a LayerNorm: observes per channel, quantizes per tensor.
 
     Two more buffers hold what folding does not write into LayerNorm and layer. ``fill`` ``(in_features,)`` is what 0
     becomes: pad the LayerNorm output with it. ``folded_bias`` ``(out_features,)`` is added after the product; it is a
@@ -100,9 +126,10 @@ class ReparameterizedQuantizer(AffineQuantizer):
     Args:
         bits: Width of a code, 2 to 8.
         in_features: Channels of the LayerNorm.
-        out_features: Outputs of the Linear.
+        out_features: Outputs of the layer.
         observer: As for :class:`.AffineQuantizer`, here per channel.
         symmetric: Signed codes with zero point 0. Nothing is lost by it: LayerNorm's offset moves each channel.
+        axis: Of the channels: -1 before a Linear, 1 before a convolution.
     """
 
     fill: Tensor
@@ -115,14 +142,19 @@ class ReparameterizedQuantizer(AffineQuantizer):
         out_features: int,
         observer: str = 'percentile',
         symmetric: bool = False,
+        axis: int = -1,
     ):
         super().__init__(bits, symmetric, observer=observer)
+        self.axis = axis
         self.register_buffer('fill', torch.zeros(in_features))
         self.register_buffer('folded_bias', torch.zeros(out_features))
 
     def new_observer(self) -> Observer:
         """As :meth:`.Quantizer.new_observer`, per channel."""
         return FeatureObserver(build_rule(self.observer_name))
+
+    def _observe(self, observer: Observer, x: Tensor, valid: Optional[Tensor] = None) -> None:
+        super()._observe(observer, x.movedim(self.axis, -1) if x.dim() else x, valid)
 
     def finish(self, owner: nn.Module) -> List[Range]:
         """As :meth:`.Quantizer.finish`: the :class:`Folding`, and the range of the weight that it will make.

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from vit_models import build, images_of, run
 
-from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models import quantize_model_
-from psaq_mm.models.adapters.mmseg_vit import PackedProjection
+from psaq_mm.models.adapters.packed_attention import PackedProjection
 from psaq_mm.psaq_vit import AttentionTaps
 from psaq_mm.quantization import calibrate, is_quantizer_key, quantizers, set_mode
 
@@ -84,13 +83,6 @@ def test_copies_and_pickles_look_at_their_own_weights():
             torch.testing.assert_close(twin(x)[0], attention(x)[0], rtol=0, atol=0)
 
 
-def test_a_mask_is_refused():
-    _, attention = calibrated()
-    x = torch.randn(9, 2, 32)
-    with pytest.raises(UnsupportedModelError, match='attn_mask'):
-        attention(x, x, x, attn_mask=torch.zeros(9, 9))
-
-
 def test_batch_first_is_honoured():
     _, attention = calibrated()
     x = torch.randn(9, 2, 32)
@@ -98,20 +90,6 @@ def test_batch_first_is_honoured():
         expected = attention(x)[0]
         attention.batch_first = True
         torch.testing.assert_close(attention(x.transpose(0, 1))[0].transpose(0, 1), expected, rtol=0, atol=0)
-
-
-def test_other_attention_of_mmcv_is_left_alone():
-    """The decoder of a head attends to other tokens than its queries: only the Vision Transformer's layer is
-    adapted."""
-    from mmcv.cnn.bricks.transformer import MultiheadAttention
-
-    from psaq_mm.quantization import quantize_
-
-    attention = MultiheadAttention(32, 2).eval()
-    model = nn.ModuleDict(dict(cross=copy.deepcopy(attention), layer=nn.Linear(4, 4)))
-    quantize_(model, 'w8a8')
-    query, key = torch.randn(3, 2, 32), torch.randn(5, 2, 32)
-    torch.testing.assert_close(model['cross'](query, key), attention(query, key), rtol=0, atol=0)
 
 
 def test_checkpointed_layers_give_the_same_tapped_gradients():

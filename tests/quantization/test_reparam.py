@@ -154,6 +154,46 @@ def test_nothing_is_folded_when_a_quantizer_saw_no_data():
             assert torch.equal(value, before[key]), key
 
 
+class ChannelsFirst(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize('kernel, bias', [(1, True), (1, False), (2, True)])
+def test_a_convolution_takes_the_scales_of_its_channels(kernel, bias):
+    linear = block()
+    model = nn.Sequential(ChannelsFirst(12), nn.Conv2d(12, 5, kernel, stride=kernel, bias=bias)).eval()
+    model[0].load_state_dict(linear[0].state_dict())
+    reference = copy.deepcopy(model)
+    data = torch.randn(2, 12, 4, 6, generator=torch.Generator().manual_seed(3))
+    folded(model, data=data)
+    quantizer = model[1].input_quantizer
+    assert isinstance(quantizer, ReparameterizedQuantizer) and quantizer.folded_bias.shape == (5,)
+    assert not torch.equal(model[1].weight, reference[1].weight)
+    set_mode(model, 'off')
+    torch.testing.assert_close(model(data), reference(data), rtol=0, atol=1e-5)
+    set_mode(model, 'on')
+    set_mode(model, 'off', '*weight_quantizer')
+    plain = copy.deepcopy(reference)
+    quantize_(plain, 'repq_w8a4')  # nothing is told: one range for all channels
+    set_mode(plain, 'off', '*weight_quantizer')
+    calibrate(plain, lambda: plain(data))
+    errors = [(part(data) - reference(data)).square().mean() for part in (model, plain)]
+    assert errors[0] < 0.5 * errors[1]
+    if kernel == 1:  # as the Linear that it is
+        linear[1].load_state_dict(
+            {k: v.flatten(1) if v.dim() > 1 else v for k, v in reference[1].state_dict().items()}, False
+        )
+        folded(linear, data=data.movedim(1, -1))
+        torch.testing.assert_close(linear[1].weight, model[1].weight.flatten(1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('options', [dict(padding=1), dict(groups=3)])
+def test_padding_and_groups_take_nothing(options):
+    with pytest.raises(SpecError, match='without padding and groups'):
+        norm_feeds(nn.LayerNorm(12), nn.Conv2d(12, 6, 3, **options))
+
+
 def test_one_linear_has_one_layernorm():
     model = block()
     norm_feeds(model[0], model[1])

@@ -137,8 +137,9 @@ class Backbone:
         strangers: List[Tuple[str, nn.Module]] = []
         inside: Tuple[str, ...] = ()
         names = {module: name for name, module in net.named_modules()}
+        blocks = dict(self.block_list(net))
         for name, module in net.named_modules():
-            if re.fullmatch(self.block_path, name):
+            if name in blocks:
                 inside = (name + '.',)
                 if not class_named(module, self.blocks):
                     strangers.append((name, module))

@@ -18,6 +18,7 @@ from psaq_mm.quantization import (
     feeds_activation,
     norm_feeds,
     quantize_output_,
+    takes_folding,
 )
 
 __all__ = [
@@ -49,7 +50,7 @@ class Feed(NamedTuple):
 
     Attributes:
         norm: LayerNorm, or what a build of the model has in its place.
-        layers: Every Linear layer and convolution that reads it. RepQ folds scales into one Linear alone.
+        layers: Every Linear layer and convolution that reads it. RepQ folds scales into one of them alone.
         padded: Whether the output is padded with zeros as tokens, by a window.
     """
 
@@ -184,8 +185,8 @@ def mark_parts(parts: BlockParts) -> None:
 
 
 def mark_norm(norm: nn.Module, layer: nn.Module) -> None:
-    """Tell that ``norm`` feeds ``layer`` alone, where the two are a LayerNorm and a Linear."""
-    if isinstance(norm, nn.LayerNorm) and isinstance(layer, nn.Linear):
+    """Tell that ``norm`` feeds ``layer`` alone, where the two are a LayerNorm and a layer that its scales fold into."""
+    if isinstance(norm, nn.LayerNorm) and takes_folding(layer):
         norm_feeds(norm, layer)
 
 

@@ -5,12 +5,17 @@ from typing import Collection, Optional
 
 from psaq_mm.quantization import ConvertFn, class_before, register_adapter
 
-__all__ = ['adapt', 'class_named', 'qualified_name']
+__all__ = ['adapt', 'class_named', 'inherits', 'qualified_name']
 
 
 def qualified_name(cls: type) -> str:
     """``module.ClassName`` of a class."""
     return f'{cls.__module__}.{cls.__qualname__}'
+
+
+def inherits(module: object, name: str) -> bool:
+    """Whether the class of ``module`` is, or derives from, the one of this qualified name."""
+    return any(qualified_name(base) == name for base in type(module).__mro__)
 
 
 def class_named(module: object, names: Collection[str], method: str = 'forward') -> Optional[str]:

@@ -15,7 +15,7 @@ from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, standard_parts
 from psaq_mm.models.adapters.streams import NamedStreams, need
 from psaq_mm.models.adapters.windows import add_scores_edge, fill_padding, valid_query_rows
-from psaq_mm.quantization import AdapterSpec, apply_edge, apply_layer, padded, row_mask_of
+from psaq_mm.quantization import AdapterSpec, apply_edge, apply_layer, computes_in_float, padded, row_mask_of
 
 __all__ = ['QuantSAMAttentionMixin', 'QuantSAMLayerMixin', 'ViTSAM']
 
@@ -96,7 +96,10 @@ class ViTSAM(Backbone):
 
     def convert_attention(self, attention: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
         """See :meth:`.Backbone.convert_attention`; its scores are an edge."""
-        return add_scores_edge(super().convert_attention(attention, name, spec), name, spec)
+        attention = add_scores_edge(super().convert_attention(attention, name, spec), name, spec)
+        if attention.use_rel_pos:
+            computes_in_float(attention, 'products of queries with embeddings of distances stay in floating point')
+        return attention
 
     def min_side(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.min_side`: one patch, as windows are padded and some layers have none."""

@@ -4,12 +4,18 @@
 from psaq_mm.models.tasks.base import TASKS, Task, register_task, task_of, task_predicting
 from psaq_mm.models.tasks.classification import Classification
 from psaq_mm.models.tasks.detection import Detection
+from psaq_mm.models.tasks.panoptic import Panoptic
+from psaq_mm.models.tasks.queries import MaskQueries, QueryDetection, QuerySegmentation
 from psaq_mm.models.tasks.segmentation import Segmentation
 
 __all__ = [
     'TASKS',
     'Classification',
     'Detection',
+    'MaskQueries',
+    'Panoptic',
+    'QueryDetection',
+    'QuerySegmentation',
     'Segmentation',
     'Task',
     'register_task',

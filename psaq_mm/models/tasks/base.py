@@ -81,8 +81,8 @@ class Task:
         single = (n for n, head in heads.items() if isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList))
         return next(single, None)
 
-    def is_query_based(self, model: nn.Module) -> bool:
-        """Whether a model's head reads queries, and not the levels."""
+    def chooses_queries(self, model: nn.Module) -> bool:
+        """Whether a model decodes queries that it chooses by scores of its own."""
         return False
 
     def num_classes(self, model: nn.Module) -> Optional[int]:
@@ -107,6 +107,20 @@ class Task:
             )
         return head(tuple(levels))
 
+    def head_outputs(
+        self, model: nn.Module, images: Tensor, levels: Sequence[Tensor], chosen: Any = None
+    ) -> Tuple[Any, Any]:
+        """Outputs of the head that a student learns, nested as it gives them, and what the model chose on the way.
+
+        Args:
+            model: The model.
+            images: Normalized, (B, C, H, W).
+            levels: Of the neck.
+            chosen: What another model chose for the same images, to be taken in place of this one's own choice; see
+                :meth:`chooses_queries`. None: it chooses itself.
+        """
+        return self.dense_outputs(model, levels), None
+
     def run_heads(self, model: nn.Module, images: Tensor, levels: Sequence[Tensor], max_proposals: int) -> None:
         """Run every head once, so that calibration sees all layers; RoI heads on ``max_proposals`` boxes an image."""
         self.dense_outputs(model, levels)
@@ -128,10 +142,18 @@ class Task:
         name = self.dense_head(model)
         return () if name is None else (name,)
 
+    def float_parts(self, model: nn.Module) -> Dict[str, str]:
+        """Why parts of a model stay in floating point in every scope, by their dotted names."""
+        return {}
+
     def check_full_scope(self, model: nn.Module) -> None:
         """Raises UnsupportedModelError where a head of a model cannot be calibrated; the message names it."""
 
     # ------------------------------------------------------------------ export
+    def outside_graph(self, model: nn.Module) -> Dict[str, str]:
+        """Why parts of a model stay in PyTorch beside its graph, by their dotted names, as far as the task knows."""
+        return {}
+
     def finish_settings(self, model: nn.Module, dense: Optional[str], shapes: Mapping[str, Tuple[int, ...]]) -> Dict:
         """Entries of the manifest that the post-processing reads.
 
@@ -199,6 +221,6 @@ def task_predicting(sample: Any, model: Optional[nn.Module] = None) -> Task:
     whose = '' if model is None else f' of {type(model).__name__}'
     raise UnsupportedModelError(
         f'predictions{whose} ({", ".join(sample.keys()) or "nothing"}) cannot be compared: those of '
-        f'{", ".join(task.name for task in reversed(TASKS))} can, and of a task of your own, see '
+        f'{", ".join(task.name for task in reversed(TASKS) if task.field)} can, and of a task of your own, see '
         'psaq_mm.models.tasks.register_task'
     )

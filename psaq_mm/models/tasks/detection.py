@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.models.adapters.match import qualified_name
 from psaq_mm.models.tasks.base import Compared, Task, register_task
 
-__all__ = ['MIN_IOU', 'MIN_SCORE', 'Detection', 'matched_boxes']
+__all__ = ['MIN_IOU', 'MIN_SCORE', 'Detection', 'filling_samples', 'matched_boxes']
 
 MIN_IOU = 0.5
 """Least intersection over union of two boxes that are one detection."""
@@ -22,7 +21,6 @@ MIN_SCORE = 0.3
 _COLUMNS = 6  # x1, y1, x2, y2, score, label
 
 _ROI_PARTS = ('bbox_head', 'mask_head', 'bbox_roi_extractor', 'mask_roi_extractor', 'shared_head')
-_DETECTION_TRANSFORMER = 'mmdet.models.detectors.base_detr.DetectionTransformer'
 
 
 @register_task
@@ -41,10 +39,6 @@ class Detection(Task):
         """See :meth:`.Task.matches`."""
         of_mmdet = any(base.__module__.startswith('mmdet.models.detectors') for base in type(model).__mro__)
         return of_mmdet or any(hasattr(model, name) for name in ('rpn_head', 'bbox_head', 'roi_head'))
-
-    def is_query_based(self, model: nn.Module) -> bool:
-        """See :meth:`.Task.is_query_based`: the DETR family."""
-        return any(qualified_name(base) == _DETECTION_TRANSFORMER for base in type(model).__mro__)
 
     # ------------------------------------------------------------------ calibration and distillation
     def calibrated_parts(self, model: nn.Module) -> Tuple[str, ...]:
@@ -85,15 +79,9 @@ class Detection(Task):
         """See :meth:`.Task.proposals`: the RPN's best boxes. An image without any gives itself."""
         if _roi_head(model) is None:
             return None
-        from mmdet.structures import DetDataSample
-
-        height, width = images.shape[-2:]
-        shape = (height, width)
-        meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, scale_factor=(1.0, 1.0), batch_input_shape=shape)
-        samples = [DetDataSample(metainfo=meta) for _ in range(len(images))]
-        predictions = model.rpn_head.predict(tuple(levels), samples, rescale=False)
+        predictions = model.rpn_head.predict(tuple(levels), filling_samples(images), rescale=False)
         boxes = [_tensor(prediction.bboxes[:max_proposals]) for prediction in predictions]
-        image_box = images.new_tensor([[0.0, 0.0, width, height]])
+        image_box = images.new_tensor([[0.0, 0.0, images.shape[-1], images.shape[-2]]])
         return [b if len(b) else image_box for b in boxes]
 
     def roi_outputs(
@@ -144,6 +132,15 @@ class Detection(Task):
     def unpack(self, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> List[np.ndarray]:
         """See :meth:`.Task.unpack`."""
         return np.split(arrays['boxes'], np.cumsum(arrays['counts'])[:-1])
+
+
+def filling_samples(images: Tensor) -> List[Any]:
+    """Data samples of mmdet for pictures (B, C, H, W) that fill their batch, without labels."""
+    from mmdet.structures import DetDataSample
+
+    shape = tuple(images.shape[-2:])
+    meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, scale_factor=(1.0, 1.0), batch_input_shape=shape)
+    return [DetDataSample(metainfo=dict(meta)) for _ in range(len(images))]
 
 
 def _roi_head(model: nn.Module) -> Optional[nn.Module]:
