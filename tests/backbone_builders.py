@@ -249,7 +249,10 @@ def mmpretrain_distilled_deit():
 
 
 @backbone(
-    'DeiT III', 'mmpretrain', **{**_VIT_WORKS, 'folding': 'is read by 2 layers', 'rotation': 'its parts are not told'}
+    'DeiT III',
+    'mmpretrain',
+    inside=classifier(32, 'VisionTransformerClsHead'),
+    **{**_VIT_WORKS, 'folding': 'is read by 2 layers'},
 )
 def mmpretrain_deit3():
     return dict(type='DeiT3', **_VIT)
@@ -559,7 +562,12 @@ def _beit(kind='BEiTViT', **more):
     return dict(type=kind, arch=arch, img_size=32, patch_size=8, layer_scale_init_value=0.5, **more)
 
 
-@backbone('BEiT', 'mmpretrain', inside=classifier(32), rotation=1, **_BEIT)
+def _with_linear_head(config):
+    head = dict(type='LinearClsHead', in_channels=32, num_classes=5)
+    return dict(type='ImageClassifier', backbone=config, head=head)
+
+
+@backbone('BEiT', 'mmpretrain', inside=_with_linear_head, rotation=1, **_BEIT)
 def mmpretrain_beit():
     return _beit(out_type='avg_featmap', use_abs_pos_emb=False, use_rel_pos_bias=True, use_shared_rel_pos_bias=False)
 
@@ -614,7 +622,7 @@ _EVA = dict(size=(32, 32), export=True, dynamic=_NOT_DYNAMIC, similarity=2)
 
 @backbone('EVA-02', 'mmpretrain', folding=6, rotation='its parts are not told', **_EVA)
 def mmpretrain_eva02():
-    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=128)
     return dict(type='ViTEVA02', arch=arch, img_size=32, patch_size=8, sub_ln=True)
 
 
@@ -629,6 +637,7 @@ def timm_eva02():
         depth=2,
         num_heads=2,
         num_classes=5,
+        mlp_ratio=16,
     )
 
 
