@@ -637,7 +637,7 @@ def timm_eva02():
         depth=2,
         num_heads=2,
         num_classes=5,
-        mlp_ratio=16,
+        mlp_ratio=32,
     )
 
 
