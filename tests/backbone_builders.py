@@ -122,6 +122,12 @@ def _built(scope: str, config: Callable[[], Dict], inside: Callable[[Dict], Dict
     return model
 
 
+def row_named(name: str, **options: Any) -> Row:
+    """The row of a function by its name, with other options in its config."""
+    row = next(row for row in ROWS if row.id == name)
+    return row._replace(config=lambda: {**row.config(), **options}) if options else row
+
+
 def images_of(row: Row, batch: int = 2, seed: int = 1) -> torch.Tensor:
     """Noise that a row takes, (batch, 3, height, width)."""
     return torch.randn(batch, 3, *row.size, generator=torch.Generator().manual_seed(seed))
@@ -497,7 +503,7 @@ def mmseg_twins_pcpvt():
 
 @backbone('Twins SVT', 'mmseg', inside=segmentor(16, 32), **{**_TWINS_WORKS, 'dynamic': _NOT_DYNAMIC})
 def mmseg_twins_svt():
-    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], **_TWINS)
+    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], qkv_bias=True, **_TWINS)
 
 
 # Without a reduced map queries have a layer of their own, and the norm before it two readers.
@@ -542,6 +548,12 @@ def mmpretrain_convnext_v2():
 @backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7, 'dynamic': _NOT_DYNAMIC})
 def timm_convnext():
     return dict(_TIMM_CONVNEXT, model_name='convnext_tiny', ls_init_value=2.0)
+
+
+@backbone('ConvNeXt', 'timm', 'features_only=True', **{**_CONVNEXT_WORKS, 'folding': 7})
+def timm_convnext_features():
+    more = dict(features_only=True, out_indices=(1, 3), depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    return dict(type='TIMMBackbone', model_name='convnext_tiny', ls_init_value=2.0, **more)
 
 
 @backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7, 'dynamic': _NOT_DYNAMIC})
