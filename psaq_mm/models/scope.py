@@ -83,18 +83,15 @@ def _never_run(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
 
 def _unknown_attention(model: nn.Module) -> Optional[str]:
     """Name of a ``torch.nn.MultiheadAttention`` outside the backbone that no adapter converts; None without one."""
-    known: Tuple[str, ...] = ()
     backbone = find_backbone(model)
     inside = tuple(f'{name}.' for name, part in model.named_children() if part is backbone or name in TRAINING_ONLY)
     inside += tuple(f'{name}.' for name in task_of(model).float_parts(model))
-    for name, module in model.named_modules():
-        if name.startswith(inside):
-            continue
-        if any(adapter.matcher(module) for adapter in ADAPTERS):
-            known += (f'{name}.',)
-        if isinstance(module, nn.MultiheadAttention) and not name.startswith(known):
-            return name
-    return None
+    unknown = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and not any(adapter.matcher(module) for adapter in ADAPTERS)
+    )
+    return next((name for name in unknown if not name.startswith(inside)), None)
 
 
 def check_scope(model: nn.Module, scope: str) -> None:
