@@ -1,23 +1,79 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """``python -m psaq_mm.commands.inspect CONFIG``: what would be quantized, at which bits, and what stays float, without
 running.
+
+Behind the table of layers stands what one pass on noise computes in floating point all the same, and what works with
+this backbone beyond quantization.
 """
 
 import argparse
-from typing import Optional, Sequence
+import re
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
 
 __all__ = ['main', 'inspect']
 
+_TITLES = dict(
+    folding='RepQ folding', rotation='rotation', similarity='patch similarity', dynamic='export with a dynamic size'
+)
+_LEAST_SIDE = 64
+"""Of the noise, in pixels, where a model takes any size."""
+
 
 def inspect(config, quant: Optional[str] = None) -> str:
-    """The table for a loaded config; ``quant`` (a preset) is needed where the config is full-precision."""
+    """The text for a loaded config; ``quant`` (a preset) is needed where the config is full-precision."""
     from psaq_mm.engine.building import build_model
     from psaq_mm.engine.config import quantized_model_config
     from psaq_mm.models import report_of
+    from psaq_mm.models.capabilities import capabilities
 
-    return report_of(build_model(config, quantized_model_config(config, quant))).to_table()
+    model = build_model(config, quantized_model_config(config, quant))
+    model.eval()
+    works = [f'{_TITLES[name]}: {one.text}' for name, one in capabilities(model).items()]
+    return '\n'.join([report_of(model).to_table(), '', *_float_operations(model, _sizes(model, config)), '', *works])
+
+
+def _sizes(model, config) -> List[Tuple[int, int]]:
+    """Sizes of noise to try, the least first."""
+    from psaq_mm.engine.config import sample_size
+    from psaq_mm.errors import ConfigError
+    from psaq_mm.models import TaskModel
+
+    view = TaskModel(model, ())
+    if view.fixed_size:
+        return [view.fixed_size]
+    side = -(-_LEAST_SIDE // view.min_size) * view.min_size
+    try:
+        return [(side, side), sample_size(config)]
+    except ConfigError:  # of a size that the config does not give
+        return [(side, side)]
+
+
+def _float_operations(model, sizes: Sequence[Tuple[int, int]]) -> List[str]:
+    """Lines on what runs in floating point inside the scope. What cannot be run is said as well."""
+    from psaq_mm.models.uncovered import uncovered
+
+    for size in sizes:
+        try:
+            rows = uncovered(model, size)
+        except Exception as error:  # of any model code: this command must not fail at it
+            failure = (
+                f'one pass on noise of {size[0]} x {size[1]} failed, so products in floating point are not known: '
+            )
+            failure += f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
+            continue
+        if not rows:
+            return ['one pass on noise: every product of two activations inside the scope is one of the rows above']
+        groups: Dict[Tuple[str, str, str], List[str]] = {}
+        for row in rows:
+            groups.setdefault((re.sub(r'\d+', '*', row.module), row.kind, row.operation), []).append(row.module)
+        lines = [
+            f'  {operation}: {names[0]}{f" and {len(names) - 1} more" if len(names) > 1 else ""} ({kind})'
+            for (_, kind, operation), names in groups.items()
+        ]
+        return ['one pass on noise: in floating point inside the scope, in no row above', *lines]
+    return [failure]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

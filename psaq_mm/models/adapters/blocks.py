@@ -146,7 +146,8 @@ def standard_parts(
 
     Args:
         norm1: Before the attention.
-        attention: As :func:`psaq_mm.quantization.attention_parts` tells it.
+        attention: As :func:`psaq_mm.quantization.attention_parts` tells it. Of one that it does not tell, the layers
+            stay unknown.
         norm2: Before the feed-forward network. The same module as ``norm1`` is one feed.
         ffn: Feed-forward network.
         scale1: LayerScale (channels,) behind the attention.
@@ -154,6 +155,8 @@ def standard_parts(
         padded: Whether a window pads between ``norm1`` and the projections.
     """
     parts, network = attention_parts(attention), feed_forward(ffn)
+    if parts is None:  # mmseg's, before it is converted
+        return BlockParts((Feed(norm1, (), padded), Feed(norm2, network.first)), (), network.hidden)
     projections = tuple(dict.fromkeys((parts.queries.layer, parts.keys.layer, parts.values.layer)))
     feeds = (Feed(norm1, projections, padded), Feed(norm2, network.first))
     if norm1 is norm2:

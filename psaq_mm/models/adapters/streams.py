@@ -74,7 +74,7 @@ def stream(
     """
     writers, norms = [Writer(first)], []
     for parts in blocks:
-        need(len(parts.writers) == 2, 'a feed-forward network of another kind')
+        need(len(parts.writers) == 2, 'an attention or a feed-forward network of another kind')
         writers += parts.writers
         norms += [StreamReader(feed.norm, feed.layers, padded=feed.padded) for feed in parts.feeds]
     norms += readers

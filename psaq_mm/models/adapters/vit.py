@@ -80,7 +80,9 @@ class VisionTransformer(Backbone):
 
     def parts(self, block: nn.Module) -> BlockParts:
         """See :meth:`.Backbone.parts`."""
-        norm2 = getattr(block, self.blocks[class_named(block, self.blocks)].ffn_norm)
+        # A converted block has its mixin's forward, and is of none of these classes any more.
+        mixin = block if isinstance(block, QuantEncoderLayerMixin) else self.blocks[class_named(block, self.blocks)]
+        norm2 = getattr(block, mixin.ffn_norm)
         return standard_parts(block.ln1, block.attn, norm2, block.ffn, layer_scale(block.attn.gamma1))
 
     def prefix_tokens(self, net: nn.Module) -> int:

@@ -1,0 +1,293 @@
+"""Every supported backbone at reduced size: one function for each backbone of each library.
+
+To add one, write a function that returns its config, and say in the decorator what works::
+
+    @backbone('BEiT', 'mmpretrain', folding=4, rotation='a LayerScale', similarity=2, export=True, dynamic='a dynamic')
+    def mmpretrain_beit():
+        return dict(type='BEiTViT', img_size=32, patch_size=8, ...)
+
+- The first argument is the name that people know it by, the second the library in whose scope the config is built:
+  mmdet, mmseg, mmpretrain, or timm for a ``TimmClassifier`` or ``TIMMBackbone`` of mmpretrain. Two functions of one
+  backbone and library are two rows; ``build_of`` tells them apart in the docs.
+- The function returns the config of a backbone or of a whole model. Reduced: one or two blocks a stage, 16 or 32
+  channels, heads 16 wide (the root is a power of two, so that scaling is exact), pictures of 32 to 64 pixels.
+- ``size`` is the height and width of the pictures, in pixels. ``inside`` puts a bare backbone into a model whose neck
+  or head is known (:func:`classifier`, :func:`detector`, :func:`segmentor`): a stream that ends in the backbone's
+  outputs is rotated only where everything that reads them is known. ``exact=False``: with its quantizers off the model
+  equals the library's to rounding and not to the last bit; say why in a comment.
+- ``floats`` are the operations inside the backbone that stay in floating point and that ``psaq-inspect`` names, such as
+  ``'einsum with a parameter'``; there are none in most.
+- The rest are the cells of the table in docs/backbones.md. A number or True says that it works, and the test exercises
+  it. A text says that it is refused, and the test finds these words in what psaq_mm says:
+
+  ========== ================================================== ==================================================
+  cell       works                                              refused: words out of
+  ========== ================================================== ==================================================
+  folding    number of layers whose LayerNorm RepQ folds        ``capabilities(model)['folding']``
+  rotation   number of residual streams that are rotated        ``rotate_model_``'s report of what it left
+  similarity number of attention modules that are tapped        the error of ``AttentionTaps``
+  export     True: exported and verified on a runtime           the error of ``export_model``
+  dynamic    True: one graph takes several sizes                the error of ``export_model(..., dynamic=True)``
+  ========== ================================================== ==================================================
+
+tests/models/test_every_backbone.py runs all of them; a function needs no test of its own.
+"""
+
+import copy
+from functools import lru_cache
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple, Union
+
+import pytest
+import torch
+
+CELLS = ('folding', 'rotation', 'similarity', 'export', 'dynamic')
+
+
+class Row(NamedTuple):
+    """A backbone of a library.
+
+    Attributes:
+        id: Name of its function.
+        title: As people know it.
+        library: Whose it is.
+        build_of: What is special of this build, for the docs; '' for the usual one.
+        config: Its function.
+        size: (height, width) of its pictures, in pixels.
+        exact: Whether the outputs are the library's to the last bit.
+        floats: What it computes in floating point, see :class:`psaq_mm.models.uncovered.Uncovered`.
+        inside: Config of the backbone to that of the model around it, for its rotation.
+        cells: See the module.
+    """
+
+    id: str
+    title: str
+    library: str
+    build_of: str
+    config: Callable[[], Dict]
+    size: Tuple[int, int]
+    exact: bool
+    floats: Tuple[str, ...]
+    inside: Callable[[Dict], Dict]
+    cells: Dict[str, Union[int, str]]
+
+
+ROWS: List[Row] = []
+
+
+def backbone(
+    title: str,
+    library: str,
+    build_of: str = '',
+    size: Tuple[int, int] = (32, 32),
+    exact: bool = True,
+    floats: Tuple[str, ...] = (),
+    inside: Callable[[Dict], Dict] = dict,
+    **cells: Union[int, str],
+) -> Callable:
+    """Register the function below as a row; see the module."""
+    assert set(cells) == set(CELLS), f'{title} of {library} declares {sorted(cells)}, not {CELLS}'
+
+    def register(config: Callable[[], Dict]) -> Callable[[], Dict]:
+        ROWS.append(Row(config.__name__, title, library, build_of, config, size, exact, floats, inside, cells))
+        return config
+
+    return register
+
+
+def build(row: Row, seed: int = 0, inside: bool = False) -> torch.nn.Module:
+    """The full-precision model of a row, with weights that make attention uneven; ``inside`` the model around it."""
+    scope = 'mmpretrain' if row.library == 'timm' else row.library
+    for library in {row.library, scope}:
+        pytest.importorskip(library)
+    return copy.deepcopy(_built(scope, row.config, row.inside if inside else dict, seed))
+
+
+@lru_cache(maxsize=None)
+def _built(scope: str, config: Callable[[], Dict], inside: Callable[[Dict], Dict], seed: int) -> torch.nn.Module:
+    from mmengine.config import ConfigDict
+    from mmengine.registry import MODELS, DefaultScope
+
+    torch.manual_seed(seed)
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(ConfigDict(inside(config())))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.eval()  # returns None in some libraries
+    return model
+
+
+def images_of(row: Row, batch: int = 2, seed: int = 1) -> torch.Tensor:
+    """Noise that a row takes, (batch, 3, height, width)."""
+    return torch.randn(batch, 3, *row.size, generator=torch.Generator().manual_seed(seed))
+
+
+def tensors(outputs: Any) -> List[torch.Tensor]:
+    """The tensors of nested tuples and lists, in order."""
+    return [outputs] if isinstance(outputs, torch.Tensor) else [t for o in outputs for t in tensors(o)]
+
+
+def run(model: torch.nn.Module, images: torch.Tensor) -> List[torch.Tensor]:
+    """Every tensor that the model returns, without gradients."""
+    with torch.no_grad():
+        return tensors(model(images))
+
+
+def unfuse(model: torch.nn.Module) -> torch.nn.Module:
+    """Make the library take its own explicit path through attention, in place; the model."""
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = False
+        if hasattr(module, 'scaled_dot_product_attention'):
+            from mmpretrain.models.utils.attention import scaled_dot_product_attention_pyimpl
+
+            module.scaled_dot_product_attention = scaled_dot_product_attention_pyimpl
+    return model
+
+
+# ---------------------------------------------------------------------- models around a backbone, for its rotation
+def classifier(channels: int, head: str = 'LinearClsHead') -> Callable[[Dict], Dict]:
+    """A backbone in mmpretrain's ImageClassifier: behind a pooling of its map, or with a head of class tokens."""
+    neck = dict(type='GlobalAveragePooling') if head == 'LinearClsHead' else None
+    parts = dict(head=dict(type=head, in_channels=channels, num_classes=5), neck=neck)
+    return lambda config: dict(type='ImageClassifier', backbone=config, **parts)
+
+
+def detector(*channels: int) -> Callable[[Dict], Dict]:
+    """A backbone in mmdet's RetinaNet, with an FPN of its outputs."""
+    neck = dict(type='FPN', in_channels=list(channels), out_channels=16, num_outs=len(channels))
+    anchors = dict(type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1, ratios=[1.0], strides=[8] * 2)
+    anchors['strides'] = [8 * 2**i for i in range(len(channels))]
+    coder = dict(type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[1.0] * 4)
+    head = dict(
+        type='RetinaHead',
+        num_classes=3,
+        in_channels=16,
+        feat_channels=16,
+        stacked_convs=1,
+        anchor_generator=anchors,
+        bbox_coder=coder,
+    )
+    return lambda config: dict(type='RetinaNet', backbone=config, neck=neck, bbox_head=head)
+
+
+def segmentor(*channels: int) -> Callable[[Dict], Dict]:
+    """A backbone in mmseg's EncoderDecoder with a UPerHead of its outputs."""
+    head = dict(
+        type='UPerHead',
+        in_channels=list(channels),
+        in_index=list(range(len(channels))),
+        channels=8,
+        num_classes=3,
+        norm_cfg=dict(type='BN'),
+    )
+    return lambda config: dict(type='EncoderDecoder', backbone=config, decode_head=head, test_cfg=dict(mode='whole'))
+
+
+# ---------------------------------------------------------------------- Swin
+_NOT_DYNAMIC = 'does not export with a dynamic size'
+_SWIN = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2], strides=(4, 2), window_size=7, out_indices=(0, 1))
+_SWIN_WORKS = dict(size=(56, 72), folding=7, rotation=1, similarity=3, export=True)
+
+
+@backbone('Swin', 'mmdet', inside=detector(16, 32), dynamic=True, **_SWIN_WORKS)
+def mmdet_swin():
+    return dict(type='SwinTransformer', **_SWIN)
+
+
+@backbone('Swin', 'mmseg', inside=segmentor(16, 32), dynamic=True, **_SWIN_WORKS)
+def mmseg_swin():
+    return dict(type='SwinTransformer', **_SWIN)
+
+
+@backbone('Swin', 'mmpretrain', inside=classifier(32), dynamic=True, **_SWIN_WORKS)
+def mmpretrain_swin():
+    arch = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2])
+    return dict(type='SwinTransformer', arch=arch, window_size=7, out_indices=(1,), pad_small_map=True)
+
+
+@backbone('Swin', 'mmpretrain', 'pad_small_map=False', inside=classifier(32), dynamic=_NOT_DYNAMIC, **_SWIN_WORKS)
+def mmpretrain_swin_of_small_maps():
+    return dict(mmpretrain_swin(), pad_small_map=False)
+
+
+@backbone('Swin', 'timm', dynamic=_NOT_DYNAMIC, **_SWIN_WORKS)
+def timm_swin():
+    return dict(
+        type='TimmClassifier',
+        model_name='swin_tiny_patch4_window7_224',
+        img_size=(56, 72),
+        embed_dim=16,
+        depths=(2, 1),
+        num_heads=(1, 2),
+        num_classes=5,
+        window_size=7,
+    )
+
+
+# ---------------------------------------------------------------------- ViT and DeiT
+_VIT = dict(arch=dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64), img_size=32, patch_size=8)
+_TIMM_VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+_VIT_WORKS = dict(folding=4, rotation=1, similarity=2, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('ViT, DeiT', 'mmpretrain', inside=classifier(32, 'VisionTransformerClsHead'), **_VIT_WORKS)
+def mmpretrain_vit():
+    return dict(type='VisionTransformer', **_VIT)
+
+
+@backbone('DeiT, distilled', 'mmpretrain', inside=classifier(32, 'DeiTClsHead'), **_VIT_WORKS)
+def mmpretrain_distilled_deit():
+    return dict(type='DistilledVisionTransformer', **_VIT)
+
+
+@backbone(
+    'DeiT III', 'mmpretrain', **{**_VIT_WORKS, 'folding': 'is read by 2 layers', 'rotation': 'its parts are not told'}
+)
+def mmpretrain_deit3():
+    return dict(type='DeiT3', **_VIT)
+
+
+# nn.MultiheadAttention runs tokens first: the same products in another order of rows, which the bits may depend on.
+@backbone('ViT, DeiT', 'mmseg', exact=False, **{**_VIT_WORKS, 'rotation': 'its parts are not told'})
+def mmseg_vit():
+    return dict(
+        type='VisionTransformer',
+        img_size=32,
+        patch_size=8,
+        embed_dims=32,
+        num_layers=2,
+        num_heads=2,
+        mlp_ratio=2,
+        out_indices=(0, 1),
+    )
+
+
+@backbone('ViT, DeiT', 'timm', **_VIT_WORKS)
+def timm_vit():
+    return dict(type='TimmClassifier', model_name='vit_tiny_patch16_224', **_TIMM_VIT)
+
+
+@backbone('DeiT, distilled', 'timm', **_VIT_WORKS)
+def timm_distilled_deit():
+    return dict(type='TimmClassifier', model_name='deit_tiny_distilled_patch16_224', **_TIMM_VIT)
+
+
+# ---------------------------------------------------------------------- ViT and its relatives
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- Swin V2, windows
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- MiT, PVT, Twins
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- ConvNeXt
+# Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- Convolutions and attention side by side
+# Rows of this family stand below.
