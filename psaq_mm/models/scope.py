@@ -8,6 +8,7 @@ from torch import nn
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters import BACKBONES, backbone_of
 from psaq_mm.models.adapters.match import class_named, qualified_name
+from psaq_mm.models.adapters.packed_attention import QuantPackedAttentionMixin
 from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, network_of
 from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ADAPTERS
@@ -86,12 +87,13 @@ def _unknown_attention(model: nn.Module) -> Optional[str]:
     backbone = find_backbone(model)
     inside = tuple(f'{name}.' for name, part in model.named_children() if part is backbone or name in TRAINING_ONLY)
     inside += tuple(f'{name}.' for name in task_of(model).float_parts(model))
-    unknown = (
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention) and not any(adapter.matcher(module) for adapter in ADAPTERS)
-    )
-    return next((name for name in unknown if not name.startswith(inside)), None)
+    for name, module in model.named_modules():
+        converted = isinstance(module, QuantPackedAttentionMixin)
+        if not isinstance(module, nn.MultiheadAttention) or converted or name.startswith(inside):
+            continue
+        if not any(adapter.matcher(module) for adapter in ADAPTERS):
+            return name
+    return None
 
 
 def check_scope(model: nn.Module, scope: str) -> None:

@@ -15,6 +15,7 @@ from psaq_mm.errors import ConfigError, UnsupportedModelError
 from psaq_mm.models import TaskModel, quantize_model_, report_of
 from psaq_mm.models.tasks import task_of, task_predicting
 from psaq_mm.models.tasks.panoptic import matched_pixels
+from psaq_mm.models.uncovered import uncovered
 from psaq_mm.quantization import calibrate, is_quantizer_key, quantizers, set_mode
 
 pytest.importorskip('mmdet')
@@ -96,6 +97,8 @@ def test_scope_full(name, plain):
         assert any(expected in reason for reason in reasons), reasons
     attention = [row for row in report_of(student).layers if '.matmul_' in row.name and 'backbone' not in row.name]
     assert len(attention) >= 4 and all(row.a_bits == 8 for row in attention)
+    unnamed = {row.operation for row in uncovered(student, SIZE)}
+    assert unnamed == set(), 'a product or sampling in floating point that no row names'
 
 
 @pytest.mark.parametrize(
@@ -123,16 +126,18 @@ def test_a_student_decodes_the_queries_that_its_teacher_chose(name, plain):
     )
 
 
-def test_guided_rounding_weighs_the_rows_of_encoder_and_decoder(plain):
-    student = copy.deepcopy(plain('mask2former'))
+@pytest.mark.parametrize('name, layer', [('mask2former', 'attn.q'), ('dab_detr', 'attn.qcontent_proj')])
+def test_guided_rounding_weighs_the_rows_of_encoder_and_decoder(name, layer, plain):
+    """Its hooks multiply matrices inside of attention whose own products are told by their calls."""
+    student = copy.deepcopy(plain(name))
     quantize_model_(student, dict(preset='w4a8', scope='full'))
     view = TaskModel(student, ('backbone', 'head'))
     settings = CalibrationSettings(batch_size=2, calibration_samples=2, rounding='guided')
     calibration = Calibration(view, settings, scope='full')
     calibration.run(pictures())
     rounded = {row.name for row in calibration.rounded if not row.reason}
-    assert any('pixel_decoder.encoder' in name for name in rounded)
-    assert any('transformer_decoder' in name and name.endswith('.q') for name in rounded)
+    assert any('encoder.layers' in row for row in rounded)
+    assert any('decoder.layers' in row and row.endswith(layer) for row in rounded)
 
 
 def test_pictures_with_fewer_places_than_queries_are_refused(plain):
