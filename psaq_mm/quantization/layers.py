@@ -306,7 +306,7 @@ class QuantMatMul(nn.Module):
         return apply_edge(self.output_quantizer, a @ b, valid)
 
 
-def attention_products(spec: AdapterSpec, name: str) -> Tuple[QuantMatMul, QuantMatMul]:
+def attention_products(spec: AdapterSpec, name: str, weighted: str = 'av') -> Tuple[QuantMatMul, QuantMatMul]:
     """The two products of an attention module: scores ``q @ k.T``, and ``softmax(scores) @ v``.
 
     With ``points='all'`` q, k and v come quantized out of their projection, as one tensor, and the scores are quantized
@@ -315,8 +315,9 @@ def attention_products(spec: AdapterSpec, name: str) -> Tuple[QuantMatMul, Quant
     Args:
         spec: As an adapter gets it.
         name: Dotted name of the attention module; the products are its children ``matmul_qk`` and ``matmul_av``.
+        weighted: What the second one is called, where a module has several.
     """
-    qk, av = spec.resolve(f'{name}.matmul_qk'), spec.resolve(f'{name}.matmul_av')
+    qk, av = spec.resolve(f'{name}.matmul_qk'), spec.resolve(f'{name}.matmul_{weighted}')
     kind, quantize_softmax = spec.softmax_quantizer, spec.quantize_softmax
     if spec.points == 'all':
         scores, product = QuantMatMul(None, None), QuantMatMul(None, None)
