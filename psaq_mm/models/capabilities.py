@@ -10,7 +10,7 @@ from psaq_mm.models.adapters import backbone_of
 from psaq_mm.models.adapters.blocks import Feed
 from psaq_mm.models.network import find_backbone, network_of
 from psaq_mm.models.rotation import streams_of
-from psaq_mm.quantization import norm_before
+from psaq_mm.quantization import norm_before, takes_folding
 
 __all__ = ['Capability', 'capabilities']
 
@@ -81,7 +81,7 @@ def _why_not_folded(feed: Feed) -> str:
     if len(feed.layers) > 1:
         return f'is read by {len(feed.layers)} layers'
     layer = feed.layers[0]
-    return '' if isinstance(layer, nn.Linear) else f'is read by a {type(layer).__mro__[1].__name__}'
+    return '' if takes_folding(layer) else f'is read by a layer of class {type(layer).__name__}'
 
 
 def _rotation(model: nn.Module, net: nn.Module) -> Capability:
