@@ -60,7 +60,7 @@ def _unfolded(net: nn.Module) -> List[str]:
     names = {module: name for name, module in net.named_modules()}
     blocks = [] if backbone is None else [backbone.parts(block) for _, block in backbone.block_list(net)]
     reasons: Dict[str, List[str]] = {}
-    for feed in (feed for parts in blocks for feed in parts.feeds):
+    for feed in (feed for parts in blocks for feed in parts.feeds + parts.inner):
         reason = _why_not_folded(feed)
         if reason:
             reasons.setdefault(reason, []).append(names.get(feed.norm, type(feed.norm).__name__))
@@ -68,7 +68,7 @@ def _unfolded(net: nn.Module) -> List[str]:
         f'{found[0]}{f" and {len(found) - 1} more" if len(found) > 1 else ""}, which {reason}'
         for reason, found in reasons.items()
     ]
-    if not any(parts.feeds for parts in blocks):
+    if not any(parts.feeds + parts.inner for parts in blocks):
         left.append(f'those of {type(net).__name__}, whose readers are not told')
     return left
 
@@ -81,7 +81,7 @@ def _why_not_folded(feed: Feed) -> str:
     if len(feed.layers) > 1:
         return f'is read by {len(feed.layers)} layers'
     layer = feed.layers[0]
-    return '' if takes_folding(layer) else f'is read by a layer of class {type(layer).__name__}'
+    return '' if takes_folding(layer) else f'is read by a {type(layer).__mro__[1].__name__}'
 
 
 def _rotation(model: nn.Module, net: nn.Module) -> Capability:
