@@ -34,6 +34,7 @@ tests/models/test_every_backbone.py runs all of them; a function needs no test o
 """
 
 import copy
+import inspect
 from functools import lru_cache
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple, Union
 
@@ -111,6 +112,10 @@ def _built(scope: str, config: Callable[[], Dict], inside: Callable[[Dict], Dict
     with DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(ConfigDict(inside(config())))
     with torch.no_grad():
+        for module in model.modules():
+            # timm starts the norms of Swin V2 at 0: the branches in front of them would be nothing.
+            if isinstance(module, torch.nn.LayerNorm) and not module.weight.any():
+                module.weight.fill_(1)
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     model.eval()  # returns None in some libraries
@@ -129,8 +134,10 @@ def tensors(outputs: Any) -> List[torch.Tensor]:
 
 def run(model: torch.nn.Module, images: torch.Tensor) -> List[torch.Tensor]:
     """Every tensor that the model returns, without gradients."""
+    # Backbones of masked pre-training take a mask; without one they give features.
+    whole = dict(mask=None) if 'mask' in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
-        return tensors(model(images))
+        return tensors(model(images, **whole))
 
 
 def unfuse(model: torch.nn.Module) -> torch.nn.Module:
@@ -278,7 +285,157 @@ def timm_distilled_deit():
 
 
 # ---------------------------------------------------------------------- Swin V2, windows
-# Rows of this family stand below.
+_POST_NORM = dict(folding='stand behind the layers', rotation='a LayerNorm stands between each branch and the stream')
+_SWIN_V2 = dict(size=(36, 60), similarity=3, export=True, **_POST_NORM)
+
+
+@backbone('Swin V2', 'mmpretrain', inside=classifier(32), dynamic=True, **_SWIN_V2)
+def mmpretrain_swin_v2():
+    arch = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2], extra_norm_every_n_blocks=0)
+    return dict(
+        type='SwinTransformerV2',
+        arch=arch,
+        window_size=4,
+        pretrained_window_sizes=[0, 3],
+        pad_small_map=True,
+        drop_path_rate=0.2,
+        out_indices=(1,),
+    )
+
+
+@backbone(
+    'Swin V2', 'mmpretrain', 'giant, checkpointed', dynamic=_NOT_DYNAMIC, **dict(_SWIN_V2, size=(64, 48), similarity=2)
+)
+def mmpretrain_swin_v2_giant():
+    """An extra norm behind every second block, position embeddings, no biases, maps that are never padded."""
+    return dict(
+        type='SwinTransformerV2',
+        arch=dict(embed_dims=16, depths=[2], num_heads=[1], extra_norm_every_n_blocks=2),
+        img_size=64,
+        window_size=4,
+        stage_cfgs=dict(block_cfgs=dict(attn_cfgs=dict(qkv_bias=False))),
+        use_abs_pos_embed=True,
+        with_cp=True,
+        out_indices=(0,),
+    )
+
+
+_TIMM_SWIN_V2 = dict(
+    type='TimmClassifier',
+    model_name='swinv2_tiny_window8_256',
+    embed_dim=16,
+    depths=(2, 1),
+    num_heads=(1, 2),
+    num_classes=5,
+    window_size=4,
+)
+
+
+@backbone('Swin V2', 'timm', dynamic=_NOT_DYNAMIC, **dict(_SWIN_V2, size=(64, 32)))
+def timm_swin_v2():
+    return dict(_TIMM_SWIN_V2, img_size=(64, 32))
+
+
+@backbone('Swin V2', 'timm', 'strict_img_size=False', dynamic=_NOT_DYNAMIC, **_SWIN_V2)
+def timm_swin_v2_of_any_size():
+    return dict(_TIMM_SWIN_V2, img_size=64, strict_img_size=False)
+
+
+@backbone('Swin V2', 'timm', 'features_only=True', dynamic=_NOT_DYNAMIC, **dict(_SWIN_V2, size=(64, 32)))
+def timm_swin_v2_features():
+    config = dict(_TIMM_SWIN_V2, type='TIMMBackbone', img_size=(64, 32), features_only=True, out_indices=(0, 1))
+    del config['num_classes']
+    return config
+
+
+_SIMMIM_WORKS = dict(size=(36, 60), folding=7, similarity=3, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('Swin, SimMIM', 'mmpretrain', inside=classifier(32), rotation=1, **_SIMMIM_WORKS)
+def mmpretrain_simmim_swin():
+    arch = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2])
+    stage = dict(block_cfgs=dict(window_size=4))
+    more = dict(img_size=64, stage_cfgs=stage, out_indices=(1,), pad_small_map=True, use_abs_pos_embed=True)
+    return dict(type='SimMIMSwinTransformer', arch=arch, **more)
+
+
+_DAVIT_WORKS = dict(folding=8, rotation='depthwise convolutions', similarity=4, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('DaViT', 'mmpretrain', size=(56, 72), **_DAVIT_WORKS)
+def mmpretrain_davit():
+    arch = dict(embed_dims=16, depths=[1, 1], num_heads=[1, 2])
+    return dict(type='DaViT', arch=arch, window_size=4, pad_small_map=True, out_indices=(0, 1), drop_path_rate=0.1)
+
+
+@backbone('DaViT', 'mmpretrain', 'out_after_downsample, checkpointed', size=(64, 64), **_DAVIT_WORKS)
+def mmpretrain_davit_after_downsampling():
+    more = dict(out_after_downsample=True, with_cp=True, pad_small_map=False, out_indices=(1,))
+    return dict(mmpretrain_davit(), **more)
+
+
+def _hivit(**more):
+    # The first stages have the numbers 0 to 5 in out_indices: the last block needs a greater one.
+    arch = dict(embed_dims=32, depths=[1, 1, 7], num_heads=2)
+    return dict(arch=arch, img_size=64, out_indices=[6], drop_path_rate=0.1, **more)
+
+
+# In each of the first two stages two feed-forward networks and a merging, seven whole blocks behind.
+_HIVIT_WORKS = dict(size=(64, 64), folding=20, similarity=7, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('HiViT', 'mmpretrain', rotation='a LayerScale', **_HIVIT_WORKS)
+def mmpretrain_hivit():
+    return dict(type='HiViT', rpe=True, layer_scale_init_value=0.5, **_hivit())
+
+
+@backbone('HiViT', 'mmpretrain', 'another size', rotation=1, **dict(_HIVIT_WORKS, size=(64, 96)))
+def mmpretrain_hivit_of_another_size():
+    return dict(type='HiViT', **_hivit())
+
+
+@backbone('HiViT, MAE', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
+def mmpretrain_mae_hivit():
+    return dict(type='MAEHiViT', **_hivit())
+
+
+@backbone('HiViT, iTPN', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
+def mmpretrain_itpn_hivit():
+    return dict(type='iTPNHiViT', reconstruction_type='clip', **_hivit())
+
+
+_MIXMIM_WORKS = dict(size=(64, 64), folding=7, similarity=3, export=True, dynamic=_NOT_DYNAMIC)
+
+
+def _pooled_classifier(config):
+    head = dict(type='LinearClsHead', in_channels=32, num_classes=5)
+    return dict(type='ImageClassifier', backbone=config, head=head)
+
+
+@backbone('MixMIM', 'mmpretrain', inside=_pooled_classifier, rotation=1, **_MIXMIM_WORKS)
+def mmpretrain_mixmim():
+    arch = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2])
+    return dict(type='MixMIMTransformer', arch=arch, img_size=64, window_size=[4, 8], drop_path_rate=0.1)
+
+
+@backbone('MixMIM', 'mmpretrain', 'pre-training', rotation='no linear head', **_MIXMIM_WORKS)
+def mmpretrain_mixmim_of_pretraining():
+    return dict(mmpretrain_mixmim(), type='MixMIMPretrainTransformer', use_checkpoint=True)
+
+
+_SAM_WORKS = dict(folding=4, rotation='which no LayerNorm reads', similarity=2, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('SAM', 'mmpretrain', size=(48, 72), **_SAM_WORKS)
+def mmpretrain_sam():
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64, global_attn_indexes=[1])
+    return dict(type='ViTSAM', arch=arch, img_size=48, patch_size=8, window_size=4, out_channels=16)
+
+
+@backbone('SAM', 'mmpretrain', 'without positions', size=(32, 64), **_SAM_WORKS)
+def mmpretrain_sam_without_positions():
+    more = dict(out_channels=0, use_rel_pos=False, use_abs_pos=False, qkv_bias=False, out_type='avg_featmap')
+    return dict(mmpretrain_sam(), **more)
 
 
 # ---------------------------------------------------------------------- MiT, PVT, Twins

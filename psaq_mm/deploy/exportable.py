@@ -427,7 +427,12 @@ def _rewrite_attentions(
             if bias is not None:
                 exportable.positions[name] = module.position_values(bias.table.detach()).contiguous(), bias.index
             rows[name] = windows.AttentionExport(
-                name, exportable.tracing, exportable.products, operands, bias is not None
+                name,
+                exportable.tracing,
+                exportable.products,
+                operands,
+                bias is not None,
+                _vanishing(module),
             )
             module.forward = partial(windows.window_attention, module, rows[name])
     for module in modules.values():
@@ -436,6 +441,18 @@ def _rewrite_attentions(
             row = rows[exportable.names[attention]]
             setattr(module, module.cut_method, partial(windows.cut_attention, module, attention, row))
     return rows
+
+
+def _vanishing(attention: nn.Module) -> Tuple[bool, bool]:
+    """See :attr:`.windows.AttentionExport.vanishing`."""
+    if attention.query_factor is not None:
+        return False, False
+    layer = attention.qkv
+    bias = layer.full_bias() if is_quantized_layer(layer) else layer.bias
+    if bias is None:
+        return True, True
+    queries, keys, _ = bias.chunk(3)
+    return not bool(queries.any()), not bool(keys.any())
 
 
 def _has_integer_products(attention: nn.Module) -> bool:

@@ -115,6 +115,18 @@ class Windows:
             self.height * self.width, heads * channels
         )
 
+    def valid(self) -> Optional[Tensor]:
+        """1 for tokens and 0 for padding, float (windows, tokens, 1); None where nothing is padded."""
+        (height, width), (rows, columns) = self.padded, self.window
+        if (height, width) == (self.height, self.width):
+            return None
+        down, across = (
+            np.array([i is not None for i in self._sources(*ends)])
+            for ends in ((self.height, height, self.shift[0]), (self.width, width, self.shift[1]))
+        )
+        valid = down.reshape(-1, 1, rows, 1) & across.reshape(1, -1, 1, columns)
+        return torch.from_numpy(valid.reshape(-1, rows * columns, 1)).float()
+
     def mask(self, scores: Tensor) -> Tensor:
         """Scores (windows, heads, tokens, tokens) with :data:`MASKED` added between tokens that are in one window only
         because of the shift.
@@ -200,6 +212,18 @@ class TracedWindows(Windows):
             x.reshape(-1, channels).index_select(0, self._once(f'places {heads}', places)).reshape(-1, heads * channels)
         )
 
+    def valid(self) -> Tensor:
+        """As :meth:`Windows.valid`."""
+
+        def valid() -> Tensor:
+            down, across = (
+                torch.remainder(torch.arange(padded) + shift, padded) < size for size, padded, _, shift in self._axes()
+            )
+            valid = down.reshape(-1, 1, self.window[0], 1) & across.reshape(1, -1, 1, self.window[1])
+            return valid.reshape(-1, self.window[0] * self.window[1], 1).float()
+
+        return self._once('valid', valid)
+
     def mask(self, scores: Tensor) -> Tensor:
         """As :meth:`Windows.mask`."""
 
@@ -246,6 +270,8 @@ class AttentionExport:
         operands: Operands of the attention's products if all of them are codes: ``'tokens'`` (input of ``qkv``),
             ``'q'``, ``'k'``, ``'v'`` and ``'out'`` (input of ``proj``); else None.
         biased: Whether it has a position bias, see :attr:`.exportable.ExportableModel.positions`.
+        vanishing: Whether queries, and keys, are 0 where there is padding, and something else than a factor is done to
+            them.
     """
 
     name: str
@@ -253,6 +279,7 @@ class AttentionExport:
     products: Mapping[str, Callable[[Tensor], Tensor]]
     operands: Optional[Mapping[str, Operand]]
     biased: bool
+    vanishing: Tuple[bool, bool] = (False, False)
 
     def part(self, name: str) -> str:
         """Dotted name of a part of the attention."""
@@ -275,7 +302,7 @@ def attend_windows(x: Tensor, attention: nn.Module, export: AttentionExport, win
     padding = _padding(attention.qkv, channels)
     if export.operands is None:
         tokens = windows.cut(x.reshape(-1, channels), padding)
-        return windows.join(attention(tokens, windows.mask).unsqueeze(1)).unsqueeze(0)
+        return windows.join(attention(tokens, windows).unsqueeze(1)).unsqueeze(0)
     # What is moved around are codes, a quarter of the bytes. Each row of the projection reads one token, so that it may
     # as well come after the windows are joined, where nothing is padding any more.
     tokens, out, plain = export.operands['tokens'], export.operands['out'], windows.plain
@@ -285,13 +312,22 @@ def attend_windows(x: Tensor, attention: nn.Module, export: AttentionExport, win
     padding = quantize(padding, quantizer.scale, quantizer.zero_point, quantizer.qmin, quantizer.qmax).to(torch.uint8)
     # Quantized before any reshape: OpenVINO's LayerNorm then writes the codes itself.
     codes = windows.cut(tokens.codes(x).reshape(-1, channels), padding)
-    x = attend_integer(attention, export, tokens.values(codes), windows.mask)
+    x = attend_integer(attention, export, tokens.values(codes), windows)
     return export.products[export.part('proj')](out.values(windows.join(out.codes(x)).unsqueeze(0)))
 
 
-def attend_integer(
-    attention: nn.Module, export: AttentionExport, x: Tensor, mask: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _scaled(
+    attention: nn.Module, export: AttentionExport, q: Tensor, k: Tensor, windows: Windows
+) -> Tuple[Tensor, Tensor]:
+    """:meth:`.WindowAttentionMixin.scaled` of queries and keys (windows, N, heads, D)."""
+    valid = windows.valid() if any(export.vanishing) else None
+    if valid is not None:
+        # What rounding leaves of a 0 here would become a vector of length 1 when it is normalized.
+        q, k = (t * valid.unsqueeze(-1) if zero else t for t, zero in zip((q, k), export.vanishing))
+    return attention.scaled(q, k)
+
+
+def attend_integer(attention: nn.Module, export: AttentionExport, x: Tensor, windows: Windows) -> Tensor:
     """Window attention before its projection, on codes: dequantized tokens (windows, N, C) to
     (windows, heads, N, C / heads).
 
@@ -305,7 +341,7 @@ def attend_integer(
     parts = {part: export.products[export.part(f'qkv.{part}')](x) for part in 'qkv'}
     if attention.query_factor is None:  # else it is part of the weight
         q, k = (parts[part].reshape(-1, tokens, heads, channels // heads) for part in 'qk')
-        parts.update(zip('qk', (t.reshape(-1, tokens, channels) for t in attention.scaled(q, k))))
+        parts.update(zip('qk', (t.reshape(-1, tokens, channels) for t in _scaled(attention, export, q, k, windows))))
     back = dict(q=(0, 2, 1, 3), k=(0, 3, 1, 2), v=(0, 2, 1, 3))
     values = {}
     for part, axes in back.items():
@@ -321,7 +357,7 @@ def attend_integer(
     key_sums = export.products.get(export.part('key_sums'))
     if key_sums is not None:
         scores = scores + key_sums(values['k']).transpose(1, 2).unsqueeze(2)
-    scores = mask(export.add_position_bias(attention.scaled_scores(scores)))
+    scores = windows.mask(export.add_position_bias(attention.scaled_scores(scores)))
     weights = apply_edge(attention.matmul_av.lhs_quantizer, attention.softmax(scores))
     return torch.matmul(weights, v)
 
@@ -339,23 +375,21 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
     )
 
 
-def window_attention(
-    attention: nn.Module, export: AttentionExport, x: Tensor, mask: Callable[[Tensor], Tensor]
-) -> Tensor:
+def window_attention(attention: nn.Module, export: AttentionExport, x: Tensor, windows: Windows) -> Tensor:
     """Forward of a quantized window attention.
 
     Args:
         attention: The module.
         export: What the export knows of it.
         x: Tokens of windows, (windows, N, C).
-        mask: Adds the mask of shifted windows to the scores.
+        windows: How they were cut.
     """
     tokens, channels = (int(s) for s in x.shape[1:])
     heads = attention.num_heads
-    q, k, v = attention.qkv(x).reshape(-1, tokens, 3, heads, channels // heads).permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.scaled(q, k)
+    q, k, v = attention.qkv(x).reshape(-1, tokens, 3, heads, channels // heads).unbind(2)
+    q, k, v = (t.transpose(1, 2) for t in (*_scaled(attention, export, q, k, windows), v))
     scores = attention.scaled_scores(attention.matmul_qk(q, k.transpose(-2, -1)))
-    scores = mask(apply_edge(attention.scores_quantizer, export.add_position_bias(scores)))
+    scores = windows.mask(apply_edge(attention.scores_quantizer, export.add_position_bias(scores)))
     x = attention.matmul_av(attention.softmax(scores), v).transpose(1, 2).reshape(-1, tokens, channels)
     return attention.proj(x)
 

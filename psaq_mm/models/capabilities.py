@@ -68,7 +68,9 @@ def _unfolded(net: nn.Module) -> List[str]:
         f'{found[0]}{f" and {len(found) - 1} more" if len(found) > 1 else ""}, which {reason}'
         for reason, found in reasons.items()
     ]
-    if not any(parts.feeds + parts.inner for parts in blocks):
+    if backbone is not None and backbone.post_norm:
+        left.append(f'those of {type(net).__name__}, which stand behind the layers of their branches')
+    elif not any(parts.feeds + parts.inner for parts in blocks):
         left.append(f'those of {type(net).__name__}, whose readers are not told')
     return left
 

@@ -43,22 +43,27 @@ def _own_state(model: nn.Module) -> Dict[str, Tensor]:
 
 
 _RESIZERS = {
-    '_prepare_pos_embed': 'pos_embed',
-    '_prepare_abs_pos_embed': 'absolute_pos_embed',
-    '_prepare_relative_position_bias_table': 'relative_position_bias_table',
+    '_prepare_pos_embed': ('pos_embed',),
+    '_prepare_abs_pos_embed': ('absolute_pos_embed',),
+    '_prepare_relative_position_bias_table': ('relative_position_bias_table',),
+    '_prepare_relative_position': ('rel_pos_h', 'rel_pos_w'),
 }
 """Methods with which mmpretrain's backbones fit positions of another image size, in a hook that runs after this check,
 and the weights they fit."""
+
+_DERIVED = re.compile(r'(^|\.)relative_(position_index|coords_table)$')
+"""Buffers that a model computes when it is built: a checkpoint may lack them. mmpretrain's Swin V2 drops them from each
+checkpoint that it loads."""
 
 
 def _resized_by_the_library(model: nn.Module) -> Set[str]:
     """Names of the weights whose number of positions may differ: the model resizes them as it loads them."""
     names: Set[str] = set()
     for prefix, module in model.named_modules():
-        for method, weight in _RESIZERS.items():
+        for method, fitted in _RESIZERS.items():
             if hasattr(module, method):
                 below = ((f'{prefix}.' if prefix else '') + name for name, _ in module.named_parameters())
-                names.update(name for name in below if name.rpartition('.')[2] == weight)
+                names.update(name for name in below if name.rpartition('.')[2] in fitted)
     return names
 
 
@@ -79,11 +84,15 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
     weights = _own_state(model)
     loaded = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
     resized = _resized_by_the_library(model)
+    dropped = tuple(
+        f'{name}.' if name else '' for name, part in model.named_modules() if hasattr(part, '_delete_reinit_params')
+    )
     wrong = [
         f'{k} is {tuple(loaded[k].shape)} in the checkpoint and {tuple(weights[k].shape)} in the model'
         for k in weights
         if k in loaded
         and not is_quantizer_key(k)
+        and not (_DERIVED.search(k) and k.startswith(dropped))
         and loaded[k].shape != weights[k].shape
         and not (k in resized and loaded[k].dim() == weights[k].dim() and loaded[k].shape[-1] == weights[k].shape[-1])
     ]
@@ -98,6 +107,7 @@ def check_state_dict(model: nn.Module, state_dict: Dict[str, Tensor], prefix: st
         if k not in loaded
         and not is_quantizer_key(k)
         and not k.endswith('num_batches_tracked')
+        and not _DERIVED.search(k)
         and not k.startswith(unneeded)
     ]
     if missing:

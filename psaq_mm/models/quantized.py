@@ -5,6 +5,7 @@ The model is converted when it is built, and not in a hook, so that the library'
 augmentation use the quantized model: inferencers run no hooks, and TTA and DDP wrap the model before any hook runs.
 """
 
+import logging
 from typing import Mapping, Union
 
 import torch
@@ -17,7 +18,14 @@ from psaq_mm.models.loading import guard_loading
 from psaq_mm.models.network import find_backbone
 from psaq_mm.models.scope import check_backbone, first_layer_name, scope_filter
 from psaq_mm.models.tasks import task_of
-from psaq_mm.quantization import ConversionReport, QuantSpec, quantize_, use_full_float32
+from psaq_mm.quantization import (
+    ConversionReport,
+    QuantSpec,
+    ReparameterizedQuantizer,
+    quantize_,
+    quantizers,
+    use_full_float32,
+)
 from psaq_mm.registry import MODELS
 from psaq_mm.type_names import type_name
 
@@ -76,6 +84,13 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
     if use_full_float32() and torch.cuda.is_available():
         print_log('TF32 is switched off for this process: it would round quantized values a second time', 'current')
     report = quantize_(model, spec, filter_fn=scope_filter(model, spec.scope), first_layer=first_layer_name(model))
+    if spec.reparameterize and not any(isinstance(q, ReparameterizedQuantizer) for _, q in quantizers(model)):
+        print_log(
+            f'reparameterize=True folds nothing in {type(find_backbone(model)).__name__}, where no LayerNorm feeds one '
+            'Linear alone: ranges are those of whole tensors',
+            'current',
+            logging.WARNING,
+        )
     report.name_parts(task_of(model).float_parts(model))
     model.quant_spec = spec
     model.quant_report = report

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from psaq_mm.calibration import find_attention
 from psaq_mm.errors import DataError, UnsupportedModelError
-from psaq_mm.models.adapters import backbone_of
-from psaq_mm.models.adapters.blocks import is_identity
+from psaq_mm.models.adapters import Backbone, backbone_of
 from psaq_mm.models.adapters.streams import Stream, Unrotatable
 from psaq_mm.models.scope import find_backbone, network_of
 from psaq_mm.models.task import TaskModel
@@ -71,6 +70,7 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
         UnsupportedModelError: The outputs changed. The model has its old weights then, as after any other error.
     """
     backbone, heads = find_backbone(model), 0
+    description = backbone_of(network_of(backbone)) or Backbone()
     streams, left = streams_of(model, network_of(backbone))
     seen = _parts(model) if streams else ('backbone',)
     outputs = _outputs(model, seen, size)
@@ -78,11 +78,7 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
     done = []
     with _undone_on_error(model):
         for _, attention in find_attention(backbone):
-            parts = attention_parts(attention)
-            if not parts.rotatable:
-                continue
-            scores = is_identity(getattr(attention, 'q_norm', None), getattr(attention, 'k_norm', None))
-            values = is_identity(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
+            parts, (scores, values) = attention_parts(attention), description.rotates_heads(attention)
             rotate_heads_(parts, generator, scores=scores, values=values)
             heads += parts.heads if scores or values else 0
         for name, stream in streams:

@@ -34,8 +34,6 @@ class AttentionParts(NamedTuple):
         keys: Projection of the keys.
         values: Projection of the values.
         proj: Output projection. Its input is (..., heads * width of the values).
-        rotatable: Whether queries and keys may be rotated together, and values with the output projection. Not in
-            attention over channels, where a rotation mixes what is attended to.
     """
 
     heads: int
@@ -43,7 +41,6 @@ class AttentionParts(NamedTuple):
     keys: Projection
     values: Projection
     proj: nn.Module
-    rotatable: bool = True
 
     @classmethod
     def packed(cls, qkv: nn.Module, proj: nn.Module, heads: int) -> 'AttentionParts':
@@ -57,12 +54,16 @@ def attention_parts(module: nn.Module) -> Optional[AttentionParts]:
     """Parts of an attention module, or None where ``module`` is none.
 
     A module tells its parts by a method ``attention_parts()``. Without one, attention has ``num_heads``, one Linear
-    ``qkv`` and an output projection ``proj``, as in most libraries.
+    ``qkv`` and an output projection ``proj``, as in most libraries; ``q_bias`` and ``v_bias`` where these are apart.
     """
     tell = getattr(module, 'attention_parts', None)
     if callable(tell):
         return tell()
     heads, qkv, proj = (getattr(module, name, None) for name in ('num_heads', 'qkv', 'proj'))
     if isinstance(heads, int) and isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear):
-        return AttentionParts.packed(qkv, proj, heads)
+        parts = AttentionParts.packed(qkv, proj, heads)
+        return parts._replace(
+            queries=parts.queries._replace(bias=getattr(module, 'q_bias', None)),
+            values=parts.values._replace(bias=getattr(module, 'v_bias', None)),
+        )
     return None

@@ -418,8 +418,16 @@ def _adopted_class(quant_class: Type[nn.Module], base: Type[nn.Module]) -> Type[
             __reduce_ex__=_reduce_adopted,
             _adopted_from=key,
         )
-        _ADOPTED[key] = type(quant_class.__name__, (quant_class, base), namespace)
+        name = base.__name__ if getattr(quant_class, 'keeps_name', False) else quant_class.__name__
+        _ADOPTED[key] = type(name, (quant_class, base), namespace)
     return _ADOPTED[key]
+
+
+def class_before(cls: type) -> type:
+    """The class that a module had before :func:`adopt`, for the one that it has; any other class itself."""
+    while '_adopted_from' in vars(cls):
+        cls = vars(cls)['_adopted_from'][1]
+    return cls
 
 
 def adopt(module: nn.Module, quant_class: Type[nn.Module]) -> nn.Module:
@@ -431,7 +439,8 @@ def adopt(module: nn.Module, quant_class: Type[nn.Module]) -> nn.Module:
 
     Args:
         module: Any module.
-        quant_class: Class whose ``forward`` takes over.
+        quant_class: Class whose ``forward`` takes over. If it has ``keeps_name = True``, messages call the module by
+            the name of its own class.
 
     Returns:
         ``module``.

@@ -74,7 +74,8 @@ def test_saved_and_loaded_it_gives_the_same(row, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'student.pth')
     fresh = build(row, seed=1)
     quantize_model_(fresh, 'psaq_v1_w8a8')
-    fresh.load_state_dict(torch.load(tmp_path / 'student.pth', weights_only=True))
+    # Not strict, as MMEngine loads: the model itself refuses what does not fit. mmpretrain's Swin V2 drops its indices.
+    fresh.load_state_dict(torch.load(tmp_path / 'student.pth', weights_only=True), strict=False)
     for out, expected in zip(run(fresh, images_of(row)), run(model, images_of(row)), strict=True):
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
 

@@ -28,7 +28,8 @@ def images(name, batch=2):
 def test_tokens_sizes_and_classes(name, prefix, fixed):
     task = TaskModel(build_classifier(name))
     assert task.prefix_tokens == prefix and task.fixed_size == fixed and task.num_classes == CLASSES
-    assert task.min_size == (28 if 'swin' in name else 8)
+    # mmpretrain's Swin refuses maps that are smaller than a window, also in its second stage; timm's pads them.
+    assert task.min_size == {'mmpretrain-swin': 56, 'timm-swin': 28}.get(name, 8)
     assert task.image_spec.mean == pytest.approx((123.675, 116.28, 103.53)) and task.image_spec.channels == 3
 
 

@@ -136,18 +136,6 @@ REFUSED = [
     (timm_classifier, 'resnet10t', dict(), 'timm.models.resnet.ResNet'),
     (timm_classifier, 'convnext_atto', dict(), 'timm.models.convnext.ConvNeXt'),
     (timm_backbone, 'resnet10t', dict(features_only=True), 'resnet10t'),
-    (
-        timm_classifier,
-        'swinv2_tiny_window8_256',
-        dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2)),
-        'SwinTransformerV2',
-    ),
-    (
-        timm_backbone,
-        'swinv2_tiny_window8_256',
-        dict(embed_dim=16, depths=(1, 1), num_heads=(1, 2), features_only=True, out_indices=(0, 1)),
-        'swinv2_tiny_window8_256',
-    ),
     (timm_classifier, 'vit_tiny_patch16_224', dict(SMALL_VIT, global_pool='map'), 'attn_pool .*AttentionPoolLatent'),
 ]
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from psaq_mm.errors import ConfigError
 from psaq_mm.models.adapters.attention import adopt_attention
-from psaq_mm.models.adapters.blocks import BlockParts, adopt_block, outputs_are_edges
-from psaq_mm.models.adapters.match import class_named, qualified_name
+from psaq_mm.models.adapters.blocks import BlockParts, adopt_block, is_identity, outputs_are_edges
+from psaq_mm.models.adapters.match import class_named
 from psaq_mm.models.adapters.streams import NamedStreams
 from psaq_mm.quantization import AdapterSpec, ConvertFn, register_adapter
 
@@ -38,6 +38,7 @@ class Backbone:
         attention: Classes of attention, each with its mixin.
         edges: Children of the network whose outputs are edges: what the first block reads.
         others: Further classes inside the network, each with the function that converts it.
+        post_norm: Whether the norms of its blocks stand behind the layers of their branches: none feeds a layer.
     """
 
     names: Tuple[str, ...] = ()
@@ -47,15 +48,14 @@ class Backbone:
     attention: Mapping[str, Optional[type]] = {}
     edges: Tuple[str, ...] = ()
     others: Mapping[str, ConvertFn] = {}
+    post_norm: bool = False
 
     def describes(self, net: nn.Module) -> bool:
         """Whether this is the description of a network."""
         if class_named(net, self.names):
             return True
         return class_named(net, self.wrappers) is not None and any(
-            qualified_name(base) in self.blocks  # also of a converted block, whose forward is its mixin's
-            for _, block in self.block_list(net)
-            for base in type(block).__mro__
+            class_named(block, self.blocks) for _, block in self.block_list(net)
         )
 
     # ---------------------------------------------------------------- parts
@@ -78,6 +78,14 @@ class Backbone:
             Titles, each with a function that gives the stream or raises :class:`.streams.Unrotatable`.
         """
         return []
+
+    def rotates_heads(self, attention: nn.Module) -> Tuple[bool, bool]:
+        """Whether queries and keys of an attention module may be rotated together, and values with the output
+        projection. By default a norm or a shortcut in between forbids it.
+        """
+        scores = is_identity(getattr(attention, 'q_norm', None), getattr(attention, 'k_norm', None))
+        values = is_identity(getattr(attention, 'norm', None)) and not getattr(attention, 'v_shortcut', False)
+        return scores, values
 
     # ---------------------------------------------------------------- pictures
     def prefix_tokens(self, net: nn.Module) -> int:
@@ -141,7 +149,7 @@ class Backbone:
                         for part in self.attention_of(module)
                         if not class_named(part, self.attention)
                     ]
-            elif isinstance(getattr(module, 'num_heads', None), int) and not name.startswith(inside):
+            elif name and isinstance(getattr(module, 'num_heads', None), int) and not name.startswith(inside):
                 strangers.append((name, module))
         return strangers
 

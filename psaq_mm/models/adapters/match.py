@@ -3,7 +3,7 @@
 
 from typing import Collection, Optional
 
-from psaq_mm.quantization import ConvertFn, register_adapter
+from psaq_mm.quantization import ConvertFn, class_before, register_adapter
 
 __all__ = ['adapt', 'class_named', 'inherits', 'qualified_name']
 
@@ -26,14 +26,14 @@ def class_named(module: object, names: Collection[str], method: str = 'forward')
     not be replaced.
 
     Args:
-        module: The instance looked at.
+        module: The instance looked at. One that is converted counts as before.
         names: Qualified names of known classes.
         method: The method that must come from the known class.
 
     Returns:
         The name found, or None.
     """
-    cls = type(module)
+    cls = class_before(type(module))
     for base in cls.__mro__:
         if qualified_name(base) in names:
             same = getattr(cls, method, None) is getattr(base, method, None)

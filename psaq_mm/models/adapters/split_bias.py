@@ -6,9 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from psaq_mm.quantization import AttentionParts
-
-__all__ = ['SplitBiasProjection', 'split_bias_parts']
+__all__ = ['SplitBiasProjection']
 
 
 class SplitBiasProjection(nn.Linear):
@@ -36,11 +34,3 @@ class SplitBiasProjection(nn.Linear):
         if attention.q_bias is None:
             return None
         return torch.cat((attention.q_bias, torch.zeros_like(attention.v_bias, requires_grad=False), attention.v_bias))
-
-
-def split_bias_parts(attention: nn.Module) -> AttentionParts:
-    """Parts of an attention module whose ``qkv`` is a :class:`SplitBiasProjection`."""
-    parts = AttentionParts.packed(attention.qkv, attention.proj, attention.num_heads)
-    return parts._replace(
-        queries=parts.queries._replace(bias=attention.q_bias), values=parts.values._replace(bias=attention.v_bias)
-    )

@@ -14,17 +14,21 @@ from torch import Tensor, nn
 from psaq_mm.models.adapters.attention import CheckpointedBlockMixin
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, mark_norm, standard_parts
+from psaq_mm.models.adapters.pretraining import FeaturesMixin, converts_network
 from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, Stream, need, output_reader, stream
 from psaq_mm.models.adapters.windows import Cut, CutMixin, WindowAttentionMixin, add_scores_edge
 from psaq_mm.quantization import AdapterSpec, StreamReader, adopt, apply_edge
 
 __all__ = [
     'PATCH_MERGING',
+    'PretrainingSwin',
     'QuantShiftWindowMSAMixin',
     'QuantSwinBlockMixin',
     'Swin',
     'convert_merging',
     'convert_shift',
+    'cuts_any_size',
+    'smallest_side',
 ]
 
 _MODULES = ('mmdet.models.backbones.swin', 'mmseg.models.backbones.swin')
@@ -79,6 +83,31 @@ def convert_merging(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Modul
     return module
 
 
+def smallest_side(net: nn.Module, patch: int) -> Optional[int]:
+    """The least side of a picture, in pixels, where mmpretrain does not pad maps that are smaller than a window; None
+    where it does.
+
+    Args:
+        net: With ``stages``, each with half the side of the one before.
+        patch: Pixels of a side of a patch.
+    """
+    sides = [
+        patch * 2**number * module.window_size
+        for number, stage in enumerate(net.stages)
+        for module in stage.modules()
+        if isinstance(getattr(module, 'window_size', None), int) and not getattr(module, 'pad_small_map', True)
+    ]
+    return max(sides, default=None)
+
+
+def cuts_any_size(net: nn.Module) -> bool:
+    """Whether a network of stages does the same for maps of all sizes. Without ``pad_small_map``, whether mmpretrain
+    shifts depends on the size, and so does whether it resizes an absolute position embedding.
+    """
+    padded = all(getattr(module, 'pad_small_map', True) for module in net.modules())
+    return padded and not getattr(net, 'use_abs_pos_embed', False)
+
+
 @register_backbone
 class Swin(Backbone):
     """Swin Transformer of mmdet, mmseg and mmpretrain."""
@@ -117,11 +146,13 @@ class Swin(Backbone):
         side = math.isqrt(absolute.shape[1]) * self.patch(net)  # a square: pretrain_img_size is not kept
         return side, side
 
+    def min_side(self, net: nn.Module) -> int:
+        """See :meth:`.Backbone.min_side`."""
+        return smallest_side(net, self.patch(net)) or super().min_side(net)
+
     def dynamic_size(self, net: nn.Module) -> bool:
-        """See :meth:`.Backbone.dynamic_size`. Without ``pad_small_map``, whether mmpretrain shifts depends on the
-        size.
-        """
-        return all(getattr(module, 'pad_small_map', True) for module in net.modules())
+        """See :meth:`.Backbone.dynamic_size`."""
+        return cuts_any_size(net)
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`."""
@@ -140,3 +171,12 @@ class Swin(Backbone):
             level = list(net.out_indices).index(number)
             readers.append(output_reader(model, getattr(net, f'norm{number}'), level, len(net.out_indices)))
         return stream(net.stages[number - 1].downsample.reduction, map(self.parts, stage.blocks), readers)
+
+
+@register_backbone
+class PretrainingSwin(Swin):
+    """SimMIMSwinTransformer of mmpretrain, which extracts features without a mask."""
+
+    names = ('mmpretrain.models.selfsup.simmim.SimMIMSwinTransformer',)
+    edges = ()
+    others = {**Swin.others, **dict.fromkeys(names, converts_network(FeaturesMixin, *Swin.edges))}

@@ -13,7 +13,7 @@ from psaq_mm.models.loading import absent_parts
 
 __all__ = ['Conversion', 'fit_weights']
 
-_FROM_THE_MODEL = re.compile(r'(^|\.)(relative_position_index|num_batches_tracked)$')
+_FROM_THE_MODEL = re.compile(r'(^|\.)(relative_position_index|relative_coords_table|num_batches_tracked)$')
 _OUTPUT_NORM = re.compile(r'(^|\.)norm\d+\.(weight|bias)$')
 
 

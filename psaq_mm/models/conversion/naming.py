@@ -28,7 +28,7 @@ from psaq_mm.errors import CheckpointError
 __all__ = ['Renamed', 'backbone_prefix', 'rename_swin', 'unfold_order']
 
 _BLOCK = re.compile(r'(?P<prefix>.*?)(?:layers|stages)[._](?P<stage>\d+)\.blocks\.\d+\.(?P<rest>.+)')
-_DERIVED = re.compile(r'(^|\.)(relative_position_index|attn_mask)$')
+_DERIVED = re.compile(r'(^|\.)(relative_position_index|relative_coords_table|attn_mask)$')
 _VERSION_2 = re.compile(r'\.attn\.(logit_scale|cpb_mlp\.)')
 
 _IN_A_BLOCK = (('attn.', 'attn.w_msa.'), ('mlp.fc1.', 'ffn.layers.0.0.'), ('mlp.fc2.', 'ffn.layers.1.'))
