@@ -7,13 +7,15 @@ from torch import nn
 
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters import BACKBONES, backbone_of
-from psaq_mm.models.adapters.match import class_named, qualified_name
+from psaq_mm.models.adapters.match import class_named, inherits, qualified_name
 from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, network_of
 from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
 
 __all__ = ['check_backbone', 'check_scope', 'find_backbone', 'first_layer_name', 'network_of', 'scope_filter']
+
+_PRETRAINING = 'mmpretrain.models.selfsup.base.BaseSelfSupervisor'
 
 CLASSIFIER_HEADS = ('head', 'head_dist')
 """Parts of a timm network outside of the backbone: timm's networks hold their head, OpenMMLab's backbones do not."""
@@ -111,6 +113,10 @@ def check_scope(model: nn.Module, scope: str) -> None:
     if scope == 'backbone' or find_backbone(model) is model or class_named(model, TIMM_CLASSIFIER):
         return
     task, kind, way_out = task_of(model), type(model).__name__, "use scope='backbone' for this model"
+    if inherits(model, _PRETRAINING):
+        raise UnsupportedModelError(
+            f"scope='full' does not cover {kind}, whose neck and head serve pre-training alone: {way_out}"
+        )
     for name, part in _never_run(model):
         if _quantizable(part):
             raise UnsupportedModelError(
