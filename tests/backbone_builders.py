@@ -452,11 +452,111 @@ def mmpretrain_sam_without_positions():
 
 
 # ---------------------------------------------------------------------- MiT, PVT, Twins
-# Rows of this family stand below.
+# Rows of this family stand below. The first block of each has a reduced map: two layers read its first LayerNorm.
+_PYRAMID = dict(embed_dims=16, num_stages=2, num_layers=[1, 1], num_heads=[1, 2], strides=[4, 2], sr_ratios=[2, 1])
+_TWINS = dict(
+    embed_dims=[16, 32],
+    depths=[2, 1],
+    num_heads=[1, 2],
+    patch_sizes=[4, 2],
+    strides=[4, 2],
+    mlp_ratios=[2, 2],
+    sr_ratios=[2, 1],
+)
+_PYRAMID_WORKS = dict(
+    size=(32, 48), folding=4, rotation='it begins behind the LayerNorm', similarity=2, export=True, dynamic=_NOT_DYNAMIC
+)
+_TWINS_WORKS = dict(_PYRAMID_WORKS, size=(40, 48), folding=6, similarity=3)
+
+
+@backbone('MiT (SegFormer)', 'mmseg', inside=segmentor(16, 32), **_PYRAMID_WORKS)
+def mmseg_mit():
+    return dict(type='MixVisionTransformer', patch_sizes=[7, 3], mlp_ratio=2, out_indices=(0, 1), **_PYRAMID)
+
+
+@backbone('PVT', 'mmdet', inside=detector(16, 32), **_PYRAMID_WORKS)
+def mmdet_pvt():
+    return dict(
+        type='PyramidVisionTransformer',
+        pretrain_img_size=32,
+        patch_sizes=[4, 2],
+        paddings=[0, 0],
+        mlp_ratios=[2, 2],
+        out_indices=(0, 1),
+        **_PYRAMID,
+    )
+
+
+# Four stages: the sizes of its patches are those of four.
+@backbone('PVT v2', 'mmdet', **{**_PYRAMID_WORKS, 'folding': 8, 'similarity': 4})
+def mmdet_pvt_v2():
+    return dict(
+        type='PyramidVisionTransformerV2',
+        embed_dims=16,
+        num_layers=[1, 1, 1, 1],
+        num_heads=[1, 1, 2, 2],
+        sr_ratios=[2, 2, 1, 1],
+        mlp_ratios=[2, 2, 2, 2],
+    )
+
+
+@backbone('Twins PCPVT', 'mmseg', inside=segmentor(16, 32), **_TWINS_WORKS)
+def mmseg_twins_pcpvt():
+    return dict(type='PCPVT', out_indices=(0, 1), qkv_bias=True, **_TWINS)
+
+
+@backbone('Twins SVT', 'mmseg', inside=segmentor(16, 32), **_TWINS_WORKS)
+def mmseg_twins_svt():
+    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], **_TWINS)
+
+
+# Without a reduced map queries have a layer of their own, and the norm before it two readers.
+@backbone('Twins PCPVT', 'mmpretrain', inside=classifier(32), **{**_TWINS_WORKS, 'folding': 5})
+def mmpretrain_twins_pcpvt():
+    return dict(type='PCPVT', arch=_TWINS, out_indices=(1,), norm_after_stage=[False, True], qkv_bias=True)
+
+
+@backbone('Twins SVT', 'mmpretrain', inside=classifier(32), **_TWINS_WORKS)
+def mmpretrain_twins_svt():
+    return dict(type='SVT', arch=dict(_TWINS, window_sizes=[7, 7]), out_indices=(1,), qkv_bias=True)
 
 
 # ---------------------------------------------------------------------- ConvNeXt
 # Rows of this family stand below.
+_CONVNEXT = dict(type='ConvNeXt', arch=dict(depths=[1, 2], channels=[16, 32]), out_indices=[0, 1])
+_TIMM_CONVNEXT = dict(type='TimmClassifier', depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5)
+_CONVNEXT_WORKS = dict(
+    folding=4,
+    rotation='depthwise convolutions read its channels one by one',
+    similarity='patch similarity cannot be measured',
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+
+
+@backbone('ConvNeXt', 'mmpretrain', **_CONVNEXT_WORKS)
+def mmpretrain_convnext():
+    return dict(_CONVNEXT, layer_scale_init_value=0.5, gap_before_final_norm=False)
+
+
+@backbone('ConvNeXt', 'mmpretrain', 'linear_pw_conv=False', **_CONVNEXT_WORKS)
+def mmpretrain_convnext_of_convolutions():
+    return dict(_CONVNEXT, layer_scale_init_value=0.5, linear_pw_conv=False)
+
+
+@backbone('ConvNeXt V2', 'mmpretrain', **_CONVNEXT_WORKS)
+def mmpretrain_convnext_v2():
+    return dict(_CONVNEXT, layer_scale_init_value=0.0, use_grn=True)
+
+
+@backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
+def timm_convnext():
+    return dict(_TIMM_CONVNEXT, model_name='convnext_tiny', ls_init_value=2.0)
+
+
+@backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
+def timm_convnext_v2():
+    return dict(_TIMM_CONVNEXT, model_name='convnextv2_tiny')
 
 
 # ---------------------------------------------------------------------- Convolutions and attention side by side

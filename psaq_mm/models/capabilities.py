@@ -10,7 +10,7 @@ from psaq_mm.models.adapters import backbone_of
 from psaq_mm.models.adapters.blocks import Feed
 from psaq_mm.models.network import find_backbone, network_of
 from psaq_mm.models.rotation import streams_of
-from psaq_mm.quantization import norm_before
+from psaq_mm.quantization import norm_before, takes_folding
 
 __all__ = ['Capability', 'capabilities']
 
@@ -60,7 +60,7 @@ def _unfolded(net: nn.Module) -> List[str]:
     names = {module: name for name, module in net.named_modules()}
     blocks = [] if backbone is None else [backbone.parts(block) for _, block in backbone.block_list(net)]
     reasons: Dict[str, List[str]] = {}
-    for feed in (feed for parts in blocks for feed in parts.feeds):
+    for feed in (feed for parts in blocks for feed in parts.feeds + parts.inner):
         reason = _why_not_folded(feed)
         if reason:
             reasons.setdefault(reason, []).append(names.get(feed.norm, type(feed.norm).__name__))
@@ -70,7 +70,7 @@ def _unfolded(net: nn.Module) -> List[str]:
     ]
     if backbone is not None and backbone.post_norm:
         left.append(f'those of {type(net).__name__}, which stand behind the layers of their branches')
-    elif not any(parts.feeds for parts in blocks):
+    elif not any(parts.feeds + parts.inner for parts in blocks):
         left.append(f'those of {type(net).__name__}, whose readers are not told')
     return left
 
@@ -83,7 +83,7 @@ def _why_not_folded(feed: Feed) -> str:
     if len(feed.layers) > 1:
         return f'is read by {len(feed.layers)} layers'
     layer = feed.layers[0]
-    return '' if isinstance(layer, nn.Linear) else f'is read by a {type(layer).__mro__[1].__name__}'
+    return '' if takes_folding(layer) else f'is read by a {type(layer).__mro__[1].__name__}'
 
 
 def _rotation(model: nn.Module, net: nn.Module) -> Capability:
