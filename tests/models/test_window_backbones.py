@@ -162,6 +162,29 @@ def test_a_mask_of_pretraining_is_refused_in_one_sentence():
         model(images_of(BY_ID['mmpretrain_mixmim_of_pretraining']), True)
 
 
+def pretraining_model():
+    row = BY_ID['mmpretrain_simmim_swin']
+    neck = dict(type='SimMIMLinearDecoder', in_channels=32, encoder_stride=8)
+    loss = dict(type='PixelReconstructionLoss', criterion='L1', channel=3)
+    config = dict(type='SimMIM', neck=neck, head=dict(type='SimMIMHead', patch_size=4, loss=loss))
+    return build(row._replace(config=lambda: dict(config, backbone=row.config()))), images_of(row)
+
+
+def test_a_model_of_pretraining_is_quantized_as_what_extracts_features(tmp_path):
+    model, images = pretraining_model()
+    with pytest.raises(UnsupportedModelError, match="scope='full' does not cover SimMIM, whose neck and head restore"):
+        quantize_model_(copy.deepcopy(model), dict(preset='w8a8', scope='full'))
+    with torch.no_grad():
+        expected = model.backbone(images, mask=None)
+    quantize_model_(model, 'w8a8')
+    view = TaskModel(model, ('backbone',))
+    calibrate(model, lambda: view.calibration_forward(images))
+    (out,), (wanted,) = view.outputs(images), expected
+    assert 0 < (out - wanted).norm() / wanted.norm() < 0.05
+    exported = export_model(model, tmp_path / 'out', [BY_ID['mmpretrain_simmim_swin'].size])
+    assert 'SimMIM restores masked pictures with it' in str(exported.manifest)
+
+
 def test_folding_that_finds_nothing_is_told(monkeypatch):
     said = []
     monkeypatch.setattr('psaq_mm.models.quantized.print_log', lambda message, *args: said.append(message))
