@@ -249,7 +249,10 @@ def mmpretrain_distilled_deit():
 
 
 @backbone(
-    'DeiT III', 'mmpretrain', **{**_VIT_WORKS, 'folding': 'is read by 2 layers', 'rotation': 'its parts are not told'}
+    'DeiT III',
+    'mmpretrain',
+    inside=classifier(32, 'VisionTransformerClsHead'),
+    **{**_VIT_WORKS, 'folding': 'is read by 2 layers'},
 )
 def mmpretrain_deit3():
     return dict(type='DeiT3', **_VIT)
@@ -561,3 +564,122 @@ def timm_convnext_v2():
 
 # ---------------------------------------------------------------------- Convolutions and attention side by side
 # Rows of this family stand below.
+
+
+# ---------------------------------------------------------------------- BEiT
+_BEIT = dict(size=(32, 32), folding=4, similarity=2, export=True, dynamic=_NOT_DYNAMIC)
+
+
+def _beit(kind='BEiTViT', **more):
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    return dict(type=kind, arch=arch, img_size=32, patch_size=8, layer_scale_init_value=0.5, **more)
+
+
+def _with_linear_head(config):
+    head = dict(type='LinearClsHead', in_channels=32, num_classes=5)
+    return dict(type='ImageClassifier', backbone=config, head=head)
+
+
+@backbone('BEiT', 'mmpretrain', inside=_with_linear_head, rotation=1, **_BEIT)
+def mmpretrain_beit():
+    return _beit(out_type='avg_featmap', use_abs_pos_emb=False, use_rel_pos_bias=True, use_shared_rel_pos_bias=False)
+
+
+@backbone('BEiT', 'mmpretrain', 'shared position bias, no LayerScale', rotation='its tokens are read', **_BEIT)
+def mmpretrain_beit_of_pretraining():
+    return dict(_beit('BEiTPretrainViT', use_shared_rel_pos_bias=True), layer_scale_init_value=0.0)
+
+
+@backbone('BEiT', 'mmseg', rotation='its parts are not told', **_BEIT)
+def mmseg_beit():
+    return _mmseg_beit('BEiT')
+
+
+@backbone('MAE', 'mmseg', rotation='its parts are not told', **_BEIT)
+def mmseg_mae():
+    return _mmseg_beit('MAE')
+
+
+def _mmseg_beit(kind):
+    return dict(
+        type=kind,
+        img_size=(32, 32),
+        patch_size=8,
+        embed_dims=32,
+        num_layers=2,
+        num_heads=2,
+        mlp_ratio=2,
+        out_indices=(0, 1),
+        init_values=0.5,
+    )
+
+
+@backbone('BEiT', 'timm', rotation=1, **_BEIT)
+def timm_beit():
+    return dict(
+        type='TimmClassifier',
+        model_name='beit_base_patch16_224',
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        init_values=0.5,
+    )
+
+
+# ---------------------------------------------------------------------- EVA-02 and masked pre-training
+_EVA = dict(size=(32, 32), export=True, dynamic=_NOT_DYNAMIC, similarity=2)
+
+
+@backbone('EVA-02', 'mmpretrain', folding=6, rotation='its parts are not told', **_EVA)
+def mmpretrain_eva02():
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=128)
+    return dict(type='ViTEVA02', arch=arch, img_size=32, patch_size=8, sub_ln=True)
+
+
+@backbone('EVA-02', 'timm', exact=False, folding=4, rotation=1, **_EVA)  # the bias is added behind the product
+def timm_eva02():
+    return dict(
+        type='TimmClassifier',
+        model_name='eva02_tiny_patch14_224',
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        mlp_ratio=32,
+    )
+
+
+@backbone(
+    'ViT, MAE',
+    'mmpretrain',
+    size=(32, 32),
+    folding=4,
+    rotation='its tokens are read',
+    similarity=2,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_mae():
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    return dict(type='MAEViT', arch=arch, img_size=32, patch_size=8)
+
+
+@backbone(
+    'ViT, DINOv2',
+    'mmpretrain',
+    size=(32, 32),
+    inside=classifier(32, 'VisionTransformerClsHead'),
+    folding=4,
+    rotation=1,
+    similarity=2,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_dinov2():
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    return dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8, layer_scale_init_value=0.5)

@@ -6,9 +6,11 @@ qualified names, so that a user with mmdet alone needs neither mmseg nor mmpretr
 """
 
 from psaq_mm.models.adapters import (
-    conv_module,  # noqa: F401  each registers what it describes
+    beit,  # noqa: F401  each registers what it describes
+    conv_module,  # noqa: F401
     convnext,  # noqa: F401
     davit,  # noqa: F401
+    eva,  # noqa: F401
     hivit,  # noqa: F401
     mixmim,  # noqa: F401
     mmseg_vit,  # noqa: F401
