@@ -357,6 +357,19 @@ def timm_swin_v2_features():
     return config
 
 
+_POSITIONS = dict(_SWIN_WORKS, size=(56, 56), folding=6, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('Swin', 'mmdet', 'position embedding, no patch_norm', inside=detector(16, 32), **_POSITIONS)
+def mmdet_swin_with_positions():
+    return dict(type='SwinTransformer', **_SWIN, use_abs_pos_embed=True, pretrain_img_size=56, patch_norm=False)
+
+
+@backbone('Swin', 'mmpretrain', 'out_after_downsample', dynamic=True, **dict(_SWIN_WORKS, rotation='outputs after'))
+def mmpretrain_swin_after_downsampling():
+    return dict(mmpretrain_swin(), out_after_downsample=True, out_indices=(0, 1), with_cp=True)
+
+
 _SIMMIM_WORKS = dict(size=(36, 60), folding=7, similarity=3, export=True, dynamic=_NOT_DYNAMIC)
 
 
