@@ -94,7 +94,8 @@ class _Products(TorchFunctionMode):
         self.matmuls, self.calls = matmuls, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func not in _PRODUCTS:
+        # A product of two plain matrices is not attention's: rounding gathers Gram matrices in hooks of its layers.
+        if func not in _PRODUCTS or args[0].dim() < 3 or args[1].dim() < 3:
             return func(*args, **(kwargs or {}))
         self.calls += 1
         if self.calls > len(self.matmuls):
@@ -105,7 +106,8 @@ class _Products(TorchFunctionMode):
 class QuantProductsMixin:
     """Attention whose forward stays the library's: the products of two activations in it are :class:`QuantMatMul`.
 
-    So attention with an unusual forward needs no copy of it. Products are ``@``, ``torch.matmul`` and ``torch.bmm``.
+    So attention with an unusual forward needs no copy of it. Products are ``@``, ``torch.matmul`` and ``torch.bmm`` of
+    tensors of three or more dimensions.
 
     Attributes:
         product_names: Of the products, in the order of the calls: the scores first, then those with attention weights
