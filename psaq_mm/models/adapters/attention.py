@@ -66,7 +66,7 @@ def attend_heads(
     heads_valid = None if valid is None else valid[:, None]
     scores = attention.matmul_qk(q, k.transpose(-2, -1), valid=heads_valid)
     x = attention.matmul_av(weights(scores), v, valid=heads_valid)
-    return x.transpose(1, 2).reshape(len(q), q.shape[2], -1)
+    return x.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)  # not len(): the tracer would keep a number
 
 
 def adopt_attention(module: nn.Module, mixin: type, name: str, spec: AdapterSpec) -> nn.Module:
