@@ -5,7 +5,7 @@ The block with attention (SDTA, arXiv 2206.10589, section 3.1) has depthwise con
 after the other, cross-covariance attention, and the feed-forward network of ConvNeXt.
 """
 
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 from torch import nn
 
@@ -46,6 +46,12 @@ class EdgeNeXt(ConvNeXt):
     def describes(self, net: nn.Module) -> bool:
         """See :meth:`.Backbone.describes`."""
         return class_named(net, self.names) is not None
+
+    def unsupported(self, net: nn.Module) -> Optional[str]:
+        """See :meth:`.Backbone.unsupported`. Its first layer would not be the one that reads the picture."""
+        if net.use_pos_embd_global:
+            return 'it encodes positions before its first stage; build it with use_pos_embd_global=False'
+        return None
 
     def attention_of(self, block: nn.Module) -> Tuple[nn.Module, ...]:
         """See :meth:`.Backbone.attention_of`."""
