@@ -7,15 +7,20 @@ qualified names, so that a user with mmdet alone needs neither mmseg nor mmpretr
 
 from psaq_mm.models.adapters import (
     beit,  # noqa: F401  each registers what it describes
+    conformer,  # noqa: F401
     conv_module,  # noqa: F401
     convnext,  # noqa: F401
     davit,  # noqa: F401
+    edgenext,  # noqa: F401
     eva,  # noqa: F401
     hivit,  # noqa: F401
     mixmim,  # noqa: F401
     mmseg_vit,  # noqa: F401
+    mobilevit,  # noqa: F401
+    mvit,  # noqa: F401
     pyramid,  # noqa: F401
     queries,  # noqa: F401
+    riformer,  # noqa: F401
     swin,  # noqa: F401
     swin_v2,  # noqa: F401
     timm_swin,  # noqa: F401
