@@ -612,21 +612,28 @@ _LEVIT_WORKS = dict(
     size=(64, 64),
     folding='whose readers are not told',
     rotation='batch normalizations stand behind the layers',
-    similarity=11,
+    similarity=3,
     export=True,
     dynamic=_NOT_DYNAMIC,
 )
 
 
-# The library takes no arch of its own: it asks a dict for other keys than it reads.
+def _small_levit(**more):
+    """The library takes no arch of its own: it asks a dict for other keys than it reads."""
+    from mmpretrain.models import LeViT
+
+    arch = dict(embed_dims=[16, 32], num_heads=[1, 2], depths=[1, 1], key_dims=[16, 16])
+    return dict(type=type('SmallLeViT', (LeViT,), dict(arch_zoo=dict(small=arch))), arch='small', img_size=64, **more)
+
+
 @backbone('LeViT', 'mmpretrain', **_LEVIT_WORKS)
 def mmpretrain_levit():
-    return dict(type='LeViT', arch='128s', img_size=64, drop_path_rate=0.1)
+    return _small_levit(drop_path_rate=0.1)
 
 
 @backbone('LeViT', 'mmpretrain', 'deploy=True', **_LEVIT_WORKS)
 def mmpretrain_levit_deployed():
-    return dict(type='LeViT', arch='128s', img_size=64, deploy=True, out_indices=(1, 2))
+    return _small_levit(deploy=True, out_indices=(0, 1))
 
 
 @backbone(
@@ -641,29 +648,31 @@ def mmpretrain_levit_deployed():
 )
 def mmpretrain_efficientformer():
     arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
-    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1)
+    # Its LayerScale starts at 1e-5, whatever the config: the branches would be nothing.
+    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)
 
 
 @backbone(
     'EdgeNeXt',
     'mmpretrain',
     size=(64, 64),
-    folding=11,
+    folding=10,
     rotation=_DEPTHWISE,
-    similarity=3,
+    similarity=2,
     export=True,
     dynamic=_NOT_DYNAMIC,
 )
 def mmpretrain_edgenext():
     arch = dict(channels=[16, 16, 32, 32], depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2])
-    return dict(type='EdgeNeXt', arch=arch, out_indices=[2, 3], gap_before_final_norm=False, layer_scale_init_value=0.5)
+    # The LayerScale of blocks with attention starts at 1e-6, whatever the config: the last block is another one.
+    more = dict(global_blocks=[0, 1, 1, 0], gap_before_final_norm=False, layer_scale_init_value=0.5)
+    return dict(type='EdgeNeXt', arch=arch, out_indices=[2, 3], **more)
 
 
 @backbone(
     'MViT',
     'mmpretrain',
-    size=(64, 64),
-    floats=('einsum with a parameter',),
+    size=(32, 32),
     folding=5,
     rotation='a pooling of the shortcut',
     similarity=3,
@@ -672,7 +681,7 @@ def mmpretrain_edgenext():
 )
 def mmpretrain_mvit():
     arch = dict(embed_dims=16, num_layers=3, num_heads=1, downscale_indices=[1])
-    return dict(type='MViT', arch=arch, img_size=64, out_scales=[0, 1], adaptive_kv_stride=2, drop_path_rate=0.1)
+    return dict(type='MViT', arch=arch, img_size=32, out_scales=[0, 1], adaptive_kv_stride=2, drop_path_rate=0.1)
 
 
 @backbone(
