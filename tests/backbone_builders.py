@@ -583,11 +583,11 @@ def mmpretrain_conformer_without_class_token():
 
 
 _MVIT = dict(embed_dims=16, num_layers=3, num_heads=1, downscale_indices=[1])
-# Relative positions: sums over the channels of queries and embeddings.
+
 _MVIT_WORKS = dict(size=(64, 48), rotation='pooled to its greatest values', similarity=3, **_SHAPED)
 
 
-@backbone('MViT v2', 'mmpretrain', folding=5, floats=('einsum with a parameter',), **_MVIT_WORKS)
+@backbone('MViT v2', 'mmpretrain', folding=5, **_MVIT_WORKS)
 def mmpretrain_mvit():
     return dict(type='MViT', arch=_MVIT, img_size=64, out_scales=[0, 1], drop_path_rate=0.1)
 
@@ -688,21 +688,28 @@ _LEVIT_WORKS = dict(
     size=(64, 64),
     folding='whose readers are not told',
     rotation='batch normalizations stand behind the layers',
-    similarity=11,
+    similarity=3,
     export=True,
     dynamic=_NOT_DYNAMIC,
 )
 
 
-# The library takes no arch of its own: it asks a dict for other keys than it reads.
+def _small_levit(**more):
+    """The library takes no arch of its own: it asks a dict for other keys than it reads."""
+    from mmpretrain.models import LeViT
+
+    arch = dict(embed_dims=[16, 32], num_heads=[1, 2], depths=[1, 1], key_dims=[16, 16])
+    return dict(type=type('SmallLeViT', (LeViT,), dict(arch_zoo=dict(small=arch))), arch='small', img_size=64, **more)
+
+
 @backbone('LeViT', 'mmpretrain', **_LEVIT_WORKS)
 def mmpretrain_levit():
-    return dict(type='LeViT', arch='128s', img_size=64, drop_path_rate=0.1)
+    return _small_levit(drop_path_rate=0.1)
 
 
 @backbone('LeViT', 'mmpretrain', 'deploy=True', **_LEVIT_WORKS)
 def mmpretrain_levit_deployed():
-    return dict(type='LeViT', arch='128s', img_size=64, deploy=True, out_indices=(1, 2))
+    return _small_levit(deploy=True, out_indices=(0, 1))
 
 
 # Its LayerScale would be nearly nothing, whatever the config says.
@@ -718,4 +725,4 @@ def mmpretrain_levit_deployed():
 )
 def mmpretrain_efficientformer():
     arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
-    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], use_layer_scale=False)
+    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)
