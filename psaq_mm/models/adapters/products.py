@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from psaq_mm.contexts import hooked
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.quantization import QuantMatMul, class_before, quantizers
+from psaq_mm.quantization import QuantMatMul, class_before, is_quantized_layer, quantizers
 
 __all__ = ['QuantProductsMixin']
 
@@ -38,7 +38,7 @@ class _Products(TorchFunctionMode):
 
     Attributes:
         calls: Products that were called.
-        inside: Depth of products of other modules, which are quantized already.
+        inside: Depth of modules inside that are quantized already.
     """
 
     def __init__(self, matmuls: Sequence[nn.Module]) -> None:
@@ -130,7 +130,7 @@ class QuantProductsMixin:
             UnsupportedModelError: It has another number of products: some would stay in floating point silently.
         """
         matmuls = [getattr(self, f'matmul_{name}') for name in self.product_names]
-        others = [part for part in self.modules() if isinstance(part, QuantMatMul) and part not in matmuls]
+        others = [part for part in self.modules() if isinstance(part, QuantMatMul) or is_quantized_layer(part)]
         with _Products(matmuls) as products, _left_alone(products, others):
             out = super().forward(*args, **kwargs)
         if products.calls != len(self.product_names):
@@ -144,8 +144,10 @@ class QuantProductsMixin:
 
 
 @contextmanager
-def _left_alone(products: _Products, matmuls: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside the block, the mode does not see what ``matmuls`` compute: they are products of modules inside."""
+def _left_alone(products: _Products, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the block, the mode does not see what ``modules`` compute: what is quantized already, by products of
+    activations where an export has replaced its forward.
+    """
 
     def enter(module: nn.Module, args: Any) -> None:
         products.inside += 1
@@ -153,6 +155,6 @@ def _left_alone(products: _Products, matmuls: Sequence[nn.Module]) -> Iterator[N
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         products.inside -= 1
 
-    entering = hooked(matmuls, lambda matmul: matmul.register_forward_pre_hook(enter))
-    with entering, hooked(matmuls, lambda matmul: matmul.register_forward_hook(leave)):
+    entering = hooked(modules, lambda module: module.register_forward_pre_hook(enter))
+    with entering, hooked(modules, lambda module: module.register_forward_hook(leave)):
         yield
