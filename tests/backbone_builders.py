@@ -122,6 +122,12 @@ def _built(scope: str, config: Callable[[], Dict], inside: Callable[[Dict], Dict
     return model
 
 
+def row_named(name: str, **options: Any) -> Row:
+    """The row of a function by its name, with other options in its config."""
+    row = next(row for row in ROWS if row.id == name)
+    return row._replace(config=lambda: {**row.config(), **options}) if options else row
+
+
 def images_of(row: Row, batch: int = 2, seed: int = 1) -> torch.Tensor:
     """Noise that a row takes, (batch, 3, height, width)."""
     return torch.randn(batch, 3, *row.size, generator=torch.Generator().manual_seed(seed))
@@ -467,7 +473,7 @@ _TWINS = dict(
     sr_ratios=[2, 1],
 )
 _PYRAMID_WORKS = dict(
-    size=(32, 48), folding=4, rotation='it begins behind the LayerNorm', similarity=2, export=True, dynamic=_NOT_DYNAMIC
+    size=(32, 48), folding=4, rotation='it begins behind the LayerNorm', similarity=2, export=True, dynamic=True
 )
 _TWINS_WORKS = dict(_PYRAMID_WORKS, size=(40, 48), folding=6, similarity=3)
 
@@ -508,9 +514,9 @@ def mmseg_twins_pcpvt():
     return dict(type='PCPVT', out_indices=(0, 1), qkv_bias=True, **_TWINS)
 
 
-@backbone('Twins SVT', 'mmseg', inside=segmentor(16, 32), **_TWINS_WORKS)
+@backbone('Twins SVT', 'mmseg', inside=segmentor(16, 32), **{**_TWINS_WORKS, 'dynamic': _NOT_DYNAMIC})
 def mmseg_twins_svt():
-    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], **_TWINS)
+    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], qkv_bias=True, **_TWINS)
 
 
 # Without a reduced map queries have a layer of their own, and the norm before it two readers.
@@ -519,7 +525,7 @@ def mmpretrain_twins_pcpvt():
     return dict(type='PCPVT', arch=_TWINS, out_indices=(1,), norm_after_stage=[False, True], qkv_bias=True)
 
 
-@backbone('Twins SVT', 'mmpretrain', inside=classifier(32), **_TWINS_WORKS)
+@backbone('Twins SVT', 'mmpretrain', inside=classifier(32), **{**_TWINS_WORKS, 'dynamic': _NOT_DYNAMIC})
 def mmpretrain_twins_svt():
     return dict(type='SVT', arch=dict(_TWINS, window_sizes=[7, 7]), out_indices=(1,), qkv_bias=True)
 
@@ -533,7 +539,7 @@ _CONVNEXT_WORKS = dict(
     rotation='depthwise convolutions read its channels one by one',
     similarity='patch similarity cannot be measured',
     export=True,
-    dynamic=_NOT_DYNAMIC,
+    dynamic=True,
 )
 
 
@@ -552,12 +558,18 @@ def mmpretrain_convnext_v2():
     return dict(_CONVNEXT, layer_scale_init_value=0.0, use_grn=True)
 
 
-@backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
+@backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7, 'dynamic': _NOT_DYNAMIC})
 def timm_convnext():
     return dict(_TIMM_CONVNEXT, model_name='convnext_tiny', ls_init_value=2.0)
 
 
-@backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
+@backbone('ConvNeXt', 'timm', 'features_only=True', **{**_CONVNEXT_WORKS, 'folding': 7})
+def timm_convnext_features():
+    more = dict(features_only=True, out_indices=(1, 3), depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    return dict(type='TIMMBackbone', model_name='convnext_tiny', ls_init_value=2.0, **more)
+
+
+@backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7, 'dynamic': _NOT_DYNAMIC})
 def timm_convnext_v2():
     return dict(_TIMM_CONVNEXT, model_name='convnextv2_tiny')
 
