@@ -548,6 +548,82 @@ def timm_convnext_v2():
 
 # ---------------------------------------------------------------------- Convolutions and attention side by side
 # Rows of this family stand below.
+_MOBILEVIT = [['mobilenetv2', 16, 2, 2, 2], ['mobilevit', 24, 2, 64, 64, 2, 2]]
+_SHAPED = dict(export=True, dynamic=_NOT_DYNAMIC)
+
+
+# Two layers of each transformer, and the norm that a convolution reads. 13 x 9 positions are resized to whole patches.
+@backbone('MobileViT', 'mmpretrain', size=(104, 72), folding=5, rotation=1, similarity=2, **_SHAPED)
+def mmpretrain_mobilevit():
+    return dict(type='MobileViT', arch=_MOBILEVIT, out_indices=(1,))
+
+
+def _conformer(**more):
+    arch = dict(embed_dims=32, depths=3, num_heads=2, channel_ratio=1)
+    return dict(type='Conformer', arch=arch, base_channels=16, mlp_ratio=2.0, drop_path_rate=0.1, **more)
+
+
+@backbone('Conformer', 'mmpretrain', size=(64, 48), folding=6, rotation='adds activations', similarity=3, **_SHAPED)
+def mmpretrain_conformer():
+    return _conformer()
+
+
+@backbone(
+    'Conformer',
+    'mmpretrain',
+    'no class token, padded',
+    size=(72, 48),
+    folding=6,
+    rotation='adds activations',
+    similarity=3,
+    **_SHAPED,
+)
+def mmpretrain_conformer_without_class_token():
+    return _conformer(with_cls_token=False, out_indices=(2, 3), qkv_bias=False)
+
+
+_MVIT = dict(embed_dims=16, num_layers=3, num_heads=1, downscale_indices=[1])
+
+_MVIT_WORKS = dict(size=(64, 48), rotation='pooled to its greatest values', similarity=3, **_SHAPED)
+
+
+@backbone('MViT v2', 'mmpretrain', folding=5, **_MVIT_WORKS)
+def mmpretrain_mvit():
+    return dict(type='MViT', arch=_MVIT, img_size=64, out_scales=[0, 1], drop_path_rate=0.1)
+
+
+@backbone('MViT v2', 'mmpretrain', 'widened behind attention', folding=5, **_MVIT_WORKS)
+def mmpretrain_mvit_widened_behind_attention():
+    more = dict(dim_mul_in_attention=False, rel_pos_spatial=False, use_abs_pos_embed=True, residual_pooling=False)
+    return dict(type='MViT', arch=_MVIT, img_size=64, **more)
+
+
+# Blocks with attention have a LayerScale of nearly nothing, whatever the config says: a stage without them comes last.
+@backbone('EdgeNeXt', 'mmpretrain', **{**_CONVNEXT_WORKS, 'folding': 7, 'similarity': 1})
+def mmpretrain_edgenext():
+    arch = dict(channels=[16, 32, 32], depths=[1, 2, 1], num_heads=[1, 2, 2])
+    blocks = dict(global_blocks=[0, 1, 0], global_block_type=['None', 'SDTA', 'None'], d2_scales=[2, 3, 3])
+    more = dict(use_pos_embd_csa=[False, True, False], out_indices=(1, 2), gap_before_final_norm=False)
+    return dict(type='EdgeNeXt', arch=arch, conv_kernel_sizes=[3, 5, 7], layer_scale_init_value=0.5, **blocks, **more)
+
+
+_RIFORMER = dict(layers=[1, 2], embed_dims=[16, 32], mlp_ratios=[2, 2], layer_scale_init_value=0.5)
+_NO_ATTENTION = dict(
+    folding='is a GroupNorm and no LayerNorm',
+    rotation='norms that are no LayerNorm',
+    similarity='patch similarity cannot be measured',
+    **_SHAPED,
+)
+
+
+@backbone('RIFormer', 'mmpretrain', **_NO_ATTENTION)
+def mmpretrain_riformer():
+    return dict(type='RIFormer', arch=_RIFORMER, out_indices=(0, 2), drop_path_rate=0.1)
+
+
+@backbone('RIFormer', 'mmpretrain', 'deployed', **_NO_ATTENTION)
+def mmpretrain_riformer_of_deployment():
+    return dict(mmpretrain_riformer(), deploy=True)
 
 
 # ---------------------------------------------------------------------- Unusual attention
@@ -636,6 +712,7 @@ def mmpretrain_levit_deployed():
     return _small_levit(deploy=True, out_indices=(0, 1))
 
 
+# Its LayerScale would be nearly nothing, whatever the config says.
 @backbone(
     'EfficientFormer',
     'mmpretrain',
@@ -648,72 +725,4 @@ def mmpretrain_levit_deployed():
 )
 def mmpretrain_efficientformer():
     arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
-    # Its LayerScale starts at 1e-5, whatever the config: the branches would be nothing.
     return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)
-
-
-@backbone(
-    'EdgeNeXt',
-    'mmpretrain',
-    size=(64, 64),
-    folding=10,
-    rotation=_DEPTHWISE,
-    similarity=2,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_edgenext():
-    arch = dict(channels=[16, 16, 32, 32], depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2])
-    # The LayerScale of blocks with attention starts at 1e-6, whatever the config: the last block is another one.
-    more = dict(global_blocks=[0, 1, 1, 0], gap_before_final_norm=False, layer_scale_init_value=0.5)
-    return dict(type='EdgeNeXt', arch=arch, out_indices=[2, 3], **more)
-
-
-@backbone(
-    'MViT',
-    'mmpretrain',
-    size=(32, 32),
-    folding=5,
-    rotation='a pooling of the shortcut',
-    similarity=3,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_mvit():
-    arch = dict(embed_dims=16, num_layers=3, num_heads=1, downscale_indices=[1])
-    return dict(type='MViT', arch=arch, img_size=32, out_scales=[0, 1], adaptive_kv_stride=2, drop_path_rate=0.1)
-
-
-@backbone(
-    'Conformer',
-    'mmpretrain',
-    size=(64, 64),
-    folding=6,
-    rotation='convolutions read it',
-    similarity=3,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_conformer():
-    arch = dict(embed_dims=32, channel_ratio=1, num_heads=2, depths=3)
-    return dict(type='Conformer', arch=arch, base_channels=16, drop_path_rate=0.1)
-
-
-@backbone(
-    'MobileViT',
-    'mmpretrain',
-    size=(64, 96),
-    folding=8,
-    rotation='convolutions stand between',
-    similarity=4,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_mobilevit():
-    arch = [
-        ['mobilenetv2', 16, 1, 1, 2],
-        ['mobilenetv2', 16, 2, 2, 2],
-        ['mobilevit', 16, 2, 64, 64, 2, 2],
-        ['mobilevit', 16, 2, 64, 64, 2, 2],
-    ]
-    return dict(type='MobileViT', arch=arch, out_indices=(2, 3))

@@ -11,6 +11,7 @@ from torch import nn
 
 from psaq_mm.engine.config import drop_pretrained
 from psaq_mm.engine.pure_python import with_named_types
+from psaq_mm.models.quantized import build_named
 
 __all__ = ['build_model', 'set_scope']
 
@@ -48,4 +49,4 @@ def build_model(config: Mapping, model: Optional[Mapping] = None) -> nn.Module:
     model = with_named_types(Config(dict(model=model))).model
     drop_pretrained(model)
     set_scope(config)
-    return MODELS.build(model)
+    return build_named(model)

@@ -29,7 +29,7 @@ from psaq_mm.quantization import (
 from psaq_mm.registry import MODELS
 from psaq_mm.type_names import type_name
 
-__all__ = ['Quantized', 'quantize_model_', 'quantized_part', 'report_of', 'spec_of']
+__all__ = ['Quantized', 'build_named', 'quantize_model_', 'quantized_part', 'report_of', 'spec_of']
 
 
 def spec_of(model: nn.Module) -> QuantSpec:
@@ -98,6 +98,30 @@ def quantize_model_(model: nn.Module, quant: Union[QuantSpec, Mapping, str]) -> 
     return report
 
 
+def build_named(config: Mapping) -> nn.Module:
+    """Build a model of OpenMMLab; where its language model cannot be loaded, the error says what is needed.
+
+    Args:
+        config: Of the model.
+
+    Raises:
+        ConfigError: The language model is not here.
+    """
+    language = config.get('language_model')
+    try:
+        return ROOT_MODELS.build(config)
+    except (ImportError, OSError, RuntimeError) as error:
+        if not isinstance(language, Mapping):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f'the language model {language.get("name", type_name(language.get("type")))} of '
+            f'{type_name(config.get("base_type", config.get("type")))} cannot be loaded ({reason}): install '
+            'transformers, and set model.language_model.name to a folder with its config, vocabulary and weights, or '
+            'to a name that can be downloaded here'
+        ) from error
+
+
 @MODELS.register_module()  # A function, named like a class: configs name it as their ``type``.
 def Quantized(base_type: Union[str, type], quant: Union[Mapping, str] = 'w8a8', **model) -> nn.Module:
     """Build ``base_type`` and quantize it; a config needs no other change.
@@ -121,6 +145,6 @@ def Quantized(base_type: Union[str, type], quant: Union[Mapping, str] = 'w8a8', 
             f'base_type={base_type!r} is no model type: write base_type={{{{_base_.model.type}}}} in the config '
             'that inherits the full-precision one'
         )
-    built = ROOT_MODELS.build(dict(type=base_type, **model))
+    built = build_named(dict(type=base_type, **model))
     quantize_model_(built, quant)
     return built

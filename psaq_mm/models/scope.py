@@ -8,6 +8,7 @@ from torch import nn
 from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters import BACKBONES, backbone_of
 from psaq_mm.models.adapters.match import class_named, qualified_name
+from psaq_mm.models.adapters.packed_attention import QuantPackedAttentionMixin
 from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, network_of
 from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ADAPTERS
@@ -83,16 +84,14 @@ def _never_run(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
 
 def _unknown_attention(model: nn.Module) -> Optional[str]:
     """Name of a ``torch.nn.MultiheadAttention`` outside the backbone that no adapter converts; None without one."""
-    known: Tuple[str, ...] = ()
     backbone = find_backbone(model)
     inside = tuple(f'{name}.' for name, part in model.named_children() if part is backbone or name in TRAINING_ONLY)
     inside += tuple(f'{name}.' for name in task_of(model).float_parts(model))
     for name, module in model.named_modules():
-        if name.startswith(inside):
+        converted = isinstance(module, QuantPackedAttentionMixin)
+        if not isinstance(module, nn.MultiheadAttention) or converted or name.startswith(inside):
             continue
-        if any(adapter.matcher(module) for adapter in ADAPTERS):
-            known += (f'{name}.',)
-        if isinstance(module, nn.MultiheadAttention) and not name.startswith(known):
+        if not any(adapter.matcher(module) for adapter in ADAPTERS):
             return name
     return None
 

@@ -261,7 +261,7 @@ def test_layers_with_a_forward_of_their_own_stay_float():
             same=Same(2, 2),
             patched=nn.Linear(2, 2),
             lazy=nn.LazyLinear(2),
-            mha=nn.MultiheadAttention(2, 1),
+            mha=nn.MultiheadAttention(2, 1, add_bias_kv=True),  # no adapter knows it
         )
     )
     model['patched'].forward = lambda x: x

@@ -184,13 +184,15 @@ class DataFreeTrainLoop(BaseLoop):
         if self._resumed is None:
             load_weights(self.model, checkpoint, path)
             self._rotate(self.model)
+        dataset_meta = dict(checkpoint['meta'].get('dataset_meta') or {})
+        self.model.psaq_mm_classes = tuple(dataset_meta.get('classes') or ())  # what a language model is asked for
         teacher = copy.deepcopy(self.model)
         if self._resumed is not None:
             load_weights(teacher, checkpoint, path)  # the copy has the weights of a student that has learned
             self._rotate(teacher)
         set_mode(teacher, 'off')
         teacher.requires_grad_(False)
-        self._pool_dataset.metainfo = dict(checkpoint['meta'].get('dataset_meta') or {})
+        self._pool_dataset.metainfo = dataset_meta
         return _tune(teacher)
 
     def _rotate(self, model: nn.Module) -> None:

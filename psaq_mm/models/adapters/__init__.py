@@ -16,10 +16,12 @@ from psaq_mm.models.adapters import (
     levit,  # noqa: F401
     mixmim,  # noqa: F401
     mmseg_vit,  # noqa: F401
+    mobilevit,  # noqa: F401
     mvit,  # noqa: F401
     poolformer,  # noqa: F401
     pyramid,  # noqa: F401
     queries,  # noqa: F401
+    riformer,  # noqa: F401
     swin,  # noqa: F401
     swin_v2,  # noqa: F401
     timm_swin,  # noqa: F401

@@ -1,96 +1,84 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Convolutions and blocks of ViT side by side or one after the other: Conformer and MobileViT of mmpretrain.
+"""Conformer of mmpretrain: the layers of a ViT beside a network of convolutions (arXiv 2105.03889, section 3).
 
-Their blocks of attention are those of mmpretrain's Vision Transformer.
+Each block adds a map of the convolutions to the tokens, behind a 1 x 1 convolution, a pooling, a LayerNorm and an
+activation, and the tokens to a map. The transformer layers are those of mmpretrain's ViT.
 """
 
-from typing import Iterator, Tuple
+from typing import Dict, Tuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from psaq_mm.models.adapters.backbone import register_backbone
+from psaq_mm.models.adapters.blocks import join, quantize_outputs
 from psaq_mm.models.adapters.streams import NamedStreams, need
 from psaq_mm.models.adapters.vit import VisionTransformer
-from psaq_mm.quantization import AdapterSpec, feeds_activation
+from psaq_mm.quantization import AdapterSpec, ConvertFn, adopt, apply_edge, edge_quantizer, feeds_activation
 
-__all__ = ['Conformer', 'MobileViT']
+__all__ = ['Conformer', 'QuantConvTransBlockMixin']
 
-_CONFORMER = 'mmpretrain.models.backbones.conformer'
-_MOBILE = 'mmpretrain.models.backbones.mobilevit'
-_LAYER = 'mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer'
+_MODULE = 'mmpretrain.models.backbones.conformer'
 
 
-def _convert_normalized(*names: str):
-    """The adapter of a module whose convolutions of these names have a normalization or an activation behind them."""
+class QuantConvTransBlockMixin:
+    """Convolutions and a transformer layer side by side; what the transformer layer reads is an edge."""
 
-    def convert(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-        for child in names:
-            if hasattr(module, child):
-                feeds_activation(getattr(module, child))
-        return module
+    def forward(self, cnn_input: Tensor, trans_input: Tensor) -> Tuple[Tensor, Tensor]:
+        """A map (B, C, H, W) and tokens (B, N, D) to another pair."""
+        x, inner = self.cnn_block(cnn_input, out_conv2=True)
+        height, width = (side // self.down_stride for side in inner.shape[2:])
+        tokens = apply_edge(self.tokens_quantizer, self.squeeze_block(inner, trans_input) + trans_input)
+        tokens = self.trans_block(tokens)
+        x = self.fusion_block(x, fusion_features=self.expand_block(tokens, height, width), out_conv2=False)
+        return x, tokens
 
-    return convert
+
+def _convert_pair(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    module = adopt(module, QuantConvTransBlockMixin)
+    module.tokens_quantizer = edge_quantizer(spec, join(name, 'tokens'))
+    return module
 
 
-class _Mixed(VisionTransformer):
-    """What both have in common.
+def _convert_convolutions(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    """Batch normalization behind every convolution is folded into it; the activation of the sum is an edge."""
+    for layer in module.children():
+        if isinstance(layer, nn.Conv2d):
+            feeds_activation(layer)
+    quantize_outputs(module, name, spec, ['act3'])
+    return module
 
-    Attributes:
-        unrotatable: Why its stream cannot be rotated.
-    """
 
-    names: Tuple[str, ...] = ()
-    blocks = {_LAYER: VisionTransformer.blocks[_LAYER]}
-    edges = ()
-    unrotatable = ''
-
-    def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
-        """See :meth:`.Backbone.streams`."""
-        return [('the stream', lambda: need(False, self.unrotatable))]
+def _convert_network(net: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    feeds_activation(net.conv1)
+    return net
 
 
 @register_backbone
-class Conformer(_Mixed):
-    """Conformer (arXiv 2105.03889, section 3.1): a branch of convolutions and one of attention exchange their maps."""
+class Conformer(VisionTransformer):
+    """Conformer of mmpretrain."""
 
-    names = (f'{_CONFORMER}.Conformer',)
+    names = (f'{_MODULE}.Conformer',)
     block_path = r'trans_1|conv_trans_\d+\.trans_block'
-    others = {
-        f'{_CONFORMER}.Conformer': _convert_normalized('conv1'),
-        f'{_CONFORMER}.ConvBlock': _convert_normalized('conv1', 'conv2', 'conv3', 'residual_conv'),
-        f'{_CONFORMER}.FCUUp': _convert_normalized('conv_project'),
+    edges = ()
+    others: Dict[str, ConvertFn] = {
+        **dict.fromkeys(names, _convert_network),
+        f'{_MODULE}.ConvTransBlock': _convert_pair,
+        f'{_MODULE}.ConvBlock': _convert_convolutions,
+        f'{_MODULE}.FCUUp': _convert_convolutions,
     }
-    unrotatable = 'convolutions read it and write to it in each block'
 
     def prefix_tokens(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.prefix_tokens`."""
         return int(net.with_cls_token)
 
     def patch(self, net: nn.Module) -> int:
-        """See :meth:`.Backbone.patch`: a stem of stride 4, and the convolution behind it."""
+        """See :meth:`.Backbone.patch`: the convolution and the pooling before have a stride of 2 each."""
         return 4 * net.trans_patch_conv.stride[0]
 
     def min_side(self, net: nn.Module) -> int:
-        """See :meth:`.Backbone.min_side`: one position of the last map."""
-        return max(self.patch(net), 32)
+        """See :meth:`.Backbone.min_side`: one patch."""
+        return self.patch(net)
 
-
-@register_backbone
-class MobileViT(_Mixed):
-    """MobileViT (arXiv 2110.02178, section 3.1): attention among the tokens at one place of each patch."""
-
-    names = (f'{_MOBILE}.MobileViT',)
-    block_path = r'layers\.\d+\.\d+\.global_rep\.\d+'
-    unrotatable = 'convolutions stand between its blocks'
-
-    def block_list(self, net: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
-        """See :meth:`.Backbone.block_list`; a norm stands behind the blocks, in one list with them."""
-        return ((name, part) for name, part in super().block_list(net) if not isinstance(part, nn.LayerNorm))
-
-    def prefix_tokens(self, net: nn.Module) -> int:
-        """See :meth:`.Backbone.prefix_tokens`."""
-        return 0
-
-    def min_side(self, net: nn.Module) -> int:
-        """See :meth:`.Backbone.min_side`: two positions of the last map, a patch of its attention."""
-        return 64
+    def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
+        """See :meth:`.Backbone.streams`."""
+        return [('the stream', lambda: need(False, 'each block adds activations of a map to it'))]

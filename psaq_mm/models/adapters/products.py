@@ -58,7 +58,7 @@ class _Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside or _ACTIVE.modes[-1] is not self:
             return func(*args, **kwargs)
-        if func in _PRODUCTS and not kwargs and not any(map(_is_parameter, args)):
+        if func in _PRODUCTS and not kwargs and _of_attention(*args):
             return self._product(*args)
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
@@ -95,6 +95,13 @@ class _Products(TorchFunctionMode):
         elif attn_mask is not None:
             scores = scores + attn_mask
         return self._product(F.dropout(scores.softmax(dim=-1), dropout_p), value)
+
+
+def _of_attention(a: Tensor, b: Tensor) -> bool:
+    """Whether a product is one of attention. A product of two plain matrices is none: rounding gathers Gram matrices in
+    hooks of the layers inside.
+    """
+    return min(a.dim(), b.dim()) > 2 and not _is_parameter(a) and not _is_parameter(b)
 
 
 def _is_parameter(tensor: Any) -> bool:

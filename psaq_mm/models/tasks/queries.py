@@ -195,6 +195,8 @@ class QueryDetection(Detection):
         )
         if inherits(model, _DEFORMABLE):
             reasons['encoder'] = 'deformable attention samples the levels in floating point'
+        between = 'it stands between encoder and decoder'
+        reasons.update({name: between for name in self.calibrated_parts(model) if name not in reasons})
         return {name: reason for name, reason in reasons.items() if isinstance(getattr(model, name, None), nn.Module)}
 
 
