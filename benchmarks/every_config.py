@@ -133,6 +133,12 @@ def _scoped_build(library: str, config: Dict) -> nn.Module:
 
     with DefaultScope.overwrite_default_scope(library):
         model = MODELS.build(ConfigDict(copy.deepcopy(config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not (
+                parameter.isfinite().all() and parameter.abs().max() < 1e3
+            ):  # as memory was: init_weights is not run
+                parameter.normal_(std=0.02)
     model.eval()  # returns None in some libraries
     return model
 
@@ -249,16 +255,17 @@ def _outcome(attempt: Callable[[], Dict]) -> Dict:
 
 
 def quantize_backbone(built: Built) -> Dict:
-    """Quantize, calibrate and run the backbone: the relative error of its outputs at W8A8."""
+    """Quantize, calibrate and run the backbone: the relative error of its outputs at W8A8, and why it is alone."""
     model = copy.deepcopy(built.model)
     if not built.runs:
         quantize_model_(model, dict(w_bits=8, a_bits=8, scope='backbone'))
-        return dict(error=None)
+        return dict(error=None, alone=built.alone)
     expected = run_backbone(built.model, built.images)
     quantize_model_(model, dict(w_bits=8, a_bits=8, scope='backbone'))
     calibrate(model, lambda: run_backbone(model, built.images), allow_unseen=find_backbone(model) is model)
     results = run_backbone(model, built.images)
-    return dict(error=float(max((a - b).norm() / b.norm().clamp_min(1e-9) for a, b in zip(results, expected))))
+    error = float(max((a - b).norm() / b.norm().clamp_min(1e-9) for a, b in zip(results, expected)))
+    return dict(error=error, alone=built.alone)
 
 
 def quantize_all(built: Built) -> Dict:
@@ -386,6 +393,8 @@ def summary(rows: Sequence[Dict]) -> str:
         told = ', '.join(f'{number} {name}' for name, number in numbers.most_common())
         share = 100 * refused / max(len(tried), 1)
         lines.append(f"- `scope='{scope}'`, {len(tried)} configs: {told}; not quantized {share:.1f} %")
+    alone = sum(bool(row['backbone_scope'].get('alone')) for row in tried)
+    lines.append(f'- of the quantized ones under `backbone`, {alone} are the image tower alone')
     reasons = Counter((row['library'], row['unread'].partition(':')[0]) for row in rows if 'unread' in row)
     lines += [
         f'- {number} configs of {library} cannot be read: {error}' for (library, error), number in reasons.items()

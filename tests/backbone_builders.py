@@ -249,7 +249,10 @@ def mmpretrain_distilled_deit():
 
 
 @backbone(
-    'DeiT III', 'mmpretrain', **{**_VIT_WORKS, 'folding': 'is read by 2 layers', 'rotation': 'its parts are not told'}
+    'DeiT III',
+    'mmpretrain',
+    inside=classifier(32, 'VisionTransformerClsHead'),
+    **{**_VIT_WORKS, 'folding': 'is read by 2 layers'},
 )
 def mmpretrain_deit3():
     return dict(type='DeiT3', **_VIT)
@@ -346,6 +349,19 @@ def timm_swin_v2_features():
     config = dict(_TIMM_SWIN_V2, type='TIMMBackbone', img_size=(64, 32), features_only=True, out_indices=(0, 1))
     del config['num_classes']
     return config
+
+
+_POSITIONS = dict(_SWIN_WORKS, size=(56, 56), folding=6, dynamic=_NOT_DYNAMIC)
+
+
+@backbone('Swin', 'mmdet', 'position embedding, no patch_norm', inside=detector(16, 32), **_POSITIONS)
+def mmdet_swin_with_positions():
+    return dict(type='SwinTransformer', **_SWIN, use_abs_pos_embed=True, pretrain_img_size=56, patch_norm=False)
+
+
+@backbone('Swin', 'mmpretrain', 'out_after_downsample', dynamic=True, **dict(_SWIN_WORKS, rotation='outputs after'))
+def mmpretrain_swin_after_downsampling():
+    return dict(mmpretrain_swin(), out_after_downsample=True, out_indices=(0, 1), with_cp=True)
 
 
 _SIMMIM_WORKS = dict(size=(36, 60), folding=7, similarity=3, export=True, dynamic=_NOT_DYNAMIC)
@@ -645,6 +661,102 @@ def mmpretrain_xcit():
     'patches of 8 pixels',
     folding=4,
     rotation=_DEPTHWISE,
+
+
+# ---------------------------------------------------------------------- BEiT
+_BEIT = dict(size=(32, 32), folding=4, similarity=2, export=True, dynamic=_NOT_DYNAMIC)
+
+
+def _beit(kind='BEiTViT', **more):
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    return dict(type=kind, arch=arch, img_size=32, patch_size=8, layer_scale_init_value=0.5, **more)
+
+
+def _with_linear_head(config):
+    head = dict(type='LinearClsHead', in_channels=32, num_classes=5)
+    return dict(type='ImageClassifier', backbone=config, head=head)
+
+
+@backbone('BEiT', 'mmpretrain', inside=_with_linear_head, rotation=1, **_BEIT)
+def mmpretrain_beit():
+    return _beit(out_type='avg_featmap', use_abs_pos_emb=False, use_rel_pos_bias=True, use_shared_rel_pos_bias=False)
+
+
+@backbone('BEiT', 'mmpretrain', 'shared position bias, no LayerScale', rotation='its tokens are read', **_BEIT)
+def mmpretrain_beit_of_pretraining():
+    return dict(_beit('BEiTPretrainViT', use_shared_rel_pos_bias=True), layer_scale_init_value=0.0)
+
+
+@backbone('BEiT', 'mmseg', rotation='its parts are not told', **_BEIT)
+def mmseg_beit():
+    return _mmseg_beit('BEiT')
+
+
+@backbone('MAE', 'mmseg', rotation='its parts are not told', **_BEIT)
+def mmseg_mae():
+    return _mmseg_beit('MAE')
+
+
+def _mmseg_beit(kind):
+    return dict(
+        type=kind,
+        img_size=(32, 32),
+        patch_size=8,
+        embed_dims=32,
+        num_layers=2,
+        num_heads=2,
+        mlp_ratio=2,
+        out_indices=(0, 1),
+        init_values=0.5,
+    )
+
+
+@backbone('BEiT', 'timm', rotation=1, **_BEIT)
+def timm_beit():
+    return dict(
+        type='TimmClassifier',
+        model_name='beit_base_patch16_224',
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        init_values=0.5,
+    )
+
+
+# ---------------------------------------------------------------------- EVA-02 and masked pre-training
+_EVA = dict(size=(32, 32), export=True, dynamic=_NOT_DYNAMIC, similarity=2)
+
+
+@backbone('EVA-02', 'mmpretrain', folding=6, rotation='its parts are not told', **_EVA)
+def mmpretrain_eva02():
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=128)
+    return dict(type='ViTEVA02', arch=arch, img_size=32, patch_size=8, sub_ln=True)
+
+
+@backbone('EVA-02', 'timm', exact=False, folding=4, rotation=1, **_EVA)  # the bias is added behind the product
+def timm_eva02():
+    return dict(
+        type='TimmClassifier',
+        model_name='eva02_tiny_patch14_224',
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        mlp_ratio=32,
+    )
+
+
+@backbone(
+    'ViT, MAE',
+    'mmpretrain',
+    size=(32, 32),
+    folding=4,
+    rotation='its tokens are read',
     similarity=2,
     export=True,
     dynamic=_NOT_DYNAMIC,
@@ -726,3 +838,22 @@ def mmpretrain_levit_deployed():
 def mmpretrain_efficientformer():
     arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
     return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)
+def mmpretrain_mae():
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    return dict(type='MAEViT', arch=arch, img_size=32, patch_size=8)
+
+
+@backbone(
+    'ViT, DINOv2',
+    'mmpretrain',
+    size=(32, 32),
+    inside=classifier(32, 'VisionTransformerClsHead'),
+    folding=4,
+    rotation=1,
+    similarity=2,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_dinov2():
+    arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
+    return dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8, layer_scale_init_value=0.5)

@@ -214,3 +214,7 @@ def _load_rest(model: nn.Module, directory: PathLike, manifest: Mapping) -> None
             module._load_from_state_dict(weights, '', {}, True, [], [], errors)
     if errors:
         raise CheckpointError(f'{directory} does not fit the model of the config ({errors[0]})')
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)):
+            if name in rest:  # such as level_embed of DINO: of no module but the model, whose load hooks must not run
+                value.copy_(torch.from_numpy(rest[name]))

@@ -57,6 +57,12 @@ def test_weights_that_would_be_downloaded_are_not():
     assert every_config.build_small('mmpretrain', model).model.target_generator is None
 
 
+def test_the_full_scope_of_a_model_of_pretraining_is_refused():
+    built = every_config.build_small('mmpretrain', read('mmpretrain', 'mae_hivit-base-p16_8xb512-amp-coslr-400e'))
+    outcome = every_config._outcome(lambda: every_config.quantize_all(built))
+    assert outcome['result'] == 'refused' and 'restore masked pictures' in outcome['reason']
+
+
 def test_rows_and_tables(tmp_path, capsys):
     pytest.importorskip('mmseg')
     path = tmp_path / 'rows.json'

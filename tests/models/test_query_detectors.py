@@ -45,6 +45,14 @@ def plain():
         pytest.importorskip(library_of(name))
         if name not in models:
             models[name] = build(name)
+            try:
+                predicted(models[name], name, pictures(1))
+            except RuntimeError as error:  # Grounding DINO in a fork of mmdet: sizes of two of its layers differ
+                if 'shapes cannot be multiplied' not in str(error):
+                    raise
+                models[name] = None
+        if models[name] is None:
+            pytest.skip('this mmdet cannot run the model itself')
         return models[name]
 
     return get
@@ -59,10 +67,10 @@ def quantized(model, quant=FULL, images=None):
     return model
 
 
-def same(found, expected):
+def same(found, expected, **tolerance):
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        torch.testing.assert_close(one, other, **(tolerance or dict(rtol=0, atol=0)))
 
 
 @pytest.mark.parametrize('name', list(CONFIGS))
@@ -73,7 +81,9 @@ def test_scope_full(name, plain):
     student = quantized(model)
     set_mode(student, 'off')
     smaller = [SIZE, (48, 70)]  # the second picture does not fill its batch: keys are masked
-    same(predicted(student, name, images, smaller), predicted(model, name, images, smaller))
+    # PyTorch 2.1 divides the queries by the root of a head's width, newer ones multiply by its inverse.
+    tolerance = {} if torch.__version__ < '2.2' else dict(rtol=1e-4, atol=1e-4)
+    same(predicted(student, name, images, smaller), predicted(model, name, images, smaller), **tolerance)
     set_mode(student, 'on')
     calibrate(student, lambda: TaskModel(student).calibration_forward(images, 'full'))
     assert not [n for n, quantizer in quantizers(student) if not bool(quantizer.calibrated)]
@@ -179,6 +189,28 @@ def test_what_no_graph_can_hold_is_named(plain):
         parts = graph_parts(plain(name))
         assert parts.prefixes == prefixes and outside <= set(parts.outside)
         assert all(parts.outside.values())
+
+
+def test_the_rest_of_an_exported_model_has_all_its_weights(plain, tmp_path):
+    """Those of no module but the model, too."""
+    pytest.importorskip('onnxruntime')
+    from psaq_mm.deploy.export import export_model
+    from psaq_mm.deploy.serving import deploy_model_
+
+    images = pictures()
+    student = quantized(plain('deformable_detr'), FULL, images)
+    exported = export_model(student, tmp_path / 'deployed', [SIZE])
+    assert exported.manifest['replaced'] == ['backbone', 'neck'] and not exported.manifest['complete']
+    deployed = quantized(plain('deformable_detr'))
+    with torch.no_grad():
+        for parameter in deployed.parameters():
+            parameter.zero_()
+    deploy_model_(deployed, exported.directory, 'onnxruntime', 1)
+    assert torch.equal(deployed.level_embed, student.level_embed)
+    with torch.no_grad():
+        found, wanted = (TaskModel(model, ('head',)).run(images[:1]).parts for model in (deployed, student))
+    for one, other in zip(found, wanted):
+        assert (one - other).norm() < 0.02 * other.norm()
 
 
 # ---------------------------------------------------------------------- predictions

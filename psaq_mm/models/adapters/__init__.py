@@ -6,12 +6,14 @@ qualified names, so that a user with mmdet alone needs neither mmseg nor mmpretr
 """
 
 from psaq_mm.models.adapters import (
-    conformer,  # noqa: F401  each registers what it describes
+    beit,  # noqa: F401  each registers what it describes
+    conformer,  # noqa: F401
     conv_module,  # noqa: F401
     convnext,  # noqa: F401
     davit,  # noqa: F401
     edgenext,  # noqa: F401
     efficientformer,  # noqa: F401
+    eva,  # noqa: F401
     hivit,  # noqa: F401
     levit,  # noqa: F401
     mixmim,  # noqa: F401

@@ -244,10 +244,10 @@ class _MaskOutputs:
         """See :meth:`.Task.outside_graph`: the head, and its pixel decoder by name."""
         head = getattr(model, self.masks_of)
         decoder = type(head.pixel_decoder).__name__
-        reason = 'it samples in floating point' if 'Deform' in decoder else 'its masks and queries are no levels'
+        reason = ', and samples in floating point' if 'Deform' in decoder else ''
         return {
             self.masks_of: f'{type(head).__name__} needs more than the levels of the neck: it decodes queries',
-            f'{self.masks_of}.pixel_decoder': f'{decoder} is a part of {type(head).__name__}; {reason}',
+            f'{self.masks_of}.pixel_decoder': f'{decoder} runs inside of {type(head).__name__}{reason}',
         }
 
 
