@@ -661,6 +661,87 @@ def mmpretrain_xcit():
     'patches of 8 pixels',
     folding=4,
     rotation=_DEPTHWISE,
+    similarity=2,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_xcit_of_small_patches():
+    return dict(mmpretrain_xcit(), patch_size=8, tokens_norm=False, qkv_bias=False)
+
+
+_POOLFORMER = dict(layers=[1, 2], embed_dims=[16, 32], layer_scale_init_value=0.5)
+
+
+@backbone(
+    'PoolFormer',
+    'mmpretrain',
+    folding='is a GroupNorm and no LayerNorm',
+    rotation='a norm that is no LayerNorm',
+    similarity='patch similarity cannot be measured',
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_poolformer():
+    return dict(type='PoolFormer', arch=_POOLFORMER, out_indices=[0, 2], drop_path_rate=0.1)
+
+
+@backbone(
+    'TinyViT',
+    'mmpretrain',
+    size=(64, 64),
+    folding=6,
+    rotation=_DEPTHWISE,
+    similarity=3,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_tinyvit():
+    arch = dict(channels=[16, 16, 32, 32], num_heads=[1, 1, 2, 2], depths=[1, 1, 1, 1])
+    return dict(type='TinyViT', arch=arch, img_size=(64, 64), window_size=[3, 3, 4, 2], drop_path_rate=0.1)
+
+
+_LEVIT_WORKS = dict(
+    size=(64, 64),
+    folding='whose readers are not told',
+    rotation='batch normalizations stand behind the layers',
+    similarity=3,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+
+
+def _small_levit(**more):
+    """The library takes no arch of its own: it asks a dict for other keys than it reads."""
+    from mmpretrain.models import LeViT
+
+    arch = dict(embed_dims=[16, 32], num_heads=[1, 2], depths=[1, 1], key_dims=[16, 16])
+    return dict(type=type('SmallLeViT', (LeViT,), dict(arch_zoo=dict(small=arch))), arch='small', img_size=64, **more)
+
+
+@backbone('LeViT', 'mmpretrain', **_LEVIT_WORKS)
+def mmpretrain_levit():
+    return _small_levit(drop_path_rate=0.1)
+
+
+@backbone('LeViT', 'mmpretrain', 'deploy=True', **_LEVIT_WORKS)
+def mmpretrain_levit_deployed():
+    return _small_levit(deploy=True, out_indices=(0, 1))
+
+
+# Its LayerScale would be nearly nothing, whatever the config says.
+@backbone(
+    'EfficientFormer',
+    'mmpretrain',
+    size=(28, 28),
+    folding=2,
+    rotation='a pooling',
+    similarity=1,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_efficientformer():
+    arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
+    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)
 
 
 # ---------------------------------------------------------------------- BEiT
@@ -761,83 +842,6 @@ def timm_eva02():
     export=True,
     dynamic=_NOT_DYNAMIC,
 )
-def mmpretrain_xcit_of_small_patches():
-    return dict(mmpretrain_xcit(), patch_size=8, tokens_norm=False, qkv_bias=False)
-
-
-_POOLFORMER = dict(layers=[1, 2], embed_dims=[16, 32], layer_scale_init_value=0.5)
-
-
-@backbone(
-    'PoolFormer',
-    'mmpretrain',
-    folding='is a GroupNorm and no LayerNorm',
-    rotation='a norm that is no LayerNorm',
-    similarity='patch similarity cannot be measured',
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_poolformer():
-    return dict(type='PoolFormer', arch=_POOLFORMER, out_indices=[0, 2], drop_path_rate=0.1)
-
-
-@backbone(
-    'TinyViT',
-    'mmpretrain',
-    size=(64, 64),
-    folding=6,
-    rotation=_DEPTHWISE,
-    similarity=3,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_tinyvit():
-    arch = dict(channels=[16, 16, 32, 32], num_heads=[1, 1, 2, 2], depths=[1, 1, 1, 1])
-    return dict(type='TinyViT', arch=arch, img_size=(64, 64), window_size=[3, 3, 4, 2], drop_path_rate=0.1)
-
-
-_LEVIT_WORKS = dict(
-    size=(64, 64),
-    folding='whose readers are not told',
-    rotation='batch normalizations stand behind the layers',
-    similarity=3,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-
-
-def _small_levit(**more):
-    """The library takes no arch of its own: it asks a dict for other keys than it reads."""
-    from mmpretrain.models import LeViT
-
-    arch = dict(embed_dims=[16, 32], num_heads=[1, 2], depths=[1, 1], key_dims=[16, 16])
-    return dict(type=type('SmallLeViT', (LeViT,), dict(arch_zoo=dict(small=arch))), arch='small', img_size=64, **more)
-
-
-@backbone('LeViT', 'mmpretrain', **_LEVIT_WORKS)
-def mmpretrain_levit():
-    return _small_levit(drop_path_rate=0.1)
-
-
-@backbone('LeViT', 'mmpretrain', 'deploy=True', **_LEVIT_WORKS)
-def mmpretrain_levit_deployed():
-    return _small_levit(deploy=True, out_indices=(0, 1))
-
-
-# Its LayerScale would be nearly nothing, whatever the config says.
-@backbone(
-    'EfficientFormer',
-    'mmpretrain',
-    size=(28, 28),
-    folding=2,
-    rotation='a pooling',
-    similarity=1,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_efficientformer():
-    arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
-    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)
 def mmpretrain_mae():
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
     return dict(type='MAEViT', arch=arch, img_size=32, patch_size=8)
