@@ -150,7 +150,7 @@ class QuantProductsMixin:
 @contextmanager
 def _left_alone(products: _Products, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Inside the block, the mode does not see what ``modules`` compute: what is quantized already, by products of
-    activations where an export has replaced its forward.
+    activations where an export has replaced its forward. Nor does it see what other hooks of them compute.
     """
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -159,6 +159,6 @@ def _left_alone(products: _Products, modules: Sequence[nn.Module]) -> Iterator[N
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         products.inside -= 1
 
-    entering = hooked(modules, lambda module: module.register_forward_pre_hook(enter))
+    entering = hooked(modules, lambda module: module.register_forward_pre_hook(enter, prepend=True))
     with entering, hooked(modules, lambda module: module.register_forward_hook(leave)):
         yield
