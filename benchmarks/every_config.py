@@ -2,7 +2,7 @@
 """Which configs of mmdet, mmseg and mmpretrain can be quantized: all that have a transformer or ConvNeXt backbone.
 
     python benchmarks/every_config.py --library mmseg --json work_dirs/mmseg.json
-    python benchmarks/every_config.py --library mmpretrain --filter beit --todo todo.txt
+    python benchmarks/every_config.py --library mmpretrain --filter beit
     python benchmarks/every_config.py --merge work_dirs/*.json --json docs/results/every_config.json
 
 Every config in the installed package's ``.mim/configs`` is read. Its model is made small (``benchmarks/shrinking.py``),
@@ -21,6 +21,7 @@ import glob
 import importlib
 import inspect
 import json
+import re
 import sys
 import time
 import warnings
@@ -133,6 +134,12 @@ def _scoped_build(library: str, config: Dict) -> nn.Module:
 
     with DefaultScope.overwrite_default_scope(library):
         model = MODELS.build(ConfigDict(copy.deepcopy(config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not (
+                parameter.isfinite().all() and parameter.abs().max() < 1e3
+            ):  # as memory was: init_weights is not run
+                parameter.normal_(std=0.02)
     model.eval()  # returns None in some libraries
     return model
 
@@ -233,8 +240,11 @@ def _full_runs(built: Built) -> bool:
 # ---------------------------------------------------------------------- quantizing
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = ' '.join(lines) if isinstance(error, PsaqError) else f'{type(error).__name__}: {" ".join(lines[:2])}'
-    return text[:300]
+    if not isinstance(error, PsaqError):
+        # A path names this machine: what is left of it begins at the package.
+        text = re.sub(r'[^\s\'"]*/site-packages/', '', ' '.join(lines[:2]))
+        return f'{type(error).__name__}: {text}'[:200]
+    return ' '.join(lines).partition(': use one of')[0]  # of all supported backbones: the same in all sentences
 
 
 def _outcome(attempt: Callable[[], Dict]) -> Dict:
@@ -248,16 +258,17 @@ def _outcome(attempt: Callable[[], Dict]) -> Dict:
 
 
 def quantize_backbone(built: Built) -> Dict:
-    """Quantize, calibrate and run the backbone: the relative error of its outputs at W8A8."""
+    """Quantize, calibrate and run the backbone: the relative error of its outputs at W8A8, and why it is alone."""
     model = copy.deepcopy(built.model)
     if not built.runs:
         quantize_model_(model, dict(w_bits=8, a_bits=8, scope='backbone'))
-        return dict(error=None)
+        return dict(error=None, alone=built.alone)
     expected = run_backbone(built.model, built.images)
     quantize_model_(model, dict(w_bits=8, a_bits=8, scope='backbone'))
     calibrate(model, lambda: run_backbone(model, built.images), allow_unseen=find_backbone(model) is model)
     results = run_backbone(model, built.images)
-    return dict(error=float(max((a - b).norm() / b.norm().clamp_min(1e-9) for a, b in zip(results, expected))))
+    error = float(max((a - b).norm() / b.norm().clamp_min(1e-9) for a, b in zip(results, expected)))
+    return dict(error=error, alone=built.alone)
 
 
 def quantize_all(built: Built) -> Dict:
@@ -353,12 +364,16 @@ def _result(row: Dict, scope: str) -> str:
     return (row.get(scope) or {}).get('result', '')
 
 
-def table(rows: Iterable[Dict]) -> str:
+def counted(rows: Iterable[Dict]) -> List[Dict]:
+    """The rows of configs that were read."""
+    return [row for row in rows if row['backbone']]
+
+
+def by_backbone(rows: Iterable[Dict]) -> str:
     """Markdown: configs by library and backbone, how many are quantized under each scope."""
     groups: Dict[Tuple[str, str], List[Dict]] = {}
-    for row in rows:
-        if row['backbone']:
-            groups.setdefault((row['library'], row['backbone']), []).append(row)
+    for row in counted(rows):
+        groups.setdefault((row['library'], row['backbone']), []).append(row)
     cells = [
         (
             library,
@@ -368,36 +383,40 @@ def table(rows: Iterable[Dict]) -> str:
         )
         for (library, backbone), group in sorted(groups.items(), key=lambda one: (one[0][0], -len(one[1]), one[0][1]))
     ]
-    return markdown_table(('library', 'backbone', 'configs', "quantized, 'backbone'", "'full'"), cells)
+    return markdown_table(('library', 'backbone', 'configs', "quantized, scope='backbone'", "scope='full'"), cells)
 
 
 def summary(rows: Sequence[Dict]) -> str:
     """Counts in a few lines: configs that count, quantized, refused, failed, not built, not read."""
-    counted = [row for row in rows if row['backbone']]
+    tried = counted(rows)
     lines = []
-    for scope in ('backbone_scope', 'full_scope'):
-        numbers = Counter(_result(row, scope) or 'not tried' for row in counted)
-        lines.append(f'{scope}: ' + ', '.join(f'{number} {name}' for name, number in numbers.most_common()))
-    refused = sum(_result(row, 'backbone_scope') != 'quantized' for row in counted)
-    lines.append(f'{len(counted)} configs; not quantized: {refused} ({100 * refused / max(len(counted), 1):.1f} %)')
-    lines += [f'not read: {row["library"]} {row["config"]}: {row["unread"]}' for row in rows if 'unread' in row]
+    for scope in ('backbone', 'full'):
+        numbers = Counter(_result(row, f'{scope}_scope') or 'not built' for row in tried)
+        refused = len(tried) - numbers['quantized']
+        told = ', '.join(f'{number} {name}' for name, number in numbers.most_common())
+        share = 100 * refused / max(len(tried), 1)
+        lines.append(f"- `scope='{scope}'`, {len(tried)} configs: {told}; not quantized {share:.1f} %")
+    alone = sum(bool(row['backbone_scope'].get('alone')) for row in tried)
+    lines.append(f'- of the quantized ones under `backbone`, {alone} are the image tower alone')
+    reasons = Counter((row['library'], row['unread'].partition(':')[0]) for row in rows if 'unread' in row)
+    lines += [
+        f'- {number} configs of {library} cannot be read: {error}' for (library, error), number in reasons.items()
+    ]
     return '\n'.join(lines)
 
 
-def todo(rows: Iterable[Dict], scope: str = 'backbone_scope') -> str:
-    """What is not quantized, the most frequent first."""
+def left_out(rows: Iterable[Dict], scope: str) -> str:
+    """Markdown: what is not quantized under a scope and why, the most frequent first."""
     groups: Dict[Tuple[str, ...], List[str]] = {}
-    for row in rows:
+    for row in counted(rows):
         outcome = row.get(scope) or {}
-        if row['backbone'] and outcome.get('result') != 'quantized':
-            part = row['backbone'] if scope == 'backbone_scope' else f'{row["model"]} {row["backbone"]}'
-            key = (row['library'], part, outcome.get('result', ''), outcome.get('reason', ''))
-            groups.setdefault(key, []).append(row['config'])
-    lines = []
-    for (library, part, result, reason), names in sorted(groups.items(), key=lambda one: -len(one[1])):
-        short = reason.partition(': use one of')[0]
-        lines.append(f'{len(names):4d}  {library} {part}: {result}: {short}\n        e.g. {names[0]}')
-    return '\n'.join(lines)
+        if outcome.get('result') == 'quantized':
+            continue
+        part = row['backbone'] if scope == 'backbone_scope' else f'{row["model"]}, {row["backbone"]}'
+        key = (row['library'], part, outcome.get('result', 'not built'), outcome.get('reason', ''))
+        groups.setdefault(key, []).append(row['config'])
+    cells = [(len(names), *key) for key, names in sorted(groups.items(), key=lambda one: (-len(one[1]), one[0]))]
+    return markdown_table(('configs', 'library', 'part', 'result', 'reason'), cells) if cells else 'none.'
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -407,7 +426,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--filter', default='', help='text that is in the paths of the configs to try')
     parser.add_argument('--json', type=Path, help='where the rows are written')
     parser.add_argument('--merge', type=Path, nargs='+', default=(), help='files of rows that are read, not tried')
-    parser.add_argument('--todo', type=Path, help='where all that is not quantized is written, the most frequent first')
     args = parser.parse_args(argv)
     warnings.simplefilter('ignore')
     torch.manual_seed(0)
@@ -418,13 +436,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(f'{library}: {time.perf_counter() - begun:.0f} s')
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=1) + '\n', encoding='utf-8')
-    print(f'\n{table(rows)}\n\n{summary(rows)}')
-    text = f'{todo(rows)}\n\nscope=full\n{todo(rows, "full_scope")}\n'
-    if args.todo:
-        args.todo.write_text(text, encoding='utf-8')
-    else:
-        print(f'\n{text}')
+        lines = ',\n'.join(json.dumps(row) for row in rows)
+        args.json.write_text(f'[\n{lines}\n]\n', encoding='utf-8')
+    print(f'\n{by_backbone(rows)}\n\n{summary(rows)}')
+    for scope in ('backbone_scope', 'full_scope'):
+        print(f'\nnot quantized, {scope}:\n\n{left_out(rows, scope)}')
     return 0
 
 

@@ -10,7 +10,8 @@ import copy
 import inspect
 from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from psaq_mm.contexts import replaced
 from psaq_mm.type_names import type_name
@@ -187,6 +188,7 @@ def shrink_tower(tower: Dict, cls: type, widths: bool) -> Tuple[Optional[str], O
 _READERS = ('neck', 'decode_head', 'auxiliary_head', 'panoptic_head', 'head')
 _FEW = dict(
     num_layers=1,
+    num_cp=0,  # activation checkpointing, for which mmdet wants another package
     num_queries=10,
     fc_out_channels=32,
     decoder_depth=1,
@@ -260,25 +262,32 @@ def _set_channels(reader: Dict, widths: Sequence[int]) -> None:
 
 
 # ---------------------------------------------------------------------- language models
-class _Dimension(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.language_dim = width
-        self.embedding = nn.Embedding(16, width)
-
-
 class TinyTextModel(nn.Module):
-    """A language model of random weights with the attributes that mmdet's detectors read when they are built.
+    """A language model of random weights, as far as mmdet's Grounding DINO uses one: a token a word.
 
     Args:
         width: Channels of its tokens.
         **ignored: What the real one is given.
     """
 
+    pad_to_max, max_tokens = False, 256
+
     def __init__(self, width: int = 768, **ignored: Any):
         super().__init__()
-        self.language_backbone = nn.Module()
-        self.language_backbone.body = _Dimension(width)
+        body = nn.Embedding(16, width)
+        body.language_dim = width
+        self.language_backbone = nn.ModuleDict(dict(body=body))
+
+    def forward(self, captions: Sequence[str], **ignored: Any) -> Dict[str, Tensor]:
+        """Features (B, tokens, width), masks and positions of the words of captions of one length."""
+        words = torch.tensor([[sum(map(ord, word)) % 16 for word in caption.split()] for caption in captions])
+        count = words.shape[1]
+        return dict(
+            embedded=self.language_backbone['body'](words),
+            masks=torch.eye(count, dtype=torch.bool).expand(len(words), -1, -1),
+            position_ids=torch.arange(count).expand(len(words), -1),
+            text_token_mask=torch.ones_like(words, dtype=torch.bool),
+        )
 
 
 def register_tiny_text() -> None:

@@ -39,6 +39,9 @@ _CONV_MODULE = ('mmcv.cnn.bricks.conv_module.ConvModule',)
 
 TensorFunction = Callable[[Tensor], Tensor]
 
+# The operator itself: attention whose forward is the library's takes torch.matmul for a product of activations.
+_matmul = torch.ops.aten.matmul
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -256,7 +259,7 @@ def _rewrite_layer(
 
 def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor], valid: Optional[Tensor] = None) -> Tensor:
     # A product and a sum, not a Gemm: runtimes know the pattern for inputs of any number of dimensions.
-    x = torch.matmul(x, weight)
+    x = _matmul(x, weight)
     return x if bias is None else x + bias
 
 
@@ -331,9 +334,9 @@ def _add_product(exportable: ExportableModel, name: str) -> TensorFunction:
     read, sums, bias = _reader(exportable, name), _sums_apart(exportable, name), exportable.weights[name].bias
 
     def product(x: Tensor) -> Tensor:
-        out = torch.matmul(x, read(x))
+        out = _matmul(x, read(x))
         if sums is not None:
-            out = out + torch.matmul(x, sums.ones(x)) * sums.factors
+            out = out + _matmul(x, sums.ones(x)) * sums.factors
         return out if bias is None else out + bias
 
     exportable.products[name] = product

@@ -13,7 +13,7 @@ from typing import Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 from torch import Tensor, nn
 
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.models.network import TRAINING_ONLY, find_backbone, takes_levels_alone
+from psaq_mm.models.network import TRAINING_ONLY, find_backbone, is_pretraining, takes_levels_alone
 from psaq_mm.models.tasks import TASKS, Task, task_of
 
 __all__ = ['GraphParts', 'NotInGraph', 'graph_parts', 'narrower', 'rest_state', 'with_task_of_outputs']
@@ -132,6 +132,8 @@ def _why_neck_apart(model: nn.Module) -> Optional[str]:
     neck = getattr(model, 'neck', None)
     if isinstance(neck, nn.Module) and not takes_levels_alone(neck):
         return f'{type(neck).__name__} needs more than the levels of the backbone'
+    if is_pretraining(model):
+        return f'{type(model).__name__} restores masked pictures with it'
     if _is_own(model, 'extract_feat'):
         return f'{type(model).__name__} has an extract_feat of its own, which may do more than backbone and neck'
     return None

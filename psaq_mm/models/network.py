@@ -5,9 +5,17 @@ import inspect
 
 from torch import nn
 
-from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.match import class_named, inherits
 
-__all__ = ['TIMM_CLASSIFIER', 'TRAINING_ONLY', 'find_backbone', 'is_timm', 'network_of', 'takes_levels_alone']
+__all__ = [
+    'TIMM_CLASSIFIER',
+    'TRAINING_ONLY',
+    'find_backbone',
+    'is_pretraining',
+    'is_timm',
+    'network_of',
+    'takes_levels_alone',
+]
 
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
 """Parts that are not used at test time: they stay float in every scope."""
@@ -36,6 +44,13 @@ def network_of(backbone: nn.Module) -> nn.Module:
 def is_timm(network: nn.Module) -> bool:
     """Whether a network has the interface of timm's classifiers."""
     return hasattr(network, 'forward_features') and hasattr(network, 'forward_head')
+
+
+def is_pretraining(model: nn.Module) -> bool:
+    """Whether a model is one of mmpretrain's self-supervised pre-training (MAE, SimMIM, ...), whose neck and head
+    restore masked pictures and whose backbone is what is used afterwards.
+    """
+    return inherits(model, 'mmpretrain.models.selfsup.base.BaseSelfSupervisor')
 
 
 def takes_levels_alone(part: nn.Module) -> bool:

@@ -79,10 +79,12 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
     with _undone_on_error(model):
         for _, attention in find_attention(backbone):
             parts, (scores, values) = attention_parts(attention), description.rotates_heads(attention)
-            rotate_heads_(parts, generator, scores=scores, values=values)
-            heads += parts.heads if scores or values else 0
+            if scores or values:
+                rotate_heads_(parts, generator, scores=scores, values=values)
+                heads += parts.heads
         for name, stream in streams:
             rotation = random_rotation(stream.channels, generator, keep_mean=True)
+            _fold_scales(stream)
             try:
                 rotate_stream_(rotation, [writer.layer for writer in stream.writers], stream.tokens, stream.readers)
             except DataError as error:
@@ -112,14 +114,24 @@ def streams_of(model: nn.Module, net: nn.Module) -> Tuple[List[Tuple[str, Stream
     streams, left = [], []
     for name, look in titled:
         try:
-            stream = look()
-            if any(writer.scale is not None for writer in stream.writers):
-                raise Unrotatable('a LayerScale')
+            streams.append((name, look()))
         except Unrotatable as reason:
             left.append(f'{name}: {reason}')
-        else:
-            streams.append((name, stream))
     return streams, left
+
+
+def _fold_scales(stream: Stream) -> None:
+    """Move each LayerScale into the layer before it, in place: the factors belong to channels, which a rotation mixes.
+
+    The function stays the same. The factors become 1.
+    """
+    for layer, scale in stream.writers:
+        if scale is None:
+            continue
+        for value in (layer.weight,) if layer.bias is None else (layer.weight, layer.bias):
+            factors = scale.double().view(-1, *[1] * (value.dim() - 1))
+            value.copy_(value.double() * factors)
+        scale.fill_(1)
 
 
 @contextmanager

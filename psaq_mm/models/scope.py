@@ -9,7 +9,7 @@ from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters import BACKBONES, backbone_of
 from psaq_mm.models.adapters.match import class_named, qualified_name
 from psaq_mm.models.adapters.packed_attention import QuantPackedAttentionMixin
-from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, network_of
+from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, is_pretraining, network_of
 from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
@@ -110,6 +110,10 @@ def check_scope(model: nn.Module, scope: str) -> None:
     if scope == 'backbone' or find_backbone(model) is model or class_named(model, TIMM_CLASSIFIER):
         return
     task, kind, way_out = task_of(model), type(model).__name__, "use scope='backbone' for this model"
+    if is_pretraining(model):
+        raise UnsupportedModelError(
+            f"scope='full' does not cover {kind}, whose neck and head restore masked pictures: {way_out}"
+        )
     for name, part in _never_run(model):
         if _quantizable(part):
             raise UnsupportedModelError(

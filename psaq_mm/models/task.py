@@ -11,7 +11,7 @@ from psaq_mm.calibration import find_attention
 from psaq_mm.calibration.blocks import BlockTaps
 from psaq_mm.errors import ConfigError
 from psaq_mm.models.adapters import Backbone, backbone_of
-from psaq_mm.models.network import find_backbone, is_timm, network_of
+from psaq_mm.models.network import find_backbone, is_pretraining, is_timm, network_of
 from psaq_mm.models.tasks import task_of
 from psaq_mm.pictures import ImageSpec
 from psaq_mm.quantization import attention_parts
@@ -199,14 +199,14 @@ class TaskModel:
 
     # ------------------------------------------------------------------ forwards
     def features(self, images: Tensor) -> Tuple[List[Tensor], List[Tensor]]:
-        """Outputs of backbone and neck for normalized ``images`` (B, C, H, W). Without a neck, those of the backbone
-        twice.
+        """Outputs of backbone and neck for normalized ``images`` (B, C, H, W). Without a neck, or with one of
+        pre-training, those of the backbone twice.
         """
         backbone = find_backbone(self.model)
         stages = backbone.forward_features(images) if is_timm(backbone) else backbone(images)
         stages = list(stages) if isinstance(stages, (tuple, list)) else [stages]
         neck = getattr(self.model, 'neck', None)
-        if backbone is self.model or neck is None:
+        if backbone is self.model or neck is None or is_pretraining(self.model):
             return stages, stages
         levels = neck(tuple(stages))
         return stages, list(levels) if isinstance(levels, (tuple, list)) else [levels]

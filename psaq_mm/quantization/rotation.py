@@ -195,7 +195,8 @@ def _check_named_once(writers: Sequence[nn.Module], tokens: Sequence[Tensor], re
 
 def _offset_stays(reader: StreamReader) -> bool:
     offset = bool((reader.norm.bias != 0).any())
-    return offset and (reader.padded or any(layer.bias is None for layer in reader.layers))
+    # A bias that is no parameter is put together from others: nothing can be added to it.
+    return offset and (reader.padded or any(not isinstance(layer.bias, nn.Parameter) for layer in reader.layers))
 
 
 def _check_reader(reader: StreamReader, size: int) -> None:

@@ -130,7 +130,9 @@ def test_patch_similarity(row):
     assert images.grad.isfinite().all() and (images.grad != 0).any()
 
 
-@EVERY
+@pytest.mark.parametrize(
+    'row', [pytest.param(row, id=row.id, marks=[pytest.mark.slow] if row.build_of else []) for row in ROWS]
+)  # special builds of a backbone export as the usual one does, and exporting is what takes time here
 def test_export_and_dynamic_size(row, tmp_path):
     """A graph that takes several sizes is verified at two of them, in place of one of a single size."""
     model, images = quantized(row, 'w8a8'), images_of(row, batch=1)

@@ -134,7 +134,6 @@ def timm_backbone(name, **more):
 SMALL_VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2)
 REFUSED = [
     (timm_classifier, 'resnet10t', dict(), 'timm.models.resnet.ResNet'),
-    (timm_classifier, 'convnext_atto', dict(), 'timm.models.convnext.ConvNeXt'),
     (timm_backbone, 'resnet10t', dict(features_only=True), 'resnet10t'),
     (timm_classifier, 'vit_tiny_patch16_224', dict(SMALL_VIT, global_pool='map'), 'attn_pool .*AttentionPoolLatent'),
 ]

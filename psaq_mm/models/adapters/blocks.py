@@ -42,6 +42,7 @@ _SEQUENTIAL_FFN = ('mmcv.cnn.bricks.transformer.FFN', 'mmpretrain.models.backbon
 _PACKED_GATE = ('mmpretrain.models.utils.swiglu_ffn.SwiGLUFFN', 'mmpretrain.models.utils.swiglu_ffn.SwiGLUFFNFused')
 _TIMM_MLP = ('timm.layers.mlp.Mlp',)
 _TIMM_PACKED_GATE = ('timm.layers.mlp.GluMlp',)
+_TIMM_GATE = ('timm.layers.mlp.SwiGLU',)
 
 
 class Feed(NamedTuple):
@@ -128,6 +129,8 @@ def feed_forward(ffn: nn.Module) -> FeedForward:
         return FeedForward((ffn.fc1,), (ffn.fc1,), ffn.fc2)
     if class_named(ffn, _TIMM_PACKED_GATE):
         return FeedForward((ffn.fc1,), (), ffn.fc2)
+    if class_named(ffn, _TIMM_GATE):
+        return FeedForward((ffn.fc1_g, ffn.fc1_x), (ffn.fc1_g,), ffn.fc2)
     if class_named(ffn, _PACKED_GATE):
         return FeedForward((ffn.w12,), (), ffn.w3)
     return FeedForward()

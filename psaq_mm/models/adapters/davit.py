@@ -2,7 +2,8 @@
 """DaViT of mmpretrain: attention among the tokens of a window, and attention among channels.
 
 In channel attention (DaViT, arXiv 2204.03645, section 3.3) every channel of a head attends to the channels of that
-head: the scores are products of keys with values, and what is weighted are the queries.
+head: the scores are products of keys with values, and what is weighted are the queries. The names of its products are
+those of other attention.
 """
 
 from typing import Any, Tuple
@@ -13,12 +14,13 @@ from psaq_mm.models.adapters.attention import CheckpointedBlockMixin
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, standard_parts
 from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.products import QuantProductsMixin
 from psaq_mm.models.adapters.streams import NamedStreams, need
 from psaq_mm.models.adapters.swin import convert_shift, smallest_side
 from psaq_mm.models.adapters.windows import WindowAttentionMixin, add_scores_edge
 from psaq_mm.quantization import AdapterSpec, apply_edge, quantize_output_
 
-__all__ = ['DaViT', 'QuantChannelAttentionMixin', 'QuantDaViTBlockMixin', 'QuantDaViTWindowMixin']
+__all__ = ['DaViT', 'QuantDaViTBlockMixin', 'QuantDaViTWindowMixin']
 
 _MODULE = 'mmpretrain.models.backbones.davit'
 
@@ -29,18 +31,6 @@ class QuantDaViTWindowMixin(WindowAttentionMixin):
     def position_bias(self) -> None:
         """See :meth:`.WindowAttentionMixin.position_bias`."""
         return None
-
-
-class QuantChannelAttentionMixin:
-    """Channel attention whose two matrix products are :class:`QuantMatMul`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        B, N, _ = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = self.matmul_qk((k * self.scale).transpose(-1, -2), v).softmax(dim=-1)
-        x = self.matmul_av(weights, q.transpose(-1, -2)).transpose(-1, -2)
-        return self.proj(x.transpose(1, 2).reshape(B, N, -1))
 
 
 class QuantDaViTBlockMixin(CheckpointedBlockMixin):
@@ -62,7 +52,7 @@ class DaViT(Backbone):
     blocks = dict.fromkeys((f'{_MODULE}.SpatialBlock', f'{_MODULE}.ChannelBlock'), QuantDaViTBlockMixin)
     attention = {
         f'{_MODULE}.DaViTWindowMSA': QuantDaViTWindowMixin,
-        f'{_MODULE}.ChannelAttention': QuantChannelAttentionMixin,
+        f'{_MODULE}.ChannelAttention': QuantProductsMixin,
     }
     edges = ('patch_embed.norm',)
     others = {

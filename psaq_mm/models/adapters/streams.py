@@ -14,10 +14,10 @@ from psaq_mm.models.adapters.blocks import BlockParts, Writer
 from psaq_mm.models.adapters.match import class_named
 from psaq_mm.quantization import StreamReader
 
-__all__ = ['BEHIND_A_NORM', 'NamedStreams', 'Stream', 'Unrotatable', 'need', 'output_reader', 'stream']
+__all__ = ['BEHIND_A_NORM', 'LINEAR_HEADS', 'NamedStreams', 'Stream', 'Unrotatable', 'need', 'output_reader', 'stream']
 
 _POOLS = ('mmpretrain.models.necks.gap.GlobalAveragePooling',)
-_LINEAR_HEADS = ('mmpretrain.models.heads.linear_head.LinearClsHead',)
+LINEAR_HEADS = ('mmpretrain.models.heads.linear_head.LinearClsHead',)
 _FPN = ('mmdet.models.necks.fpn.FPN',)
 _UPER_HEADS = ('mmseg.models.decode_heads.uper_head.UPerHead',)
 _FCN_HEADS = ('mmseg.models.decode_heads.fcn_head.FCNHead',)
@@ -109,7 +109,7 @@ def output_reader(model: nn.Module, norm: nn.Module, level: int, levels: int) ->
         place = level - neck.start_level
         read = neck.lateral_convs[place : place + 1] if place >= 0 else ()
         return StreamReader(norm, tuple(module.conv for module in read))
-    if class_named(neck, _POOLS) and class_named(getattr(model, 'head', None), _LINEAR_HEADS) and levels == 1:
+    if class_named(neck, _POOLS) and class_named(getattr(model, 'head', None), LINEAR_HEADS) and levels == 1:
         return StreamReader(norm, (model.head.fc,))
     heads = [getattr(model, 'decode_head', None), *_listed(getattr(model, 'auxiliary_head', None))]
     need(

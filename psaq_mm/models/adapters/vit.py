@@ -6,6 +6,8 @@ library's own unfused fallback to the last bit where the square root of a head's
 zoo model).
 """
 
+from typing import Optional
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from psaq_mm.models.adapters.attention import attend
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, is_identity, layer_scale, standard_parts
 from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.pretraining import FeaturesMixin, converts_network
 from psaq_mm.models.adapters.streams import NamedStreams, Stream, need, stream
 from psaq_mm.quantization import StreamReader, apply_edge
 
@@ -23,6 +26,10 @@ _VITS = tuple(
     for name in ('vision_transformer.VisionTransformer', 'deit.DistilledVisionTransformer')
 )
 _DEIT3 = 'mmpretrain.models.backbones.deit3.DeiT3'
+_MASKED = tuple(
+    f'mmpretrain.models.selfsup.{name}' for name in ('mae.MAEViT', 'milan.MILANViT', 'maskfeat.MaskFeatViT')
+)
+_MASKED_ALWAYS = ('mmpretrain.models.selfsup.mff.MFFViT',)
 _HEADS = tuple(
     f'mmpretrain.models.heads.{name}'
     for name in ('vision_transformer_head.VisionTransformerClsHead', 'deit_head.DeiTClsHead')
@@ -67,9 +74,9 @@ class QuantDeiT3EncoderLayerMixin(QuantEncoderLayerMixin):
 
 @register_backbone
 class VisionTransformer(Backbone):
-    """VisionTransformer, DistilledVisionTransformer and DeiT3 of mmpretrain."""
+    """VisionTransformer, DistilledVisionTransformer and DeiT3 of mmpretrain, and the backbones of its pre-training."""
 
-    names = (*_VITS, _DEIT3)
+    names = (*_VITS, _DEIT3, *_MASKED, *_MASKED_ALWAYS)
     block_path = r'layers\.\d+'
     blocks = {
         'mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer': QuantEncoderLayerMixin,
@@ -77,6 +84,7 @@ class VisionTransformer(Backbone):
     }
     attention = {'mmpretrain.models.utils.attention.MultiheadAttention': QuantMultiheadAttentionMixin}
     edges = ('patch_embed.norm', 'drop_after_pos', 'pre_norm')
+    others = dict.fromkeys(_MASKED, converts_network(FeaturesMixin, *edges))
 
     def parts(self, block: nn.Module) -> BlockParts:
         """See :meth:`.Backbone.parts`."""
@@ -85,13 +93,19 @@ class VisionTransformer(Backbone):
         norm2 = getattr(block, mixin.ffn_norm)
         return standard_parts(block.ln1, block.attn, norm2, block.ffn, layer_scale(block.attn.gamma1))
 
+    def unsupported(self, net: nn.Module) -> Optional[str]:
+        """See :meth:`.Backbone.unsupported`."""
+        if class_named(net, _MASKED_ALWAYS):
+            return 'its forward drops patches also where no mask is given: load its weights into a VisionTransformer'
+        return None
+
     def prefix_tokens(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.prefix_tokens`."""
         return net.num_extra_tokens
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`."""
-        return [('the stream', lambda: self._stream(model, net))] if class_named(net, _VITS) else []
+        return [('the stream', lambda: self._stream(model, net))]
 
     def _stream(self, model: nn.Module, net: nn.Module) -> Stream:
         head = getattr(model, 'head', None)
