@@ -264,8 +264,7 @@ def mmpretrain_deit3():
     return dict(type='DeiT3', **_VIT)
 
 
-# nn.MultiheadAttention runs tokens first: the same products in another order of rows, which the bits may depend on.
-@backbone('ViT, DeiT', 'mmseg', exact=False, **{**_VIT_WORKS, 'rotation': 'its parts are not told'})
+@backbone('ViT, DeiT', 'mmseg', **{**_VIT_WORKS, 'rotation': 'its parts are not told'})
 def mmseg_vit():
     return dict(
         type='VisionTransformer',
