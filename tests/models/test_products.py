@@ -105,6 +105,17 @@ def test_an_adapted_module_inside_keeps_its_products():
     torch.testing.assert_close(model(X), plain(X), rtol=0, atol=0)
 
 
+def test_what_hooks_of_layers_multiply_is_not_attentions():
+    """Also products of batches, in a hook that is older than the mode."""
+    plain, model = models('operator')
+    grams = []
+    model[0].qkv.register_forward_pre_hook(lambda layer, inputs: grams.append(inputs[0].transpose(1, 2) @ inputs[0]))
+    model[0].qkv.register_forward_hook(lambda layer, inputs, out: grams.append(out.transpose(1, 2) @ out))
+    assert float((model(X) - plain(X)).norm() / plain(X).norm()) < 0.05
+    torch.testing.assert_close(grams[0], X.transpose(1, 2) @ X, rtol=0, atol=0)
+    assert len(grams) == 2
+
+
 def test_gradients_and_checkpointing_agree():
     _, model = models('operator')
     x, again = X.clone().requires_grad_(), X.clone().requires_grad_()
