@@ -122,6 +122,12 @@ def _built(scope: str, config: Callable[[], Dict], inside: Callable[[Dict], Dict
     return model
 
 
+def row_named(name: str, **options: Any) -> Row:
+    """The row of a function by its name, with other options in its config."""
+    row = next(row for row in ROWS if row.id == name)
+    return row._replace(config=lambda: {**row.config(), **options}) if options else row
+
+
 def images_of(row: Row, batch: int = 2, seed: int = 1) -> torch.Tensor:
     """Noise that a row takes, (batch, 3, height, width)."""
     return torch.randn(batch, 3, *row.size, generator=torch.Generator().manual_seed(seed))
@@ -467,7 +473,7 @@ _TWINS = dict(
     sr_ratios=[2, 1],
 )
 _PYRAMID_WORKS = dict(
-    size=(32, 48), folding=4, rotation='it begins behind the LayerNorm', similarity=2, export=True, dynamic=_NOT_DYNAMIC
+    size=(32, 48), folding=4, rotation='it begins behind the LayerNorm', similarity=2, export=True, dynamic=True
 )
 _TWINS_WORKS = dict(_PYRAMID_WORKS, size=(40, 48), folding=6, similarity=3)
 
@@ -508,9 +514,9 @@ def mmseg_twins_pcpvt():
     return dict(type='PCPVT', out_indices=(0, 1), qkv_bias=True, **_TWINS)
 
 
-@backbone('Twins SVT', 'mmseg', inside=segmentor(16, 32), **_TWINS_WORKS)
+@backbone('Twins SVT', 'mmseg', inside=segmentor(16, 32), **{**_TWINS_WORKS, 'dynamic': _NOT_DYNAMIC})
 def mmseg_twins_svt():
-    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], **_TWINS)
+    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], qkv_bias=True, **_TWINS)
 
 
 # Without a reduced map queries have a layer of their own, and the norm before it two readers.
@@ -519,7 +525,7 @@ def mmpretrain_twins_pcpvt():
     return dict(type='PCPVT', arch=_TWINS, out_indices=(1,), norm_after_stage=[False, True], qkv_bias=True)
 
 
-@backbone('Twins SVT', 'mmpretrain', inside=classifier(32), **_TWINS_WORKS)
+@backbone('Twins SVT', 'mmpretrain', inside=classifier(32), **{**_TWINS_WORKS, 'dynamic': _NOT_DYNAMIC})
 def mmpretrain_twins_svt():
     return dict(type='SVT', arch=dict(_TWINS, window_sizes=[7, 7]), out_indices=(1,), qkv_bias=True)
 
@@ -533,7 +539,7 @@ _CONVNEXT_WORKS = dict(
     rotation='depthwise convolutions read its channels one by one',
     similarity='patch similarity cannot be measured',
     export=True,
-    dynamic=_NOT_DYNAMIC,
+    dynamic=True,
 )
 
 
@@ -552,12 +558,18 @@ def mmpretrain_convnext_v2():
     return dict(_CONVNEXT, layer_scale_init_value=0.0, use_grn=True)
 
 
-@backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
+@backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7, 'dynamic': _NOT_DYNAMIC})
 def timm_convnext():
     return dict(_TIMM_CONVNEXT, model_name='convnext_tiny', ls_init_value=2.0)
 
 
-@backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
+@backbone('ConvNeXt', 'timm', 'features_only=True', **{**_CONVNEXT_WORKS, 'folding': 7})
+def timm_convnext_features():
+    more = dict(features_only=True, out_indices=(1, 3), depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    return dict(type='TIMMBackbone', model_name='convnext_tiny', ls_init_value=2.0, **more)
+
+
+@backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7, 'dynamic': _NOT_DYNAMIC})
 def timm_convnext_v2():
     return dict(_TIMM_CONVNEXT, model_name='convnextv2_tiny')
 
@@ -861,3 +873,105 @@ def mmpretrain_mae():
 def mmpretrain_dinov2():
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
     return dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8, layer_scale_init_value=0.5)
+
+
+# ---------------------------------------------------------------------- Unusual attention
+_DEPTHWISE = 'depthwise convolutions read'
+
+
+# Each block of cross-covariance attention folds two norms; its third is read by a depthwise convolution.
+@backbone(
+    'XCiT', 'mmpretrain', size=(64, 48), folding=4, rotation=_DEPTHWISE, similarity=2, export=True, dynamic=_NOT_DYNAMIC
+)
+def mmpretrain_xcit():
+    sizes = dict(patch_size=16, embed_dims=32, depth=2, cls_attn_layers=1, num_heads=2)
+    return dict(type='XCiT', layer_scale_init_value=0.5, tokens_norm=True, drop_path_rate=0.1, **sizes)
+
+
+@backbone(
+    'XCiT',
+    'mmpretrain',
+    'patches of 8 pixels',
+    folding=4,
+    rotation=_DEPTHWISE,
+    similarity=2,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_xcit_of_small_patches():
+    return dict(mmpretrain_xcit(), patch_size=8, tokens_norm=False, qkv_bias=False)
+
+
+_POOLFORMER = dict(layers=[1, 2], embed_dims=[16, 32], layer_scale_init_value=0.5)
+
+
+@backbone(
+    'PoolFormer',
+    'mmpretrain',
+    folding='is a GroupNorm and no LayerNorm',
+    rotation='a norm that is no LayerNorm',
+    similarity='patch similarity cannot be measured',
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_poolformer():
+    return dict(type='PoolFormer', arch=_POOLFORMER, out_indices=[0, 2], drop_path_rate=0.1)
+
+
+@backbone(
+    'TinyViT',
+    'mmpretrain',
+    size=(64, 64),
+    folding=6,
+    rotation=_DEPTHWISE,
+    similarity=3,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_tinyvit():
+    arch = dict(channels=[16, 16, 32, 32], num_heads=[1, 1, 2, 2], depths=[1, 1, 1, 1])
+    return dict(type='TinyViT', arch=arch, img_size=(64, 64), window_size=[3, 3, 4, 2], drop_path_rate=0.1)
+
+
+_LEVIT_WORKS = dict(
+    size=(64, 64),
+    folding='whose readers are not told',
+    rotation='batch normalizations stand behind the layers',
+    similarity=3,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+
+
+def _small_levit(**more):
+    """The library takes no arch of its own: it asks a dict for other keys than it reads."""
+    from mmpretrain.models import LeViT
+
+    arch = dict(embed_dims=[16, 32], num_heads=[1, 2], depths=[1, 1], key_dims=[16, 16])
+    return dict(type=type('SmallLeViT', (LeViT,), dict(arch_zoo=dict(small=arch))), arch='small', img_size=64, **more)
+
+
+@backbone('LeViT', 'mmpretrain', **_LEVIT_WORKS)
+def mmpretrain_levit():
+    return _small_levit(drop_path_rate=0.1)
+
+
+@backbone('LeViT', 'mmpretrain', 'deploy=True', **_LEVIT_WORKS)
+def mmpretrain_levit_deployed():
+    return _small_levit(deploy=True, out_indices=(0, 1))
+
+
+# Its LayerScale would be nearly nothing, whatever the config says.
+@backbone(
+    'EfficientFormer',
+    'mmpretrain',
+    size=(28, 28),
+    folding=2,
+    rotation='a pooling',
+    similarity=1,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_efficientformer():
+    arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
+    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)
