@@ -611,11 +611,11 @@ def mmpretrain_conformer_without_class_token():
 
 
 _MVIT = dict(embed_dims=16, num_layers=3, num_heads=1, downscale_indices=[1])
-
+# Relative positions: sums over the channels of queries and embeddings.
 _MVIT_WORKS = dict(size=(64, 48), rotation='pooled to its greatest values', similarity=3, **_SHAPED)
 
 
-@backbone('MViT v2', 'mmpretrain', folding=5, **_MVIT_WORKS)
+@backbone('MViT v2', 'mmpretrain', folding=5, floats=('einsum with a parameter',), **_MVIT_WORKS)
 def mmpretrain_mvit():
     return dict(type='MViT', arch=_MVIT, img_size=64, out_scales=[0, 1], drop_path_rate=0.1)
 
@@ -652,108 +652,6 @@ def mmpretrain_riformer():
 @backbone('RIFormer', 'mmpretrain', 'deployed', **_NO_ATTENTION)
 def mmpretrain_riformer_of_deployment():
     return dict(mmpretrain_riformer(), deploy=True)
-
-
-# ---------------------------------------------------------------------- Unusual attention
-_DEPTHWISE = 'depthwise convolutions read'
-
-
-# Each block of cross-covariance attention folds two norms; its third is read by a depthwise convolution.
-@backbone(
-    'XCiT', 'mmpretrain', size=(64, 48), folding=4, rotation=_DEPTHWISE, similarity=2, export=True, dynamic=_NOT_DYNAMIC
-)
-def mmpretrain_xcit():
-    sizes = dict(patch_size=16, embed_dims=32, depth=2, cls_attn_layers=1, num_heads=2)
-    return dict(type='XCiT', layer_scale_init_value=0.5, tokens_norm=True, drop_path_rate=0.1, **sizes)
-
-
-@backbone(
-    'XCiT',
-    'mmpretrain',
-    'patches of 8 pixels',
-    folding=4,
-    rotation=_DEPTHWISE,
-    similarity=2,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_xcit_of_small_patches():
-    return dict(mmpretrain_xcit(), patch_size=8, tokens_norm=False, qkv_bias=False)
-
-
-_POOLFORMER = dict(layers=[1, 2], embed_dims=[16, 32], layer_scale_init_value=0.5)
-
-
-@backbone(
-    'PoolFormer',
-    'mmpretrain',
-    folding='is a GroupNorm and no LayerNorm',
-    rotation='a norm that is no LayerNorm',
-    similarity='patch similarity cannot be measured',
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_poolformer():
-    return dict(type='PoolFormer', arch=_POOLFORMER, out_indices=[0, 2], drop_path_rate=0.1)
-
-
-@backbone(
-    'TinyViT',
-    'mmpretrain',
-    size=(64, 64),
-    folding=6,
-    rotation=_DEPTHWISE,
-    similarity=3,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_tinyvit():
-    arch = dict(channels=[16, 16, 32, 32], num_heads=[1, 1, 2, 2], depths=[1, 1, 1, 1])
-    return dict(type='TinyViT', arch=arch, img_size=(64, 64), window_size=[3, 3, 4, 2], drop_path_rate=0.1)
-
-
-_LEVIT_WORKS = dict(
-    size=(64, 64),
-    folding='whose readers are not told',
-    rotation='batch normalizations stand behind the layers',
-    similarity=3,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-
-
-def _small_levit(**more):
-    """The library takes no arch of its own: it asks a dict for other keys than it reads."""
-    from mmpretrain.models import LeViT
-
-    arch = dict(embed_dims=[16, 32], num_heads=[1, 2], depths=[1, 1], key_dims=[16, 16])
-    return dict(type=type('SmallLeViT', (LeViT,), dict(arch_zoo=dict(small=arch))), arch='small', img_size=64, **more)
-
-
-@backbone('LeViT', 'mmpretrain', **_LEVIT_WORKS)
-def mmpretrain_levit():
-    return _small_levit(drop_path_rate=0.1)
-
-
-@backbone('LeViT', 'mmpretrain', 'deploy=True', **_LEVIT_WORKS)
-def mmpretrain_levit_deployed():
-    return _small_levit(deploy=True, out_indices=(0, 1))
-
-
-# Its LayerScale would be nearly nothing, whatever the config says.
-@backbone(
-    'EfficientFormer',
-    'mmpretrain',
-    size=(28, 28),
-    folding=2,
-    rotation='a pooling',
-    similarity=1,
-    export=True,
-    dynamic=_NOT_DYNAMIC,
-)
-def mmpretrain_efficientformer():
-    arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
-    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)
 
 
 # ---------------------------------------------------------------------- BEiT
