@@ -57,10 +57,11 @@ demo: venv
 	"$(VENV)/bin/python" demo/run_demo.py $(ARGS)
 
 # A file stays in one process, whose fixtures its tests share. Not the files of most tests first: those of few are the ones that run for
-# minutes, and would keep one process busy at the end.
+# minutes, and would keep one process busy at the end. A process that dies ends the run, which names its test: pytest-xdist may wait for ever
+# after it has put another in its place.
 test: export OMP_NUM_THREADS := $(or $(THREADS_GIVEN),1)
 test: venv
-	"$(VENV)/bin/python" -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	"$(VENV)/bin/python" -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 # The floors that need PyTorch alone, where nothing else is installed; TORCH names any version.
 test-core: venv-core

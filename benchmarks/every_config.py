@@ -21,6 +21,7 @@ import glob
 import importlib
 import inspect
 import json
+import re
 import sys
 import time
 import warnings
@@ -240,7 +241,9 @@ def _full_runs(built: Built) -> bool:
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not isinstance(error, PsaqError):
-        return f'{type(error).__name__}: {" ".join(lines[:2])}'[:200]
+        # A path names this machine: what is left of it begins at the package.
+        text = re.sub(r'[^\s\'"]*/site-packages/', '', ' '.join(lines[:2]))
+        return f'{type(error).__name__}: {text}'[:200]
     return ' '.join(lines).partition(': use one of')[0]  # of all supported backbones: the same in all sentences
 
 

@@ -122,6 +122,12 @@ def _built(scope: str, config: Callable[[], Dict], inside: Callable[[Dict], Dict
     return model
 
 
+def row_named(name: str, **options: Any) -> Row:
+    """The row of a function by its name, with other options in its config."""
+    row = next(row for row in ROWS if row.id == name)
+    return row._replace(config=lambda: {**row.config(), **options}) if options else row
+
+
 def images_of(row: Row, batch: int = 2, seed: int = 1) -> torch.Tensor:
     """Noise that a row takes, (batch, 3, height, width)."""
     return torch.randn(batch, 3, *row.size, generator=torch.Generator().manual_seed(seed))
@@ -467,7 +473,7 @@ _TWINS = dict(
     sr_ratios=[2, 1],
 )
 _PYRAMID_WORKS = dict(
-    size=(32, 48), folding=4, rotation='it begins behind the LayerNorm', similarity=2, export=True, dynamic=_NOT_DYNAMIC
+    size=(32, 48), folding=4, rotation='it begins behind the LayerNorm', similarity=2, export=True, dynamic=True
 )
 _TWINS_WORKS = dict(_PYRAMID_WORKS, size=(40, 48), folding=6, similarity=3)
 
@@ -508,9 +514,9 @@ def mmseg_twins_pcpvt():
     return dict(type='PCPVT', out_indices=(0, 1), qkv_bias=True, **_TWINS)
 
 
-@backbone('Twins SVT', 'mmseg', inside=segmentor(16, 32), **_TWINS_WORKS)
+@backbone('Twins SVT', 'mmseg', inside=segmentor(16, 32), **{**_TWINS_WORKS, 'dynamic': _NOT_DYNAMIC})
 def mmseg_twins_svt():
-    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], **_TWINS)
+    return dict(type='SVT', out_indices=(0, 1), windiow_sizes=[7, 7], qkv_bias=True, **_TWINS)
 
 
 # Without a reduced map queries have a layer of their own, and the norm before it two readers.
@@ -519,7 +525,7 @@ def mmpretrain_twins_pcpvt():
     return dict(type='PCPVT', arch=_TWINS, out_indices=(1,), norm_after_stage=[False, True], qkv_bias=True)
 
 
-@backbone('Twins SVT', 'mmpretrain', inside=classifier(32), **_TWINS_WORKS)
+@backbone('Twins SVT', 'mmpretrain', inside=classifier(32), **{**_TWINS_WORKS, 'dynamic': _NOT_DYNAMIC})
 def mmpretrain_twins_svt():
     return dict(type='SVT', arch=dict(_TWINS, window_sizes=[7, 7]), out_indices=(1,), qkv_bias=True)
 
@@ -533,7 +539,7 @@ _CONVNEXT_WORKS = dict(
     rotation='depthwise convolutions read its channels one by one',
     similarity='patch similarity cannot be measured',
     export=True,
-    dynamic=_NOT_DYNAMIC,
+    dynamic=True,
 )
 
 
@@ -552,18 +558,100 @@ def mmpretrain_convnext_v2():
     return dict(_CONVNEXT, layer_scale_init_value=0.0, use_grn=True)
 
 
-@backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
+@backbone('ConvNeXt', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7, 'dynamic': _NOT_DYNAMIC})
 def timm_convnext():
     return dict(_TIMM_CONVNEXT, model_name='convnext_tiny', ls_init_value=2.0)
 
 
-@backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7})
+@backbone('ConvNeXt', 'timm', 'features_only=True', **{**_CONVNEXT_WORKS, 'folding': 7})
+def timm_convnext_features():
+    more = dict(features_only=True, out_indices=(1, 3), depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+    return dict(type='TIMMBackbone', model_name='convnext_tiny', ls_init_value=2.0, **more)
+
+
+@backbone('ConvNeXt V2', 'timm', **{**_CONVNEXT_WORKS, 'folding': 7, 'dynamic': _NOT_DYNAMIC})
 def timm_convnext_v2():
     return dict(_TIMM_CONVNEXT, model_name='convnextv2_tiny')
 
 
 # ---------------------------------------------------------------------- Convolutions and attention side by side
 # Rows of this family stand below.
+_MOBILEVIT = [['mobilenetv2', 16, 2, 2, 2], ['mobilevit', 24, 2, 64, 64, 2, 2]]
+_SHAPED = dict(export=True, dynamic=_NOT_DYNAMIC)
+
+
+# Two layers of each transformer, and the norm that a convolution reads. 13 x 9 positions are resized to whole patches.
+@backbone('MobileViT', 'mmpretrain', size=(104, 72), folding=5, rotation=1, similarity=2, **_SHAPED)
+def mmpretrain_mobilevit():
+    return dict(type='MobileViT', arch=_MOBILEVIT, out_indices=(1,))
+
+
+def _conformer(**more):
+    arch = dict(embed_dims=32, depths=3, num_heads=2, channel_ratio=1)
+    return dict(type='Conformer', arch=arch, base_channels=16, mlp_ratio=2.0, drop_path_rate=0.1, **more)
+
+
+@backbone('Conformer', 'mmpretrain', size=(64, 48), folding=6, rotation='adds activations', similarity=3, **_SHAPED)
+def mmpretrain_conformer():
+    return _conformer()
+
+
+@backbone(
+    'Conformer',
+    'mmpretrain',
+    'no class token, padded',
+    size=(72, 48),
+    folding=6,
+    rotation='adds activations',
+    similarity=3,
+    **_SHAPED,
+)
+def mmpretrain_conformer_without_class_token():
+    return _conformer(with_cls_token=False, out_indices=(2, 3), qkv_bias=False)
+
+
+_MVIT = dict(embed_dims=16, num_layers=3, num_heads=1, downscale_indices=[1])
+# Relative positions: sums over the channels of queries and embeddings.
+_MVIT_WORKS = dict(size=(64, 48), rotation='pooled to its greatest values', similarity=3, **_SHAPED)
+
+
+@backbone('MViT v2', 'mmpretrain', folding=5, floats=('einsum with a parameter',), **_MVIT_WORKS)
+def mmpretrain_mvit():
+    return dict(type='MViT', arch=_MVIT, img_size=64, out_scales=[0, 1], drop_path_rate=0.1)
+
+
+@backbone('MViT v2', 'mmpretrain', 'widened behind attention', folding=5, **_MVIT_WORKS)
+def mmpretrain_mvit_widened_behind_attention():
+    more = dict(dim_mul_in_attention=False, rel_pos_spatial=False, use_abs_pos_embed=True, residual_pooling=False)
+    return dict(type='MViT', arch=_MVIT, img_size=64, **more)
+
+
+# Blocks with attention have a LayerScale of nearly nothing, whatever the config says: a stage without them comes last.
+@backbone('EdgeNeXt', 'mmpretrain', **{**_CONVNEXT_WORKS, 'folding': 7, 'similarity': 1})
+def mmpretrain_edgenext():
+    arch = dict(channels=[16, 32, 32], depths=[1, 2, 1], num_heads=[1, 2, 2])
+    blocks = dict(global_blocks=[0, 1, 0], global_block_type=['None', 'SDTA', 'None'], d2_scales=[2, 3, 3])
+    more = dict(use_pos_embd_csa=[False, True, False], out_indices=(1, 2), gap_before_final_norm=False)
+    return dict(type='EdgeNeXt', arch=arch, conv_kernel_sizes=[3, 5, 7], layer_scale_init_value=0.5, **blocks, **more)
+
+
+_RIFORMER = dict(layers=[1, 2], embed_dims=[16, 32], mlp_ratios=[2, 2], layer_scale_init_value=0.5)
+_NO_ATTENTION = dict(
+    folding='is a GroupNorm and no LayerNorm',
+    rotation='norms that are no LayerNorm',
+    similarity='patch similarity cannot be measured',
+    **_SHAPED,
+)
+
+
+@backbone('RIFormer', 'mmpretrain', **_NO_ATTENTION)
+def mmpretrain_riformer():
+    return dict(type='RIFormer', arch=_RIFORMER, out_indices=(0, 2), drop_path_rate=0.1)
+
+
+@backbone('RIFormer', 'mmpretrain', 'deployed', **_NO_ATTENTION)
+def mmpretrain_riformer_of_deployment():
+    return dict(mmpretrain_riformer(), deploy=True)
 
 
 # ---------------------------------------------------------------------- BEiT
@@ -683,3 +771,105 @@ def mmpretrain_mae():
 def mmpretrain_dinov2():
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
     return dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8, layer_scale_init_value=0.5)
+
+
+# ---------------------------------------------------------------------- Unusual attention
+_DEPTHWISE = 'depthwise convolutions read'
+
+
+# Each block of cross-covariance attention folds two norms; its third is read by a depthwise convolution.
+@backbone(
+    'XCiT', 'mmpretrain', size=(64, 48), folding=4, rotation=_DEPTHWISE, similarity=2, export=True, dynamic=_NOT_DYNAMIC
+)
+def mmpretrain_xcit():
+    sizes = dict(patch_size=16, embed_dims=32, depth=2, cls_attn_layers=1, num_heads=2)
+    return dict(type='XCiT', layer_scale_init_value=0.5, tokens_norm=True, drop_path_rate=0.1, **sizes)
+
+
+@backbone(
+    'XCiT',
+    'mmpretrain',
+    'patches of 8 pixels',
+    folding=4,
+    rotation=_DEPTHWISE,
+    similarity=2,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_xcit_of_small_patches():
+    return dict(mmpretrain_xcit(), patch_size=8, tokens_norm=False, qkv_bias=False)
+
+
+_POOLFORMER = dict(layers=[1, 2], embed_dims=[16, 32], layer_scale_init_value=0.5)
+
+
+@backbone(
+    'PoolFormer',
+    'mmpretrain',
+    folding='is a GroupNorm and no LayerNorm',
+    rotation='a norm that is no LayerNorm',
+    similarity='patch similarity cannot be measured',
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_poolformer():
+    return dict(type='PoolFormer', arch=_POOLFORMER, out_indices=[0, 2], drop_path_rate=0.1)
+
+
+@backbone(
+    'TinyViT',
+    'mmpretrain',
+    size=(64, 64),
+    folding=6,
+    rotation=_DEPTHWISE,
+    similarity=3,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_tinyvit():
+    arch = dict(channels=[16, 16, 32, 32], num_heads=[1, 1, 2, 2], depths=[1, 1, 1, 1])
+    return dict(type='TinyViT', arch=arch, img_size=(64, 64), window_size=[3, 3, 4, 2], drop_path_rate=0.1)
+
+
+_LEVIT_WORKS = dict(
+    size=(64, 64),
+    folding='whose readers are not told',
+    rotation='batch normalizations stand behind the layers',
+    similarity=3,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+
+
+def _small_levit(**more):
+    """The library takes no arch of its own: it asks a dict for other keys than it reads."""
+    from mmpretrain.models import LeViT
+
+    arch = dict(embed_dims=[16, 32], num_heads=[1, 2], depths=[1, 1], key_dims=[16, 16])
+    return dict(type=type('SmallLeViT', (LeViT,), dict(arch_zoo=dict(small=arch))), arch='small', img_size=64, **more)
+
+
+@backbone('LeViT', 'mmpretrain', **_LEVIT_WORKS)
+def mmpretrain_levit():
+    return _small_levit(drop_path_rate=0.1)
+
+
+@backbone('LeViT', 'mmpretrain', 'deploy=True', **_LEVIT_WORKS)
+def mmpretrain_levit_deployed():
+    return _small_levit(deploy=True, out_indices=(0, 1))
+
+
+# Its LayerScale would be nearly nothing, whatever the config says.
+@backbone(
+    'EfficientFormer',
+    'mmpretrain',
+    size=(28, 28),
+    folding=2,
+    rotation='a pooling',
+    similarity=1,
+    export=True,
+    dynamic=_NOT_DYNAMIC,
+)
+def mmpretrain_efficientformer():
+    arch = dict(layers=[1, 1, 1, 2], embed_dims=[16, 16, 16, 16], downsamples=[False] * 4, vit_num=1)
+    return dict(type='EfficientFormer', arch=arch, out_indices=[0, 3], drop_path_rate=0.1, use_layer_scale=False)

@@ -2,7 +2,7 @@
 """``python -m psaq_mm.commands.inspect CONFIG``: what would be quantized, at which bits, and what stays float, without
 running.
 
-Behind the table of layers stands what one pass on noise computes in floating point all the same, and what works with
+Behind the table of layers stands what the model computes in floating point all the same, and what works with
 this backbone beyond quantization.
 """
 
@@ -58,13 +58,11 @@ def _float_operations(model, sizes: Sequence[Tuple[int, int]]) -> List[str]:
         try:
             rows = uncovered(model, size)
         except Exception as error:  # of any model code: this command must not fail at it
-            failure = (
-                f'one pass on noise of {size[0]} x {size[1]} failed, so products in floating point are not known: '
-            )
+            failure = f'a pass on noise of {size[0]} x {size[1]} failed, so products in floating point are not known: '
             failure += f'{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}'
             continue
         if not rows:
-            return ['one pass on noise: every product of two activations inside the scope is one of the rows above']
+            return ['on noise: every product of two activations inside the scope is one of the rows above']
         groups: Dict[Tuple[str, str, str], List[str]] = {}
         for row in rows:
             groups.setdefault((re.sub(r'\d+', '*', row.module), row.kind, row.operation), []).append(row.module)
@@ -72,7 +70,7 @@ def _float_operations(model, sizes: Sequence[Tuple[int, int]]) -> List[str]:
             f'  {operation}: {names[0]}{f" and {len(names) - 1} more" if len(names) > 1 else ""} ({kind})'
             for (_, kind, operation), names in groups.items()
         ]
-        return ['one pass on noise: in floating point inside the scope, in no row above', *lines]
+        return ['on noise: in floating point inside the scope, in no row above', *lines]
     return [failure]
 
 

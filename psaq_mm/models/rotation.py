@@ -79,8 +79,9 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
     with _undone_on_error(model):
         for _, attention in find_attention(backbone):
             parts, (scores, values) = attention_parts(attention), description.rotates_heads(attention)
-            rotate_heads_(parts, generator, scores=scores, values=values)
-            heads += parts.heads if scores or values else 0
+            if scores or values:
+                rotate_heads_(parts, generator, scores=scores, values=values)
+                heads += parts.heads
         for name, stream in streams:
             rotation = random_rotation(stream.channels, generator, keep_mean=True)
             _fold_scales(stream)

@@ -180,6 +180,14 @@ def test_a_language_model_that_is_not_here_is_named():
             build_model(dict(model=model, default_scope='mmdet'))
 
 
+def test_checkpointing_that_fairscale_does_is_left_out_without_it(plain):
+    plain('grounding_dino')  # registers its language model
+    config = config_of('grounding_dino').model
+    config.encoder.num_cp = 2
+    model = build_model(dict(model=config, default_scope='mmdet'))
+    assert model.encoder.num_cp in (0, 2) and config.encoder.num_cp == 2
+
+
 def test_what_no_graph_can_hold_is_named(plain):
     for name, prefixes, outside in (
         ('dino', ('backbone', 'neck'), {'encoder', 'decoder', 'bbox_head', 'memory_trans_fc'}),

@@ -1,17 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """What all adapters of self-attention and of transformer blocks share."""
 
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, Optional, Tuple
 
-import torch
 import torch.utils.checkpoint as cp
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.quantization import AdapterSpec, adopt, attention_products
 
-__all__ = ['CheckpointedBlockMixin', 'QuantProductsMixin', 'adopt_attention', 'attend', 'attend_heads']
+__all__ = ['CheckpointedBlockMixin', 'adopt_attention', 'attend', 'attend_heads']
 
 
 def attend(
@@ -81,55 +78,6 @@ def adopt_attention(module: nn.Module, mixin: type, name: str, spec: AdapterSpec
         for part, matmul in zip((scores, product), pair):
             setattr(module, f'matmul_{part}', matmul)
     return module
-
-
-_PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
-
-
-class _Products(TorchFunctionMode):
-    """Inside it, products of two activations are computed by ``matmuls``, in the order of the calls."""
-
-    def __init__(self, matmuls: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.matmuls, self.calls = matmuls, 0
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        # A product of two plain matrices is not attention's: rounding gathers Gram matrices in hooks of its layers.
-        if func not in _PRODUCTS or args[0].dim() < 3 or args[1].dim() < 3:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        if self.calls > len(self.matmuls):
-            return func(*args, **(kwargs or {}))
-        return self.matmuls[self.calls - 1](*args, **(kwargs or {}))  # outside of the mode, as this method is
-
-
-class QuantProductsMixin:
-    """Attention whose forward stays the library's: the products of two activations in it are :class:`QuantMatMul`.
-
-    So attention with an unusual forward needs no copy of it. Products are ``@``, ``torch.matmul`` and ``torch.bmm`` of
-    tensors of three or more dimensions.
-
-    Attributes:
-        product_names: Of the products, in the order of the calls: the scores first, then those with attention weights
-            on their left. ``matmul_`` and the name are children of the module.
-    """
-
-    product_names: Tuple[str, ...] = ('qk', 'av')
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the library's.
-
-        Raises:
-            UnsupportedModelError: It has another number of products: some would stay in floating point silently.
-        """
-        with _Products([getattr(self, f'matmul_{name}') for name in self.product_names]) as products:
-            out = super().forward(*args, **kwargs)
-        if products.calls != len(self.product_names):
-            raise UnsupportedModelError(
-                f'{type(self).__name__} computes {products.calls} products of activations, and {self.product_names} '
-                'are known: use the version of the library that it was written for'
-            )
-        return out
 
 
 class CheckpointedBlockMixin:

@@ -58,6 +58,10 @@ class _ConvNeXt(Backbone):
         convolutions = (part for part in net.modules() if isinstance(part, nn.Conv2d) and part.groups == 1)
         return math.prod(max(part.stride) for part in convolutions)
 
+    def dynamic_size(self, net: nn.Module) -> bool:
+        """See :meth:`.Backbone.dynamic_size`; the head that a timm network holds takes one size."""
+        return not hasattr(net, 'forward_head')
+
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`."""
         reason = 'depthwise convolutions read its channels one by one'

@@ -10,10 +10,11 @@ from typing import Any, Tuple
 
 from torch import Tensor, nn
 
-from psaq_mm.models.adapters.attention import CheckpointedBlockMixin, QuantProductsMixin
+from psaq_mm.models.adapters.attention import CheckpointedBlockMixin
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, standard_parts
 from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.products import QuantProductsMixin
 from psaq_mm.models.adapters.streams import NamedStreams, need
 from psaq_mm.models.adapters.swin import convert_shift, smallest_side
 from psaq_mm.models.adapters.windows import WindowAttentionMixin, add_scores_edge

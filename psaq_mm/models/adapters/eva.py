@@ -10,9 +10,9 @@ from typing import Optional, Tuple
 
 from torch import nn
 
-from psaq_mm.models.adapters.attention import QuantProductsMixin
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, Feed, is_identity, standard_parts
+from psaq_mm.models.adapters.products import QuantProductsMixin
 from psaq_mm.models.adapters.streams import NamedStreams, Stream, need, stream
 from psaq_mm.models.adapters.timm_vit import strict_size
 from psaq_mm.quantization import AdapterSpec, AttentionParts, Projection, StreamReader

@@ -7,6 +7,7 @@ of convolutions: 1 x 1, a depthwise 3 x 3 in MiT and in PVT v2, 1 x 1 (SegFormer
 arXiv 2106.13797, section 3.3).
 """
 
+import math
 from typing import Iterable, Tuple
 
 from torch import Tensor, nn
@@ -60,6 +61,13 @@ def smallest_side(stages: Iterable[Tuple[int, int]]) -> int:
     return max(sides)
 
 
+def divides_graphs(strides: Iterable[int]) -> bool:
+    """Whether the embeddings of all stages cut a picture whose sides are multiples of 32 pixels, as a graph of every
+    size takes them, without a rest.
+    """
+    return 32 % math.prod(strides) == 0
+
+
 class _Pyramid(Backbone):
     """What the three have in common: stages of (embedding, blocks, norm)."""
 
@@ -83,6 +91,10 @@ class _Pyramid(Backbone):
     def min_side(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.min_side`."""
         return smallest_side(zip(net.strides, net.sr_ratios))
+
+    def dynamic_size(self, net: nn.Module) -> bool:
+        """See :meth:`.Backbone.dynamic_size`."""
+        return divides_graphs(net.strides)
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`: each stage begins behind a LayerNorm."""

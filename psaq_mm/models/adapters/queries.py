@@ -6,9 +6,10 @@ Products and sampling that stay in floating point there are named.
 
 from torch import nn
 
-from psaq_mm.models.adapters.attention import QuantProductsMixin, adopt_attention
+from psaq_mm.models.adapters.attention import adopt_attention
 from psaq_mm.models.adapters.match import adapt, class_named
 from psaq_mm.models.adapters.packed_attention import QuantPackedAttentionMixin, adopt_packed
+from psaq_mm.models.adapters.products import QuantProductsMixin
 from psaq_mm.quantization import AdapterSpec, ConvertFn, computes_in_float, register_adapter
 
 __all__ = ['QuantConditionalAttentionMixin', 'QuantFusionAttentionMixin', 'QuantHeadAttentionMixin']

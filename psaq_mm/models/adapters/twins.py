@@ -6,7 +6,7 @@ arXiv 2104.13840, section 3). The two libraries share the attention inside of wi
 mmseg, and has layers ``q`` and ``kv`` in mmpretrain.
 """
 
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, List, Mapping, Optional, Tuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +22,12 @@ from psaq_mm.models.adapters.blocks import (
     quantize_outputs,
     standard_parts,
 )
-from psaq_mm.models.adapters.pyramid import adopt_reduced_attention, reduced_attention_parts, smallest_side
+from psaq_mm.models.adapters.pyramid import (
+    adopt_reduced_attention,
+    divides_graphs,
+    reduced_attention_parts,
+    smallest_side,
+)
 from psaq_mm.models.adapters.streams import BEHIND_A_NORM, NamedStreams, need
 from psaq_mm.models.adapters.windows import fill_padding, valid_query_rows
 from psaq_mm.quantization import AdapterSpec, AttentionParts, Projection, apply_edge, apply_layer, padded, row_mask_of
@@ -152,13 +157,22 @@ class _Twins(Backbone):
     def min_side(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.min_side`: windows are padded, so that the reduced maps alone count."""
         ratios = [max(getattr(block.attn, 'sr_ratio', 1) for block in blocks) for blocks in getattr(net, self.stages)]
-        strides = [max(embedding.projection.stride) for embedding in net.patch_embeds]
-        return smallest_side(zip(strides, ratios))
+        return smallest_side(zip(_strides(net), ratios))
+
+    def dynamic_size(self, net: nn.Module) -> bool:
+        """See :meth:`.Backbone.dynamic_size`: how windows are padded is fixed in a graph."""
+        return divides_graphs(_strides(net)) and all(
+            hasattr(block.attn, 'sr_ratio') for _, block in self.block_list(net)
+        )
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`: each stage begins behind a LayerNorm."""
         count = len(getattr(net, self.stages))
         return [(f'the stream of stage {i + 1}', lambda: need(False, BEHIND_A_NORM)) for i in range(count)]
+
+
+def _strides(net: nn.Module) -> List[int]:
+    return [max(embedding.projection.stride) for embedding in net.patch_embeds]
 
 
 def _stage_edges(net: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
