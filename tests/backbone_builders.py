@@ -405,7 +405,7 @@ def _hivit(**more):
 _HIVIT_WORKS = dict(size=(64, 64), folding=20, similarity=7, export=True, dynamic=_NOT_DYNAMIC)
 
 
-@backbone('HiViT', 'mmpretrain', rotation='a LayerScale', **_HIVIT_WORKS)
+@backbone('HiViT', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
 def mmpretrain_hivit():
     return dict(type='HiViT', rpe=True, layer_scale_init_value=0.5, **_hivit())
 
