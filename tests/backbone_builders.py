@@ -720,10 +720,12 @@ def timm_beit():
 _EVA = dict(size=(32, 32), export=True, dynamic=_NOT_DYNAMIC, similarity=2)
 
 
-@backbone('EVA-02', 'mmpretrain', folding=6, rotation='its parts are not told', **_EVA)
+@backbone('EVA-02', 'mmpretrain', folding=6, rotation=1, inside=_with_linear_head, **_EVA)
 def mmpretrain_eva02():
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=128)
-    return dict(type='ViTEVA02', arch=arch, img_size=32, patch_size=8, sub_ln=True)
+    return dict(
+        type='ViTEVA02', arch=arch, img_size=32, patch_size=8, sub_ln=True, out_type='avg_featmap', final_norm=False
+    )
 
 
 @backbone('EVA-02', 'timm', exact=False, folding=4, rotation=1, **_EVA)  # the bias is added behind the product
@@ -770,6 +772,87 @@ def mmpretrain_mae():
 def mmpretrain_dinov2():
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64)
     return dict(type='VisionTransformer', arch=arch, img_size=32, patch_size=8, layer_scale_init_value=0.5)
+
+
+# ---------------------------------------------------------------------- Further relatives of ViT
+_RELATIVE = dict(folding=4, similarity=2, export=True, dynamic=_NOT_DYNAMIC)
+
+
+@backbone(
+    'ViT, CLIP',
+    'mmpretrain',
+    'pre_norm, maps without a class token',
+    rotation='read by more than',
+    inside=classifier(32),
+    **_RELATIVE,
+)
+def mmpretrain_clip():
+    return dict(type='VisionTransformer', pre_norm=True, with_cls_token=False, out_type='featmap', **_VIT)
+
+
+@backbone('ViT', 'mmpretrain', 'mean of the tokens', rotation=1, inside=_with_linear_head, **_RELATIVE)
+def mmpretrain_vit_of_mean():
+    return dict(type='VisionTransformer', out_type='avg_featmap', final_norm=False, **_VIT)
+
+
+@backbone(
+    'ViT, DINOv2 giant',
+    'mmpretrain',
+    'gated feed-forward network',
+    rotation=1,
+    inside=classifier(32, 'VisionTransformerClsHead'),
+    **_RELATIVE,
+)
+def mmpretrain_dinov2_giant():
+    gate = dict(layer_scale_init_value=0.5, layer_cfgs=dict(ffn_type='swiglu_fused'))
+    return dict(type='VisionTransformer', **gate, **_VIT)
+
+
+@backbone('ViT, DINOv2', 'timm', 'register tokens', rotation=1, **_RELATIVE)
+def timm_dinov2_with_registers():
+    more = dict(model_name='vit_small_patch14_reg4_dinov2', init_values=0.5)
+    return dict(type='TimmClassifier', **more, **_TIMM_VIT)
+
+
+@backbone('ViT, CLIP', 'timm', 'norm_pre', rotation='a LayerNorm before the first block', **_RELATIVE)
+def timm_clip():
+    return dict(type='TimmClassifier', model_name='vit_base_patch32_clip_224', **_TIMM_VIT)
+
+
+# The two attentions that make the tokens fold too. Its heads are 32 wide, their root no power of two.
+@backbone(
+    'T2T-ViT',
+    'mmpretrain',
+    rotation=1,
+    inside=classifier(32, 'VisionTransformerClsHead'),
+    **dict(_RELATIVE, folding=8),
+)
+def mmpretrain_t2t_vit():
+    return dict(
+        type='T2T_ViT',
+        img_size=32,
+        embed_dims=32,
+        num_layers=2,
+        t2t_cfg=dict(token_dims=16),
+        layer_cfgs=dict(num_heads=2, feedforward_channels=64),
+    )
+
+
+# Two blocks in each of two layers, and the projection of the first tokens. Similarity is that of patches, not pixels.
+@backbone('TNT', 'mmpretrain', exact=False, rotation='it begins behind the LayerNorm', **dict(_RELATIVE, folding=9))
+def mmpretrain_tnt():
+    arch = dict(embed_dims_outer=32, embed_dims_inner=16, num_layers=2, num_heads_outer=2, num_heads_inner=1)
+    return dict(type='TNT', arch=arch, img_size=32, patch_size=8, first_stride=4, ffn_ratio=2)
+
+
+def _with_head_of_both_streams(config):
+    head = dict(type='LinearClsHead', in_channels=64, num_classes=5)
+    return dict(type='ImageClassifier', backbone=config, head=head)
+
+
+@backbone('Reversible ViT', 'mmpretrain', rotation=1, inside=_with_head_of_both_streams, **_RELATIVE)
+def mmpretrain_reversible_vit():
+    return dict(type='RevVisionTransformer', **_VIT)
 
 
 # ---------------------------------------------------------------------- Unusual attention

@@ -76,7 +76,7 @@ def rotate_model_(model: nn.Module, size: Tuple[int, int], seed: int = 0) -> Rot
     outputs = _outputs(model, seen, size)
     generator = torch.Generator().manual_seed(seed)
     done = []
-    with _undone_on_error(model):
+    with _undone_on_error(model, streams):
         for _, attention in find_attention(backbone):
             parts, (scores, values) = attention_parts(attention), description.rotates_heads(attention)
             if scores or values:
@@ -135,9 +135,10 @@ def _fold_scales(stream: Stream) -> None:
 
 
 @contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Parameters get their old values back if the block raises an error."""
-    before = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+def _undone_on_error(model: nn.Module, streams: List[Tuple[str, Stream]]) -> Iterator[None]:
+    """Parameters and tokens get their old values back if the block raises an error. Positions may be a buffer."""
+    tokens = (token for _, stream in streams for token in stream.tokens)
+    before = [(parameter, parameter.detach().clone()) for parameter in {*model.parameters(), *tokens}]
     try:
         yield
     except BaseException:

@@ -16,6 +16,7 @@ from psaq_mm.models.adapters import (
     eva,  # noqa: F401
     hivit,  # noqa: F401
     levit,  # noqa: F401
+    lora,  # noqa: F401
     mixmim,  # noqa: F401
     mmseg_vit,  # noqa: F401
     mobilevit,  # noqa: F401
@@ -23,13 +24,16 @@ from psaq_mm.models.adapters import (
     poolformer,  # noqa: F401
     pyramid,  # noqa: F401
     queries,  # noqa: F401
+    revvit,  # noqa: F401
     riformer,  # noqa: F401
     swin,  # noqa: F401
     swin_v2,  # noqa: F401
+    t2t_vit,  # noqa: F401
     timm_swin,  # noqa: F401
     timm_swin_v2,  # noqa: F401
     timm_vit,  # noqa: F401
     tinyvit,  # noqa: F401
+    tnt,  # noqa: F401
     twins,  # noqa: F401
     vit,  # noqa: F401
     vit_sam,  # noqa: F401

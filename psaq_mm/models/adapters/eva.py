@@ -15,6 +15,7 @@ from psaq_mm.models.adapters.blocks import BlockParts, Feed, is_identity, standa
 from psaq_mm.models.adapters.products import QuantProductsMixin
 from psaq_mm.models.adapters.streams import NamedStreams, Stream, need, stream
 from psaq_mm.models.adapters.timm_vit import strict_size
+from psaq_mm.models.adapters.vit import tokens_reader
 from psaq_mm.quantization import AdapterSpec, AttentionParts, Projection, StreamReader
 
 __all__ = ['EVA02', 'QuantTimmEvaAttentionMixin', 'TimmEva']
@@ -46,6 +47,16 @@ class EVA02(_RotaryBackbone):
     def prefix_tokens(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.prefix_tokens`."""
         return net.num_extra_tokens
+
+    def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
+        """See :meth:`.Backbone.streams`."""
+        return [('the stream', lambda: self._stream(model, net))]
+
+    def _stream(self, model: nn.Module, net: nn.Module) -> Stream:
+        last = tokens_reader(model, net)
+        need(is_identity(net.pre_norm, net.patch_embed.norm), 'a LayerNorm before the first block')
+        first, tokens = net.patch_embed.projection, [net.cls_token, net.pos_embed]
+        return stream(first, map(self.parts, net.layers), [last], tokens)
 
 
 class QuantTimmEvaAttentionMixin(QuantProductsMixin):

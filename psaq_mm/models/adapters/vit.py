@@ -6,7 +6,7 @@ library's own unfused fallback to the last bit where the square root of a head's
 zoo model).
 """
 
-from typing import Optional
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,12 +14,19 @@ from torch import Tensor, nn
 from psaq_mm.models.adapters.attention import attend
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone
 from psaq_mm.models.adapters.blocks import BlockParts, is_identity, layer_scale, standard_parts
-from psaq_mm.models.adapters.match import class_named
+from psaq_mm.models.adapters.match import class_named, qualified_name
 from psaq_mm.models.adapters.pretraining import FeaturesMixin, converts_network
-from psaq_mm.models.adapters.streams import NamedStreams, Stream, need, stream
+from psaq_mm.models.adapters.streams import LINEAR_HEADS, NamedStreams, Stream, need, stream
 from psaq_mm.quantization import StreamReader, apply_edge
 
-__all__ = ['QuantMultiheadAttentionMixin', 'QuantEncoderLayerMixin', 'QuantDeiT3EncoderLayerMixin', 'VisionTransformer']
+__all__ = [
+    'CLASS_TOKEN_HEADS',
+    'QuantDeiT3EncoderLayerMixin',
+    'QuantEncoderLayerMixin',
+    'QuantMultiheadAttentionMixin',
+    'VisionTransformer',
+    'tokens_reader',
+]
 
 _VITS = tuple(
     f'mmpretrain.models.backbones.{name}'
@@ -29,8 +36,8 @@ _DEIT3 = 'mmpretrain.models.backbones.deit3.DeiT3'
 _MASKED = tuple(
     f'mmpretrain.models.selfsup.{name}' for name in ('mae.MAEViT', 'milan.MILANViT', 'maskfeat.MaskFeatViT')
 )
-_MASKED_ALWAYS = ('mmpretrain.models.selfsup.mff.MFFViT',)
-_HEADS = tuple(
+_MFF = 'mmpretrain.models.selfsup.mff.MFFViT'
+CLASS_TOKEN_HEADS = tuple(
     f'mmpretrain.models.heads.{name}'
     for name in ('vision_transformer_head.VisionTransformerClsHead', 'deit_head.DeiTClsHead')
 )
@@ -72,11 +79,19 @@ class QuantDeiT3EncoderLayerMixin(QuantEncoderLayerMixin):
     ffn_norm = 'ln1'
 
 
+class _MFFFeaturesMixin(FeaturesMixin):
+    """MFF's backbone drops patches without a mask as well: its features are those of the VisionTransformer below."""
+
+    def forward(self, x: Tensor, mask: Any = None) -> Any:
+        """As :meth:`.FeaturesMixin.forward`."""
+        return next(base for base in type(self).__mro__ if qualified_name(base) == _VITS[0]).forward(self, x)
+
+
 @register_backbone
 class VisionTransformer(Backbone):
     """VisionTransformer, DistilledVisionTransformer and DeiT3 of mmpretrain, and the backbones of its pre-training."""
 
-    names = (*_VITS, _DEIT3, *_MASKED, *_MASKED_ALWAYS)
+    names = (*_VITS, _DEIT3, *_MASKED, _MFF)
     block_path = r'layers\.\d+'
     blocks = {
         'mmpretrain.models.backbones.vision_transformer.TransformerEncoderLayer': QuantEncoderLayerMixin,
@@ -84,7 +99,10 @@ class VisionTransformer(Backbone):
     }
     attention = {'mmpretrain.models.utils.attention.MultiheadAttention': QuantMultiheadAttentionMixin}
     edges = ('patch_embed.norm', 'drop_after_pos', 'pre_norm')
-    others = dict.fromkeys(_MASKED, converts_network(FeaturesMixin, *edges))
+    others = {
+        **dict.fromkeys(_MASKED, converts_network(FeaturesMixin, *edges)),
+        _MFF: converts_network(_MFFFeaturesMixin, *edges),
+    }
 
     def parts(self, block: nn.Module) -> BlockParts:
         """See :meth:`.Backbone.parts`."""
@@ -92,12 +110,6 @@ class VisionTransformer(Backbone):
         mixin = block if isinstance(block, QuantEncoderLayerMixin) else self.blocks[class_named(block, self.blocks)]
         norm2 = getattr(block, mixin.ffn_norm)
         return standard_parts(block.ln1, block.attn, norm2, block.ffn, layer_scale(block.attn.gamma1))
-
-    def unsupported(self, net: nn.Module) -> Optional[str]:
-        """See :meth:`.Backbone.unsupported`."""
-        if class_named(net, _MASKED_ALWAYS):
-            return 'its forward drops patches also where no mask is given: load its weights into a VisionTransformer'
-        return None
 
     def prefix_tokens(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.prefix_tokens`."""
@@ -108,19 +120,33 @@ class VisionTransformer(Backbone):
         return [('the stream', lambda: self._stream(model, net))]
 
     def _stream(self, model: nn.Module, net: nn.Module) -> Stream:
-        head = getattr(model, 'head', None)
-        need(
-            class_named(head, _HEADS)
-            and getattr(model, 'neck', None) is None
-            and net.out_type == 'cls_token'
-            and net.final_norm
-            and list(net.out_indices) == [len(net.layers) - 1],
-            'its tokens are read by more than a known head of class tokens',
-        )
+        last = tokens_reader(model, net)
         need(is_identity(getattr(net, 'pre_norm', None), net.patch_embed.norm), 'a LayerNorm before the first block')
         need(not any(layer.attn.v_shortcut for layer in net.layers), 'a shortcut around the attention')
-        linears = [getattr(head.layers, name, None) for name in ('pre_logits', 'head', 'head_dist')]
-        behind = linears[:1] if linears[0] is not None else [layer for layer in linears if layer is not None]
         tokens = [getattr(net, name, None) for name in ('pos_embed', 'cls_token', 'dist_token')]
-        last = StreamReader(net.ln1, tuple(behind))
         return stream(net.patch_embed.projection, map(self.parts, net.layers), [last], tokens)
+
+
+def tokens_reader(model: nn.Module, net: nn.Module) -> StreamReader:
+    """The norm behind the blocks of a Vision Transformer of mmpretrain, and the layers of the head that read it.
+
+    Args:
+        model: The classifier.
+        net: Its network, with the outputs of mmpretrain's VisionTransformer.
+
+    Raises:
+        Unrotatable: More reads the tokens, or a head that is not known here.
+    """
+    head, kind = getattr(model, 'head', None), (net.out_type, bool(net.final_norm))
+    alone = getattr(model, 'neck', None) is None and list(net.out_indices) == [len(net.layers) - 1]
+    if alone and class_named(head, LINEAR_HEADS) and kind == ('avg_featmap', False):
+        return StreamReader(net.ln2, (head.fc,))
+    if alone and class_named(head, LINEAR_HEADS) and kind == ('cls_token', True):
+        return StreamReader(net.ln1, (head.fc,))
+    need(
+        alone and class_named(head, CLASS_TOKEN_HEADS) and kind == ('cls_token', True),
+        'its tokens are read by more than a known head of class tokens or of their mean',
+    )
+    linears = [getattr(head.layers, name, None) for name in ('pre_logits', 'head', 'head_dist')]
+    behind = linears[:1] if linears[0] is not None else [layer for layer in linears if layer is not None]
+    return StreamReader(net.ln1, tuple(behind))
