@@ -45,7 +45,7 @@ from psaq_mm.tables import markdown_table  # noqa: E402
 from psaq_mm.type_names import type_name  # noqa: E402
 
 LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
-SIZE = (64, 96)
+SIZE = (64, 128)
 """Height and width of the noise where a network takes any, in pixels."""
 
 NOT_COUNTED = {

@@ -21,7 +21,7 @@ def test_a_detector_keeps_its_structure_and_loses_its_size():
     model = read('mmdet', 'mask2former_swin-l-p4-w12-384-in21k_16xb1')
     built = every_config.build_small('mmdet', copy.deepcopy(model))
     swin, head = built.model.backbone, built.model.panoptic_head
-    assert built.alone is None and built.images.shape == (1, 3, 64, 96)
+    assert built.alone is None and built.images.shape == (1, 3, 64, 128)
     assert [len(stage.blocks) for stage in swin.stages] == [2, 1, 1, 1] and swin.stages[0].blocks[
         0
     ].norm1.bias.shape == (32,)
