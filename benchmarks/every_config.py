@@ -425,7 +425,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument('--library', choices=LIBRARIES, nargs='+', default=())
     parser.add_argument('--filter', default='', help='text that is in the paths of the configs to try')
     parser.add_argument('--json', type=Path, help='where the rows are written')
-    parser.add_argument('--merge', type=Path, nargs='+', default=(), help='files of rows that are read, not tried')
+    parser.add_argument(
+        '--merge',
+        type=Path,
+        nargs='+',
+        default=(),
+        help='files of rows that are read, not tried; of a config that is in several, the last row counts',
+    )
     args = parser.parse_args(argv)
     warnings.simplefilter('ignore')
     torch.manual_seed(0)
@@ -434,6 +440,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         begun = time.perf_counter()
         rows += survey(library, args.filter)
         print(f'{library}: {time.perf_counter() - begun:.0f} s')
+    rows = list({(row['library'], row['config']): row for row in rows}.values())  # the last of each
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         lines = ',\n'.join(json.dumps(row) for row in rows)

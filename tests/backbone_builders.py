@@ -266,8 +266,7 @@ def mmpretrain_deit3():
     return dict(type='DeiT3', **_VIT)
 
 
-# nn.MultiheadAttention runs tokens first: the same products in another order of rows, which the bits may depend on.
-@backbone('ViT, DeiT', 'mmseg', exact=False, **{**_VIT_WORKS, 'rotation': 'its parts are not told'})
+@backbone('ViT, DeiT', 'mmseg', **{**_VIT_WORKS, 'rotation': 'its parts are not told'})
 def mmseg_vit():
     return dict(
         type='VisionTransformer',
@@ -408,7 +407,7 @@ def _hivit(**more):
 _HIVIT_WORKS = dict(size=(64, 64), folding=20, similarity=7, export=True, dynamic=_NOT_DYNAMIC)
 
 
-@backbone('HiViT', 'mmpretrain', rotation='a LayerScale', **_HIVIT_WORKS)
+@backbone('HiViT', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
 def mmpretrain_hivit():
     return dict(type='HiViT', rpe=True, layer_scale_init_value=0.5, **_hivit())
 

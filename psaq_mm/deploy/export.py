@@ -166,8 +166,7 @@ def check_dynamic(model: nn.Module, parts: GraphParts) -> None:
     description = backbone_of(network_of(backbone))
     if description is None or not description.dynamic_size(backbone):
         raise UnsupportedModelError(
-            f'{type(backbone).__name__} does not export with a dynamic size, which the Swin of mmdet and mmseg '
-            'does: give its sizes, --size H W'
+            f'{type(backbone).__name__} does not export with a dynamic size in this form: give its sizes, --size H W'
         )
     if spec_of(model).points == 'all':
         raise UnsupportedModelError(

@@ -159,7 +159,7 @@ def test_other_errors_keep_their_traceback(error):
     [
         (
             ["_base_ = ['mmdet::glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py']"],
-            ['package transformers', 'pip install transformers'],
+            ['language model', 'pip install transformers'],
         ),
         (
             [

@@ -59,6 +59,11 @@ X = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0))
 FORMS = ('operator', 'matmul', 'method', 'bmm', 'fused', 'masked', 'causal', 'biased')
 
 
+def relative_error(out, expected):
+    """Of a tensor."""
+    return float((out.float() - expected).detach().norm() / expected.detach().norm())
+
+
 def models(form, spec='w8a8', nested=False):
     """A model of one attention, and the same quantized and calibrated."""
     torch.manual_seed(0)
@@ -76,7 +81,7 @@ def test_both_products_are_quantized_and_nothing_else_changes(form):
     plain, model = models(form)
     for name in ('matmul_qk', 'matmul_av'):
         assert all(bool(quantizer.calibrated) for _, quantizer in quantizers(getattr(model[0], name)))
-    assert 0 < float((model(X) - plain(X)).norm() / plain(X).norm()) < 0.05
+    assert 0 < relative_error(model(X), plain(X)) < 0.05
     set_mode(model, 'off')
     exact = form in FORMS[:4]
     torch.testing.assert_close(model(X), plain(X), **(dict(rtol=0, atol=0) if exact else dict(rtol=1e-5, atol=1e-5)))
@@ -105,6 +110,17 @@ def test_an_adapted_module_inside_keeps_its_products():
     torch.testing.assert_close(model(X), plain(X), rtol=0, atol=0)
 
 
+def test_what_hooks_of_layers_multiply_is_not_attentions():
+    """Also products of batches, in a hook that is older than the mode."""
+    plain, model = models('operator')
+    grams = []
+    model[0].qkv.register_forward_pre_hook(lambda layer, inputs: grams.append(inputs[0].transpose(1, 2) @ inputs[0]))
+    model[0].qkv.register_forward_hook(lambda layer, inputs, out: grams.append(out.transpose(1, 2) @ out))
+    assert relative_error(model(X), plain(X)) < 0.05
+    torch.testing.assert_close(grams[0], X.transpose(1, 2) @ X, rtol=0, atol=0)
+    assert len(grams) == 2
+
+
 def test_gradients_and_checkpointing_agree():
     _, model = models('operator')
     x, again = X.clone().requires_grad_(), X.clone().requires_grad_()
@@ -118,7 +134,7 @@ def test_under_autocast():
     plain, model = models('fused')
     with torch.autocast('cpu', torch.bfloat16):
         out = model(X)
-    assert out.dtype == torch.bfloat16 and float((out.float() - plain(X)).norm() / plain(X).norm()) < 0.1
+    assert out.dtype == torch.bfloat16 and relative_error(out, plain(X)) < 0.1
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -101,7 +101,10 @@ def test_status_of_the_tests_is_the_status_of_make(tree):
 
 def test_arguments_and_environment_reach_pytest(tree):
     result = make('test', PYTHON, 'ARGS=-k "one or two"', cwd=tree, PSAQ_MM_DATA='/some/data')
-    assert 'RAN -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -k one or two, threads ' in result.stdout
+    assert (
+        'RAN -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 -k one or two, threads '
+        in result.stdout
+    )
     assert result.stdout.strip().endswith('data /some/data')
 
 

@@ -63,7 +63,7 @@ def attend_heads(
     heads_valid = None if valid is None else valid[:, None]
     scores = attention.matmul_qk(q, k.transpose(-2, -1), valid=heads_valid)
     x = attention.matmul_av(weights(scores), v, valid=heads_valid)
-    return x.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)  # not len(): the tracer would keep a number
+    return x.transpose(1, 2).flatten(2)  # no number of tokens, which the tracer would keep
 
 
 def adopt_attention(module: nn.Module, mixin: type, name: str, spec: AdapterSpec) -> nn.Module:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from psaq_mm.contexts import hooked
 from psaq_mm.errors import UnsupportedModelError
-from psaq_mm.quantization import QuantMatMul, class_before, is_quantized_layer, quantizers
+from psaq_mm.quantization import QuantMatMul, class_before, is_quantized_layer, quantizers, row_mask_of
 
 __all__ = ['QuantProductsMixin']
 
@@ -37,13 +37,14 @@ class _Products(TorchFunctionMode):
     """Inside it, products of two activations are computed by ``matmuls``, in the order of the calls.
 
     Attributes:
+        valid: Mask of the rows of left operands that take part in calibration, or None.
         calls: Products that were called.
         inside: Depth of modules inside that are quantized already.
     """
 
-    def __init__(self, matmuls: Sequence[nn.Module]) -> None:
+    def __init__(self, matmuls: Sequence[nn.Module], valid: Optional[Tensor] = None) -> None:
         super().__init__()
-        self.matmuls, self.calls, self.inside = matmuls, 0, 0
+        self.matmuls, self.valid, self.calls, self.inside = matmuls, valid, 0, 0
 
     def __enter__(self) -> '_Products':
         _ACTIVE.modes.append(self)
@@ -67,7 +68,7 @@ class _Products(TorchFunctionMode):
         self.calls += 1
         if self.calls > len(self.matmuls):
             return a @ b  # an error follows
-        return self.matmuls[self.calls - 1](a, b)  # outside of the mode, as this method is
+        return self.matmuls[self.calls - 1](a, b, self.valid)  # outside of the mode, as this method is
 
     def _attention(
         self,
@@ -113,7 +114,8 @@ class QuantProductsMixin:
 
     So attention with an unusual forward needs no copy of it. Products are ``@``, ``torch.matmul``, ``torch.bmm`` and
     the two of ``F.scaled_dot_product_attention``, which runs unfused. A product with a parameter stays as it is, and so
-    does ``einsum``: ``psaq-inspect`` names it. Attention weights must be the left operand of their product.
+    does ``einsum``: ``psaq-inspect`` names it. Attention weights must be the left operand of their product. Where the
+    tokens are padded (:func:`psaq_mm.quantization.padded`), left operands are (groups, heads, N, width).
 
     Attributes:
         product_names: Of the products, in the order of the calls: the scores first, then those with attention weights
@@ -131,7 +133,9 @@ class QuantProductsMixin:
         """
         matmuls = [getattr(self, f'matmul_{name}') for name in self.product_names]
         others = [part for part in self.modules() if isinstance(part, QuantMatMul) or is_quantized_layer(part)]
-        with _Products(matmuls) as products, _left_alone(products, others):
+        padding = row_mask_of(self)
+        valid = None if padding is None else padding.valid[:, None]  # of all heads
+        with _Products(matmuls, valid) as products, _left_alone(products, others):
             out = super().forward(*args, **kwargs)
         if products.calls != len(self.product_names):
             name = next((one.name for matmul in matmuls for _, one in quantizers(matmul) if one.name), '')
@@ -146,7 +150,7 @@ class QuantProductsMixin:
 @contextmanager
 def _left_alone(products: _Products, modules: Sequence[nn.Module]) -> Iterator[None]:
     """Inside the block, the mode does not see what ``modules`` compute: what is quantized already, by products of
-    activations where an export has replaced its forward.
+    activations where an export has replaced its forward. Nor does it see what other hooks of them compute.
     """
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -155,6 +159,6 @@ def _left_alone(products: _Products, modules: Sequence[nn.Module]) -> Iterator[N
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         products.inside -= 1
 
-    entering = hooked(modules, lambda module: module.register_forward_pre_hook(enter))
+    entering = hooked(modules, lambda module: module.register_forward_pre_hook(enter, prepend=True))
     with entering, hooked(modules, lambda module: module.register_forward_hook(leave)):
         yield

@@ -35,6 +35,10 @@ class Panoptic(Segmentation):
         """See :meth:`.Task.finish_settings`: the library finishes."""
         return dict(labels=None, align_corners=False)
 
+    def reads(self, sample: Any) -> bool:
+        """See :meth:`.Task.reads`."""
+        return super().reads(sample) and 'sem_seg' in sample.pred_panoptic_seg
+
     def read(self, sample: Any) -> np.ndarray:
         """See :meth:`.Task.read`: the panoptic map, (H, W)."""
         return sample.pred_panoptic_seg.sem_seg.squeeze(0).cpu().numpy().astype(np.int32)

@@ -1,4 +1,5 @@
 """A backbone of this project. Seams are lines: tokens attend along their row of the map alone."""
+
 from mmdet.registry import MODELS
 from mmengine.model import BaseModule
 from torch import nn
@@ -10,7 +11,7 @@ class RowAttention(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
         self.num_heads = heads
-        self.scale = (channels // heads)**-0.5
+        self.scale = (channels // heads) ** -0.5
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
@@ -47,7 +48,8 @@ class SeamNet(BaseModule):
         self.stem = nn.Conv2d(3, channels[0], 8, 8)
         self.downsample = nn.Conv2d(channels[0], channels[1], 2, 2)
         self.stages = nn.ModuleList(
-            nn.Sequential(*(SeamBlock(width, number) for _ in range(depth))) for width, number in zip(channels, heads))
+            nn.Sequential(*(SeamBlock(width, number) for _ in range(depth))) for width, number in zip(channels, heads)
+        )
         self.norms = nn.ModuleList(map(nn.LayerNorm, channels))
 
     def forward(self, images):

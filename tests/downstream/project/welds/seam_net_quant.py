@@ -1,4 +1,5 @@
 """What psaq_mm has to know of SeamNet. Only a config that quantizes imports it."""
+
 from psaq_mm.models.adapters import Backbone, register_backbone
 from psaq_mm.models.adapters.attention import attend
 from psaq_mm.models.adapters.blocks import BlockParts, Feed, Writer
@@ -26,7 +27,8 @@ class QuantSeamBlock:
 @register_backbone
 class DescribedSeamNet(Backbone):
     """SeamNet of this project."""
-    names = ('welds.seam_net.SeamNet', )
+
+    names = ('welds.seam_net.SeamNet',)
     block_path = r'stages\.\d+\.\d+'
     blocks = {'welds.seam_net.SeamBlock': QuantSeamBlock}
     attention = {'welds.seam_net.RowAttention': QuantRowAttention}
@@ -34,9 +36,10 @@ class DescribedSeamNet(Backbone):
 
     def parts(self, block):
         return BlockParts(
-            feeds=(Feed(block.norm1, (block.attn.qkv, )), Feed(block.norm2, (block.fc1, ))),
+            feeds=(Feed(block.norm1, (block.attn.qkv,)), Feed(block.norm2, (block.fc1,))),
             writers=(Writer(block.attn.proj), Writer(block.fc2)),
-            hidden=(block.fc1, ))
+            hidden=(block.fc1,),
+        )
 
     def min_side(self, net):
         return 16
@@ -45,8 +48,10 @@ class DescribedSeamNet(Backbone):
         return True
 
     def streams(self, model, net):
-        return [('the stream of stage 1', lambda: self.first(model, net)),
-                ('the stream of stage 2', lambda: self.second(model, net))]
+        return [
+            ('the stream of stage 1', lambda: self.first(model, net)),
+            ('the stream of stage 2', lambda: self.second(model, net)),
+        ]
 
     def first(self, model, net):
         output = output_reader(model, net.norms[0], level=0, levels=2)
