@@ -2,6 +2,7 @@
 """Where the parts of a model are: its backbone, the network inside of it, and what is used in training alone."""
 
 import inspect
+from typing import Optional
 
 from torch import nn
 
@@ -15,6 +16,7 @@ __all__ = [
     'is_timm',
     'network_of',
     'takes_levels_alone',
+    'tower_name',
 ]
 
 TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
@@ -22,6 +24,7 @@ TRAINING_ONLY = ('auxiliary_head', 'data_preprocessor')
 
 TIMM_CLASSIFIER = ('mmpretrain.models.classifiers.timm.TimmClassifier',)
 _TIMM_BACKBONE = ('mmpretrain.models.backbones.timm_backbone.TIMMBackbone',)
+_TOWERS = ('image_encoder', 'vision_backbone', 'vision_encoder', 'visual_encoder')
 _FEATURE_GETTER = ('timm.models._features.FeatureGetterNet',)
 
 
@@ -32,6 +35,11 @@ def find_backbone(model: nn.Module) -> nn.Module:
     if class_named(model, TIMM_CLASSIFIER):
         return model.model
     return getattr(model, 'backbone', model)
+
+
+def tower_name(model: nn.Module) -> Optional[str]:
+    """The child that a model of pictures and texts has as its image tower; None where it has none of a known name."""
+    return next((name for name in _TOWERS if isinstance(getattr(model, name, None), nn.Module)), None)
 
 
 def network_of(backbone: nn.Module) -> nn.Module:

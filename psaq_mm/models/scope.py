@@ -9,7 +9,7 @@ from psaq_mm.errors import UnsupportedModelError
 from psaq_mm.models.adapters import BACKBONES, backbone_of
 from psaq_mm.models.adapters.match import class_named, qualified_name
 from psaq_mm.models.adapters.packed_attention import QuantPackedAttentionMixin
-from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, is_pretraining, network_of
+from psaq_mm.models.network import TIMM_CLASSIFIER, TRAINING_ONLY, find_backbone, is_pretraining, network_of, tower_name
 from psaq_mm.models.tasks import task_of
 from psaq_mm.quantization import ADAPTERS
 from psaq_mm.quantization.layers import quant_class_of
@@ -43,6 +43,12 @@ def check_backbone(model: nn.Module) -> None:
     """
     net = network_of(find_backbone(model))
     kind = backbone_of(net)
+    tower = tower_name(net)
+    if kind is None and tower:
+        raise UnsupportedModelError(
+            f'{_title(net)} is not supported as a whole: quantize its image tower {tower} alone, by '
+            f'quantize_model_(model.{tower}, spec) or with the config of {tower} as the model'
+        )
     if kind is None:
         known = (name for backbone in BACKBONES for name in backbone.names)
         supported = ', '.join('.'.join((name.split('.')[0], name.rsplit('.', 1)[1])) for name in known)

@@ -132,7 +132,7 @@ def feed_forward(ffn: nn.Module) -> FeedForward:
     if class_named(ffn, _TIMM_GATE):
         return FeedForward((ffn.fc1_g, ffn.fc1_x), (ffn.fc1_g,), ffn.fc2)
     if class_named(ffn, _PACKED_GATE):
-        return FeedForward((ffn.w12,), (), ffn.w3)
+        return FeedForward((ffn.w12,), (), ffn.w3, layer_scale(getattr(ffn, 'gamma2', None)))
     return FeedForward()
 
 

@@ -6,8 +6,6 @@ place of the residual sum (T2T-ViT, arXiv 2101.11986, section 3.1). These tokens
 at 224 pixels. Patch similarity is measured in the encoder alone.
 """
 
-from typing import Optional, Tuple
-
 from torch import Tensor, nn
 
 from psaq_mm.models.adapters.backbone import Backbone, register_backbone

@@ -19,7 +19,6 @@ from psaq_mm.models.adapters.blocks import (
     join,
     mark_norm,
     outputs_are_edges,
-    quantize_outputs,
     standard_parts,
 )
 from psaq_mm.models.adapters.packed_attention import QuantPackedAttentionMixin, adopt_packed
