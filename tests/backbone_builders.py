@@ -449,7 +449,7 @@ def mmpretrain_mixmim_of_pretraining():
 _SAM_WORKS = dict(folding=4, rotation='which no LayerNorm reads', similarity=2, export=True, dynamic=_NOT_DYNAMIC)
 
 
-@backbone('SAM', 'mmpretrain', size=(48, 72), **_SAM_WORKS)
+@backbone('SAM', 'mmpretrain', size=(48, 72), floats=('einsum with a parameter',), **_SAM_WORKS)
 def mmpretrain_sam():
     arch = dict(embed_dims=32, num_layers=2, num_heads=2, feedforward_channels=64, global_attn_indexes=[1])
     return dict(type='ViTSAM', arch=arch, img_size=48, patch_size=8, window_size=4, out_channels=16)
