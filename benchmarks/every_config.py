@@ -65,7 +65,7 @@ NOT_COUNTED = {
 }
 """Backbones that are neither transformers nor ConvNeXt, and why. All others count, PoolFormer and RIFormer too."""
 
-_NEED_MASKS = ('SparK', 'MILAN')
+_NEED_MASKS = ('SparK', 'MILAN', 'MFF')
 _NOT_TIMM = ('efficientnet', 'resnet')
 
 
@@ -76,7 +76,8 @@ class Built(NamedTuple):
         model: The float model, or its image tower alone.
         alone: Why it is the tower alone; None where it is the whole model.
         images: Noise that it takes.
-        runs: Whether its backbone takes pictures alone: those of SparK and MILAN need what training gives them.
+        runs: Whether its backbone takes pictures alone: those of SparK and MILAN need what training gives
+            them, and MFF's drops patches at random.
     """
 
     model: nn.Module
