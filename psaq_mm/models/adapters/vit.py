@@ -17,7 +17,7 @@ from psaq_mm.models.adapters.blocks import BlockParts, is_identity, layer_scale,
 from psaq_mm.models.adapters.match import class_named, qualified_name
 from psaq_mm.models.adapters.pretraining import FeaturesMixin, converts_network
 from psaq_mm.models.adapters.streams import LINEAR_HEADS, NamedStreams, Stream, need, stream
-from psaq_mm.quantization import StreamReader, apply_edge
+from psaq_mm.quantization import AdapterSpec, StreamReader, apply_edge, keep_float
 
 __all__ = [
     'CLASS_TOKEN_HEADS',
@@ -87,6 +87,11 @@ class _MFFFeaturesMixin(FeaturesMixin):
         return next(base for base in type(self).__mro__ if qualified_name(base) == _VITS[0]).forward(self, x)
 
 
+def _convert_mff(net: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
+    keep_float(net.proj_layers, 'it fuses layers in pre-training alone')
+    return converts_network(_MFFFeaturesMixin, *VisionTransformer.edges)(net, name, spec)
+
+
 @register_backbone
 class VisionTransformer(Backbone):
     """VisionTransformer, DistilledVisionTransformer and DeiT3 of mmpretrain, and the backbones of its pre-training."""
@@ -101,7 +106,7 @@ class VisionTransformer(Backbone):
     edges = ('patch_embed.norm', 'drop_after_pos', 'pre_norm')
     others = {
         **dict.fromkeys(_MASKED, converts_network(FeaturesMixin, *edges)),
-        _MFF: converts_network(_MFFFeaturesMixin, *edges),
+        _MFF: _convert_mff,
     }
 
     def parts(self, block: nn.Module) -> BlockParts:
