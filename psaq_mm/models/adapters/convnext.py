@@ -78,11 +78,6 @@ def _convert_network(net: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
     return net
 
 
-def _convert_response_norm(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Module:
-    keep_float(module, 'multiplies an activation with a statistic of itself')
-    return module
-
-
 @register_backbone
 class ConvNeXt(_ConvNeXt):
     """ConvNeXt of mmpretrain."""
