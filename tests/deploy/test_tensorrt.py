@@ -79,7 +79,7 @@ def test_attention_is_the_pattern_that_fusions_know(swin):
             assert [side.op_type for side in sides] == ['DequantizeLinear'] * 2, node.name
             if sides[1].input[0] not in constants:
                 products.append([producer[producer[side.input[0]].input[0]].op_type for side in sides])
-    assert products == [['Mul', 'Transpose'], ['Softmax', 'Squeeze']] * 3
+    assert products == [['Transpose', 'Transpose'], ['Softmax', 'Transpose']] * 3
 
 
 def test_folded_normalizations(tmp_path):
