@@ -42,6 +42,14 @@ class AttentionParts(NamedTuple):
     values: Projection
     proj: nn.Module
 
+    def with_biases_of(self, module: nn.Module) -> 'AttentionParts':
+        """These parts, with the biases ``q_bias`` and ``v_bias`` of a module that keeps them apart from its layers."""
+        queries, values = (
+            projection._replace(bias=getattr(module, name, None))
+            for projection, name in ((self.queries, 'q_bias'), (self.values, 'v_bias'))
+        )
+        return self._replace(queries=queries, values=values)
+
     @classmethod
     def packed(cls, qkv: nn.Module, proj: nn.Module, heads: int) -> 'AttentionParts':
         """Parts of attention with one layer for all three projections, one after the other."""
@@ -61,9 +69,5 @@ def attention_parts(module: nn.Module) -> Optional[AttentionParts]:
         return tell()
     heads, qkv, proj = (getattr(module, name, None) for name in ('num_heads', 'qkv', 'proj'))
     if isinstance(heads, int) and isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear):
-        parts = AttentionParts.packed(qkv, proj, heads)
-        return parts._replace(
-            queries=parts.queries._replace(bias=getattr(module, 'q_bias', None)),
-            values=parts.values._replace(bias=getattr(module, 'v_bias', None)),
-        )
+        return AttentionParts.packed(qkv, proj, heads).with_biases_of(module)
     return None

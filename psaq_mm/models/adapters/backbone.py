@@ -7,7 +7,7 @@ backbone by one class of its own, see docs/adding_a_backbone.md.
 """
 
 import re
-from typing import Dict, Iterator, List, Mapping, Optional, Tuple, Type
+from typing import Iterator, List, Mapping, Optional, Set, Tuple, Type
 
 from torch import nn
 
@@ -157,8 +157,8 @@ class Backbone:
 BACKBONES: List[Backbone] = []
 """The descriptions, in the order of registration."""
 
-_ADAPTED: Dict[str, str] = {}
-"""Description that an adapted class was registered by."""
+_ADAPTED: Set[str] = set()
+"""Classes of blocks, attention and other parts that have an adapter."""
 
 
 def register_backbone(cls: Type[Backbone]) -> Type[Backbone]:
@@ -184,9 +184,10 @@ def register_backbone(cls: Type[Backbone]) -> Type[Backbone]:
         (backbone.attention, backbone.convert_attention),
         *((dict.fromkeys([name]), convert) for name, convert in {**edges, **backbone.others}.items()),
     ):
-        new = [name for name in names if name not in _ADAPTED]  # relatives share blocks and attention
-        _ADAPTED.update(dict.fromkeys(new, cls.__name__))
-        register_adapter(lambda module, new=frozenset(new): class_named(module, new) is not None, convert)
+        new = frozenset(names) - _ADAPTED  # relatives share blocks and attention
+        if new:
+            _ADAPTED.update(new)
+            register_adapter(lambda module, new=new: class_named(module, new) is not None, convert)
     return cls
 
 

@@ -67,11 +67,7 @@ class QuantTimmEvaAttentionMixin(QuantProductsMixin):
         if self.qkv is None:
             layers = self.q_proj, self.k_proj, self.v_proj
             return AttentionParts(self.num_heads, *(Projection(x, 0, x.out_features) for x in layers), self.proj)
-        parts = AttentionParts.packed(self.qkv, self.proj, self.num_heads)
-        if getattr(self, 'q_bias', None) is None:
-            return parts
-        queries, values = parts.queries._replace(bias=self.q_bias), parts.values._replace(bias=self.v_bias)
-        return parts._replace(queries=queries, values=values)
+        return AttentionParts.packed(self.qkv, self.proj, self.num_heads).with_biases_of(self)
 
 
 @register_backbone
