@@ -178,7 +178,7 @@ class Demo:
         """Quantize and evaluate; also the loop's samples, teacher and student."""
         from progress import LogBeat
 
-        from psaq_mm.commands.dfq_train import data_free_runner
+        from psaq_mm.engine.running import data_free_runner
         from psaq_mm.commands.test import evaluate
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.engine.config import to_data_free

@@ -9,67 +9,16 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from psaq_mm.errors import ConfigError, DataError, PsaqError, first_of
+from psaq_mm.errors import ConfigError, DataError, PsaqError
 from psaq_mm.runtime import RUNTIMES, DeployedModel, Prediction, load
+from psaq_mm.runtime.pictures import Shown, pictures_in
 from psaq_mm.runtime.preparation import opencv, read_picture
 
-__all__ = ['main', 'pictures_in']
-
-ENDINGS = ('.bmp', '.jpeg', '.jpg', '.jp2', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-"""Of files in folders that are read. A file that is named itself may have any ending."""
-
-
-class Shown(NamedTuple):
-    """A picture, and where it goes.
-
-    Attributes:
-        path: Of its file.
-        place: Of the drawn one in ``--out``: as in the folder that was named.
-    """
-
-    path: Path
-    place: Path
-
-
-def pictures_in(paths: Sequence[str]) -> List[Shown]:
-    """Picture files, and those in folders and the folders inside them, sorted.
-
-    Raises:
-        DataError: A path does not exist, or there is no picture in any of them.
-    """
-    found: List[Shown] = []
-    for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob('*') if p.suffix.lower() in ENDINGS and p.is_file())
-            found += [Shown(file, file.relative_to(path)) for file in files]
-        elif path.is_file():
-            found.append(Shown(path, Path(path.name)))
-        else:
-            raise DataError(f'there is no picture and no folder {name}: check the path')
-    if not found:
-        raise DataError(
-            f'there is no picture in {first_of(list(paths))}: name a folder with files that end in {", ".join(ENDINGS)}'
-        )
-    return _with_places(found)
-
-
-def _with_places(pictures: Sequence[Shown]) -> List[Shown]:
-    """The same pictures, each with a place of its own: two folders may hold files of one name."""
-    used, placed = set(), []
-    for path, place in pictures:
-        unique, number = place, 0
-        while str(unique).lower() in used:  # not every file system tells a from A
-            number += 1
-            unique = Path(str(number)) / place
-        used.add(str(unique).lower())
-        placed.append(Shown(path, unique))
-    return placed
-
+__all__ = ['main']
 
 class _Times:
     """Seconds by what they were spent on."""
