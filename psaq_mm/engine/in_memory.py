@@ -11,14 +11,13 @@ from torch import nn
 from psaq_mm.engine.reading import read_config
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import TaskModel
-from psaq_mm.models.adapters.match import inherits, qualified_name
-from psaq_mm.models.network import is_timm
+from psaq_mm.models.adapters.match import qualified_name
+from psaq_mm.models.network import is_timm, is_transformers
 from psaq_mm.models.tasks import task_of
 
 __all__ = ['Known', 'config_of', 'dataset_meta_of_model', 'library_of']
 
 _LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
-PRETRAINED_MODEL = 'transformers.modeling_utils.PreTrainedModel'
 
 
 class Known(NamedTuple):
@@ -57,7 +56,7 @@ def library_of(model: nn.Module) -> str:
         library = base.__module__.partition('.')[0]
         if library in _LIBRARIES:
             return library
-    if inherits(model, PRETRAINED_MODEL):
+    if is_transformers(model):
         return 'transformers'
     return 'timm' if is_timm(model) else ''
 
