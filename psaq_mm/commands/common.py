@@ -127,8 +127,8 @@ def merge_options(config, options: Optional[Mapping]):
 
 
 def add_run_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of commands that start a runner: ``--work-dir``, ``--device``, ``--launcher`` and what launchers
-    add.
+    """Add the arguments of commands that start a runner: ``--work-dir``, ``--device``, ``--launcher``, and what
+    launchers add.
 
     Args:
         parser: Of the command.

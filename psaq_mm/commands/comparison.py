@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Sources of samples through the same quantizer, calibrated or trained, at equal steps or equal seconds: which rows there
-are, what their numbers depend on, and how one comes about.
+"""Sources of samples through the same quantizer, calibrated or trained, at equal steps or equal seconds.
+
+Which rows there are, what their numbers depend on, and how one comes about.
 """
 
 import copy

@@ -22,10 +22,11 @@ def build_parser(prog: str = 'psaq-dfq-train') -> argparse.ArgumentParser:
     parser = make_parser(
         prog,
         'CONFIG [--checkpoint FP.pth] [options]',
-        'Quantize a trained model without data. Pictures are drawn or synthesized; no data set is opened. The quantized '
-        'model, the student, is written to student.pth in the work dir.',
+        'Quantize a trained model without data. Pictures are drawn or synthesized; no data set is opened. The '
+        'quantized model, the student, is written to student.pth in the work dir.',
         [
-            'mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py \\\n      --checkpoint mask_rcnn_swin-t.pth --quant w8a8 --method best',
+            'mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py \\\n'
+            '      --checkpoint mask_rcnn_swin-t.pth --quant w8a8 --method best',
             'configs/quantized.py --work-dir work_dirs/first --device cuda:1',
             'configs/quantized.py --work-dir work_dirs/first --resume',
         ],

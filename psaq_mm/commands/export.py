@@ -75,8 +75,8 @@ def build_parser(prog: str = 'psaq-export') -> argparse.ArgumentParser:
     runtime.add_argument(
         '--verify',
         action='store_true',
-        help='compare the integer codes with those of the student, layer by layer and for each size, in each --runtime, '
-        'or in all that are installed (default: not compared)',
+        help='compare the integer codes with those of the student, layer by layer and for each size, in each '
+        '--runtime, or in all that are installed (default: not compared)',
     )
     runtime.add_argument('--threads', type=int, metavar='N', help="of the runtime (default: the runtime's own choice)")
     return parser

@@ -117,7 +117,8 @@ def _summary(model: _Model, times: _Times, count: int, failed: int) -> str:
         rates += f' without the {len(starts)} that started a graph ({sum(starts):.2f} s)'
     drawn = f', drawing {times.rate("drawing")} a second' if 'drawing' in times.seconds else ''
     failures = f', {failed} of them failed' if failed else ''
-    return f'{count} pictures{failures}; {model.place()}: predictions {rates}; reading {times.rate("reading")} a second{drawn}'
+    reading = f'reading {times.rate("reading")} a second'
+    return f'{count} pictures{failures}; {model.place()}: predictions {rates}; {reading}{drawn}'
 
 
 def _settings(pairs: Sequence[str]) -> Dict[str, Any]:
@@ -179,22 +180,24 @@ def _student(args: argparse.Namespace, config: Optional[str], checkpoint: str, p
         )
 
 
-@contextlib.contextmanager
-def _model_of(args: argparse.Namespace, prog: str) -> Iterator[_Model]:
-    """The model of a command line: DIR, STUDENT.pth, or CONFIG and STUDENT.pth, which stands among the pictures then."""
+def _student_named(args: argparse.Namespace, prog: str) -> Tuple[Optional[str], Optional[str]]:
+    """CONFIG and STUDENT.pth, or STUDENT.pth alone, of a command line; none where MODEL is an exported one.
+
+    Raises:
+        ConfigError: No student or no picture comes after CONFIG.
+    """
     ending = Path(args.model).suffix.lower()
     if Path(args.model).is_dir() or ending not in (*_CONFIGS, *_CHECKPOINTS):
-        yield _exported(args)
-        return
-    config, checkpoint = None, args.model
-    if ending in _CONFIGS:
-        config, checkpoint = args.model, args.pictures.pop(0)
-        if Path(checkpoint).suffix.lower() not in _CHECKPOINTS or not args.pictures:
-            raise ConfigError(
-                f'after the config {config} come the student and pictures: {prog} {config} STUDENT.pth PICTURE'
-            )
-    with _student(args, config, checkpoint, prog) as model:
-        yield model
+        return None, None
+    if ending in _CHECKPOINTS:
+        return None, args.model
+    student, *pictures = args.pictures
+    if Path(student).suffix.lower() not in _CHECKPOINTS or not pictures:
+        raise ConfigError(
+            f'after the config {args.model} come the student and pictures: {prog} {args.model} STUDENT.pth PICTURE'
+        )
+    args.pictures = pictures
+    return args.model, student
 
 
 # ---------------------------------------------------------------------- command line
@@ -257,14 +260,17 @@ def build_parser(prog: str = 'psaq-predict') -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace, prog: str) -> int:
-    with _model_of(args, prog) as model:
-        return _predict(model, args, prog)
-
-
-def _predict(model: _Model, args: argparse.Namespace, prog: str) -> int:
     from psaq_mm.runtime.pictures import pictures_in
 
-    pictures = pictures_in(args.pictures)
+    config, student = _student_named(args, prog)
+    pictures = pictures_in(args.pictures)  # before a model is read
+    if student is None:
+        return _predict(_exported(args), pictures, args, prog)
+    with _student(args, config, student, prog) as model:
+        return _predict(model, pictures, args, prog)
+
+
+def _predict(model: _Model, pictures: Sequence['Shown'], args: argparse.Namespace, prog: str) -> int:
     times, rows, failed = _Times(), [], 0
     for shown, prediction, wrong in _predictions(model, pictures, args, times):
         if prediction is None:
