@@ -113,10 +113,12 @@ EXTRAS = {
     # To run an exported model, where neither PyTorch nor OpenMMLab is installed.
     'runtime': [*PICTURES, OPENVINO],
     'runtime-onnxruntime': [*PICTURES, ONNXRUNTIME],
+    # The site; Read the Docs and `make docs` take the versions in requirements-docs.txt.
+    'docs': ['sphinx>=7.4', 'myst-parser>=3', 'sphinx-book-theme>=1.1', 'sphinx-copybutton', 'griffe>=1'],
     'test': [*TORCH, 'pytest>=7', 'pytest-xdist', 'hypothesis', 'onnx', 'onnxruntime', 'openvino', *CHECKS],
 }
 # Not what contradicts the rest: the forks, and a second OpenCV beside that of OpenMMLab.
-APART = ('onedl', 'test', 'runtime', 'runtime-onnxruntime')
+APART = ('onedl', 'docs', 'test', 'runtime', 'runtime-onnxruntime')
 EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in APART for line in lines})
 
 setup(

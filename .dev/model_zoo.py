@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 HEAD = """# Model zoo
 
-Written by `python .dev/model_zoo.py > docs/model_zoo.md`: do not edit. The rows are those of `model-index.yml` and of the metafiles in `configs/`, which
-`mim search` reads too. A result stands where it was measured in this repository; "not run" says that nobody has. How they were measured:
-[results](results.md).
+Written by `python .dev/model_zoo.py > docs/model_zoo.md`: do not edit. The rows are those of `model-index.yml` and of
+the metafiles in `configs/`, which `mim search` reads too. A result stands where it was measured in this repository;
+"not run" says that nobody has. How they were measured: [results](results.md).
 
-Every config runs with every method and every precision: `--method` and `--quant` of `psaq-dfq-train`. [configs/README.md](../configs/README.md) says what each needs.
+Every config runs with every method and every precision: `--method` and `--quant` of `psaq-dfq-train`.
+[configs/README.md](../configs/README.md) says what each needs.
 """
 
 

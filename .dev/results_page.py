@@ -96,12 +96,12 @@ about {error}."""
 INTEGER = """## Integer models
 
 The exported model in its runtime beside the fake-quantized one in PyTorch
-([what is compared, and how exactly](guides/deploy.md)), one seed."""
+([what is compared, and how exactly](reference/integer_models.md#exactness)), one seed."""
 
 SPEEDS = """## Speed
 
 Seconds a picture of the whole model, from the picture to boxes, masks or map; two threads of a server processor with
-VNNI (`{processor}`, {date}). More: [deploy](guides/deploy.md), [performance](guides/performance.md)."""
+VNNI (`{processor}`, {date}). More: [performance](guides/performance.md#integer-models)."""
 
 NOT_RUN = (
     (

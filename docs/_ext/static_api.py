@@ -15,12 +15,13 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
 from sphinx.ext.napoleon.docstring import GoogleDocstring
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).resolve().parents[2]
 INDENT = '   '
+logger = logging.getLogger(__name__)
 
 
 def names(text: Optional[str]) -> List[str]:
@@ -29,12 +30,11 @@ def names(text: Optional[str]) -> List[str]:
 
 
 class Public(SphinxDirective):
-    """Describe public names of a module: all of its ``__all__``, or those of ``:only:``, but for those of ``:without:``.
+    """Describe public names of a module: its ``__all__``, or those of ``:only:``, but for those of ``:without:``.
 
     ``:shown-as:`` is the module under which users import them, where it is another one.
 
-    Raises:
-        ExtensionError: There is no such module or name, or a name has no docstring.
+    A module or name that is not there is a warning, and so is a name without a docstring.
     """
 
     required_arguments = 1
@@ -46,23 +46,27 @@ class Public(SphinxDirective):
         module = package(self.env.app)
         for part in path.split('.')[1:]:
             if part not in module.members:
-                raise ExtensionError(f'{self.env.docname}: there is no module {path}')
+                self.warn(f'there is no module {path}')
+                return []
             module = module.members[part]
         self.env.note_dependency(str(module.filepath))
-        wanted = names(self.options.get('only')) or [str(name) for name in module.exports or []]
+        wanted = names(self.options.get('only')) or public_names(module)
         without = names(self.options.get('without'))
-        missing = sorted((set(wanted) | set(without)) - set(module.members))
-        if missing or not wanted:
-            raise ExtensionError(f'{self.env.docname}: {path} has no {", ".join(missing) or "__all__"}')
+        for name in sorted((set(wanted) | set(without)) - set(module.members)):
+            self.warn(f'{path} has no {name}')
+        wanted = [name for name in wanted if name in module.members and name not in without]
         shown = self.options.get('shown-as', path)
         lines = [f'.. py:currentmodule:: {shown}', '']
         for name in wanted:
-            if name not in without:
-                lines += self.describe(module.members[name], f'{shown}.{name}')
+            lines += self.describe(module.members[name], f'{shown}.{name}')
         node = nodes.section()
         node.document = self.state.document
         self.state.nested_parse(StringList(lines, str(module.filepath)), 0, node)
         return node.children
+
+    def warn(self, message: str) -> None:
+        """A warning at the directive: an error in `make docs` and in the tests."""
+        logger.warning(message, location=self.get_location())
 
     # ---------------------------------------------------------------- objects
     def describe(self, found: Any, shown: str) -> List[str]:
@@ -75,7 +79,8 @@ class Public(SphinxDirective):
         if target.is_attribute:
             options = [f':type: {target.annotation}'] if target.annotation is not None else []
             return self.block('data', shown, self.docstring(target, 'data', shown), options)
-        raise ExtensionError(f'{self.env.docname}: {shown} is neither a class, a function nor a value')
+        self.warn(f'{shown} is neither a class, a function nor a value')
+        return []
 
     def cls(self, target: griffe.Class, shown: str) -> List[str]:
         """Lines of a class, its bases, its public methods and its described attributes."""
@@ -104,7 +109,8 @@ class Public(SphinxDirective):
     def docstring(self, target: Any, kind: str, shown: str) -> List[str]:
         """The docstring of an object as reStructuredText."""
         if not target.docstring:
-            raise ExtensionError(f'{self.env.docname}: {shown} is public and has no docstring')
+            self.warn(f'{shown} is public and has no docstring')
+            return []
         return self.google(target.docstring.value, kind, shown)
 
     def google(self, text: str, kind: str, shown: str) -> List[str]:
@@ -117,6 +123,19 @@ def package(app: Sphinx) -> Any:
     if not hasattr(app, '_psaq_mm_source'):
         app._psaq_mm_source = griffe.load('psaq_mm', search_paths=[str(ROOT)], allow_inspection=False)
     return app._psaq_mm_source
+
+
+def public_names(module: Any) -> List[str]:
+    """``__all__``, or the classes and functions that a module without it defines."""
+    if module.exports is not None:
+        return [str(name) for name in module.exports]
+    members = module.members.items()
+    return [name for name, member in members if not (member.is_alias or name.startswith('_')) and is_api(member)]
+
+
+def is_api(member: Any) -> bool:
+    """Whether a member of a module is a class or a function."""
+    return member.is_class or member.is_function
 
 
 def signature(function: griffe.Function) -> str:
@@ -165,7 +184,9 @@ def setting_call(member: griffe.Attribute) -> Optional[list]:
     """Arguments of ``setting(default, doc)``, the field of a group of settings; None of any other attribute."""
     value = member.value
     if isinstance(value, griffe.ExprCall) and str(value.function) == 'setting':
-        return [argument.value if isinstance(argument, griffe.ExprKeyword) else argument for argument in value.arguments]
+        return [
+            argument.value if isinstance(argument, griffe.ExprKeyword) else argument for argument in value.arguments
+        ]
     return None
 
 
