@@ -1,4 +1,4 @@
-# ViT-Ti, the AugReg checkpoint (75.5 top-1): timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k.
+# ViT-Ti, the AugReg checkpoint: timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k.
 _base_ = ['./_base_/imagenet_224.py']
 model = dict(
     type='psaq_mm.Quantized',
