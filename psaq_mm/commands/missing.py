@@ -2,9 +2,7 @@
 """Recognizes errors about missing packages, modules and types, which the libraries word in a dozen ways."""
 
 import importlib.util
-import os
 import re
-import sys
 from typing import Iterator, Optional
 
 __all__ = ['missing_from', 'require_libraries']
@@ -28,8 +26,11 @@ _NOT_INSTALLED = re.compile(r'(?:[Pp]ackage )?[\'"`]?([\w.-]+)[\'"`]? is not ins
 _UNREGISTERED = re.compile(r'(\S+) is not in the (\S+) registry')
 
 
-def require_libraries() -> None:
+def require_libraries(prog: str) -> None:
     """End the process with one sentence where PyTorch or MMEngine is not installed, before a command imports them.
+
+    Args:
+        prog: Name of the command, for the sentence.
 
     Raises:
         SystemExit: One is not.
@@ -37,9 +38,8 @@ def require_libraries() -> None:
     titles = dict(torch='PyTorch', mmengine='MMEngine')
     absent = [title for module, title in titles.items() if importlib.util.find_spec(module) is None]
     if absent:
-        name = os.path.basename(sys.argv[0]) or 'this command'
         raise SystemExit(
-            f'{name}: {" and ".join(absent)} {"are" if len(absent) > 1 else "is"} not installed: pip install '
+            f'{prog}: {" and ".join(absent)} {"are" if len(absent) > 1 else "is"} not installed: pip install '
             "'psaq_mm[mmdet]', or [mmseg] or [mmpretrain]; an exported model runs without, with psaq-predict"
         )
 
