@@ -44,6 +44,7 @@ def ran(tmp_path_factory):
         )
         assert done.returncode == 0, f'{code}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
         printed.append(done.stdout)
+        print(f'$ {code}{done.stdout[-3000:]}')
     return folder / 'my_project', printed
 
 
