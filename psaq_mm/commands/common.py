@@ -11,7 +11,7 @@ from typing import Callable, ContextManager, Mapping, Optional, Sequence
 
 from psaq_mm.commands.allocator import keep_freed_memory
 from psaq_mm.commands.listing import METHOD_NAMES
-from psaq_mm.commands.missing import missing_from, require_libraries
+from psaq_mm.commands.missing import require_libraries
 from psaq_mm.commands.parsing import ConfigOptions
 from psaq_mm.errors import ConfigError, PsaqError
 
@@ -96,32 +96,14 @@ def load_config(
     Raises:
         ConfigError: The file or a base of it does not exist or cannot be read, or an option does not fit.
     """
-    from mmengine.config import Config
+    from psaq_mm.engine.reading import read_config
 
-    from psaq_mm.engine.pure_python import with_named_types
-
-    if not os.path.isfile(path):
-        raise ConfigError(f'there is no config file {path}: check the path')
-    try:
-        config = with_named_types(Config.fromfile(path))
-    except (OSError, KeyError, TypeError, AttributeError, SyntaxError, ImportError, RuntimeError) as error:
-        raise ConfigError(f'the config {path} cannot be read: {_why_unreadable(error)}') from error
+    config = read_config(path)
     if quant or method:
         from psaq_mm.engine.config import apply_method
 
         config = apply_method(config, quant, method)
     return merge_options(config, options)
-
-
-def _why_unreadable(error: Exception) -> str:
-    message = ' '.join(str(error).split())
-    if 'lazy_import' in message:  # MMEngine's word for it
-        return (
-            'it and one of its bases are of two kinds, and a pure-Python config is inherited by a pure-Python one '
-            "alone: write `with read_base(): from .BASE import *`, then model.update(type='psaq_mm.Quantized', "
-            "base_type=model.type, quant='w8a8')"
-        )
-    return missing_from(error) or message
 
 
 def merge_options(config, options: Optional[Mapping]):
@@ -145,8 +127,8 @@ def merge_options(config, options: Optional[Mapping]):
 
 
 def add_run_arguments(parser: argparse.ArgumentParser):
-    """Add the arguments of commands that start a runner: ``--work-dir``, ``--device``, ``--launcher`` and what launchers
-    add.
+    """Add the arguments of commands that start a runner: ``--work-dir``, ``--device``, ``--launcher``, and what
+    launchers add.
 
     Args:
         parser: Of the command.
@@ -224,7 +206,11 @@ def _sentence(error: BaseException, args: argparse.Namespace) -> Optional[str]:
             f'{error.filename or "a file"} cannot be written ({error.strerror}): free some space{other}; what was '
             'saved before is whole'
         )
-    return missing_from(error) if isinstance(error, (ImportError, RuntimeError, AssertionError, KeyError)) else None
+    if not isinstance(error, (ImportError, RuntimeError, AssertionError, KeyError)):
+        return None
+    from psaq_mm.engine.missing import missing_from
+
+    return missing_from(error)
 
 
 def _device_of(args: argparse.Namespace) -> ContextManager:

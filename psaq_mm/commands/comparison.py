@@ -1,6 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Sources of samples through the same quantizer, calibrated or trained, at equal steps or equal seconds: which rows there
-are, what their numbers depend on, and how one comes about.
+"""Sources of samples through the same quantizer, calibrated or trained, at equal steps or equal seconds.
+
+Which rows there are, what their numbers depend on, and how one comes about.
 """
 
 import copy
@@ -22,8 +23,8 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 from psaq_mm.commands.common import merge_options
 from psaq_mm.commands.compare_rows import RowFile, alone_in, summarize, to_markdown
 from psaq_mm.commands.metrics import other_metrics, scalars
-from psaq_mm.commands.missing import missing_from
 from psaq_mm.commands.sample_rows import bits_of, merge_rows, principal_metrics, read_rows, rows_of
+from psaq_mm.engine.missing import missing_from
 from psaq_mm.errors import ConfigError, DataError, PsaqError, nearest
 from psaq_mm.files import file_sha256, write_whole
 from psaq_mm.plain import to_plain
@@ -382,11 +383,11 @@ def _samples_used(summary: Mapping) -> int:
 def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown = Shown()) -> Dict[str, Any]:
     """Quantize, evaluate and compare; the row's numbers."""
     from psaq_mm.commands.agreement import AgreementHook
-    from psaq_mm.commands.dfq_train import data_free_runner
     from psaq_mm.commands.evaluation import evaluate
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
     from psaq_mm.engine.checkpoint import read_checkpoint
     from psaq_mm.engine.config import to_data_free
+    from psaq_mm.engine.running import data_free_runner
 
     student, hook, results = folder / 'student.pth', AgreementHook(truth), {}
     with silence():

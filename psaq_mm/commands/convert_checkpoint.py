@@ -75,8 +75,8 @@ def build_parser(prog: str = 'psaq-convert-checkpoint') -> argparse.ArgumentPars
     parser = make_parser(
         prog,
         'CONFIG SOURCE --out OUT.pth [options]',
-        'Convert a Swin checkpoint of another release, such as those of Microsoft, timm and mmpretrain, for the model of '
-        'a config. Weights that find no place are named, and then nothing is written.',
+        'Convert a Swin checkpoint of another release, such as those of Microsoft, timm and mmpretrain, for the model '
+        'of a config. Weights that find no place are named, and then nothing is written.',
         [
             'mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py \\\n      mask_rcnn_swin_tiny.pth --out converted.pth',
             'upernet_swin-t.py swin_tiny.safetensors \\\n      --out backbone.pth --backbone-only',

@@ -57,6 +57,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Print them and exit."""
         print(version_text())
         parser.exit()
 
@@ -68,6 +69,7 @@ class ConfigOptions(argparse.Action):
         super().__init__(option_strings, dest, nargs='+', **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Parse the values as MMEngine does."""
         from psaq_mm.commands.missing import require_libraries
 
         require_libraries(parser.prog)
@@ -79,11 +81,14 @@ class ConfigOptions(argparse.Action):
 class _Layout(argparse.HelpFormatter):
     """Paragraphs are filled; lines that begin with a space, such as those of examples, stay as they are."""
 
+    def _split_lines(self, text: str, width: int) -> List[str]:
+        return textwrap.wrap(' '.join(text.split()), width, break_on_hyphens=False) or ['']
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         blocks: List[str] = []
         for kind, lines in itertools.groupby(text.splitlines(), lambda line: 'as it is' if line[:1] in ' ' else 'fill'):
             block = list(lines)
-            blocks += block if kind == 'as it is' else [textwrap.fill(' '.join(block), width)]
+            blocks += block if kind == 'as it is' else self._split_lines(' '.join(block), width)
         return '\n'.join(indent + block for block in blocks)
 
 
