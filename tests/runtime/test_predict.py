@@ -12,8 +12,8 @@ import torch
 from classifier_models import CLASSIFIER
 from tiny import DETECTOR, SEGMENTOR, WITHOUT_TORCH, Project, calibrated_student
 
-from psaq_mm.commands.export import export
-from psaq_mm.commands.predict import main, pictures_in
+from psaq_mm.engine.exporting import export
+from psaq_mm.commands.predict import main
 from psaq_mm.deploy import load
 from psaq_mm.deploy.serving import deploy_model_
 from psaq_mm.errors import ConfigError, DataError, UnsupportedModelError
