@@ -1,3 +1,3 @@
 """Quantization of vision transformers in OpenMMLab without real data."""
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'

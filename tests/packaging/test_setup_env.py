@@ -444,7 +444,7 @@ class TestCompiled:
         )
 
         def stop_once_running():
-            for _ in range(400):
+            for _ in range(4000):
                 if pids.exists() and pids.read_text():
                     return signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
                 time.sleep(0.05)
