@@ -110,7 +110,7 @@ def test_what_an_import_leaves_out(imported, absent):
 
 
 def test_the_page_of_the_architecture_shows_these_arrows():
-    page = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
+    page = (ROOT / 'docs' / 'reference' / 'architecture.md').read_text(encoding='utf-8')
     rows = re.findall(r'^\| `(\w+)` \|[^|]*\|([^|]*)\|[^|]*\|$', page, re.MULTILINE)
     shown = {floor: set(re.findall(r'\w+', others)) - {'nothing'} for floor, others in rows}
     assert tuple(reversed([floor for floor, _ in rows])) == FLOORS, 'the table has one row a floor, the highest first'
@@ -118,7 +118,7 @@ def test_the_page_of_the_architecture_shows_these_arrows():
 
 
 def test_every_path_that_the_page_names_exists():
-    page = (ROOT / 'docs' / 'architecture.md').read_text(encoding='utf-8')
+    page = (ROOT / 'docs' / 'reference' / 'architecture.md').read_text(encoding='utf-8')
     paths = re.findall(r'`((?:psaq_mm|tests|configs|benchmarks|tools|docs|demo)/[\w./]*)`', page)
     assert paths
     assert not [path for path in paths if not (ROOT / path).exists()]

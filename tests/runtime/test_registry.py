@@ -35,7 +35,7 @@ def student(tmp_path_factory):
 def plain():
     """The runtime that the docs show: its name is not that of its package, and it has float kernels only."""
     pytest.importorskip('onnxruntime')
-    before, text = dict(RUNTIMES), (ROOT / 'docs' / 'deploy.md').read_text()
+    before, text = dict(RUNTIMES), (ROOT / 'docs' / 'guides' / 'deploy.md').read_text()
     code = text[text.index('    from psaq_mm.runtime import Runtime') : text.index('`psaq_mm.DeployedBackbone`')]
     exec(textwrap.dedent(code), {})
     yield RUNTIMES['plain']

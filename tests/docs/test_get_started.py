@@ -1,4 +1,4 @@
-"""docs/tutorial.md, block by block: what it says is what happens."""
+"""docs/get_started.md, block by block: what it says is what happens."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
 
 pytest.importorskip('mmdet')
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```$', (ROOT / 'docs' / 'tutorial.md').read_text(), re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```$', (ROOT / 'docs' / 'get_started.md').read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +61,7 @@ def test_every_block_runs_and_leaves_what_the_text_says(folder):
 
 
 def test_nothing_on_the_page_is_without_a_language_or_a_target():
-    text = (ROOT / 'docs' / 'tutorial.md').read_text()
+    text = (ROOT / 'docs' / 'get_started.md').read_text()
     assert len(BLOCKS) == 8 and text.count('```') == 2 * len(BLOCKS)
     for link in re.findall(r'\]\(([^)#]+)\)', text):
         assert (ROOT / 'docs' / link).exists(), link
