@@ -383,11 +383,11 @@ def _samples_used(summary: Mapping) -> int:
 def _run(run: Run, truth, folder: Path, say: Callable[[str], None], shown: Shown = Shown()) -> Dict[str, Any]:
     """Quantize, evaluate and compare; the row's numbers."""
     from psaq_mm.commands.agreement import AgreementHook
-    from psaq_mm.engine.running import data_free_runner
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
     from psaq_mm.commands.test import evaluate
     from psaq_mm.engine.checkpoint import read_checkpoint
     from psaq_mm.engine.config import to_data_free
+    from psaq_mm.engine.running import data_free_runner
 
     student, hook, results = folder / 'student.pth', AgreementHook(truth), {}
     with silence():

@@ -20,6 +20,7 @@ from psaq_mm.runtime.preparation import opencv, read_picture
 
 __all__ = ['main']
 
+
 class _Times:
     """Seconds by what they were spent on."""
 

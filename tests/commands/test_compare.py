@@ -412,9 +412,9 @@ def test_leaves_of_nested_wrappers():
 
 # ---------------------------------------------------------------------- silence
 def test_a_silent_run_says_how_far_it_is_and_leaves_no_open_log(project, tmp_path, capsys):
-    from psaq_mm.engine.running import data_free_runner
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
     from psaq_mm.engine.config import to_data_free
+    from psaq_mm.engine.running import data_free_runner
 
     said = []
     config = Config.fromfile(project.path)

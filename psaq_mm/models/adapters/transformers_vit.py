@@ -130,9 +130,7 @@ class _WithEmbeddings(Backbone):
 
     def prefix_tokens(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.prefix_tokens`."""
-        return sum(
-            getattr(net.embeddings, name, None) is not None for name in ('cls_token', 'distillation_token')
-        )
+        return sum(getattr(net.embeddings, name, None) is not None for name in ('cls_token', 'distillation_token'))
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`."""
