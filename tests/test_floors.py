@@ -25,7 +25,7 @@ FLOORS = (
     'api',
     'commands',
 )
-"""From the lowest to the highest. ``base`` is the files of the package itself, without ``registry.py`` and ``api.py``."""
+"""From the lowest to the highest. ``base`` is the files of the package itself, but for ``registry.py`` and ``api``."""
 
 FILES = ('base', 'api')
 """Floors that are no folders."""

@@ -8,7 +8,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Union
 
 import numpy as np
 import torch
@@ -48,18 +48,45 @@ def _newest_checkpoint(work_dir: str) -> Optional[Path]:
     return None
 
 
-def data_free_runner(config, resume: bool = False):
+def _checkpoint_to_resume(resume: Union[bool, str], work_dir: str) -> Optional[Path]:
+    """The checkpoint that ``--resume`` means; None where a run begins anew.
+
+    Raises:
+        CheckpointError: There is none, or it is of no run.
+    """
+    if resume is False:
+        return None
+    if resume is True:
+        return _newest_checkpoint(work_dir)
+    path = Path(resume)
+    if path.is_dir():
+        return _newest_checkpoint(str(path))
+    if not path.is_file():
+        raise CheckpointError(
+            f'--resume {resume}: there is no checkpoint and no work dir of this name: check the path, or leave it out '
+            'to go on from the newest checkpoint in the work dir'
+        )
+    if 'psaq_mm' not in read_checkpoint(path):
+        raise CheckpointError(
+            f'--resume {resume} is no checkpoint of a run, which holds its samples too: give iter_N.pth of its work '
+            'dir, or the work dir'
+        )
+    return path
+
+
+def data_free_runner(config, resume: Union[bool, str] = False):
     """A runner for a config in data-free form.
 
     Args:
         config: Of :func:`psaq_mm.engine.config.to_data_free`.
-        resume: Whether to go on from the newest checkpoint in the work dir that can be read.
+        resume: Whether to go on from the newest checkpoint in the work dir that can be read; or the path of a
+            checkpoint, or of a folder whose newest one is taken.
 
     Raises:
         CheckpointError: There is no checkpoint to resume from.
     """
     set_scope(config)
-    checkpoint = _newest_checkpoint(config.work_dir) if resume else None
+    checkpoint = _checkpoint_to_resume(resume, config.work_dir)
     if checkpoint is not None:
         config.load_from, config.resume = f'{RESTRICTED}{checkpoint}', True
     return RUNNERS.build(config) if config.get('runner_type') else Runner.from_cfg(config)
@@ -70,7 +97,7 @@ def run_data_free(
     checkpoint: Optional[str] = None,
     val: bool = False,
     quant=None,
-    resume: bool = False,
+    resume: Union[bool, str] = False,
     amp: Optional[str] = None,
 ):
     """Quantize the model of a config without data.
@@ -80,7 +107,7 @@ def run_data_free(
         checkpoint: Full-precision weights: a file or URL. None: ``load_from`` of the config.
         val: Whether to validate on the config's validation set.
         quant: Precision in place of the config's.
-        resume: Whether to go on from the newest checkpoint in the work dir.
+        resume: See :func:`data_free_runner`.
         amp: ``dfq.amp``; None: the config's.
 
     Returns:

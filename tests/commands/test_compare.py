@@ -13,7 +13,8 @@ from mmengine.config import Config  # noqa: E402
 from tiny_classifier import ClassifierProject  # noqa: E402
 
 from psaq_mm.commands import compare as module  # noqa: E402
-from psaq_mm.commands.compare import Wanted, main, plan  # noqa: E402
+from psaq_mm.commands.compare import main  # noqa: E402
+from psaq_mm.commands.comparison import Wanted, plan  # noqa: E402
 from psaq_mm.engine.data_overlap import check_no_overlap, dataset_leaves  # noqa: E402
 from psaq_mm.errors import ConfigError  # noqa: E402
 

@@ -7,7 +7,7 @@ import torch
 from swin_models import build_backbone
 from vit_models import build as build_other
 
-from psaq_mm.commands.test import check_spec
+from psaq_mm.commands.evaluation import check_spec
 from psaq_mm.deploy import export_model, load
 from psaq_mm.deploy.report import execution, sizes_of, summary
 from psaq_mm.deploy.verify import LayerAgreement, Verification, verify, wrong_weights
