@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def read_readme():
     """The README as the package index shows it; a tree without one (a partial copy) still builds."""
     path = ROOT / 'README.md'
     return path.read_text(encoding='utf-8') if path.is_file() else ''
+
+
+def console_scripts():
+    """The entry points, from the list of commands, which imports the standard library alone."""
+    return runpy.run_path(str(ROOT / 'psaq_mm' / 'commands' / 'listing.py'))['entry_points']()
 
 
 def shipped_files():
@@ -120,10 +126,12 @@ EXTRAS = {
     # To run an exported model, where neither PyTorch nor OpenMMLab is installed.
     'runtime': [*PICTURES, OPENVINO],
     'runtime-onnxruntime': [*PICTURES, ONNXRUNTIME],
+    # The site; Read the Docs and `make docs` take the versions in requirements-docs.txt.
+    'docs': ['sphinx>=7.4', 'myst-parser>=3', 'sphinx-book-theme>=1.1', 'sphinx-copybutton', 'griffe>=1'],
     'test': [*TORCH, 'pytest>=7', 'pytest-xdist', 'hypothesis', 'onnx', 'onnxruntime', 'openvino', *CHECKS],
 }
 # Not what contradicts the rest: the forks, and a second OpenCV beside that of OpenMMLab.
-APART = ('onedl', 'test', 'runtime', 'runtime-onnxruntime')
+APART = ('onedl', 'docs', 'test', 'runtime', 'runtime-onnxruntime')
 EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in APART for line in lines})
 
 setup(
@@ -158,18 +166,7 @@ setup(
     include_package_data=False,
     install_requires=['numpy', 'safetensors>=0.4'],
     extras_require=EXTRAS,
-    entry_points={
-        'console_scripts': [
-            'psaq-dfq-train = psaq_mm.commands.dfq_train:main',
-            'psaq-test = psaq_mm.commands.test:main',
-            'psaq-compare = psaq_mm.commands.compare:main',
-            'psaq-export = psaq_mm.commands.export:main',
-            'psaq-predict = psaq_mm.commands.predict:main',
-            'psaq-inspect = psaq_mm.commands.inspect:main',
-            'psaq-convert-checkpoint = psaq_mm.commands.convert_checkpoint:main',
-            'psaq-sensitivity = psaq_mm.commands.sensitivity:main',
-        ],
-    },
+    entry_points={'console_scripts': console_scripts()},
     cmdclass={'build_py': BuildWithConfigs, **({} if editable_wheel is object else {'editable_wheel': EditableForMim})},
     zip_safe=False,
 )
