@@ -52,7 +52,7 @@ venv: python
 	@$(SET_UP) --stack "$(STACK)" --venv "$(VENV)"
 
 venv-core: python
-	@$(SET_UP) --venv "$(VENV_CORE)" --core
+	@$(SET_UP) --stack core --venv "$(VENV_CORE)"
 
 demo: venv
 	"$(VENV)/bin/python" demo/run_demo.py $(ARGS)

@@ -79,21 +79,21 @@ Every row comes from this, with its own method, bits and source:
 psaq-compare CONFIG --method fast --quant w8a8 --samples generated --seeds 0 1 2
 ```
 
-with `--cfg-options model.quant.scope=full` where the scope is full ([comparing](guides/compare.md)).
+with `--cfg-options model.quant.scope=full` where the scope is full ([comparing](guides/compare.md)). A dash: not run.
 """
 
 DEMO = """## Detector and segmentor of the demo
 
 Small models, trained on the drawn scenes of `demo/scenes.py` (checkpoints in `demo/checkpoints/`), tested on 160
-scenes. They show that the method works, not what it does on COCO or ADE20K. Scope *backbone* quantizes the backbone alone,
-*full* also neck and heads."""
+scenes. They show that the method works, not what it does on COCO or ADE20K. Scope *backbone* quantizes the backbone
+alone, *full* also neck and heads. 160 scenes are few: noise of 1e-5 in the pictures alone moves AP by up to 0.2
+([exactness](guides/deploy.md))."""
 
 CLASSIFIERS = """## Classifiers
 
 timm's `deit_tiny_patch16_224.fb_in1k` and `vit_tiny_patch16_224.augreg_in21k_ft_in1k` on 1000 ImageNet photographs, one
 a class: the 500 with an odd class index are tested, real images come from the others
-(`benchmarks/image_folder.py`). Every layer is quantized. 500 photographs are few: one standard error of what is lost is
-about {error}."""
+(`benchmarks/image_folder.py`). Every layer is quantized. 500 photographs are few.{error}"""
 
 INTEGER = """## Integer models
 
@@ -403,9 +403,11 @@ def measured_on(rows: Sequence[Mapping]) -> str:
 
 
 def standard_error(rows: Sequence[Mapping]) -> str:
-    """That of what classifiers lose, from the least to the greatest row."""
+    """A sentence on that of what classifiers lose, from the least to the greatest row."""
     known = [row['difference_se'] for row in rows if row.get('difference_se')]
-    return f'{min(known):.1f} to {max(known):.1f} points' if known else '0.3 to 2 points'
+    if not known:
+        return ''
+    return f' One standard error of what one seed loses: {min(known):.1f} to {max(known):.1f} points.'
 
 
 def page(rows: Optional[Sequence[Mapping]] = None) -> str:
@@ -423,6 +425,31 @@ def page(rows: Optional[Sequence[Mapping]] = None) -> str:
     parts += ['## What was not run', markdown_table(('what', 'why'), NOT_RUN)]
     parts += [MEASURED_ON, measured_on(rows)]
     return '\n\n'.join(part.strip('\n') for part in parts) + '\n'
+
+
+# ---------------------------------------------------------------------- metafiles
+def claims(config: str, arguments: str, rows: Optional[Sequence[Mapping]] = None) -> Dict[str, float]:
+    """What a metafile may say of a model: the mean of each metric over the seeds; nothing, where it was not measured.
+
+    Args:
+        config: Such as ``configs/demo/mask_rcnn_swin_demo_w8a8.py``.
+        arguments: Of the command, such as ``--method best --quant w4a8``.
+        rows: Those of the page by default.
+    """
+    rows = read_rows() if rows is None else rows
+    name, bits = re.fullmatch(r'(.+?)(?:_(w\da\d))?', Path(config).stem).groups()
+    method, given = (re.search(rf'--{key} (\S+)', arguments) for key in ('method', 'quant'))
+    full = 'scope=full' in arguments or '/classification/' in config
+    own = group(
+        rows,
+        model=name,
+        scope='full' if full else 'backbone',
+        bits=(given[1] if given else bits or 'w8a8').upper(),
+        method=method[1] if method else 'psaq_v2',
+        samples='generated',
+        runtime=PYTORCH,
+    )
+    return {metric: round(value(own, metric).mean, 2) for metric in own[0]['full_precision']} if own else {}
 
 
 # ---------------------------------------------------------------------- README

@@ -191,7 +191,7 @@ class Demo:
     # ------------------------------------------------------------------ steps
     def full_precision(self, task: Task) -> Result:
         """Metrics of the model as it was trained."""
-        from psaq_mm.commands.test import evaluate
+        from psaq_mm.commands.evaluation import evaluate
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.errors import CheckpointError
 
@@ -212,10 +212,10 @@ class Demo:
         """Quantize and evaluate; also the loop's samples, teacher and student."""
         from progress import LogBeat
 
-        from psaq_mm.commands.dfq_train import data_free_runner
-        from psaq_mm.commands.test import evaluate
+        from psaq_mm.commands.evaluation import evaluate
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.engine.config import to_data_free
+        from psaq_mm.engine.running import data_free_runner
 
         with self.progress.step():
             config = self.config(task, variant.key, variant)

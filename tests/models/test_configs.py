@@ -223,6 +223,7 @@ CLASSIFIERS = sorted(path.stem for path in (ROOT / 'classification').glob('*.py'
 
 def test_the_promised_classifiers_are_there():
     assert set(CLASSIFIERS) == {
+        'vit_tiny',
         'vit_small',
         'vit_base',
         'deit_tiny',
