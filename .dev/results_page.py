@@ -67,7 +67,7 @@ numbers, other sources of pictures and trials are in [earlier results](history/r
 - **agreement**: share of the test pictures (classifiers) or pixels (segmentors) with the class that full precision
   gives, or F1 of the boxes against those of full precision (detectors).
 - **minutes**: of quantizing, the least of the seeds, one thread of a machine with other work. Start-up and evaluation
-  are not counted.
+  are not counted. A dash: not kept, or the machine was so busy that it says nothing.
 - **rows**: when and where it was measured: [the last table](#measured-on).
 - **on Gaussian noise**, **on real images**: controls, other pictures through the same quantizer and rounding: what
   they lose; their agreement. RepQ-ViT as published calibrates on real images.
@@ -275,8 +275,8 @@ def agreement(rows: Sequence[Mapping]) -> str:
 
 
 def minutes(rows: Sequence[Mapping]) -> str:
-    """The least of the seeds: what other work on the machine lengthened least."""
-    known = [row['seconds'] for row in rows if row['seconds'] is not None]
+    """The least of the seeds: what other work on the machine lengthened least. Not of rows marked as busy."""
+    known = [row['seconds'] for row in rows if row['seconds'] is not None and not row.get('busy')]
     return f'{min(known) / 60:.1f}' if known else '-'
 
 
@@ -527,9 +527,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--add', type=Path, nargs='+', metavar='COMPARE_JSON', help='take the rows of comparisons first'
     )
+    parser.add_argument(
+        '--busy', action='store_true', help='the machine had so much other work that seconds say nothing'
+    )
     args = parser.parse_args(argv)
     if args.add:
-        where, rows = provenance(), read_rows() if ROWS.is_file() else []
+        where = dict(provenance(), **(dict(busy=True) if args.busy else {}))
+        rows = read_rows() if ROWS.is_file() else []
         for path in args.add:
             rows = merged(rows, rows_of_comparison(json.loads(path.read_text(encoding='utf-8')), where))
         write_rows(rows)
