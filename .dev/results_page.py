@@ -87,7 +87,7 @@ DEMO = """## Detector and segmentor of the demo
 Small models, trained on the drawn scenes of `demo/scenes.py` (checkpoints in `demo/checkpoints/`), tested on 160
 scenes. They show that the method works, not what it does on COCO or ADE20K. Scope *backbone* quantizes the backbone
 alone, *full* also neck and heads. 160 scenes are few: noise of 1e-5 in the pictures alone moves AP by up to 0.2
-([exactness](guides/deploy.md))."""
+([exactness](reference/integer_models.md#exactness))."""
 
 CLASSIFIERS = """## Classifiers
 
