@@ -49,8 +49,12 @@ METRICS = {
 MODELS = {
     'mask_rcnn_swin_demo': 'Mask R-CNN, Swin (demo)',
     'upernet_swin_demo': 'UperNet, Swin (demo)',
+    'mask_rcnn_swin_nuclei': 'Mask R-CNN, Swin (cells)',
     'deit_tiny': 'DeiT-Tiny',
     'vit_tiny': 'ViT-Tiny (AugReg)',
+}
+NOTES = {
+    'mask_rcnn_swin_nuclei': ' Cells under the microscope (Data Science Bowl 2018, CC0), `configs/nuclei/`; 108 pictures.',
 }
 PYTORCH, RUNTIMES = 'pytorch', {'openvino': 'OpenVINO', 'onnxruntime': 'ONNX Runtime'}
 BITS = ('W8A8', 'W6A6', 'W4A8', 'W4A4')
@@ -350,7 +354,7 @@ def title(model: str, rows: Sequence[Mapping]) -> str:
     of_model = [row for row in rows if row['model'] == model and row['runtime'] == PYTORCH]
     full = _full_precision(of_model)
     numbers = ', '.join(f'{name} {number:.2f}' for name, number in full.items())
-    return f'### {MODELS[model]}\n\nFull precision: {numbers}.'
+    return f'### {MODELS[model]}\n\nFull precision: {numbers}.{NOTES.get(model, "")}'
 
 
 def integer_table(rows: Sequence[Mapping]) -> str:
