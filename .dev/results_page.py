@@ -54,7 +54,7 @@ MODELS = {
     'vit_tiny': 'ViT-Tiny (AugReg)',
 }
 NOTES = {
-    'mask_rcnn_swin_nuclei': ' Cells under the microscope (Data Science Bowl 2018, CC0), `configs/nuclei/`; 108 pictures.',
+    'mask_rcnn_swin_nuclei': '108 pictures of cells (Data Science Bowl 2018, CC0), `configs/nuclei/`.',
 }
 PYTORCH, RUNTIMES = 'pytorch', {'openvino': 'OpenVINO', 'onnxruntime': 'ONNX Runtime'}
 BITS = ('W8A8', 'W6A6', 'W4A8', 'W4A4')
@@ -354,7 +354,7 @@ def title(model: str, rows: Sequence[Mapping]) -> str:
     of_model = [row for row in rows if row['model'] == model and row['runtime'] == PYTORCH]
     full = _full_precision(of_model)
     numbers = ', '.join(f'{name} {number:.2f}' for name, number in full.items())
-    return f'### {MODELS[model]}\n\nFull precision: {numbers}.{NOTES.get(model, "")}'
+    return f'### {MODELS[model]}: {numbers} in full precision' + (f'\n\n{NOTES[model]}' if model in NOTES else '')
 
 
 def integer_table(rows: Sequence[Mapping]) -> str:
