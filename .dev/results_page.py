@@ -49,8 +49,12 @@ METRICS = {
 MODELS = {
     'mask_rcnn_swin_demo': 'Mask R-CNN, Swin (demo)',
     'upernet_swin_demo': 'UperNet, Swin (demo)',
+    'mask_rcnn_swin_nuclei': 'Mask R-CNN, Swin (cells)',
     'deit_tiny': 'DeiT-Tiny',
     'vit_tiny': 'ViT-Tiny (AugReg)',
+}
+NOTES = {
+    'mask_rcnn_swin_nuclei': '108 pictures of cells (Data Science Bowl 2018, CC0), `configs/nuclei/`.',
 }
 PYTORCH, RUNTIMES = 'pytorch', {'openvino': 'OpenVINO', 'onnxruntime': 'ONNX Runtime'}
 BITS = ('W8A8', 'W6A6', 'W4A8', 'W4A4')
@@ -67,46 +71,48 @@ numbers, other sources of pictures and trials are in [earlier results](history/r
 - **agreement**: share of the test pictures (classifiers) or pixels (segmentors) with the class that full precision
   gives, or F1 of the boxes against those of full precision (detectors).
 - **minutes**: of quantizing, the least of the seeds, one thread of a machine with other work. Start-up and evaluation
-  are not counted.
+  are not counted. A dash: not kept, or the machine was so busy that it says nothing.
 - **rows**: when and where it was measured: [the last table](#measured-on).
 - **on Gaussian noise**, **on real images**: controls, other pictures through the same quantizer and rounding: what
   they lose; their agreement. RepQ-ViT as published calibrates on real images.
 - W6A6 and W4A4 use RepQ-ViT's quantizer, W8A8 and W4A8 the one of PSAQ-ViT V2 ([settings](reference/settings.md)).
 
-Every row comes from
+Every row comes from this, with its own method, bits and source:
 
-    python tools/compare.py CONFIG --method METHOD --quant BITS --samples SOURCE --seeds 0 1 2
+```bash
+psaq-compare CONFIG --method fast --quant w8a8 --samples generated --seeds 0 1 2
+```
 
-with `--cfg-options model.quant.scope=full` where the scope is full ([comparing](guides/compare.md)).
+with `--cfg-options model.quant.scope=full` where the scope is full ([comparing](guides/compare.md)). A dash: not run.
 """
 
 DEMO = """## Detector and segmentor of the demo
 
 Small models, trained on the drawn scenes of `demo/scenes.py` (checkpoints in `demo/checkpoints/`), tested on 160
-scenes. They show that the method works, not what it does on COCO or ADE20K. Scope *backbone* quantizes the backbone alone,
-*full* also neck and heads."""
+scenes. They show that the method works, not what it does on COCO or ADE20K. Scope *backbone* quantizes the backbone
+alone, *full* also neck and heads. 160 scenes are few: noise of 1e-5 in the pictures alone moves AP by up to 0.2
+([exactness](reference/integer_models.md#exactness))."""
 
 CLASSIFIERS = """## Classifiers
 
 timm's `deit_tiny_patch16_224.fb_in1k` and `vit_tiny_patch16_224.augreg_in21k_ft_in1k` on 1000 ImageNet photographs, one
 a class: the 500 with an odd class index are tested, real images come from the others
-(`benchmarks/image_folder.py`). Every layer is quantized. 500 photographs are few: one standard error of what is lost is
-about {error}."""
+(`benchmarks/image_folder.py`). Every layer is quantized. 500 photographs are few.{error}"""
 
 INTEGER = """## Integer models
 
 The exported model in its runtime beside the fake-quantized one in PyTorch
-([what is compared, and how exactly](guides/deploy.md)), one seed."""
+([what is compared, and how exactly](reference/integer_models.md#exactness)), one seed."""
 
 SPEEDS = """## Speed
 
 Seconds a picture of the whole model, from the picture to boxes, masks or map; two threads of a server processor with
-VNNI (`{processor}`, {date}). More: [deploy](guides/deploy.md), [performance](guides/performance.md)."""
+VNNI (`{processor}`, {date}). More: [performance](guides/performance.md#integer-models)."""
 
 NOT_RUN = (
     (
         'official COCO and ADE20K checkpoints (the tables of the papers)',
-        'no COCO, no ADE20K; commands: `configs/README.md`',
+        'no COCO, no ADE20K; [commands](reference/papers.md)',
     ),
     ("ImageNet's whole validation set; DeiT-S, -B, ViT-S, -B, Swin classifiers", 'neither weights nor images at hand'),
     ('PSAQ-ViT V1, V2 and RepQ-ViT on ViT-Tiny', 'no time; drawn pictures were as good on DeiT-Tiny and faster'),
@@ -275,8 +281,8 @@ def agreement(rows: Sequence[Mapping]) -> str:
 
 
 def minutes(rows: Sequence[Mapping]) -> str:
-    """The least of the seeds: what other work on the machine lengthened least."""
-    known = [row['seconds'] for row in rows if row['seconds'] is not None]
+    """The least of the seeds: what other work on the machine lengthened least. Not of rows marked as busy."""
+    known = [row['seconds'] for row in rows if row['seconds'] is not None and not row.get('busy')]
     return f'{min(known) / 60:.1f}' if known else '-'
 
 
@@ -348,7 +354,7 @@ def title(model: str, rows: Sequence[Mapping]) -> str:
     of_model = [row for row in rows if row['model'] == model and row['runtime'] == PYTORCH]
     full = _full_precision(of_model)
     numbers = ', '.join(f'{name} {number:.2f}' for name, number in full.items())
-    return f'### {MODELS[model]}\n\nFull precision: {numbers}.'
+    return f'### {MODELS[model]}: {numbers} in full precision' + (f'\n\n{NOTES[model]}' if model in NOTES else '')
 
 
 def integer_table(rows: Sequence[Mapping]) -> str:
@@ -401,9 +407,11 @@ def measured_on(rows: Sequence[Mapping]) -> str:
 
 
 def standard_error(rows: Sequence[Mapping]) -> str:
-    """That of what classifiers lose, from the least to the greatest row."""
+    """A sentence on that of what classifiers lose, from the least to the greatest row."""
     known = [row['difference_se'] for row in rows if row.get('difference_se')]
-    return f'{min(known):.1f} to {max(known):.1f} points' if known else '0.3 to 2 points'
+    if not known:
+        return ''
+    return f' One standard error of what one seed loses: {min(known):.1f} to {max(known):.1f} points.'
 
 
 def page(rows: Optional[Sequence[Mapping]] = None) -> str:
@@ -421,6 +429,31 @@ def page(rows: Optional[Sequence[Mapping]] = None) -> str:
     parts += ['## What was not run', markdown_table(('what', 'why'), NOT_RUN)]
     parts += [MEASURED_ON, measured_on(rows)]
     return '\n\n'.join(part.strip('\n') for part in parts) + '\n'
+
+
+# ---------------------------------------------------------------------- metafiles
+def claims(config: str, arguments: str, rows: Optional[Sequence[Mapping]] = None) -> Dict[str, float]:
+    """What a metafile may say of a model: the mean of each metric over the seeds; nothing, where it was not measured.
+
+    Args:
+        config: Such as ``configs/demo/mask_rcnn_swin_demo_w8a8.py``.
+        arguments: Of the command, such as ``--method best --quant w4a8``.
+        rows: Those of the page by default.
+    """
+    rows = read_rows() if rows is None else rows
+    name, bits = re.fullmatch(r'(.+?)(?:_(w\da\d))?', Path(config).stem).groups()
+    method, given = (re.search(rf'--{key} (\S+)', arguments) for key in ('method', 'quant'))
+    full = 'scope=full' in arguments or '/classification/' in config
+    own = group(
+        rows,
+        model=name,
+        scope='full' if full else 'backbone',
+        bits=(given[1] if given else bits or 'w8a8').upper(),
+        method=method[1] if method else 'psaq_v2',
+        samples='generated',
+        runtime=PYTORCH,
+    )
+    return {metric: round(value(own, metric).mean, 2) for metric in own[0]['full_precision']} if own else {}
 
 
 # ---------------------------------------------------------------------- README
@@ -500,9 +533,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--add', type=Path, nargs='+', metavar='COMPARE_JSON', help='take the rows of comparisons first'
     )
+    parser.add_argument(
+        '--busy', action='store_true', help='the machine had so much other work that seconds say nothing'
+    )
     args = parser.parse_args(argv)
     if args.add:
-        where, rows = provenance(), read_rows() if ROWS.is_file() else []
+        where = dict(provenance(), **(dict(busy=True) if args.busy else {}))
+        rows = read_rows() if ROWS.is_file() else []
         for path in args.add:
             rows = merged(rows, rows_of_comparison(json.loads(path.read_text(encoding='utf-8')), where))
         write_rows(rows)

@@ -1,7 +1,7 @@
 """Quantization of vision transformers in OpenMMLab without real data.
 
-``quantize``, ``export``, ``predict``, ``save`` and ``load`` of :mod:`psaq_mm.api` stand here too. They are imported when
-they are asked for: ``import psaq_mm`` itself imports nothing.
+``quantize``, ``export``, ``predict``, ``save`` and ``load`` of :mod:`psaq_mm.api` stand here too. They are imported
+when they are asked for: ``import psaq_mm`` itself imports nothing.
 """
 
 import importlib
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, List
 if TYPE_CHECKING:
     from psaq_mm.api import export, load, predict, quantize, save
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = ['__version__', 'export', 'load', 'predict', 'quantize', 'save']
 
