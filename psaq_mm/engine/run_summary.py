@@ -138,7 +138,7 @@ def rows_of(summary: Mapping[str, Any]) -> List[Tuple[str, Any]]:
     rows += [('healed', f'{one["name"]}: {one["reason"]}') for one in summary['healed']]
     if summary['expected'] is not None:
         expected = _expected(summary['expected'])
-        rows.append(('expected', f'{expected}. This is an estimate and no accuracy: test on pictures of your own'))
+        rows.append(('expected', f'{expected}. This is an estimate and no accuracy: it ranks students of one model, see docs/reference/summary.md'))
     made = f'{summary["pictures"]} pictures, ' if summary['pictures'] else ''
     taken = in_words(sum(summary['seconds'].values()))
     rows.append(('made from', f'{made}{summary["steps"]} student steps, in {taken}'))
