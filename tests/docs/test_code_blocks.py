@@ -94,8 +94,9 @@ def parsers_only(monkeypatch, tmp_path):
 
 def entry_points():
     """Module and function of each console script, as setup.py has them."""
-    text = (ROOT / 'setup.py').read_text(encoding='utf-8')
-    return {name: (module, function) for name, module, function in re.findall(r"'([\w-]+) = ([\w.]+):(\w+)'", text)}
+    from psaq_mm.commands.listing import entry_points
+
+    return dict(re.fullmatch(r'([\w-]+) = (\S+)', line).groups() for line in entry_points())
 
 
 def commands_of(code):
@@ -136,7 +137,7 @@ def check(command, monkeypatch):
         run = lambda: runpy.run_path(str(ROOT / arguments[0]), run_name='__main__')
     elif program in entry_points():
         monkeypatch.setattr(sys, 'argv', command)
-        module, function = entry_points()[program]
+        module, function = entry_points()[program].split(':')
         run = lambda: getattr(__import__(module, fromlist=['*']), function)()
     else:
         raise AssertionError(f'{program} is no command of this project: mark the block, <!-- not run: why -->')
