@@ -80,7 +80,7 @@ numbers, other sources of pictures and trials are in [earlier results](history/r
 Every row comes from this, with its own method, bits and source:
 
 ```bash
-psaq-compare CONFIG --method fast --quant w8a8 --samples generated --seeds 0 1 2
+psaq compare CONFIG --method fast --quant w8a8 --samples generated --seeds 0 1 2
 ```
 
 with `--cfg-options model.quant.scope=full` where the scope is full ([comparing](guides/compare.md)). A dash: not run.
