@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
+from psaq_mm.commands import listing
+
 markdown_it = pytest.importorskip('markdown_it')
 pytest.importorskip('mmengine')
 ROOT = Path(__file__).parents[2]
@@ -93,10 +95,8 @@ def parsers_only(monkeypatch, tmp_path):
 
 
 def entry_points():
-    """Module and function of each console script, as setup.py has them."""
-    from psaq_mm.commands.listing import entry_points
-
-    return dict(re.fullmatch(r'([\w-]+) = (\S+)', line).groups() for line in entry_points())
+    """Module and function of each console script."""
+    return {line.split(' = ')[0]: line.split(' = ')[1].split(':') for line in listing.entry_points()}
 
 
 def commands_of(code):
@@ -137,7 +137,7 @@ def check(command, monkeypatch):
         run = lambda: runpy.run_path(str(ROOT / arguments[0]), run_name='__main__')
     elif program in entry_points():
         monkeypatch.setattr(sys, 'argv', command)
-        module, function = entry_points()[program].split(':')
+        module, function = entry_points()[program]
         run = lambda: getattr(__import__(module, fromlist=['*']), function)()
     else:
         raise AssertionError(f'{program} is no command of this project: mark the block, <!-- not run: why -->')
