@@ -111,7 +111,7 @@ def build_student(
     if not is_quantized(checkpoint):
         raise CheckpointError(
             f'{checkpoint_path} is a full-precision checkpoint, which has no integer codes to export: quantize it with '
-            'tools/dfq_train.py and export the student.pth that it writes'
+            'psaq quantize and export the student.pth that it writes'
         )
     config = config_of_student(config, checkpoint, checkpoint_path, quant, method, options)
     check_preprocessor(config)
