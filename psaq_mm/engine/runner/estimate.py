@@ -32,8 +32,8 @@ def _each(seconds: float) -> str:
 
 
 def rounding_work(layers: Sequence[Tuple[int, int]]) -> List[float]:
-    """Seconds that rounding takes for weights (outputs, inputs) on one core of a PC, about: a loop over the inputs, in it
-    one over the outputs, and factors of a matrix of the inputs.
+    """Seconds that rounding takes for weights (outputs, inputs) on one core of a PC, about: a loop over the inputs, in
+    it one over the outputs, and factors of a matrix of the inputs.
     """
     return [
         5e-4 * inputs + 2e-8 * outputs * inputs + 2.5e-10 * outputs * inputs**2 + 5e-10 * inputs**3
