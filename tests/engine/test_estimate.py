@@ -30,7 +30,7 @@ def test_words(seconds, words):
 
 
 def test_the_first_line_comes_after_the_first_steps_of_the_first_part():
-    run = Run(Part('Drawing pictures', 96, 9.0), Part('Observing ranges', 96, 0.5))
+    run = Run(Part('Drawing pictures', 96, 9.0, relative=False), Part('Observing ranges', 96, 0.5))
     with listening(run.estimate):
         run.steps('Drawing pictures', 96, 1.0, count=1)
         assert not run.lines
@@ -100,7 +100,7 @@ def test_a_first_step_that_takes_longer_than_it_was_guessed_does_not_end_the_est
 def test_parts_take_the_time_that_is_measured_in_the_first_minute():
     """Guesses that are wrong by two: after the first minute the rest is right within a factor of two."""
     run = Run(
-        Part('Drawing pictures', 96, 0.05),
+        Part('Drawing pictures', 96, 0.05, relative=False),
         Part('Observing ranges', 96, 0.7),
         Part('Importance of rows', 96, 1.0),
     )
@@ -109,3 +109,10 @@ def test_parts_take_the_time_that_is_measured_in_the_first_minute():
         run.steps('Observing ranges', 96, 1.4, count=36)
         actual = 60 * 1.4 + 96 * 1.8
         assert actual / 2 < run.estimate.left < actual * 2
+
+
+def test_guesses_follow_the_parts_that_are_measured():
+    run = Run(Part('Observing ranges', 4, 1.0), Part('Importance of rows', 4, 3.0))
+    with listening(run.estimate):
+        run.steps('Observing ranges', 4, 2.0)
+    assert run.estimate.left == pytest.approx(4 * 3.0 * 2)
