@@ -39,7 +39,9 @@ CONFIGS = """## Every config of the libraries
 All configs that mmdet 3.3.0, mmseg 1.2.2 and mmpretrain 1.2.0 install with a transformer or a ConvNeXt as backbone, at
 reduced size: built, quantized to W8A8, calibrated on noise and run.
 
-    python benchmarks/every_config.py --library mmdet mmseg mmpretrain --json docs/results/every_config.json
+```bash
+python benchmarks/every_config.py --library mmdet mmseg mmpretrain --json docs/results/every_config.json
+```
 
 Language models are replaced by a stand-in or left out; where the rest cannot be built without packages or weights that
 are not there ("not built"), the image tower is tried alone.

@@ -73,9 +73,11 @@ numbers, other sources of pictures and trials are in [earlier results](history/r
   they lose; their agreement. RepQ-ViT as published calibrates on real images.
 - W6A6 and W4A4 use RepQ-ViT's quantizer, W8A8 and W4A8 the one of PSAQ-ViT V2 ([settings](reference/settings.md)).
 
-Every row comes from
+Every row comes from this, with its own method, bits and source:
 
-    python tools/compare.py CONFIG --method METHOD --quant BITS --samples SOURCE --seeds 0 1 2
+```bash
+psaq-compare CONFIG --method fast --quant w8a8 --samples generated --seeds 0 1 2
+```
 
 with `--cfg-options model.quant.scope=full` where the scope is full ([comparing](guides/compare.md)). A dash: not run.
 """
@@ -96,17 +98,17 @@ a class: the 500 with an odd class index are tested, real images come from the o
 INTEGER = """## Integer models
 
 The exported model in its runtime beside the fake-quantized one in PyTorch
-([what is compared, and how exactly](guides/deploy.md)), one seed."""
+([what is compared, and how exactly](reference/integer_models.md#exactness)), one seed."""
 
 SPEEDS = """## Speed
 
 Seconds a picture of the whole model, from the picture to boxes, masks or map; two threads of a server processor with
-VNNI (`{processor}`, {date}). More: [deploy](guides/deploy.md), [performance](guides/performance.md)."""
+VNNI (`{processor}`, {date}). More: [performance](guides/performance.md#integer-models)."""
 
 NOT_RUN = (
     (
         'official COCO and ADE20K checkpoints (the tables of the papers)',
-        'no COCO, no ADE20K; commands: `configs/README.md`',
+        'no COCO, no ADE20K; [commands](reference/papers.md)',
     ),
     ("ImageNet's whole validation set; DeiT-S, -B, ViT-S, -B, Swin classifiers", 'neither weights nor images at hand'),
     ('PSAQ-ViT V1, V2 and RepQ-ViT on ViT-Tiny', 'no time; drawn pictures were as good on DeiT-Tiny and faster'),

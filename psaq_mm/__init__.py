@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, List
 if TYPE_CHECKING:
     from psaq_mm.api import export, load, predict, quantize, save
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = ['__version__', 'export', 'load', 'predict', 'quantize', 'save']
 

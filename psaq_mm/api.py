@@ -6,7 +6,7 @@ with an exported model, neither PyTorch nor an OpenMMLab library is needed.
 """
 
 import os
-from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, List, Mapping, Optional, Sequence, Union
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -32,7 +32,6 @@ def quantize(
     size: Optional[Size] = None,
     mean: Optional[Sequence[float]] = None,
     std: Optional[Sequence[float]] = None,
-    to_rgb: Optional[bool] = None,
     classes: Optional[Sequence[str]] = None,
     work_dir: Optional[PathLike] = None,
     in_place: bool = False,
@@ -54,10 +53,9 @@ def quantize(
             ``init_detector``, ``init_model`` and ``get_model`` of the libraries leave in the model, if any.
         size: (height, width) in pixels of the pictures that the model takes, or one number for both. Defaults to None:
             from the config, the model's data preprocessor, its position embedding, or timm's ``pretrained_cfg``.
-        mean: Subtracted from each channel, for values 0 to 255. Defaults to None: of the data preprocessor, timm's
-            ``pretrained_cfg``, or the config.
+        mean: Subtracted from each channel (red, green, blue), for values 0 to 255: of a model of transformers, and of one
+            of timm without a ``pretrained_cfg``. Defaults to None: the model or its config tells it.
         std: Each channel is divided by it, for values 0 to 255. As ``mean``.
-        to_rgb: Whether the model takes red first. Defaults to None: as the data preprocessor says; True without one.
         classes: Names of the classes. Defaults to None: of the checkpoint, the model or its config.
         work_dir: Where ``student.pth``, the log and sample sheets are written. Defaults to None: nothing is written.
         in_place: Whether a model in memory itself becomes the student. Defaults to False: a copy of it does.
@@ -86,7 +84,7 @@ def quantize(
         method,
         quant,
         config=config,
-        known=one_call.Known(size=size, mean=mean, std=std, to_rgb=to_rgb, classes=classes),
+        known=one_call.Known(size=size, mean=mean, std=std, classes=classes),
         work_dir=work_dir,
         in_place=in_place,
         verbose=verbose,

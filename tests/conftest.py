@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -42,19 +41,6 @@ class NeedsTorchvision:
 
 if importlib.util.find_spec('torchvision') is None:
     sys.meta_path.insert(0, NeedsTorchvision)
-
-
-@pytest.fixture(autouse=True)
-def no_handler_of_ended_processes():
-    """Take PyTorch's handler of SIGCHLD away, which its data loader leaves behind.
-
-    OpenVINO 2026.4 leaves a freed alternate signal stack behind when two models are deleted in the order in which they
-    were compiled. A handler that Python runs on that stack then ends the process, as soon as a program that it has
-    started ends.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @pytest.fixture(params=DEVICES)

@@ -26,7 +26,7 @@ def build_parser(prog: str = 'psaq-compare') -> argparse.ArgumentParser:
         'the student on the test set, and measures how often it agrees with full precision. Rows and table go to '
         'compare.json and compare.md in the work dir. The same command goes on where it was stopped.',
         [
-            'configs/quantized.py --method fast best gaussian --quant w8a8 w4a8',
+            'configs/quantized.py --method fast best --quant w8a8 w4a8',
             'configs/quantized.py --samples generated gaussian pictures/ \\\n      --train --seconds 600 --curve 8',
         ],
     )

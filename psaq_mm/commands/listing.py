@@ -37,7 +37,7 @@ COMMANDS = (
     ),
     Command('test', 'psaq-test', 'test', 'evaluate a student or an exported model on a test set'),
     Command('export', 'psaq-export', 'export', 'write a student as ONNX files with integer weights'),
-    Command('predict', 'psaq-predict', 'predict', 'predict pictures and folders of pictures, and draw it'),
+    Command('predict', 'psaq-predict', 'predict', 'draw predictions onto pictures and folders of pictures'),
     Command('inspect', 'psaq-inspect', 'inspect', 'show which layers would be quantized, and run nothing'),
     Command('sensitivity', 'psaq-sensitivity', 'sensitivity', 'rank the layers by the error of quantizing them'),
     Command('compare', 'psaq-compare', 'compare', 'compare methods and sources of samples on a test set'),

@@ -24,7 +24,7 @@ def _titles() -> str:
 def _parser() -> argparse.ArgumentParser:
     description = (
         'Quantize detectors, segmentors and classifiers with transformer backbones without real data.\n'
-        f' \ncommands:\n{_titles()}'
+        f'\ncommands:\n{_titles()}'
     )
     examples = [
         'quantize CONFIG --checkpoint FP.pth --quant w8a8 --method best',
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         'export CONFIG work_dirs/CONFIG/student.pth --out deployed --verify',
         'predict deployed pictures/ --out shown',
     ]
-    notes = 'psaq COMMAND --help tells more of a command. Each is also a command of its own, such as psaq-test.'
+    notes = 'psaq COMMAND --help tells more about a command. Each is also a command of its own, such as psaq-test.'
     return make_parser('psaq', 'COMMAND [arguments]', description, examples, notes)
 
 

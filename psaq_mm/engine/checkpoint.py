@@ -33,6 +33,7 @@ from psaq_mm.plain import to_plain
 from psaq_mm.quantization import is_quantizer_key
 
 __all__ = [
+    'check_finite',
     'file_sha256',
     'load_restricted',
     'read_checkpoint',
@@ -349,12 +350,7 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
     except CheckpointError as error:
         raise CheckpointError(f'{source}: {error}') from error
     weights = convert_timm_keys(model, matched.weights)
-    for key, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(
-                f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
-                'use an earlier checkpoint'
-            )
+    check_finite(weights, source)
     try:
         with whole_loading(model):
             model.load_state_dict(weights, strict=False)
@@ -362,6 +358,16 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
         raise CheckpointError(f'{source}: {error}') from error
     for note in matched.notes:
         print_log(f'{source}: {note}', 'current')
+
+
+def check_finite(weights: Mapping[str, Tensor], source: PathLike) -> None:
+    """Raises CheckpointError where a weight is NaN or infinite; ``source`` is for the message."""
+    for key, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(
+                f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
+                'use an earlier checkpoint'
+            )
 
 
 def save_atomic(content: Any, path: PathLike) -> None:

@@ -1,19 +1,32 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Starting a data-free run: the runner of a config."""
+"""Starting a data-free run: the runner of a config, or of a model in memory."""
 
+import contextlib
+import logging
+import multiprocessing
+import random
+import tempfile
+import time
 from pathlib import Path
-from typing import Optional, Union
+from typing import Iterator, Optional, Union
 
-from mmengine.registry import RUNNERS
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import RUNNERS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+from torch import nn
 
 from psaq_mm.engine.building import set_scope
 from psaq_mm.engine.checkpoint import RESTRICTED, read_checkpoint
 from psaq_mm.engine.config import to_data_free
 from psaq_mm.engine.hooks.data_free_quant_hook import checkpoints_in
 from psaq_mm.errors import CheckpointError
+from psaq_mm.type_names import type_name
 
-__all__ = ['data_free_runner', 'run_data_free']
+__all__ = ['data_free_runner', 'run_data_free', 'run_unseen', 'undisturbed']
 
 
 def _newest_checkpoint(work_dir: str) -> Optional[Path]:
@@ -106,3 +119,111 @@ def run_data_free(
     runner = data_free_runner(to_data_free(config, checkpoint=checkpoint, val=val, quant=quant), resume)
     runner.train()
     return runner
+
+
+# ---------------------------------------------------------------------- inside of a user's program
+class _Held(nn.Module):
+    """A model in memory as a runner takes it. A runner would call ``init_weights`` of the model itself, which draws them
+    anew, and asks for a ``train_step``, which networks of timm and transformers have not. The loop calls neither.
+
+    Args:
+        model: The student; the loop finds it as ``module``.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.module = model
+
+    def train_step(self, *args, **kwargs):
+        """Not called: the loop makes the student's steps itself."""
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def undisturbed(verbose: bool = False) -> Iterator[None]:
+    """Whatever MMEngine changes for a run is as before at the end of the block: random state, the default scope, the
+    current logger, threads of OpenCV, the way in which processes are started.
+
+    Args:
+        verbose: Whether the log is printed; if not, warnings and errors are.
+    """
+    managed = {kind: dict(kind._instance_dict) for kind in (DefaultScope, MMLogger, MessageHub, Visualizer)}
+    state, numbers, start = random.getstate(), np.random.get_state(), multiprocessing.get_start_method(allow_none=True)
+    threads = _opencv_threads()
+    level = 'INFO' if verbose else 'WARNING'
+    with torch.random.fork_rng():
+        try:
+            MMLogger.get_instance(f'psaq_mm_{time.time_ns()}', logger_name='psaq_mm', log_level=level)
+            yield
+        finally:
+            for kind, instances in managed.items():
+                for name in [name for name in kind._instance_dict if name not in instances]:
+                    _close(kind._instance_dict.pop(name))
+            random.setstate(state)
+            np.random.set_state(numbers)
+            if multiprocessing.get_start_method(allow_none=True) != start:
+                multiprocessing.set_start_method(start, force=True)
+            _opencv_threads(threads)
+
+
+def _opencv_threads(number: Optional[int] = None) -> int:
+    """OpenCV's number of threads, which is set first where one is given."""
+    import cv2
+
+    if number is not None and number != cv2.getNumThreads():
+        cv2.setNumThreads(number)
+    return cv2.getNumThreads()
+
+
+def _close(instance) -> None:
+    for handler in list(getattr(instance, 'handlers', ())):
+        if isinstance(handler, logging.FileHandler):
+            instance.removeHandler(handler)
+            handler.close()
+
+
+def run_unseen(
+    config: Config, model: Optional[nn.Module] = None, work_dir: Optional[str] = None, verbose: bool = False
+):
+    """Run a config in data-free form inside of a user's program: nothing else of the process is changed.
+
+    Args:
+        config: Of :func:`psaq_mm.engine.config.to_data_free`.
+        model: The quantized student, in place of the one that the config builds.
+        work_dir: For the files of the run. Defaults to None: there are none.
+        verbose: Whether the log is printed.
+
+    Returns:
+        The loop of the run; its ``model`` is the student.
+    """
+    # Unformatted: a runner writes its config four times, and laying it out takes longer than a small model's run.
+    config = Config(config.to_dict(), filename=config.filename, format_python_code=False)
+    config.launcher, config.log_level = 'none', 'INFO' if verbose else 'WARNING'
+    config.experiment_name = f'psaq_mm_{time.time_ns()}'
+    config.visualizer = dict(type='Visualizer', name=config.experiment_name, vis_backends=[])
+    with contextlib.ExitStack() as stack:
+        config.work_dir = work_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        if work_dir is None:
+            config.custom_hooks = [h for h in config.custom_hooks if type_name(h) != 'DataFreeQuantHook']
+        if model is None:
+            runner = data_free_runner(config)
+        else:
+            runner = Runner(
+                _Held(model),
+                config.work_dir,
+                train_dataloader=config.train_dataloader,
+                train_cfg=config.train_cfg,
+                optim_wrapper=config.optim_wrapper,
+                param_scheduler=config.param_scheduler,
+                default_hooks=config.default_hooks,
+                custom_hooks=config.custom_hooks,
+                log_processor=config.log_processor,
+                log_level=config.log_level,
+                visualizer=config.visualizer,
+                default_scope=config.get('default_scope') or 'mmengine',
+                randomness=config.randomness,
+                experiment_name=config.experiment_name,
+                cfg=config,
+            )
+        runner.train()
+        return runner.train_loop

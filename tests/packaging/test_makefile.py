@@ -151,7 +151,7 @@ def test_impossible_choice_is_one_clear_sentence(tmp_path, given, sentence):
 
 def test_core_tests_run_without_openmmlab(tree):
     shown = make('-n', 'test-core', 'TORCH=2.13.0', cwd=tree).stdout
-    assert '--venv ".venv-core-torch2.13.0" --core' in shown
+    assert '--stack core --venv ".venv-core-torch2.13.0"' in shown
     assert '-m pytest -q tests/quantization' in shown
 
 
@@ -217,14 +217,6 @@ class TestCI:
         result = self.run(checkout)
         assert result.returncode == 3, result.stderr
         assert result.stdout == f'make test in {checkout}||\n'
-
-    def test_a_run_that_a_dead_process_ended_is_repeated_once(self, checkout):
-        fake = checkout.parents[1] / 'bin' / 'make'
-        died = 'echo "[gw0] node down: Not properly terminated"; exit 2'
-        fake.write_text(f'#!/bin/sh\necho again >> "$0.calls"\n[ $(wc -l < "$0.calls") -gt 1 ] && exit 5\n{died}\n')
-        result = self.run(checkout)
-        assert result.returncode == 5 and '[ci] a process of the tests died: once more' in result.stdout
-        assert fake.with_name('make.calls').read_text() == 'again\n' * 2
 
     def test_uses_what_stands_beside_the_checkout(self, checkout):
         (checkout.parent / 'shared' / 'wheels').mkdir(parents=True)

@@ -289,8 +289,8 @@ def test_commands_that_need_pytorch_say_so():
     script = """
 import sys
 sys.modules['torch'] = sys.modules['mmengine'] = None
-sys.argv = ['psaq-export']
-import psaq_mm.commands.export
+from psaq_mm.commands.export import main
+main(['C.py', 'student.pth', '--out', 'D'])
 """
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr

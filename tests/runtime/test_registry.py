@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 
@@ -36,9 +35,9 @@ def student(tmp_path_factory):
 def plain():
     """The runtime that the docs show: its name is not that of its package, and it has float kernels only."""
     pytest.importorskip('onnxruntime')
-    before, text = dict(RUNTIMES), (ROOT / 'docs' / 'guides' / 'deploy.md').read_text()
-    code = text[text.index('    from psaq_mm.runtime import Runtime') : text.index('`psaq_mm.DeployedBackbone`')]
-    exec(textwrap.dedent(code), {})
+    before, text = dict(RUNTIMES), (ROOT / 'docs' / 'reference' / 'integer_models.md').read_text()
+    code = text[text.index('from psaq_mm.runtime import Runtime') :]
+    exec(code[: code.index('```')], {})
     yield RUNTIMES['plain']
     RUNTIMES.clear()
     RUNTIMES.update(before)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from psaq_mm.calibration import Calibration, StudentTraining, check_size, take_pictures
-from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
+from psaq_mm.engine.checkpoint import check_finite, file_sha256, is_quantized, load_weights, read_checkpoint
 from psaq_mm.engine.device import leave_device_without_float64
 from psaq_mm.engine.inputs import set_input_
 from psaq_mm.engine.optim import follow_schedule
@@ -28,7 +28,7 @@ from psaq_mm.models import TaskModel, rotate_model_, spec_of
 from psaq_mm.pictures import Generated
 from psaq_mm.plain import to_plain
 from psaq_mm.psaq_vit import CoEvolution, Synthesis
-from psaq_mm.quantization import QuantSpec, set_mode, update_ranges_, use_full_float32
+from psaq_mm.quantization import QuantSpec, is_quantizer_key, set_mode, update_ranges_, use_full_float32
 from psaq_mm.ranks import ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
 from psaq_mm.settings import read_groups
@@ -70,7 +70,7 @@ class DataFreeTrainLoop(BaseLoop):
         dataloader: Ignored, never built: the inherited one would open the real dataset.
         max_iters: Student steps; 0 calibrates only.
         teacher: ``dict(checkpoint=..., sha256=...)``: the full-precision weights. A key of its own, because resuming
-            replaces ``load_from``.
+            replaces ``load_from``. ``dict(in_model=dataset_meta)``: the weights of the runner's model.
         generator: Config of the sample generator.
         model_config: The quantized model's config, written into ``student.pth`` for inferencers.
         dropped_hooks: Inherited hooks that were dropped, named in the log.
@@ -164,12 +164,14 @@ class DataFreeTrainLoop(BaseLoop):
     # ------------------------------------------------------------------ set-up
     def _load_teacher(self) -> nn.Module:
         """A full-precision copy of the student with quantizers off. A new run's student gets its weights too."""
-        path = self.teacher_config.get('checkpoint')
-        if not path:
+        path, in_model = self.teacher_config.get('checkpoint'), self.teacher_config.get('in_model')
+        if not path and in_model is None:
             raise ConfigError(
                 'the loop has no teacher: run it through tools/dfq_train.py, or set '
                 'train_cfg.teacher=dict(checkpoint=...)'
             )
+        if in_model is not None:
+            return self._teacher_of_student(dict(in_model))
         checkpoint = read_checkpoint(path)
         if is_quantized(checkpoint):
             raise CheckpointError(f'{path} is quantized already: the teacher has to be the full-precision checkpoint')
@@ -184,15 +186,31 @@ class DataFreeTrainLoop(BaseLoop):
         if self._resumed is None:
             load_weights(self.model, checkpoint, path)
             self._rotate(self.model)
-        dataset_meta = dict(checkpoint['meta'].get('dataset_meta') or {})
-        self.model.psaq_mm_classes = tuple(dataset_meta.get('classes') or ())  # what a language model is asked for
+        self._describe(dict(checkpoint['meta'].get('dataset_meta') or {}))
         teacher = copy.deepcopy(self.model)
         if self._resumed is not None:
             load_weights(teacher, checkpoint, path)  # the copy has the weights of a student that has learned
             self._rotate(teacher)
+        return self._frozen(teacher)
+
+    def _teacher_of_student(self, dataset_meta: Dict[str, Any]) -> nn.Module:
+        """The teacher of a student that has the full-precision weights already."""
+        weights = {name: value for name, value in self.model.state_dict().items() if not is_quantizer_key(name)}
+        check_finite(weights, type(self.model).__name__)  # a quantizer has no range yet
+        self._rotate(self.model)
+        self._describe(dataset_meta)
+        return self._frozen(copy.deepcopy(self.model))
+
+    def _describe(self, dataset_meta: Dict[str, Any]) -> None:
+        """Keep the classes and the palette of the full-precision model."""
+        self.model.psaq_mm_classes = tuple(dataset_meta.get('classes') or ())  # what a language model is asked for
+        self._pool_dataset.metainfo = dataset_meta
+
+    @staticmethod
+    def _frozen(teacher: nn.Module) -> nn.Module:
+        """The same copy of the student with quantizers off."""
         set_mode(teacher, 'off')
         teacher.requires_grad_(False)
-        self._pool_dataset.metainfo = dataset_meta
         return _tune(teacher)
 
     def _rotate(self, model: nn.Module) -> None:

@@ -2,7 +2,9 @@
 """OpenVINO on the CPU. Its package is imported when a graph is started."""
 
 import contextlib
+import ctypes
 import io
+import sys
 import threading
 from typing import Any, Dict, Iterator, List, Mapping, Optional
 
@@ -25,6 +27,39 @@ _SETTINGS: Dict[str, Any] = {
 }
 
 
+class _SignalStack(ctypes.Structure):
+    """``stack_t`` of Linux."""
+
+    _fields_ = [('address', ctypes.c_void_p), ('flags', ctypes.c_int), ('size', ctypes.c_size_t)]
+
+
+_DISABLED = 2
+"""``SS_DISABLE``: the thread has no alternate signal stack."""
+
+
+@contextlib.contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """The calling thread has the same alternate signal stack after the block as before.
+
+    OpenVINO 2026.4 sets one of its own as a core loads the plugin of the CPU. As the plugin is unloaded it frees that
+    stack, and sets the one before again if its own is still set. Of two plugins, the second one so sets the stack that
+    the first one has freed, and the next handler ends the process: Python's handlers run on that stack, and PyTorch's
+    data loader leaves one of SIGCHLD behind. A plugin that finds another stack than its own sets none.
+    """
+    if sys.platform != 'linux':
+        yield
+        return
+    sigaltstack = ctypes.CDLL(None).sigaltstack
+    before = _SignalStack()
+    sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        # Refused where it has no room for registers that the process has asked for meanwhile (AMX). None is safe too.
+        if sigaltstack(ctypes.byref(before), None):
+            sigaltstack(ctypes.byref(_SignalStack(flags=_DISABLED)), None)
+
+
 @register_runtime
 class OpenVino(Runtime):
     """A graph in OpenVINO.
@@ -42,6 +77,7 @@ class OpenVino(Runtime):
     minimum = '2024.4'
     ways = ('integer', 'weights', 'float')
 
+    @_signal_stack_kept()
     def __init__(
         self,
         graph: bytes,
