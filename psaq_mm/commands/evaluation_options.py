@@ -124,9 +124,11 @@ class EvaluationOptions:
                 f'--show-dir and --show draw what models of {", ".join(_HOOKS)} predict, and this one is of {library}: '
                 'leave them out'
             )
+        if self.tta and library == 'mmpretrain':
+            raise ConfigError('mmpretrain draws no pictures under test-time augmentation: give --tta or --show-dir')
         folder = os.path.abspath(self.show_dir) if self.show_dir else None  # mmdet's hook puts others into the work dir
         # A name of its own: MMEngine would give this runner the visualizer of an earlier one, and its folder.
-        visualizer = dict(config.get('visualizer') or {}, name=f'shown_{time.time_ns()}', vis_backends=[])
+        visualizer = dict(config.get('visualizer') or {}, name=f'shown_{time.time_ns()}')
         if visualizer.get('type', 'Visualizer') == 'Visualizer':
             visualizer['type'] = f'{library}.{_VISUALIZERS[library]}'
         hooks = dict(config.get('default_hooks') or {})

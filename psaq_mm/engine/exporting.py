@@ -260,9 +260,7 @@ def write_export(model, said: Said, wanted: Wanted, say: Callable = print) -> Ex
             bundle = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), 'bundle')
         one_file = 'bundle' in wanted.formats or bool(wanted.runtimes)
         opset, sizes = wanted.opset or OPSET, wanted.sizes or said.sizes
-        exported = export_model(
-            model, bundle, sizes, opset, said.classes, wanted.dynamic, said.preparation, one_file
-        )
+        exported = export_model(model, bundle, sizes, opset, said.classes, wanted.dynamic, said.preparation, one_file)
         folders = _folders(wanted, exported)
         say(summary(exported.manifest['tensors']))
         for folder in folders:

@@ -13,11 +13,13 @@ from psaq_mm.engine.methods import METHODS
 ROOT = Path(__file__).parents[2]
 FILES = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
 CONTENT = {path: yaml.safe_load((ROOT / path).read_text()) for path in FILES}
+# The demo's models in full precision: what a run begins with, of no method.
+DEMO = 'configs/demo/metafile.yml'
 
 
 def test_every_published_method_and_both_presets_have_one():
     published = {name: method.published for name, method in METHODS.items() if method.published}
-    assert {Path(path).parent.name for path in FILES} == {*published, 'fast', 'best'}
+    assert {Path(path).parent.name for path in FILES} == {*published, 'fast', 'best', 'demo'}
     assert {path.relative_to(ROOT).as_posix() for path in ROOT.glob('configs/*/metafile.yml')} == set(FILES)
     collections = [content['Collections'][0] for content in CONTENT.values()]
     papers = {collection['Paper']['URL'].rsplit('/', 1)[1] for collection in collections if 'Paper' in collection}
@@ -47,8 +49,16 @@ def test_names_are_unique_and_every_model_is_listed_for_every_method():
         path.relative_to(ROOT).as_posix()
         for path in [*ROOT.glob('configs/*_w8a8.py'), *ROOT.glob('configs/classification/*.py')]
     }
+    assert listed.pop(DEMO) == set()
     for path, configs in listed.items():
         assert configs == {config for config in shipped if 'camvid' not in config}, path
+
+
+def test_weights_of_the_demo_are_there_and_nobody_invented_an_address():
+    weights = {model['Config']: model.get('Weights') for content in CONTENT.values() for model in content['Models']}
+    ours = {config: path for config, path in weights.items() if path is not None}
+    assert set(ours) == {f'configs/demo/{name}_swin_demo.py' for name in ('mask_rcnn', 'upernet')}
+    assert all((ROOT / path).is_file() for path in ours.values())
 
 
 def _claims():
