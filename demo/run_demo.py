@@ -412,9 +412,9 @@ def _facts(demo: Demo, elapsed: float, summary: Mapping[str, Mapping[str, Mappin
 def _lead() -> List[str]:
     return [
         'Two trained models, quantized without a single real picture. "fast" and "best" draw pictures by a small '
-        'program that knows nothing of the model or its data, set the ranges of the activations on them and choose the codes '
-        'of the weights so that their errors cancel. Nothing is synthesized or trained. PSAQ-ViT V2, a published '
-        'method, synthesizes samples out of the model and trains the student on them.',
+        'program that knows nothing of the model or its data, set the ranges of the activations on them and choose the '
+        'codes of the weights so that their errors cancel. Nothing is synthesized or trained. PSAQ-ViT V2, a '
+        'published method, synthesizes samples out of the model and trains the student on them.',
         'All numbers are from pictures that neither training nor quantization has seen, from one seed. Rows of "best" '
         'have a tinted ground; ranges from Gaussian noise go through the same quantizer and are the control.',
     ]
