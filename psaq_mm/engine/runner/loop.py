@@ -289,7 +289,8 @@ class DataFreeTrainLoop(BaseLoop):
         self.runner.call_hook('before_samples')
         if saved is None:
             height, width = self.picture_settings.size
-            print_log(f'Synthesizing {count} samples of {height} x {width} ({pictures.description})', 'current')
+            verb = 'Synthesizing' if pictures.synthesized else 'Taking'
+            print_log(f'{verb} {count} pictures of {height} x {width} ({pictures.description})', 'current')
         with self.clock.counted('synthesis'):
             first = None if saved is None else saved.samples
             if self.training is not None:
