@@ -21,6 +21,7 @@ __all__ = ['SUMMARY', 'as_text', 'command_lines', 'rows_of', 'run_summary', 'siz
 
 SUMMARY = 'summary.json'
 _COLUMN = 13
+_WARNING = 'This is an estimate and no accuracy: it ranks students of one model, see docs/reference/summary.md'
 ROOM = 80 - 2 - _COLUMN
 """Columns of a sentence on a terminal of 80."""
 
@@ -138,7 +139,7 @@ def rows_of(summary: Mapping[str, Any]) -> List[Tuple[str, Any]]:
     rows += [('healed', f'{one["name"]}: {one["reason"]}') for one in summary['healed']]
     if summary['expected'] is not None:
         expected = _expected(summary['expected'])
-        rows.append(('expected', f'{expected}. This is an estimate and no accuracy: test on pictures of your own'))
+        rows.append(('expected', f'{expected}. {_WARNING}'))
     made = f'{summary["pictures"]} pictures, ' if summary['pictures'] else ''
     taken = in_words(sum(summary['seconds'].values()))
     rows.append(('made from', f'{made}{summary["steps"]} student steps, in {taken}'))

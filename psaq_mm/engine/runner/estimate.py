@@ -2,6 +2,7 @@
 """How long a run still takes: its parts are known from the settings, and each is measured from its first steps on."""
 
 import math
+import statistics
 import time
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -31,11 +32,11 @@ def _each(seconds: float) -> str:
 
 
 def rounding_work(layers: Sequence[Tuple[int, int]]) -> List[float]:
-    """Seconds that rounding took for weights (outputs, inputs) on one core: a loop over the inputs, in it one over the
-    outputs, and factors of a matrix of the inputs.
+    """Seconds that rounding takes for weights (outputs, inputs) on one core of a PC, about: a loop over the inputs, in
+    it one over the outputs, and factors of a matrix of the inputs.
     """
     return [
-        2e-4 * inputs + 1e-8 * outputs * inputs + 1.2e-10 * outputs * inputs**2 + 2e-10 * inputs**3
+        5e-4 * inputs + 2e-8 * outputs * inputs + 2.5e-10 * outputs * inputs**2 + 5e-10 * inputs**3
         for outputs, inputs in layers
     ]
 
@@ -49,6 +50,7 @@ class Part:
         guess: Seconds of a step, until it is measured.
         word: What its steps are called.
         work: Of each step relative to the others. Defaults to None, all are alike.
+        relative: Whether the guess was measured on this machine, so that all such guesses are wrong alike.
 
     Attributes:
         done: Steps so far.
@@ -56,9 +58,16 @@ class Part:
     """
 
     def __init__(
-        self, name: str, count: float, guess: float, word: str = 'pictures', work: Optional[Sequence[float]] = None
+        self,
+        name: str,
+        count: float,
+        guess: float,
+        word: str = 'pictures',
+        work: Optional[Sequence[float]] = None,
+        relative: bool = True,
     ) -> None:
         self.name, self.count, self.guess, self.word, self.work = name, count, guess, word, work
+        self.relative = relative
         self.done, self.seconds = 0.0, 0.0
         self.skipped = 0.0  # done before, in a run that is resumed
 
@@ -73,10 +82,10 @@ class Part:
         work = self._work(self.done) - self._work(self.skipped)
         return self.seconds / work if self.measured and work > 0 else self.guess
 
-    @property
-    def left(self) -> float:
-        """Seconds until it is over."""
-        left = (self._work(self.count) - self._work(self.done)) * self.each
+    def left(self, drift: float = 1.0) -> float:
+        """Seconds until it is over; a guess is taken ``drift`` times."""
+        each = self.each if self.measured or not self.relative else self.guess * drift
+        left = (self._work(self.count) - self._work(self.done)) * each
         # Within a first step that is longer than it was guessed, no less is left than has passed.
         return max(left, self.seconds if self.done < self.count and not self.measured else 0.0)
 
@@ -126,8 +135,15 @@ class RunEstimate:
     @property
     def left(self) -> float:
         """Seconds until the end of the run."""
-        left, bound = sum(part.left for part in self.parts.values()), self._bound()
+        drift, bound = self._drift, self._bound()
+        left = sum(part.left(drift) for part in self.parts.values())
         return left if bound is None else min(left, max(bound, 0.0))
+
+    @property
+    def _drift(self) -> float:
+        """How many times longer parts took than was guessed: the machine may be busier than at the start."""
+        found = [one.each / one.guess for one in self.parts.values() if one.relative and one.measured and one.guess > 0]
+        return min(max(statistics.median(found), 0.25), 8.0) if found else 1.0
 
     def __call__(self, stage: Stage) -> None:
         """Called with each stage that begins, goes on or ends."""
@@ -187,7 +203,7 @@ def parts_of(loop, source, resumed: bool) -> List[Part]:
         resumed: Whether its calibration is done.
     """
     calibration, settings = loop.calibration, loop.calibration_settings
-    forward, world = _forward_seconds(loop, settings.batch_size), ranks()[1]
+    (forward, busy), world = _forward_seconds(loop, settings.batch_size), ranks()[1]
     count = settings.calibration_samples
     training = loop.training_settings
     rounds = (loop.max_iters - 1) // training.evolve_every if training.evolve_every and loop.max_iters else 0
@@ -205,23 +221,23 @@ def parts_of(loop, source, resumed: bool) -> List[Part]:
         parts.append(Part('Synthesis', steps * (first + rounds * batches(training.evolve_samples)), guess, 'steps'))
     elif not resumed and not isinstance(source, Saved):
         height, width = loop.picture_settings.size
-        parts.append(Part('Drawing pictures', math.ceil(count / world), 1e-6 * height * width))
+        parts.append(Part('Drawing pictures', math.ceil(count / world), 1e-6 * height * width, relative=False))
     again = rounds * min(count, training.pool_size) if training.reobserve else 0
     parts.append(Part('Observing ranges', math.ceil(((0 if resumed else count) + again) / world), 2.5 * forward))
     if not resumed:
-        parts += _rounding_parts(calibration, math.ceil(count / world), forward)
+        parts += _rounding_parts(calibration, math.ceil(count / world), forward, busy)
     if loop.max_iters:
         parts.append(Part('Student', loop.max_iters, 5 * forward * settings.batch_size * loop.batches, 'steps'))
     return [part for part in parts if part.count > 0]
 
 
-def _rounding_parts(calibration, count: int, forward: float) -> List[Part]:
+def _rounding_parts(calibration, count: int, forward: float, busy: float) -> List[Part]:
     kind, plan, parts = calibration.rounding, rounding_plan(calibration.student.model), []
     if kind == 'guided':
-        parts.append(Part('Importance of rows', count, 5 * forward))
+        parts.append(Part('Importance of rows', count, 8 * forward))
     if kind != 'nearest':
         parts.append(Part('Inputs of layers', plan.passes * count, 3 * forward))
-        parts.append(Part('Rounding weights', len(plan.layers), 1.0, 'layers', rounding_work(plan.layers)))
+        parts.append(Part('Rounding weights', len(plan.layers), busy, 'layers', rounding_work(plan.layers)))
     return parts
 
 
@@ -232,14 +248,18 @@ def _synthesized(source) -> float:
 
 
 @torch.no_grad()
-def _forward_seconds(loop, batch: int) -> float:
-    """Of a forward pass of the teacher, for one picture."""
+def _forward_seconds(loop, batch: int) -> Tuple[float, float]:
+    """Of a forward pass of the teacher, for one picture; and how many times longer than its own work a process takes on
+    this machine, which others may use too.
+    """
     device = loop.calibration.device
     count = 1 if device.type == 'cpu' else batch  # a GPU is as fast with many as with one
     images = torch.zeros(count, loop.teacher.image_spec.channels, *loop.picture_settings.size, device=device)
-    seconds = 0.0
+    seconds, busy = 0.0, 1.0
     for _ in range(1 if device.type == 'cpu' else 2):  # the first one on a GPU starts its libraries
-        begun = time.perf_counter()
+        begun, work = time.perf_counter(), time.process_time()
         float(loop.teacher.run(images).parts[-1].sum())  # waits for the device
         seconds = time.perf_counter() - begun
-    return seconds / count
+        if device.type == 'cpu':
+            busy = max(1.0, seconds / max(time.process_time() - work, 1e-3))
+    return seconds / count, busy
