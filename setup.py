@@ -107,7 +107,8 @@ class EditableForMim(editable_wheel):
 # under other distribution names, and a hard requirement would install the originals over them.
 # PyTorch stands there too: an exported model runs without it.
 TORCH = ['torch>=2.1', 'filelock', 'jinja2>=3', 'matplotlib>=3.6', 'pillow', 'rich>=12.3']
-MM = [*TORCH, 'mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0']
+ENGINE = [*TORCH, 'mmengine>=0.10.7,<1']
+MM = [*ENGINE, 'mmcv>=2.0.0,<2.2.0']
 # What an exported model needs beside a runtime. Not opencv-python: the headless one needs no libraries of a desktop.
 PICTURES = ['opencv-python-headless>=4.5,<5']
 ONNXRUNTIME, OPENVINO = 'onnxruntime>=1.18', 'openvino>=2024.4'
@@ -121,7 +122,9 @@ EXTRAS = {
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
     # The maintained forks, in place of the three above. mmseg's asks for numpy 2, and with it torch 2.3 or later.
     'onedl': [*TORCH, 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain'],
-    'timm': [*TORCH, 'timm>=1.0'],
+    # Without an OpenMMLab library: MMEngine alone, which is pure Python, runs the quantization.
+    'timm': [*ENGINE, 'timm>=1.0'],
+    'transformers': [*ENGINE, 'transformers>=4.46,<4.47'],
     'deploy': ['onnx>=1.15', ONNXRUNTIME, OPENVINO],
     # To run an exported model, where neither PyTorch nor OpenMMLab is installed.
     'runtime': [*PICTURES, OPENVINO],
@@ -130,8 +133,9 @@ EXTRAS = {
     'docs': ['sphinx>=7.4', 'myst-parser>=3', 'sphinx-book-theme>=1.1', 'sphinx-copybutton', 'griffe>=1'],
     'test': [*TORCH, 'pytest>=7', 'pytest-xdist', 'hypothesis', 'onnx', 'onnxruntime', 'openvino', *CHECKS],
 }
-# Not what contradicts the rest: the forks, and a second OpenCV beside that of OpenMMLab.
-APART = ('onedl', 'docs', 'test', 'runtime', 'runtime-onnxruntime')
+# Not what contradicts the rest: the forks, a second OpenCV beside that of OpenMMLab, and transformers, which wants an
+# older huggingface_hub than the others.
+APART = ('onedl', 'transformers', 'docs', 'test', 'runtime', 'runtime-onnxruntime')
 EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in APART for line in lines})
 
 setup(

@@ -49,8 +49,12 @@ METRICS = {
 MODELS = {
     'mask_rcnn_swin_demo': 'Mask R-CNN, Swin (demo)',
     'upernet_swin_demo': 'UperNet, Swin (demo)',
+    'mask_rcnn_swin_nuclei': 'Mask R-CNN, Swin (cells)',
     'deit_tiny': 'DeiT-Tiny',
     'vit_tiny': 'ViT-Tiny (AugReg)',
+}
+NOTES = {
+    'mask_rcnn_swin_nuclei': '108 pictures of cells (Data Science Bowl 2018, CC0), `configs/nuclei/`.',
 }
 PYTORCH, RUNTIMES = 'pytorch', {'openvino': 'OpenVINO', 'onnxruntime': 'ONNX Runtime'}
 BITS = ('W8A8', 'W6A6', 'W4A8', 'W4A4')
@@ -67,7 +71,7 @@ numbers, other sources of pictures and trials are in [earlier results](history/r
 - **agreement**: share of the test pictures (classifiers) or pixels (segmentors) with the class that full precision
   gives, or F1 of the boxes against those of full precision (detectors).
 - **minutes**: of quantizing, the least of the seeds, one thread of a machine with other work. Start-up and evaluation
-  are not counted.
+  are not counted. A dash: not kept, or the machine was so busy that it says nothing.
 - **rows**: when and where it was measured: [the last table](#measured-on).
 - **on Gaussian noise**, **on real images**: controls, other pictures through the same quantizer and rounding: what
   they lose; their agreement. RepQ-ViT as published calibrates on real images.
@@ -87,7 +91,7 @@ DEMO = """## Detector and segmentor of the demo
 Small models, trained on the drawn scenes of `demo/scenes.py` (checkpoints in `demo/checkpoints/`), tested on 160
 scenes. They show that the method works, not what it does on COCO or ADE20K. Scope *backbone* quantizes the backbone
 alone, *full* also neck and heads. 160 scenes are few: noise of 1e-5 in the pictures alone moves AP by up to 0.2
-([exactness](guides/deploy.md))."""
+([exactness](reference/integer_models.md#exactness))."""
 
 CLASSIFIERS = """## Classifiers
 
@@ -277,8 +281,8 @@ def agreement(rows: Sequence[Mapping]) -> str:
 
 
 def minutes(rows: Sequence[Mapping]) -> str:
-    """The least of the seeds: what other work on the machine lengthened least."""
-    known = [row['seconds'] for row in rows if row['seconds'] is not None]
+    """The least of the seeds: what other work on the machine lengthened least. Not of rows marked as busy."""
+    known = [row['seconds'] for row in rows if row['seconds'] is not None and not row.get('busy')]
     return f'{min(known) / 60:.1f}' if known else '-'
 
 
@@ -350,7 +354,7 @@ def title(model: str, rows: Sequence[Mapping]) -> str:
     of_model = [row for row in rows if row['model'] == model and row['runtime'] == PYTORCH]
     full = _full_precision(of_model)
     numbers = ', '.join(f'{name} {number:.2f}' for name, number in full.items())
-    return f'### {MODELS[model]}\n\nFull precision: {numbers}.'
+    return f'### {MODELS[model]}: {numbers} in full precision' + (f'\n\n{NOTES[model]}' if model in NOTES else '')
 
 
 def integer_table(rows: Sequence[Mapping]) -> str:
@@ -529,9 +533,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument(
         '--add', type=Path, nargs='+', metavar='COMPARE_JSON', help='take the rows of comparisons first'
     )
+    parser.add_argument(
+        '--busy', action='store_true', help='the machine had so much other work that seconds say nothing'
+    )
     args = parser.parse_args(argv)
     if args.add:
-        where, rows = provenance(), read_rows() if ROWS.is_file() else []
+        where = dict(provenance(), **(dict(busy=True) if args.busy else {}))
+        rows = read_rows() if ROWS.is_file() else []
         for path in args.add:
             rows = merged(rows, rows_of_comparison(json.loads(path.read_text(encoding='utf-8')), where))
         write_rows(rows)

@@ -28,6 +28,7 @@ NUCLEI = 108
 SHEET = 16  # pictures of a sheet
 DRAWN = 4  # pictures on the page, spread evenly over the test set, so that nobody has chosen them
 
+
 def quick_settings(method: str) -> Dict[str, Any]:
     """Few of everything: shows that a run works, and nothing else."""
     settings: Dict[str, Any] = dict(calibration_samples=2, pool_size=4, batch_size=2)
@@ -160,7 +161,15 @@ class Demo:
         progress: The console.
     """
 
-    def __init__(self, out: Path, pictures: Mapping[str, Tuple[Path, Optional[Path]]], checkpoints: Path, seed: int, quick: bool, progress):
+    def __init__(
+        self,
+        out: Path,
+        pictures: Mapping[str, Tuple[Path, Optional[Path]]],
+        checkpoints: Path,
+        seed: int,
+        quick: bool,
+        progress,
+    ):
         self.out, self.pictures, self.checkpoints = out, pictures, checkpoints
         self.seed, self.quick, self.progress = seed, quick, progress
         self._names = 0
@@ -269,9 +278,7 @@ class Demo:
         by_key = {variant.key: variant for variant in task.variants}
         for key in ('full_precision', *task.shown):
             variant, source = by_key.get(key), results[key].checkpoint
-            model = build(
-                self.config(task, 'pictures', variant), read_checkpoint(source), str(source), variant is None
-            )
+            model = build(self.config(task, 'pictures', variant), read_checkpoint(source), str(source), variant is None)
             columns.append((_label(key, task), predict(model, drawn, meta)))
         rows = [side_by_side(i, [(label, predicted[i]) for label, predicted in columns]) for i in range(len(drawn))]
         teacher = loops['best'].teacher.model
@@ -334,8 +341,8 @@ def _label(key: str, task: Task) -> str:
 def _description(task: Task, loop) -> str:
     height, width = loop.picture_settings.size
     return (
-        f'{task.about} Its backbone is quantized: weights to 8 or 4 bits, one scale an output channel, activations to 8 '
-        f'bits, one scale a tensor. Calibration pictures are {height} x {width} pixels.'
+        f'{task.about} Its backbone is quantized: weights to 8 or 4 bits, one scale an output channel, activations to '
+        f'8 bits, one scale a tensor. Calibration pictures are {height} x {width} pixels.'
     )
 
 
@@ -404,10 +411,10 @@ def _facts(demo: Demo, elapsed: float, summary: Mapping[str, Mapping[str, Mappin
 
 def _lead() -> List[str]:
     return [
-        'Two trained models, quantized without a single real picture. "fast" and "best" draw pictures by a small program '
-        'that knows nothing of the model or its data, set the ranges of the activations on them and choose the codes '
-        'of the weights so that their errors cancel. Nothing is synthesized or trained. PSAQ-ViT V2, a published method, '
-        'synthesizes samples out of the model and trains the student on them.',
+        'Two trained models, quantized without a single real picture. "fast" and "best" draw pictures by a small '
+        'program that knows nothing of the model or its data, set the ranges of the activations on them and choose the '
+        'codes of the weights so that their errors cancel. Nothing is synthesized or trained. PSAQ-ViT V2, a '
+        'published method, synthesizes samples out of the model and trains the student on them.',
         'All numbers are from pictures that neither training nor quantization has seen, from one seed. Rows of "best" '
         'have a tinted ground; ranges from Gaussian noise go through the same quantizer and are the control.',
     ]
@@ -415,7 +422,8 @@ def _lead() -> List[str]:
 
 def _test_sets(tasks: Sequence[Task], out: Path, quick: bool, progress) -> Dict[str, Tuple[Path, Optional[Path]]]:
     """Folder and annotations of each model's test set. A quick run has few pictures: the evaluators count what is
-    missing of a whole set as missed."""
+    missing of a whole set as missed.
+    """
     from scenes import make_scenes
 
     sets: Dict[str, Tuple[Path, Optional[Path]]] = {}
@@ -423,7 +431,8 @@ def _test_sets(tasks: Sequence[Task], out: Path, quick: bool, progress) -> Dict[
         if task.folder == 'nuclei':
             whole = ROOT / 'demo' / 'nuclei' / 'annotations' / 'val.json'
             sets[task.name] = (
-                ROOT / 'demo' / 'nuclei', _first_pictures(whole, out / 'nuclei-quick.json') if quick else whole
+                ROOT / 'demo' / 'nuclei',
+                _first_pictures(whole, out / 'nuclei-quick.json') if quick else whole,
             )
             progress.say(f'{QUICK_HELD_OUT if quick else NUCLEI} held-out pictures of cells in demo/nuclei')
         else:

@@ -20,6 +20,7 @@ extensions = [
     'sphinx.ext.mathjax',
     'sphinx_copybutton',
     'static_api',
+    'twins',
 ]
 root_doc = 'index'
 exclude_patterns = ['_build', '_ext']
@@ -39,7 +40,6 @@ add_module_names = False
 # The theme of lmdeploy and XTuner, OpenMMLab's younger sisters. The one of mmdet and mmengine, their fork of
 # pytorch_sphinx_theme, is on no package index; PyTorch's own new one wants an old Sphinx and calls trackers.
 html_theme = 'sphinx_book_theme'
-html_title = f'psaq_mm {version}'
 html_theme_options = {
     'show_navbar_depth': 1,
     'show_toc_level': 2,
@@ -47,6 +47,10 @@ html_theme_options = {
     'use_fullscreen_button': False,
     'navigation_with_keys': False,
 }
+# `-t plain`, of the tests: the same pages without the theme's menus, which take longer than all that is in the pages.
+if 'plain' in tags:  # noqa: F821 (Sphinx gives it)
+    html_theme, html_theme_options = 'basic', {}
+html_title = f'psaq_mm {version}'
 html_static_path = ['_static']
 html_css_files = ['style.css']
 html_copy_source = False

@@ -1,7 +1,7 @@
 """Quantization of vision transformers in OpenMMLab without real data.
 
-``quantize``, ``export``, ``predict``, ``save`` and ``load`` of :mod:`psaq_mm.api` stand here too. They are imported when
-they are asked for: ``import psaq_mm`` itself imports nothing.
+``quantize``, ``export``, ``predict``, ``save`` and ``load`` of :mod:`psaq_mm.api` stand here too. They are imported
+when they are asked for: ``import psaq_mm`` itself imports nothing.
 """
 
 import importlib

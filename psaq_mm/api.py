@@ -53,15 +53,16 @@ def quantize(
             ``init_detector``, ``init_model`` and ``get_model`` of the libraries leave in the model, if any.
         size: (height, width) in pixels of the pictures that the model takes, or one number for both. Defaults to None:
             from the config, the model's data preprocessor, its position embedding, or timm's ``pretrained_cfg``.
-        mean: Subtracted from each channel (red, green, blue), for values 0 to 255: of a model of transformers, and of one
-            of timm without a ``pretrained_cfg``. Defaults to None: the model or its config tells it.
+        mean: Subtracted from each channel (red, green, blue), for values 0 to 255: of a model of transformers, and of
+            one of timm without a ``pretrained_cfg``. Defaults to None: the model or its config tells it.
         std: Each channel is divided by it, for values 0 to 255. As ``mean``.
         classes: Names of the classes. Defaults to None: of the checkpoint, the model or its config.
         work_dir: Where ``student.pth``, the log and sample sheets are written. Defaults to None: nothing is written.
         in_place: Whether a model in memory itself becomes the student. Defaults to False: a copy of it does.
         verbose: Whether the log of the run is printed.
         **settings: Settings of the run, as the config's ``dfq`` has them (``samples``, ``seed``, ``iters``,
-            ``calibration_samples``, ...), and of the quantizer (``scope``, ``overrides``, ...): docs/reference/settings.
+            ``calibration_samples``, ...), and of the quantizer (``scope``, ``overrides``, ...): see
+            docs/reference/settings.
 
     Returns:
         The student, of the model's own class, in eval mode. Its predictions are those of the quantized model.

@@ -59,7 +59,7 @@ def _command(command: Command) -> List[str]:
             rows = [(f'`{_names(action, parser)}`'.replace('|', '\\|'), _help(action, parser)) for action in actions]
             lines += _table((str(group.title), 'what it is'), rows)
     examples = (parser.epilog or '').partition('examples:\n')[2].splitlines()
-    return [*lines, 'Examples:', '', '```text', *(line[2:] for line in examples), '```', '']
+    return [*lines, 'Examples:', '', '```bash', *(line[2:] for line in examples), '```', '']
 
 
 def command_reference() -> str:

@@ -21,7 +21,8 @@ __all__ = ['EvaluationOptions', 'writable_folder']
 _HOOKS = dict(mmdet='DetVisualizationHook', mmseg='SegVisualizationHook', mmpretrain='VisualizationHook')
 _VISUALIZERS = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
 _TTA_MODELS: Dict[str, Dict[str, Any]] = dict(
-    mmdet=dict(type='mmdet.DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
+    # Not mmdet.DetTTAModel: mmdet registers it in MMEngine's own registry.
+    mmdet=dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
     mmpretrain=dict(type='mmpretrain.AverageClsScoreTTA'),
 )
 """Where a config has none. mmseg's tool takes none but the config's."""
@@ -124,9 +125,11 @@ class EvaluationOptions:
                 f'--show-dir and --show draw what models of {", ".join(_HOOKS)} predict, and this one is of {library}: '
                 'leave them out'
             )
+        if self.tta and library == 'mmpretrain':
+            raise ConfigError('mmpretrain draws no pictures under test-time augmentation: give --tta or --show-dir')
         folder = os.path.abspath(self.show_dir) if self.show_dir else None  # mmdet's hook puts others into the work dir
         # A name of its own: MMEngine would give this runner the visualizer of an earlier one, and its folder.
-        visualizer = dict(config.get('visualizer') or {}, name=f'shown_{time.time_ns()}', vis_backends=[])
+        visualizer = dict(config.get('visualizer') or {}, name=f'shown_{time.time_ns()}')
         if visualizer.get('type', 'Visualizer') == 'Visualizer':
             visualizer['type'] = f'{library}.{_VISUALIZERS[library]}'
         hooks = dict(config.get('default_hooks') or {})

@@ -7,7 +7,6 @@ import http.client
 import os
 import pickle
 import re
-import shutil
 import types
 import urllib.parse
 import urllib.request
@@ -20,8 +19,6 @@ import numpy as np
 import torch
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
-from rich.console import Console
-from rich.progress import wrap_file
 from torch import Tensor, nn
 
 import psaq_mm
@@ -30,6 +27,7 @@ from psaq_mm.files import file_sha256, locked, whole_file
 from psaq_mm.models import spec_of
 from psaq_mm.models.loading import convert_timm_keys, match_names, unwrapped, whole_loading
 from psaq_mm.plain import to_plain
+from psaq_mm.progress import stage
 from psaq_mm.quantization import is_quantizer_key
 
 __all__ = [
@@ -183,8 +181,10 @@ def _download(url: str, path: Path, sha256: str) -> None:
         with whole_file(path) as partial:
             with urllib.request.urlopen(request) as answer, open(partial, 'wb') as file:
                 length = int(answer.headers.get('Content-Length') or 0)
-                with wrap_file(answer, length, description=path.name, console=Console(stderr=True)) as reader:
-                    shutil.copyfileobj(reader, file, 1 << 20)
+                with stage(f'Downloading {path.name}', length or None, unit='bytes') as coming:
+                    for block in iter(lambda: answer.read(1 << 20), b''):
+                        file.write(block)
+                        coming.advance(len(block))
             size = partial.stat().st_size
             if length and size != length:  # urllib does not notice that a connection ended early
                 raise OSError(f'{size} of {length} bytes came')
@@ -377,7 +377,12 @@ def save_atomic(content: Any, path: PathLike) -> None:
 
 
 def student_checkpoint(
-    model: nn.Module, config_text: str, dataset_meta: Optional[Dict], teacher: Tuple[str, str], settings: Dict
+    model: nn.Module,
+    config_text: str,
+    dataset_meta: Optional[Dict],
+    teacher: Tuple[str, str],
+    settings: Dict,
+    summary: Optional[Dict] = None,
 ) -> Dict:
     """The content of ``student.pth``: what inference needs, and how the student was made.
 
@@ -388,6 +393,7 @@ def student_checkpoint(
             names.
         teacher: Path and SHA-256 of the full-precision checkpoint.
         settings: The data-free settings of the run, JSON types only.
+        summary: What the run did (:func:`psaq_mm.engine.run_summary.run_summary`). Defaults to None, unknown.
     """
     state = OrderedDict((k, v.detach().cpu().clone()) for k, v in model.state_dict().items())
     spec = spec_of(model)
@@ -400,6 +406,7 @@ def student_checkpoint(
             quant=spec.to_dict(),
             teacher=dict(checkpoint=str(teacher[0]), sha256=teacher[1]),
             dfq=settings,
+            **({} if summary is None else dict(summary=summary)),
         ),
     )
     return dict(meta=meta, state_dict=state)

@@ -44,7 +44,7 @@ class Expected(NamedTuple):
     """
 
     pictures: int
-    features: float
+    features: Optional[float]
     agreement: Optional[float] = None
     of: str = ''
     divergence: Optional[float] = None
@@ -60,7 +60,7 @@ class Expected(NamedTuple):
             said.append(f'no {self.of} to compare')
         if self.divergence is not None:
             said.append(f'divergence {self.divergence:.3g} nats')
-        said.append(f'error of feature maps {self.features:.3f}')
+        said.append(f'error of feature maps {math.nan if self.features is None else self.features:.3f}')
         if self.failed:
             said.append(f'predictions not compared ({self.failed})')
         return f'{", ".join(said)}, on {self.pictures} drawn pictures that calibration has not seen'

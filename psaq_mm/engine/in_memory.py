@@ -144,7 +144,7 @@ def _slide(model: nn.Module) -> Dict[str, Any]:
 
 # ---------------------------------------------------------------------- timm and transformers
 def pretrained_settings(model: nn.Module) -> Dict[str, Any]:
-    """timm's ``pretrained_cfg`` or ``default_cfg``: ``mean``, ``std`` (for values 0 to 1), ``input_size``,
+    """Timm's ``pretrained_cfg`` or ``default_cfg``: ``mean``, ``std`` (for values 0 to 1), ``input_size``,
     ``crop_pct``, ``interpolation``.
     """
     for name in ('pretrained_cfg', 'default_cfg'):
@@ -168,9 +168,7 @@ def _statistics(model: nn.Module, known: Known) -> Tuple[List[float], List[float
     settings = pretrained_settings(model)
     if settings.get('mean') and settings.get('std'):
         return [255.0 * v for v in settings['mean']], [255.0 * v for v in settings['std']]
-    hint = (
-        ', 255 times image_mean and image_std of its image processor' if library_of(model) == 'transformers' else ''
-    )
+    hint = ', 255 times image_mean and image_std of its image processor' if library_of(model) == 'transformers' else ''
     raise ConfigError(
         f'the normalization of the pictures that {type(model).__name__} takes is not known from the model: give mean '
         f'and std, for values 0 to 255{hint}'
@@ -239,5 +237,3 @@ def dataset_meta_of_model(model: nn.Module, config: Mapping, known: Known) -> Di
     if known.classes is not None:
         meta['classes'] = list(known.classes)
     return {name: list(meta[name]) for name in ('classes', 'palette') if meta.get(name)}
-
-

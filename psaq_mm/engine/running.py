@@ -123,8 +123,8 @@ def run_data_free(
 
 # ---------------------------------------------------------------------- inside of a user's program
 class _Held(nn.Module):
-    """A model in memory as a runner takes it. A runner would call ``init_weights`` of the model itself, which draws them
-    anew, and asks for a ``train_step``, which networks of timm and transformers have not. The loop calls neither.
+    """A model in memory as a runner takes it. A runner would call ``init_weights`` of the model itself, which draws
+    them anew, and asks for a ``train_step``, which networks of timm and transformers have not. The loop calls neither.
 
     Args:
         model: The student; the loop finds it as ``module``.

@@ -27,7 +27,7 @@ model.update(test_cfg=dict(
     rcnn=dict(score_thr=0.0, nms=dict(type='nms', iou_threshold=0.5), max_per_img=5, mask_thr_binary=0.5)))
 model['roi_head'].update(mask_head=None, mask_roi_extractor=None)
 test_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False, dataset=dict(
-    data_root={data!r}, ann_file='test.json', data_prefix=dict(img=''), pipeline=pipeline))
+    data_root={data!r}, ann_file='test.json', data_prefix=dict(img='img'), pipeline=pipeline))
 test_evaluator = dict(ann_file={data!r} + '/test.json', metric='bbox')
 visualizer = dict(vis_backends=[])
 """
@@ -35,7 +35,7 @@ MAPS = """
 pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
 test_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False, dataset=dict(
     _delete_=True, type='BaseSegDataset', metainfo=dict(classes=tuple('abcde'), palette=[[9, i, i] for i in range(5)]),
-    data_root={data!r}, data_prefix=dict(img_path='', seg_map_path='maps'), seg_map_suffix='.png', img_suffix='.png',
+    data_root={data!r}, data_prefix=dict(img_path='img', seg_map_path='maps'), seg_map_suffix='.png', img_suffix='.png',
     pipeline=pipeline))
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -51,10 +51,11 @@ def write_pictures(folder):
     from mmdet.datasets import CocoDataset
 
     random, images, boxes = np.random.default_rng(0), [], []
-    (folder / 'maps').mkdir(parents=True)
+    for name in ('img', 'maps'):
+        (folder / name).mkdir()
     for number in range(2):
         blocks = random.integers(0, 256, (8, 12, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-        Image.fromarray(blocks).save(folder / f'{number}.png')
+        Image.fromarray(blocks).save(folder / 'img' / f'{number}.png')
         Image.fromarray(random.integers(0, 5, (8, 12), dtype=np.uint8).repeat(8, 0).repeat(8, 1)).save(
             folder / 'maps' / f'{number}.png'
         )
@@ -126,10 +127,9 @@ def names(folder):
 
 
 def changed(drawn, original):
-    """Share of pixels that a drawing changed."""
+    """Share of pixels that a drawing changed. mmdet draws annotations at the left and predictions at the right."""
     first, second = (np.asarray(Image.open(path).convert('RGB'), int) for path in (drawn, original))
-    assert first.shape == second.shape
-    return float((np.abs(first - second).max(-1) > 40).mean())
+    return float((np.abs(first[:, -second.shape[1] :] - second).max(-1) > 40).mean())
 
 
 def loaded(path):
@@ -168,10 +168,13 @@ def test_an_exported_classifier_draws_and_writes_too(classifier, tmp_path):
     deployed, out = tmp_path / 'deployed', tmp_path / 'predictions.pkl'
     assert export([str(classifier.path), str(classifier.student), '--out', str(deployed), '--size', '32', '32']) == 0
     exported = '--deployed', deployed, '--runtime', 'onnxruntime', '--threads', 1
-    results = evaluated(classifier, tmp_path, *exported, '--show-dir', tmp_path / 'shown', '--out', out, '--tta')
+    results = evaluated(classifier, tmp_path, *exported, '--show-dir', tmp_path / 'shown', '--out', out)
     rows = loaded(out)
     right = np.mean([int(row['pred_label']) == int(row['gt_label']) for row in rows])
     assert 100 * right == pytest.approx(results['integer']['accuracy/top1']) and names(tmp_path / 'shown')
+    evaluated(classifier, tmp_path, *exported, '--out', out, '--tta')
+    differences = [float((a['pred_score'] - b['pred_score']).abs().max()) for a, b in zip(rows, loaded(out))]
+    assert max(differences) > 1e-4
 
 
 # ---------------------------------------------------------------------- detectors
@@ -179,7 +182,9 @@ def test_a_detector_draws_boxes_and_writes_a_pickle(detector, pictures, tmp_path
     out, shown = tmp_path / 'predictions.pkl', tmp_path / 'shown'
     hook = '--cfg-options', 'default_hooks.visualization.score_thr=0.0'
     results = evaluated(detector, tmp_path, detector.student, '--show-dir', shown, '--out', out, *hook)
-    assert names(shown) == ['0.png', '1.png'] and all(changed(shown / n, pictures / n) > 0 for n in names(shown))
+    assert names(shown) == ['0.png', '1.png'] and all(
+        changed(shown / n, pictures / 'img' / n) > 0 for n in names(shown)
+    )
     rows = loaded(out)
     assert [row['img_id'] for row in rows] == [0, 1] and all(len(row['pred_instances']['bboxes']) for row in rows)
     assert 'coco/bbox_mAP' in results['quantized'] and names(tmp_path) == ['predictions.pkl', 'shown', 'work']
@@ -227,6 +232,8 @@ def test_what_fits_no_library_is_told(classifier, segmentor, capsys, tmp_path):
         (segmentor, tmp_path / 'maps.pkl', 'is a folder of label maps for a segmentor, as in mmseg: name a folder'),
     ):
         assert words in refused(capsys, project, project.student, '--out', out, '--work-dir', tmp_path)
+    both = '--tta', '--show-dir', tmp_path / 'shown', '--work-dir', tmp_path
+    assert 'mmpretrain draws no pictures' in refused(capsys, classifier, classifier.student, *both)
 
 
 @pytest.mark.parametrize('option', ['--show-dir', '--out'])

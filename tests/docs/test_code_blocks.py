@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import pytest
 
+from psaq_mm.commands import listing
+
 markdown_it = pytest.importorskip('markdown_it')
 pytest.importorskip('mmengine')
 ROOT = Path(__file__).parents[2]
@@ -93,9 +95,8 @@ def parsers_only(monkeypatch, tmp_path):
 
 
 def entry_points():
-    """Module and function of each console script, as setup.py has them."""
-    text = (ROOT / 'setup.py').read_text(encoding='utf-8')
-    return {name: (module, function) for name, module, function in re.findall(r"'([\w-]+) = ([\w.]+):(\w+)'", text)}
+    """Module and function of each console script."""
+    return {line.split(' = ')[0]: line.split(' = ')[1].split(':') for line in listing.entry_points()}
 
 
 def commands_of(code):

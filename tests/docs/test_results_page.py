@@ -89,6 +89,8 @@ def test_lost_is_full_precision_less_the_model(script):
     assert script.lost(rows, 'top-1') == pytest.approx((80 - 238 / 3, -0.5, 1.5))
     assert script.lost(rows, 'top-1').text() == '0.67 (-0.50 to 1.50)'
     assert script.minutes(rows) == '1.5'  # of the seed that was disturbed least
+    busy = [dict(row, busy=True) for row in rows]
+    assert script.minutes(busy) == '-' and script.minutes([dict(busy[0], seconds=6), rows[1]]) == '1.5'
     assert script.Spread(-0.001, -0.001, -0.001).text() == '0.00'
 
 

@@ -165,6 +165,7 @@ def test_metadata(wheel):
     assert set(metadata.get_all('Provides-Extra')) == {
         'all',
         'deploy',
+        'docs',
         'mmdet',
         'mmpretrain',
         'mmseg',

@@ -12,10 +12,10 @@ import torch
 from classifier_models import CLASSIFIER
 from tiny import DETECTOR, SEGMENTOR, WITHOUT_TORCH, Project, calibrated_student
 
-from psaq_mm.engine.exporting import export
 from psaq_mm.commands.predict import main
 from psaq_mm.deploy import load
 from psaq_mm.deploy.serving import deploy_model_
+from psaq_mm.engine.exporting import export
 from psaq_mm.errors import ConfigError, DataError, UnsupportedModelError
 from psaq_mm.files import file_sha256
 from psaq_mm.runtime import RUNTIMES, Prediction
@@ -23,6 +23,7 @@ from psaq_mm.runtime.bundle import read_graph, read_manifest, read_weights
 from psaq_mm.runtime.detection import ImageInfo
 from psaq_mm.runtime.glue import label_map, slide, upsample
 from psaq_mm.runtime.heads import quantize_features
+from psaq_mm.runtime.pictures import pictures_in
 from psaq_mm.runtime.predictions import run_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -342,7 +343,7 @@ def test_files_of_one_name_go_to_places_of_their_own(pictures, tmp_path):
 def test_what_gives_no_predictions_says_so(segmentor):
     model = load(segmentor[1], 'onnxruntime', 1)
     model.task, model.complete = 'backbone', False
-    with pytest.raises(UnsupportedModelError, match='feature maps alone, .* tools/test.py CONFIG --deployed'):
+    with pytest.raises(UnsupportedModelError, match='feature maps alone, .* psaq test CONFIG --deployed'):
         model.predict(np.zeros((*SIZE, 3), np.uint8))
     with pytest.raises(UnsupportedModelError, match='holds no whole detector'):
         model.detect(np.zeros((1, 3, *SIZE), np.float32), [ImageInfo(SIZE, SIZE)])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from vit_models import build
 
+from psaq_mm.deploy import export_model
 from psaq_mm.deploy.report import execution
 from psaq_mm.engine.exporting import chosen_runtimes, verify_export
-from psaq_mm.deploy import export_model
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import quantize_model_
 from psaq_mm.quantization import calibrate

@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
 from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint
+from psaq_mm.engine.run_summary import as_text, rows_of, run_summary, write_summary
 from psaq_mm.engine.samples import save_samples
 from psaq_mm.engine.settings import HookSettings
 from psaq_mm.files import whole_file, write_whole
@@ -136,7 +137,7 @@ class DataFreeQuantHook(Hook):
             barrier()
 
     def after_train(self, runner) -> None:
-        """Write ``student.pth``."""
+        """Write ``student.pth`` and ``summary.json``, and print the summary."""
         if is_main_process():
             self._save_student(runner)
         barrier()
@@ -146,14 +147,16 @@ class DataFreeQuantHook(Hook):
         loop = runner.train_loop
         config = student_config(runner.cfg, loop.model_config)
         teacher = (loop.teacher_config['checkpoint'] or '', loop.teacher_config.get('sha256') or '')
-        path = Path(runner.work_dir) / 'student.pth'
+        path, summary = Path(runner.work_dir) / 'student.pth', run_summary(loop)
         save_atomic(
             student_checkpoint(
-                loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher, loop.summary()
+                loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher, loop.summary(), summary
             ),
             path,
         )
         print_log(f'Saved the quantized model to {path}', 'current')
+        whole = write_summary(summary, path.parent, getattr(runner.cfg, 'filename', None))
+        print_log(as_text(f'Summary of {summary["label"]}', rows_of(whole)), 'current')
 
     @master_only
     def _draw_sheet(self, runner) -> None:

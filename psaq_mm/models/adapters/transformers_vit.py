@@ -18,7 +18,7 @@ from psaq_mm.models.adapters.blocks import BlockParts, Feed, Writer, layer_scale
 from psaq_mm.models.adapters.streams import NamedStreams, Stream, need, stream
 from psaq_mm.quantization import AdapterSpec, AttentionParts, Projection, StreamReader, adopt, apply_edge
 
-__all__ = ['Dinov2', 'QuantSplitAttentionMixin', 'TransformersVit', 'split_parts']
+__all__ = ['Dinov2', 'QuantSplitAttentionMixin', 'TransformersVit', 'returns_attention', 'split_parts']
 
 _VIT, _DEIT, _DINOV2 = (
     f'transformers.models.{name}.modeling_{name}.{title}'
@@ -108,7 +108,8 @@ def _keep_positions(module: nn.Module, name: str, spec: AdapterSpec) -> nn.Modul
     return adopt(module, KeptPositionsMixin)
 
 
-def _returns_attention(net: nn.Module) -> Optional[str]:
+def returns_attention(net: nn.Module) -> Optional[str]:
+    """Why a network of transformers is not supported that returns attention weights; None for one that does not."""
     if getattr(net.config, 'output_attentions', False):
         return 'its config has output_attentions=True, and a quantized layer returns no attention weights'
     return None
@@ -126,13 +127,11 @@ class _WithEmbeddings(Backbone):
 
     def unsupported(self, net: nn.Module) -> Optional[str]:
         """See :meth:`.Backbone.unsupported`."""
-        return _returns_attention(net)
+        return returns_attention(net)
 
     def prefix_tokens(self, net: nn.Module) -> int:
         """See :meth:`.Backbone.prefix_tokens`."""
-        return sum(
-            getattr(net.embeddings, name, None) is not None for name in ('cls_token', 'distillation_token')
-        )
+        return sum(getattr(net.embeddings, name, None) is not None for name in ('cls_token', 'distillation_token'))
 
     def streams(self, model: nn.Module, net: nn.Module) -> NamedStreams:
         """See :meth:`.Backbone.streams`."""

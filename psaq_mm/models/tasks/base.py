@@ -90,8 +90,8 @@ class Task:
         return None
 
     def whole_output(self, model: nn.Module) -> Optional[Callable[[Tensor], Tensor]]:
-        """From images to the output of a model's task, by the model's own forward: of a model that is a network with its
-        head in it. None for a model that is put together of backbone, neck and heads, as those of OpenMMLab are.
+        """From images to the output of a model's task, by the model's own forward: of a model that is a network with
+        its head in it. None for one that is put together of backbone, neck and heads, as those of OpenMMLab are.
         """
         return None
 
