@@ -175,8 +175,7 @@ class DataFreeTrainLoop(BaseLoop):
         path, in_model = self.teacher_config.get('checkpoint'), self.teacher_config.get('in_model')
         if not path and in_model is None:
             raise ConfigError(
-                'the loop has no teacher: run it through psaq quantize, or set '
-                'train_cfg.teacher=dict(checkpoint=...)'
+                'the loop has no teacher: run it through psaq quantize, or set train_cfg.teacher=dict(checkpoint=...)'
             )
         if in_model is not None:
             return self._teacher_of_student(dict(in_model))
