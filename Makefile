@@ -1,4 +1,4 @@
-# make demo | make test | make test-core | make real DATA=folder | make clean
+# make demo | make test | make test-core | make real DATA=folder | make docs | make clean
 #
 # Each makes its environment first (`.venv`; minutes, and about 20 more on two cores where mmcv has to be compiled) and
 # takes seconds when that stands. Settings, on the command line or in the environment:
@@ -23,6 +23,7 @@ TORCH  ?= $(if $(filter onedl,$(STACK)),$(NEW_TORCH),$(REFERENCE_TORCH))
 OTHER     := $(if $(filter-out openmmlab,$(STACK)),-$(STACK))$(if $(filter-out $(REFERENCE_TORCH),$(TORCH)),-torch$(TORCH))
 VENV      ?= .venv$(OTHER)
 VENV_CORE ?= .venv-core-torch$(TORCH)
+VENV_DOCS ?= .venv-docs
 ARGS   ?=
 WORKERS ?= 2
 DATA   ?=
@@ -36,7 +37,7 @@ export OMP_NUM_THREADS MMCV_FIND_LINKS PSAQ_MM_WHEELS
 SET_UP = $(PYTHON) .dev/setup_env.py --torch "$(TORCH)"
 CORE_TESTS = $(wildcard tests/quantization tests/pictures tests/calibration tests/psaq_vit)
 
-.PHONY: help demo test test-core real venv venv-core python clean distclean
+.PHONY: help demo test test-core real venv venv-core docs python clean distclean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -51,7 +52,7 @@ venv: python
 	@$(SET_UP) --stack "$(STACK)" --venv "$(VENV)"
 
 venv-core: python
-	@$(SET_UP) --venv "$(VENV_CORE)" --core
+	@$(SET_UP) --stack core --venv "$(VENV_CORE)"
 
 demo: venv
 	"$(VENV)/bin/python" demo/run_demo.py $(ARGS)
@@ -71,9 +72,16 @@ real: venv
 	@test -d "$(DATA)" || { echo "DATA='$(DATA)' is no folder: name the one with the real weights and images, make real DATA=folder" >&2; exit 1; }
 	"$(VENV)/bin/python" benchmarks/real.py --data "$(DATA)" $(ARGS)
 
+# The site, docs/_build/html/index.html, in a small environment of its own: it needs neither torch nor OpenMMLab. Warnings are errors.
+docs: python
+	@test -x "$(VENV_DOCS)/bin/pip" || $(PYTHON) -m venv "$(VENV_DOCS)"
+	@"$(VENV_DOCS)/bin/python" -m pip install -q --disable-pip-version-check -r requirements-docs.txt
+	"$(VENV_DOCS)/bin/python" -m sphinx -q -W --keep-going -b html docs docs/_build/html $(ARGS)
+	@echo "the site is in docs/_build/html/index.html"
+
 # What builds and tests leave behind; the environments stay.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -path './.venv*' -prune -o -type d -name __pycache__ -print | xargs -r rm -rf
 
 # The environments too; wheels compiled here stay in their folder outside.

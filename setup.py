@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,9 @@ SHIPPED = {
     'tools': ('.py', '.sh'),
 }
 SHIPPED_FILES = ('model-index.yml',)
+# Where this repository's files lie for everybody, such as https://example.org/psaq_mm/v0.2.0: `Weights` of the shipped
+# metafiles then become addresses under it, which `mim download` fetches. Without it they stay paths in the repository.
+WEIGHTS_URL = os.environ.get('PSAQ_MM_WEIGHTS_URL', '').rstrip('/')
 
 
 def read_version():
@@ -37,6 +41,11 @@ def read_readme():
     """The README as the package index shows it; a tree without one (a partial copy) still builds."""
     path = ROOT / 'README.md'
     return path.read_text(encoding='utf-8') if path.is_file() else ''
+
+
+def console_scripts():
+    """The entry points, from the list of commands, which imports the standard library alone."""
+    return runpy.run_path(str(ROOT / 'psaq_mm' / 'commands' / 'listing.py'))['entry_points']()
 
 
 def shipped_files():
@@ -64,6 +73,10 @@ class BuildWithConfigs(build_py):
         for source, target in self._pairs():
             os.makedirs(os.path.dirname(target), exist_ok=True)
             shutil.copyfile(source, target)
+            if WEIGHTS_URL and target.endswith('metafile.yml'):
+                text = Path(source).read_text(encoding='utf-8')
+                text = re.sub(r'^( *Weights: )(?!\w+://)', rf'\g<1>{WEIGHTS_URL}/', text, flags=re.MULTILINE)
+                Path(target).write_text(text, encoding='utf-8')
 
     def get_outputs(self, include_bytecode=1):
         """Paths of everything that is built, for the wheel's record."""
@@ -94,12 +107,13 @@ class EditableForMim(editable_wheel):
 # under other distribution names, and a hard requirement would install the originals over them.
 # PyTorch stands there too: an exported model runs without it.
 TORCH = ['torch>=2.1', 'filelock', 'jinja2>=3', 'matplotlib>=3.6', 'pillow', 'rich>=12.3']
-MM = [*TORCH, 'mmengine>=0.10.7,<1', 'mmcv>=2.0.0,<2.2.0']
+ENGINE = [*TORCH, 'mmengine>=0.10.7,<1']
+MM = [*ENGINE, 'mmcv>=2.0.0,<2.2.0']
 # What an exported model needs beside a runtime. Not opencv-python: the headless one needs no libraries of a desktop.
 PICTURES = ['opencv-python-headless>=4.5,<5']
 ONNXRUNTIME, OPENVINO = 'onnxruntime>=1.18', 'openvino>=2024.4'
 # Another version formats differently: the same as in requirements-tools.txt.
-CHECKS = ['ruff==0.17.6', 'mypy==2.4.1']
+CHECKS = ['ruff==0.17.6', 'mypy==2.4.1; python_version >= "3.10"']
 EXTRAS = {
     'torch': TORCH,
     'mmdet': [*MM, 'mmdet>=3.3.0,<4'],
@@ -108,15 +122,20 @@ EXTRAS = {
     'mmpretrain': [*MM, 'mmpretrain>=1.2.0,<2'],
     # The maintained forks, in place of the three above. mmseg's asks for numpy 2, and with it torch 2.3 or later.
     'onedl': [*TORCH, 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain'],
-    'timm': [*TORCH, 'timm>=1.0'],
+    # Without an OpenMMLab library: MMEngine alone, which is pure Python, runs the quantization.
+    'timm': [*ENGINE, 'timm>=1.0'],
+    'transformers': [*ENGINE, 'transformers>=4.46,<4.47'],
     'deploy': ['onnx>=1.15', ONNXRUNTIME, OPENVINO],
     # To run an exported model, where neither PyTorch nor OpenMMLab is installed.
     'runtime': [*PICTURES, OPENVINO],
     'runtime-onnxruntime': [*PICTURES, ONNXRUNTIME],
+    # The site; Read the Docs and `make docs` take the versions in requirements-docs.txt.
+    'docs': ['sphinx>=7.4', 'myst-parser>=3', 'sphinx-book-theme>=1.1', 'sphinx-copybutton', 'griffe>=1'],
     'test': [*TORCH, 'pytest>=7', 'pytest-xdist', 'hypothesis', 'onnx', 'onnxruntime', 'openvino', *CHECKS],
 }
-# Not what contradicts the rest: the forks, and a second OpenCV beside that of OpenMMLab.
-APART = ('onedl', 'test', 'runtime', 'runtime-onnxruntime')
+# Not what contradicts the rest: the forks, a second OpenCV beside that of OpenMMLab, and transformers, which wants an
+# older huggingface_hub than the others.
+APART = ('onedl', 'transformers', 'docs', 'test', 'runtime', 'runtime-onnxruntime')
 EXTRAS['all'] = sorted({line for name, lines in EXTRAS.items() if name not in APART for line in lines})
 
 setup(
@@ -127,7 +146,7 @@ setup(
     long_description_content_type='text/markdown',
     author='The psaq_mm authors',
     license='Apache-2.0',
-    keywords='quantization, data-free, vision transformer, Swin, object detection, segmentation, OpenMMLab',
+    keywords='quantization, data-free, vision transformer, Swin, object detection, segmentation, OpenMMLab, ONNX',
     classifiers=[
         'Development Status :: 4 - Beta',
         'Intended Audience :: Developers',
@@ -136,8 +155,13 @@ setup(
         'Operating System :: OS Independent',
         'Programming Language :: Python :: 3',
         'Programming Language :: Python :: 3 :: Only',
+        'Programming Language :: Python :: 3.9',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
         'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
     ],
     python_requires='>=3.9',
     packages=find_packages(include=['psaq_mm', 'psaq_mm.*']),
@@ -146,18 +170,7 @@ setup(
     include_package_data=False,
     install_requires=['numpy', 'safetensors>=0.4'],
     extras_require=EXTRAS,
-    entry_points={
-        'console_scripts': [
-            'psaq-dfq-train = psaq_mm.commands.dfq_train:main',
-            'psaq-test = psaq_mm.commands.test:main',
-            'psaq-compare = psaq_mm.commands.compare:main',
-            'psaq-export = psaq_mm.commands.export:main',
-            'psaq-predict = psaq_mm.commands.predict:main',
-            'psaq-inspect = psaq_mm.commands.inspect:main',
-            'psaq-convert-checkpoint = psaq_mm.commands.convert_checkpoint:main',
-            'psaq-sensitivity = psaq_mm.commands.sensitivity:main',
-        ],
-    },
+    entry_points={'console_scripts': console_scripts()},
     cmdclass={'build_py': BuildWithConfigs, **({} if editable_wheel is object else {'editable_wheel': EditableForMim})},
     zip_safe=False,
 )

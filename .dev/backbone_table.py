@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""docs/backbones.md, out of the rows of tests/backbone_builders.py and the results of benchmarks/every_config.py.
+"""docs/reference/backbones.md: the rows of tests/backbone_builders.py, the results of benchmarks/every_config.py.
 
-    python .dev/backbone_table.py > docs/backbones.md
+    python .dev/backbone_table.py > docs/reference/backbones.md
 
 A test compares the page with what this prints, and runs every cell of the first table.
 """
@@ -32,14 +32,16 @@ HEAD = """# Backbones
 Every backbone that psaq_mm quantizes, in each library that has it; `.dev/backbone_table.py` writes this page.
 `tests/models/test_every_backbone.py` builds every row at reduced size. With its quantizers off it is the library's
 model to the last bit; it is calibrated without data, saved and loaded; at W8A8 it is near full precision; and each cell
-is exercised, or refused in the words of the note. [Adding a backbone](adding_a_backbone.md) takes one class.
+is exercised, or refused in the words of the note. [Adding a backbone](../guides/adding_a_backbone.md) takes one class.
 """
 CONFIGS = """## Every config of the libraries
 
 All configs that mmdet 3.3.0, mmseg 1.2.2 and mmpretrain 1.2.0 install with a transformer or a ConvNeXt as backbone, at
 reduced size: built, quantized to W8A8, calibrated on noise and run.
 
-    python benchmarks/every_config.py --library mmdet mmseg mmpretrain --json docs/results/every_config.json
+```bash
+python benchmarks/every_config.py --library mmdet mmseg mmpretrain --json docs/results/every_config.json
+```
 
 Language models are replaced by a stand-in or left out; where the rest cannot be built without packages or weights that
 are not there ("not built"), the image tower is tried alone.

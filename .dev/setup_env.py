@@ -8,13 +8,12 @@ Standard library only: it runs on a machine that has nothing but Python. Two kin
   maintained forks (requirements-onedl.txt);
 * `--core`: PyTorch of any version and the test tools, without OpenMMLab, for the floors that need PyTorch alone.
 
-pip decides where packages come from: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and pip.conf all apply. On
-Linux the default torch brings its CUDA packages (about 2.5 GB) also where there is no GPU. To avoid that, name an index
-of CPU builds in those variables.
+pip does the work, and decides where packages come from: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS and pip.conf
+apply (uv reads none of them). On Linux the default torch brings its CUDA packages (about 2.5 GB) also where there is no
+GPU. To avoid that, name an index of CPU builds in those variables.
 """
 
 import argparse
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -25,44 +24,23 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = '{}.{}'.format(*sys.version_info[:2])
 STAMP = '.psaq-ready.json'
-BUILDING = '.psaq-building'
 # A change in one of these files may change the environment. This script is one of them.
-KEY_FILES = (
-    'constraints.txt',
-    'constraints-numpy2.txt',
-    'requirements.txt',
-    'requirements-torch2.13.txt',
-    'requirements-onedl.txt',
-    'requirements-tools.txt',
-    'setup.py',
-    'pyproject.toml',
-    '.dev/setup_env.py',
-)
-# Distributions by import name. The forks have the same import names: the two families cannot share an environment.
-STACKS = {
-    'openmmlab': {
-        'mmengine': 'mmengine',
-        'mmcv': 'mmcv',
-        'mmdet': 'mmdet',
-        'mmseg': 'mmsegmentation',
-        'mmpretrain': 'mmpretrain',
-    },
-    'onedl': {
-        'mmengine': 'onedl-mmengine',
-        'mmcv': 'onedl-mmcv',
-        'mmdet': 'onedl-mmdetection',
-        'mmseg': 'onedl-mmsegmentation',
-        'mmpretrain': 'onedl-mmpretrain',
-    },
+PINNED = sorted(path.name for kind in ('constraints*.txt', 'requirements*.txt') for path in ROOT.glob(kind))
+KEY_FILES = (*PINNED, 'setup.py', 'pyproject.toml', '.dev/setup_env.py')
+# The forks have the same import names as the originals: an environment holds those of one stack. Core has neither.
+PACKAGES = {
+    'openmmlab': ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain'),
+    'onedl': ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'onedl-mmsegmentation', 'onedl-mmpretrain'),
+    'core': (),
 }
-# One compiler process of mmcv's ops takes up to this much memory.
-BYTES_PER_JOB = 2 << 30
+OTHERS = {'openmmlab': 'onedl', 'onedl': 'openmmlab', 'core': 'core'}
+GIB = 1 << 30
 
 # Calls an op: the extension of a wheel for another torch can be imported, but not called.
 OPS_CHECK = """
@@ -71,15 +49,13 @@ from mmcv.ops import nms
 kept = nms(torch.tensor([[0., 0., 9., 9.], [0., 0., 9., 8.], [20., 20., 29., 29.]]), torch.tensor([.9, .8, .7]), .5)[1]
 assert kept.tolist() == [0, 2], kept
 """
-STACK_CHECK = (
-    OPS_CHECK
-    + """
-import mmdet.models, mmseg.models, numpy
-assert torch.from_numpy(numpy.ones(3)).sum() == 3
-"""
-)
 # mmpretrain imports torchvision, which not every torch has.
-VISION_CHECK = STACK_CHECK + 'import torchvision.ops, mmpretrain.models\n'
+STACK_CHECK = """
+import importlib.util, mmdet.models, mmseg.models, numpy
+assert torch.from_numpy(numpy.ones(3)).sum() == 3
+if importlib.util.find_spec('torchvision'):
+    import torchvision.ops, mmpretrain.models
+"""
 
 
 class SetupError(Exception):
@@ -90,478 +66,252 @@ def say(text):
     print(f'[setup] {text}', flush=True)
 
 
-def environment_key(torch_version, core=False, root=ROOT, stack='openmmlab'):
-    """Hash of all that the environment depends on. If the stamp holds the same hash, nothing has to be done."""
-    digest = hashlib.sha256()
-    for name in KEY_FILES:
-        digest.update(name.encode() + b'\0' + (root / name).read_bytes() + b'\0')
-    digest.update(json.dumps(identity(torch_version, core, root, stack), sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def identity(torch_version, core=False, root=ROOT, stack='openmmlab'):
-    """Properties that an environment cannot change in place: if one differs, it is made anew."""
+def wanted(torch, stack='openmmlab', root=ROOT):
+    """The stamp of an environment as it should be. What is not in `key` cannot be changed in place, nor can it move."""
+    digest = hashlib.sha256(b'\0'.join(name.encode() + b'\0' + (root / name).read_bytes() for name in KEY_FILES))
+    stamp = {'key': digest.hexdigest(), 'torch': torch, 'python': PYTHON, 'root': str(root), 'core': stack == 'core'}
     # Without a name it is the reference stack: older stamps have none.
-    named = {} if stack == 'openmmlab' else {'stack': stack}
-    return {
-        **named,
-        'torch': torch_version,
-        'python': '{}.{}'.format(*sys.version_info[:2]),
-        'root': str(root),  # an environment does not survive being moved
-        'core': bool(core),
-    }
+    return {**stamp, 'stack': stack} if stack == 'onedl' else stamp
 
 
 def read_stamp(venv):
-    """The content of the stamp; None where there is none or it cannot be read."""
+    """What an environment was made as: None where it is not this script's, {} where it was not finished."""
     try:
         stamp = json.loads((venv / STAMP).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
-    return stamp if isinstance(stamp, dict) else None
+    except ValueError:
+        stamp = {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
-def is_ready(venv, key):
-    stamp = read_stamp(venv)
-    return (
-        stamp is not None
-        and stamp.get('key') == key
-        and not (venv / BUILDING).exists()
-        and (venv / 'bin' / 'python').exists()
-    )
+def requirements_of(stack, numpy2):
+    return f'requirements{"-onedl" if stack == "onedl" else "-torch2.13" * numpy2}.txt'
 
 
-def write_stamp(venv, key, ident):
-    """Write the stamp, last and in one step: an interrupted set-up then leaves no environment that counts as done."""
-    draft = venv / (STAMP + '.new')
-    draft.write_text(json.dumps({'key': key, **ident}), encoding='utf-8')
-    os.replace(draft, venv / STAMP)
-    with contextlib.suppress(FileNotFoundError):
-        (venv / BUILDING).unlink()
-
-
-def has_numpy2(torch_version):
-    """Whether a torch works with numpy 2: those below 2.3 were built for numpy 1."""
-    return tuple(int(part) for part in torch_version.split('.'))[:2] >= (2, 3)
-
-
-class Stack:
-    """A family of packages and the files with its pins."""
-
-    def __init__(self, name='openmmlab', torch_version=None):
-        self.name = name
-        self.distributions = STACKS[name]
-        self.others = sorted(
-            set().union(*(family.values() for family in STACKS.values())) - set(self.distributions.values())
-        )
-        numpy2 = torch_version is not None and has_numpy2(torch_version)
-        self.requirements = (
-            'requirements-onedl.txt' if name == 'onedl' else f'requirements{"-torch2.13" if numpy2 else ""}.txt'
-        )
-        self.constraints = f'constraints{"-numpy2" if numpy2 else ""}.txt'
-
-    def pins(self, file=None):
-        """The lines of the requirements, with those of the files that they include."""
-        lines = []
-        for line in (ROOT / (file or self.requirements)).read_text(encoding='utf-8').splitlines():
-            line = line.split('#')[0].strip()
-            lines += self.pins(line[2:].strip()) if line.startswith('-r') else [line] if line else []
-        return lines
-
-    def pinned(self, name):
-        """The version that `name` is pinned to."""
-        for pin in self.pins():
-            if pin.startswith(f'{name}=='):
-                return pin.split('==')[1]
-        raise SetupError(f'{self.requirements} has no line "{name}==<version>": add it')
-
-
-def run(command, env=None, **kwargs):
-    """Runs a command from the root of the source tree; raises SetupError with the command where it fails."""
-    result = subprocess.run([str(part) for part in command], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, **kwargs)
-    if result.returncode:
-        shown = ' '.join(str(part) for part in command)
-        if len(shown) > 300:
-            shown = shown[:300] + ' ...'
-        raise SetupError(f'this command failed with status {result.returncode} (its messages stand above): {shown}')
-    return result
+def pins_of(file):
+    """Name and version of everything in a file of requirements and in those that it includes."""
+    pins = {}
+    for line in (ROOT / file).read_text(encoding='utf-8').splitlines():
+        if line.startswith('-r'):
+            pins.update(pins_of(line[2:].strip()))
+        elif '==' in line and not line.startswith('#'):
+            pins.update([line.strip().split('==')])
+    return pins
 
 
 class Environment:
     """A virtual environment and the pip in it."""
 
-    def __init__(self, folder, constraints='constraints.txt'):
-        self.folder = folder
-        self.python = folder / 'bin' / 'python'
-        self.constraints = ['-c', constraints] if constraints else []
-        self.quiet = [] if sys.stdout.isatty() else ['-q']
-
-    def pip(self, verb, *args, env=None, **kwargs):
-        where = self.constraints if verb in ('install', 'wheel') else []
-        return run([self.python, '-m', 'pip', verb, *self.quiet, *where, *args], env=env, **kwargs)
+    def __init__(self, folder, constraints=()):
+        self.folder, self.python, self.constraints = folder, folder / 'bin' / 'python', constraints
 
     def works(self, code):
-        """Whether `code` runs in the environment; its output is in `last_output`."""
-        if not self.python.exists():
-            self.last_output = f'{self.python} does not exist'
+        """Whether `code` runs in the environment; its output is in `output`."""
+        command = [str(self.python), '-W', 'ignore', '-c', code]
+        try:
+            done = subprocess.run(command, cwd=self.folder, text=True, stdin=subprocess.DEVNULL, capture_output=True)
+        except OSError as error:
+            self.output = str(error)
             return False
-        result = subprocess.run(
-            [str(self.python), '-W', 'ignore', '-c', code],
-            cwd=self.folder,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+        self.output = (done.stdout + done.stderr).strip()
+        return done.returncode == 0
+
+    def versions(self, *names):
+        """The versions, without their local parts, of those of these distributions that are installed."""
+        listed = '{name: m.version(name).split("+")[0] for name in %r if [*m.Distribution.discover(name=name)]}' % (
+            names,
         )
-        self.last_output = result.stdout
-        return result.returncode == 0
+        works = self.works(f'import importlib.metadata as m, json; print(json.dumps({listed}))')
+        return json.loads(self.output) if works else {}
 
-    def has(self, name, version=None):
-        test = f'import importlib.metadata as m; v = m.version({name!r}); '
-        return self.works(test + (f'assert v.split("+")[0] == {version!r}' if version else ''))
+    def pip(self, verb, *args, silent=False, explain=None, **settings):
+        """Run pip; all that it starts ends with this process. A failure is explained where nothing else does so."""
+        options = [*([] if sys.stdout.isatty() else ['-q']), *(self.constraints if verb == 'install' else [])]
+        command = [str(part) for part in (self.python, '-m', 'pip', verb, *options, *args)]
+        # What a stopped pip leaves in TMPDIR goes with the environment.
+        (self.folder / 'tmp').mkdir(exist_ok=True)
+        env, sink = {**os.environ, 'TMPDIR': f'{self.folder}/tmp', **settings}, subprocess.DEVNULL if silent else None
+        pipes = {'stdin': subprocess.DEVNULL, 'stdout': sink, 'stderr': sink}
+        process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **pipes)
+        try:
+            if process.wait() == 0:
+                return
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+        shown, free = ' '.join(command[1:]), shutil.disk_usage(self.folder).free
+        why = 'without a network, name a folder of packages in PIP_FIND_LINKS and set PIP_NO_INDEX=1'
+        why = f'the disk has {free >> 20} MB left: make room there' if free < GIB else explain and explain(self) or why
+        raise SetupError(f'python {shown[:200]}{" ..." * (len(shown) > 200)}: failed with the messages above; {why}')
 
-    def tell(self, code):
-        return run([self.python, '-c', code], stdout=subprocess.PIPE, text=True).stdout.strip()
 
-
-def make_venv(venv, ident, others=()):
+def make_venv(env, stamp, others=()):
     """Makes a folder with a working Python and pip, or keeps the one that is there if it can be used."""
-    stamp, interrupted = read_stamp(venv), (venv / BUILDING).exists()
-    if venv.exists() and not (interrupted or stamp):
+    folder, old = env.folder, read_stamp(env.folder)
+    if old is None and folder.exists():
         # Somebody else made it: packages are added or it is refused, but it is never removed.
-        env, want = Environment(venv), ident['python']
-        if not env.works(f'import sys, pip; assert "%d.%d" % sys.version_info[:2] == {want!r}'):
-            raise SetupError(
-                f'{venv} was not made by this Makefile and has no working Python {want} with pip: remove it, or '
-                'name another folder with VENV=...'
-            )
-        if env.has('torch') and not env.has('torch', ident['torch']):
-            raise SetupError(
-                f'{venv} was not made by this Makefile and holds another torch than {ident["torch"]}: remove it, or '
-                'name another folder with VENV=...'
-            )
-        for name in filter(env.has, others):
-            raise SetupError(
-                f'{venv} was not made by this Makefile and holds {name}, whose files the packages asked for would '
-                'overwrite: remove it, or name another folder with VENV=...'
-            )
+        holds = [*env.versions(*others)]
+        if env.versions('torch').get('torch', stamp['torch']) != stamp['torch']:
+            holds += [f'another torch than {stamp["torch"]}']
+        fault = f'holds {holds[0]}, which the packages asked for would overwrite' if holds else None
+        if not env.works(f'import sys, pip; assert "%d.%d" % sys.version_info[:2] == {PYTHON!r}'):
+            fault = f'has no working Python {PYTHON} with pip'
+        if fault:
+            raise SetupError(f'{folder} was not made by make and {fault}: remove it, or name another in VENV=...')
         return
     # pip takes a package that was unpacked in part for installed: after an interruption it has to start from nothing.
-    same = stamp is not None and not interrupted and {k: v for k, v in stamp.items() if k != 'key'} == ident
-    if same:
-        (venv / BUILDING).touch()
-        (venv / STAMP).unlink()
-        return
-    say(f'{"starting again from an empty" if venv.exists() else "making"} {venv.name} (Python {ident["python"]})')
-    if venv.exists():
-        (venv / BUILDING).touch()  # first: it marks the folder as ours, also if the removal is interrupted
-        for path in venv.iterdir():
-            if path.name != BUILDING:
+    keep = old and {**old, 'key': stamp['key']} == stamp and env.works('import pip')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / STAMP).write_text('{}')
+    if not keep:
+        say(f'{"making" if old is None else "starting again from an empty"} {folder.name} (Python {PYTHON})')
+        for path in folder.iterdir():
+            if path.name != STAMP:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    venv.mkdir(parents=True, exist_ok=True)
-    (venv / BUILDING).touch()
-    run([sys.executable, '-m', 'venv', venv])
+        if subprocess.run([sys.executable, '-m', 'venv', str(folder)]).returncode:
+            raise SetupError(f'{sys.executable} makes no virtual environment, its message stands above')
 
 
-def install_torch(env, torch_version, stack):
-    if env.has('torch', torch_version) and env.has('torchvision'):
-        return
-    vision = f'torchvision=={stack.pinned("torchvision")}' if torch_version == stack.pinned('torch') else 'torchvision'
-    say(
-        f'torch {torch_version} and torchvision: on Linux up to 2.5 GB with their CUDA packages, several minutes on a '
-        f'slow line'
-    )
-    env.pip('install', f'torch=={torch_version}', vision)
-
-
-def drop_useless_torchvision(env):
-    """Removes a torchvision that this torch cannot load: mmdet and mmseg fail if torchvision is there and broken.
-
-    The default torchvision is built for a CUDA torch. Beside a CPU-only torch from elsewhere it cannot be imported.
-    Without it mmpretrain and timm cannot be imported either; their tests are skipped with that reason.
-    """
-    if env.works('import torchvision.ops'):
-        return
-    why = env.last_output.strip().splitlines()[-1]
-    if not env.works('import torch; assert torch.version.cuda is None'):
-        raise SetupError(
-            f'torchvision does not work with this torch ({why}): name an index that has both in PIP_EXTRA_INDEX_URL'
-        )
-    say(
-        f'torchvision has no build for this CPU-only torch ({why}): going on without; mmpretrain and timm, which '
-        'import it, are not to be used, and their tests are skipped'
-    )
-    env.pip('uninstall', '-y', 'torchvision')
-
-
-def wheel_folder(env, torch_version):
-    """The folder of wheels that were compiled here: outside the checkout, one for each torch, Python and CUDA."""
-    base = os.environ.get('PSAQ_MM_WHEELS')
-    if not base:
-        cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-        base = Path(cache) / 'psaq_mm' / 'wheels'
-    name = 'torch-{}-cp{}{}'.format(torch_version, *sys.version_info[:2])
-    if builds_for_gpu(env):
-        name += '-cu' + env.tell('import torch; print((torch.version.cuda or "").replace(".", ""))')
-    return Path(base).expanduser() / name
-
-
-def builds_for_gpu(env):
+def sees_gpu(env):
     """Whether mmcv's build compiles for a GPU; the same condition as in its setup.py."""
     return os.environ.get('FORCE_CUDA') == '1' or env.works('import torch; assert torch.cuda.is_available()')
 
 
-def install_mmcv(env, torch_version, stack):
-    """Installs mmcv with its ops: a prebuilt wheel if one works with this torch, else compiled from source."""
-    name, mmengine = stack.distributions['mmcv'], stack.distributions['mmengine']
-    version = stack.pinned(name)
-    if env.has(name, version) and env.works(OPS_CHECK):
-        return
-    folder = wheel_folder(env, torch_version)
-    # pip reads this variable as a list divided by blanks: a path goes in as an address, its blanks escaped.
-    links = [os.environ.get('PIP_FIND_LINKS', ''), os.environ.get('MMCV_FIND_LINKS', '')]
-    links += [folder.as_uri()] if folder.is_dir() else []
-    with_links = {**os.environ, 'PIP_FIND_LINKS': ' '.join(filter(None, links))}
-    # What mmcv needs, in the versions of the stack; --no-deps below keeps pip from choosing others.
-    env.pip(
-        'install',
-        'ninja',
-        'wheel',
-        'setuptools',
-        *(f'{need}=={stack.pinned(need)}' for need in (mmengine, 'numpy', 'opencv-python')),
-    )
-    wanted = ['--no-deps', '--force-reinstall', f'{name}=={version}']
-    # A failure here is no error: most machines have no such wheel.
-    prebuilt = subprocess.run(
-        [str(env.python), '-m', 'pip', 'install', '-q', '--only-binary', name, *wanted],
-        cwd=ROOT,
-        env=with_links,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    if prebuilt.returncode == 0:
-        if env.works(OPS_CHECK):
-            say(f'{name} {version}: installed from a prebuilt wheel')
-            return
-        say(
-            f'{name} {version}: a prebuilt wheel was found, but its ops do not run with torch {torch_version} '
-            f'({env.last_output.strip().splitlines()[-1]}): compiling instead'
-        )
-    wheel = compile_mmcv(env, version, torch_version, folder, name)
-    env.pip('install', '--no-deps', '--force-reinstall', wheel)
-    if not env.works(OPS_CHECK):
-        raise SetupError(
-            f'{name} {version} was compiled, but its ops do not run with torch {torch_version}: '
-            f'{env.last_output.strip()}'
-        )
-
-
-def compile_jobs():
-    """How many compilers run at a time: one per core, but no more than fit into memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        cores = min(cores, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // BYTES_PER_JOB)
-    return max(1, cores)
-
-
-def check_compilers(env):
-    compiler = os.environ.get('CXX', 'c++').split()[0]
+def why_no_build(env):
+    """What a machine lacks to compile mmcv; None where that is not the reason."""
+    compiler, header = os.environ.get('CXX', 'c++').split()[0], Path(sysconfig.get_paths()['include']) / 'Python.h'
+    quicker = 'or name a folder or index with a prebuilt wheel in MMCV_FIND_LINKS'
     if shutil.which(compiler) is None:
-        raise SetupError(
-            f'mmcv has to be compiled and there is no C++ compiler "{compiler}": install one (Debian: '
-            'build-essential), or name a folder or address with a prebuilt wheel in MMCV_FIND_LINKS'
-        )
-    header = Path(sysconfig.get_paths()['include']) / 'Python.h'
+        return f'there is no C++ compiler "{compiler}": install one (Debian: build-essential), {quicker}'
     if not header.is_file():
-        raise SetupError(
-            f'mmcv has to be compiled and {header} is missing: install the Python headers (Debian: python3-dev)'
-        )
-    has_nvcc = shutil.which('nvcc') or (Path(os.environ.get('CUDA_HOME', '/usr/local/cuda')) / 'bin' / 'nvcc').is_file()
-    if builds_for_gpu(env) and not has_nvcc:
-        raise SetupError(
-            "a GPU is visible, but there is no nvcc to compile mmcv's ops for it: name OpenMMLab's wheel index for "
-            "this torch and CUDA (see MMCV's installation page) in MMCV_FIND_LINKS, or hide the GPU with "
-            'CUDA_VISIBLE_DEVICES=""'
-        )
+        return f'{header} is missing: install the Python headers (Debian: python3-dev), {quicker}'
+    cuda = os.environ.get('CUDA_HOME', '/usr/local/cuda')
+    if sees_gpu(env) and not (shutil.which('nvcc') or shutil.which('nvcc', path=f'{cuda}/bin')):
+        return f'a GPU is visible and there is no nvcc: hide the GPU with CUDA_VISIBLE_DEVICES="", {quicker}'
+    return None
 
 
-def compile_mmcv(env, version, torch_version, folder, distribution='mmcv'):
-    """Compiles mmcv with its ops from source. Returns the path of the wheel, which stays in `folder`."""
-    check_compilers(env)
-    jobs = os.environ.get('MAX_JOBS') or str(compile_jobs())
-    python = '{}.{}'.format(*sys.version_info[:2])
-    say(
-        f'{distribution} {version}: no prebuilt wheel for torch {torch_version} and Python {python} was found, so its '
-        'C++ ops (the detectors need them) are compiled now.'
-    )
-    say(f'    This takes about 20 minutes on two cores ({jobs} at a time here), once: the wheel is kept in {folder}.')
-    say('    Quicker: name a folder or index with a wheel in MMCV_FIND_LINKS (or PIP_FIND_LINKS).')
+def wheel_folder(env, torch):
+    """Where pip keeps what is compiled here: outside the checkout, one folder for each torch, Python and CUDA."""
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    name = f'torch-{torch}-cp{PYTHON.replace(".", "")}'
+    if sees_gpu(env) and env.works('import torch; print((torch.version.cuda or "").replace(".", ""))'):
+        name += f'-cu{env.output}'
+    return Path(os.environ.get('PSAQ_MM_WHEELS') or cache / 'psaq_mm' / 'wheels').expanduser() / name
+
+
+def install_mmcv(env, torch, name, version):
+    """Installs mmcv with its ops: a prebuilt wheel if one works with this torch, else compiled from source."""
+    if env.versions(name) == {name: version} and env.works(OPS_CHECK):
+        return
+    folder = wheel_folder(env, torch)
+    # Wheels that lie in the folder itself are found too.
+    links = [f'--find-links={link}' for link in (*os.environ.get('MMCV_FIND_LINKS', '').split(), folder)]
+    mmcv = ['--no-deps', '--force-reinstall', f'{name}=={version}']
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix='.build-', dir=folder, ignore_cleanup_errors=True)
-    except OSError as error:
+        env.pip('install', *links, '--only-binary', name, *mmcv, silent=True)
+    except SetupError:
+        found = 'no prebuilt wheel was found'
+    else:
+        if env.works(OPS_CHECK):
+            return
+        found = f'the ops of the prebuilt wheel do not run ({env.output.splitlines()[-1]})'
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    jobs = os.environ.get('MAX_JOBS') or str(max(1, min(os.cpu_count() or 1, memory // (2 * GIB))))
+    say(f'{name} {version} for torch {torch} and Python {PYTHON}: {found}, so it is compiled')
+    say(f'    This takes about 20 minutes on two cores, once: what was compiled is kept in {folder}.')
+    say('    Quicker: name a folder or index with a wheel in MMCV_FIND_LINKS (or PIP_FIND_LINKS).')
+    # No build environment of its own, which would have another torch; PATH is for ninja.
+    build = ['--no-build-isolation', '--no-binary', name, '--cache-dir', folder]
+    path = f'{env.python.parent}{os.pathsep}{os.environ.get("PATH", "")}'
+    env.pip('install', *build, *mmcv, explain=why_no_build, MMCV_WITH_OPS='1', MAX_JOBS=jobs, PATH=path)
+    if not env.works(OPS_CHECK):
+        raise SetupError(f'{name} was compiled, but its ops do not run with torch {torch}: {env.output}')
+
+
+def drop_useless_torchvision(env):
+    """Removes a torchvision that a CPU-only torch cannot load: mmdet and mmseg work without, not with a broken one."""
+    if env.works('import torchvision.ops'):
+        return
+    why = env.output.splitlines()[-1]
+    if not env.works('import torch; assert torch.version.cuda is None'):
         raise SetupError(
-            f'the wheel folder {folder} cannot be written ({error.strerror}): name another one in PSAQ_MM_WHEELS'
-        ) from error
-    with scratch as name:
-        log = folder / f'{distribution}-{version}.log'
-        # --no-cache-dir and --no-binary: pip's own cache of built wheels knows neither the torch version nor whether
-        # ops were built. --no-build-isolation: the ops must be compiled against the torch that stands in this
-        # environment.
-        command = [
-            env.python,
-            '-m',
-            'pip',
-            'wheel',
-            '-v',
-            '--no-deps',
-            '--no-cache-dir',
-            '--no-build-isolation',
-            '--no-binary',
-            distribution,
-            *env.constraints,
-            '-w',
-            name,
-            f'{distribution}=={version}',
-        ]
-        path = f'{env.folder / "bin"}{os.pathsep}{os.environ.get("PATH", "")}'  # for ninja
-        # TMPDIR: what a stopped build leaves goes with the scratch folder.
-        settings = {**os.environ, 'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs, 'PATH': path, 'TMPDIR': name}
-        if follow_build([str(part) for part in command], settings, log):
-            # What pip adds after the build's own messages is its own long command line.
-            messages = (
-                log.read_text(errors='replace').split('error: subprocess-exited-with-error')[0].rstrip().splitlines()
-            )
-            told = f'compiling {distribution} failed; all of it stands in {log}, and its end reads:'
-            raise SetupError('\n'.join([told, *messages[-30:]]))
-        built = next(Path(name).glob(f'{distribution.replace("-", "_")}-*.whl'))
-        kept = folder / built.name
-        os.replace(built, kept)
-    return kept
-
-
-def follow_build(command, settings, log, every=60):
-    """Runs the build with its output in `log`, reports progress once a minute, and ends all compilers when stopped."""
-    begun = told = time.monotonic()
-    with open(log, 'w') as sink:
-        build = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=settings,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            f'torchvision does not work with this torch ({why}): name an index that has both in PIP_EXTRA_INDEX_URL'
         )
-        try:
-            while build.poll() is None:
-                time.sleep(1)
-                if time.monotonic() - told >= every:
-                    told = time.monotonic()
-                    steps = re.findall(r'\[(\d+)/(\d+)\]', log.read_text(errors='replace'))
-                    done = '{} of {} files'.format(*steps[-1]) if steps else 'preparing'
-                    say(f'    {done}, {(told - begun) / 60:.0f} min')
-        finally:
-            if build.poll() is None:
-                os.killpg(build.pid, signal.SIGTERM)  # its own group: pip, setuptools, ninja and the compilers
-                build.wait()
-    return build.returncode
+    say(f'torchvision has no build for this CPU-only torch ({why}): going on without')
+    say('    mmpretrain and timm, which import it, are not to be used, and their tests are skipped')
+    env.pip('uninstall', '-y', 'torchvision')
 
 
-def install_stack(env, torch_version, stack):
-    env.pip('install', 'setuptools', 'wheel')
-    install_torch(env, torch_version, stack)
-    install_mmcv(env, torch_version, stack)
-    say(f'the other packages of {stack.requirements}')
-    # torch and torchvision stand already, perhaps in another version than the pinned one.
-    pins = [pin for pin in stack.pins() if not pin.startswith(('torch==', 'torchvision=='))]
-    env.pip('install', f'torch=={torch_version}', *pins)
+def install(env, torch, stack, pins):
+    if stack == 'core':
+        say(f'torch {torch} and the test tools, without OpenMMLab')
+        env.pip('install', 'setuptools>=64,<81', 'wheel', f'torch=={torch}', 'numpy')
+        return env.pip('install', '--no-build-isolation', f'torch=={torch}', '-e', '.[test]')
+    engine, mmcv, *_ = PACKAGES[stack]
+    say(f'torch {torch} and torchvision: on Linux up to 2.5 GB with their CUDA packages, minutes on a slow line')
+    # And what mmcv is built with, in the versions of the stack.
+    exact = [f'{name}=={pins[name]}' for name in ('numpy', 'opencv-python', engine)]
+    vision = f'torchvision=={pins["torchvision"]}' if torch == pins['torch'] else 'torchvision'
+    env.pip('install', 'setuptools', 'wheel', 'ninja', f'torch=={torch}', vision, *exact)
+    install_mmcv(env, torch, mmcv, pins[mmcv])
+    say('the other packages')
+    rest = [f'{name}=={version}' for name, version in pins.items() if name not in ('torch', 'torchvision')]
+    env.pip('install', f'torch=={torch}', *rest)
     env.pip('install', '--no-deps', '--no-build-isolation', '-e', '.')
-    for name in filter(env.has, stack.others):
-        raise SetupError(
-            f'{name} came along as a requirement of something else and overwrites files of the packages asked for'
-        )
     drop_useless_torchvision(env)
-    if not env.works(VISION_CHECK if env.has('torchvision') else STACK_CHECK):
-        raise SetupError(f'everything is installed, but the libraries do not import:\n{env.last_output.strip()}')
+    if not env.works(OPS_CHECK + STACK_CHECK):
+        raise SetupError(f'everything is installed, but the libraries do not import:\n{env.output}')
 
 
-def install_core(env, torch_version, stack):
-    env.pip('install', 'setuptools>=64,<81', 'wheel')
-    say(f'torch {torch_version} and the test tools, without OpenMMLab')
-    env.pip('install', f'torch=={torch_version}', 'numpy')
-    env.pip('install', '--no-build-isolation', f'torch=={torch_version}', '-e', '.[test]')
-
-
-def set_up(venv, torch_version, core=False, stack='openmmlab'):
-    """Makes `venv`, or does nothing where it stands as it should.
-
-    Args:
-        venv (Path): folder of the environment.
-        torch_version (str): version of torch without a local part, such as '2.1.2'.
-        core (bool): torch and the test tools alone.
-        stack (str): whose packages: 'openmmlab' (its own) or 'onedl' (the maintained forks).
-
-    Raises:
-        SetupError: where it cannot go on, in one sentence.
-    """
-    if not re.fullmatch(r'\d+\.\d+\.\d+', torch_version):
-        raise SetupError(f'TORCH={torch_version} is no version of torch such as {Stack().pinned("torch")}')
-    if stack not in STACKS:
-        raise SetupError(f'STACK={stack} is no stack: {" or ".join(STACKS)}')
-    if stack == 'onedl' and not has_numpy2(torch_version):
-        raise SetupError(
-            f'STACK=onedl needs numpy 2 and with it torch 2.3 or later, not TORCH={torch_version}: leave TORCH out, or '
-            'name a later one'
-        )
+def set_up(venv, torch, stack='openmmlab'):
+    """Makes `venv` with a torch such as '2.1.2', or does nothing where it stands as it should."""
+    if not re.fullmatch(r'\d+\.\d+\.\d+', torch):
+        raise SetupError(f'TORCH={torch} is no version of torch such as 2.1.2')
+    if stack not in PACKAGES:
+        raise SetupError(f'STACK={stack} is no stack: openmmlab or onedl')
+    numpy2 = tuple(int(part) for part in torch.split('.')) >= (2, 3)  # an earlier torch was built for numpy 1
+    if stack == 'onedl' and not numpy2:
+        raise SetupError(f'STACK=onedl needs numpy 2 and so torch 2.3 or later, not TORCH={torch}: leave TORCH out')
     # The reference stack's pins have no other Python in common.
-    if not core and sys.version_info[:2] != (3, 11):
-        raise SetupError(
-            'the reference stack needs Python 3.11, and this is Python {}.{}: name a Python 3.11 with '
-            'PYTHON=/path/to/python3.11'.format(*sys.version_info[:2])
-        )
+    if stack != 'core' and PYTHON != '3.11':
+        raise SetupError(f'the reference stack needs Python 3.11, and this is {PYTHON}: name one with PYTHON=...')
     # Two makes at once would install over each other: the second one waits, and finds the work done.
     with open(ROOT / 'constraints.txt') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        key, ident = environment_key(torch_version, core, stack=stack), identity(torch_version, core, stack=stack)
-        if is_ready(venv, key):
+        stamp, begun = wanted(torch, stack), time.monotonic()
+        if read_stamp(venv) == stamp and (venv / 'bin' / 'python').exists():
             return
-        begun = time.monotonic()
-        chosen = Stack(stack, torch_version)
-        make_venv(venv, ident, () if core else chosen.others)
         # The core set-up with a newer torch leaves the choice of numpy to pip.
-        env = Environment(venv, constraints=None if core and has_numpy2(torch_version) else chosen.constraints)
-        (install_core if core else install_stack)(env, torch_version, chosen)
-        write_stamp(venv, key, ident)
-        say(
-            f'{venv.name} is ready after {time.monotonic() - begun:.0f} s; it is used as it stands until its '
-            f'requirements change'
-        )
+        constraints = [] if stack == 'core' and numpy2 else ['-c', f'constraints{"-numpy2" * numpy2}.txt']
+        env, others = Environment(venv, constraints), PACKAGES[OTHERS[stack]]
+        make_venv(env, stamp, others)
+        install(env, torch, stack, pins_of(requirements_of(stack, numpy2)))
+        for name in env.versions(*others):
+            raise SetupError(f'{name} came along as a requirement and overwrites files of the packages asked for')
+        shutil.rmtree(venv / 'tmp', ignore_errors=True)
+        (venv / STAMP).write_text(json.dumps(stamp), encoding='utf-8')
+        say(f'{venv.name} is ready after {time.monotonic() - begun:.0f} s; it stands until its requirements change')
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--venv', required=True, help='folder of the environment')
     parser.add_argument('--torch', required=True, help='version of torch, such as 2.1.2')
-    parser.add_argument('--stack', default='openmmlab', help='whose packages: ' + ' or '.join(STACKS))
-    parser.add_argument('--core', action='store_true', help='torch and the test tools alone, without OpenMMLab')
+    parser.add_argument('--stack', default='openmmlab', help='openmmlab, onedl, or core: no OpenMMLab')
     args = parser.parse_args(argv)
-
-    def stop(signum, frame):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)  # so that a build under way is ended with this process
+    # As Ctrl-C: a build under way is ended with this process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        set_up((ROOT / args.venv).absolute(), args.torch, args.core, args.stack)
-    except SetupError as error:
-        print(f'[setup] error: {error}', file=sys.stderr)
-        return 1
+        set_up((ROOT / args.venv).absolute(), args.torch, args.stack)
+    except (SetupError, OSError) as error:
+        sys.exit(f'[setup] error: {error}')
     except KeyboardInterrupt:
         print('[setup] interrupted: the next make starts the environment anew', file=sys.stderr)
-        return 130
-    return 0
+        sys.exit(130)
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

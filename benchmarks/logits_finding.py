@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from psaq_mm.commands.common import add_config_arguments, load_config, run_command  # noqa: E402
-from psaq_mm.commands.compare import Wanted, compare, plan  # noqa: E402
+from psaq_mm.commands.comparison import Wanted, compare, plan  # noqa: E402
 from psaq_mm.commands.sample_rows import principal_metrics  # noqa: E402
 from psaq_mm.tables import markdown_table  # noqa: E402
 

@@ -45,7 +45,8 @@ def draw_detections(
         labels: n indices into ``classes`` and ``palette``.
         classes: Names of the classes.
         palette: A colour a class, RGB.
-        scores: n confidences in 0 .. 1, shown after the name. None: ground truth, without.
+        scores: n confidences in 0 .. 1, shown after the name. None: ground truth, without. Names are left out where
+            there is one class.
         masks: (n, H, W), bool. None: boxes alone.
 
     Returns:
@@ -70,7 +71,9 @@ def draw_detections(
                 canvas.draw_polygons([line.reshape(-1, 2) for line in outlines], colour, line_widths=1, alpha=1)
     for i in order:
         colour = tuple(palette[labels[i]])
-        canvas.draw_bboxes(boxes[i], edge_colors=colour, line_widths=ZOOM, alpha=1)
+        canvas.draw_bboxes(boxes[i], edge_colors=colour, line_widths=1 if len(classes) == 1 else ZOOM, alpha=1)
+        if len(classes) == 1:  # dozens of the same name would cover the picture
+            continue
         name = classes[labels[i]] + (f' {scores[i]:.2f}' if scores is not None else '')
         _write_name(canvas, name, boxes[i], colour)
     return canvas.get_image()

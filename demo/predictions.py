@@ -1,7 +1,9 @@
-"""What a model says of single scenes, as pictures for the report. The dataset and the model are the config's own."""
+"""What a model says of single pictures, as pictures for the report. The dataset and the model are the config's own."""
 
+from collections import Counter
 from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
+import cv2
 import numpy as np
 import torch
 from drawing import draw_detections, draw_label_map
@@ -19,7 +21,7 @@ BACKGROUND = 'background'  # the class that is not painted
 
 
 class Predicted(NamedTuple):
-    """A scene under one model, or its ground truth.
+    """A picture under one model, or its ground truth.
 
     Attributes:
         picture: (H, W, 3), uint8, RGB: the drawing.
@@ -30,11 +32,12 @@ class Predicted(NamedTuple):
     words: str
 
 
-def scenes_of(config, count: int) -> List[Dict]:
-    """The first ``count`` pictures of a config's test set, through its own pipeline, with their ground truth."""
+def pictures_of(config, count: int) -> List[Dict]:
+    """``count`` pictures of a config's test set, evenly spread, through its own pipeline, with their ground truth."""
     set_scope(config)
     dataset = DATASETS.build(config.test_dataloader.dataset)
-    return [dataset[i] for i in range(min(count, len(dataset)))]
+    count = min(count, len(dataset))
+    return [dataset[(2 * i + 1) * len(dataset) // (2 * count)] for i in range(count)]
 
 
 def build(config, checkpoint: Mapping, source: str, full_precision: bool) -> nn.Module:
@@ -45,20 +48,22 @@ def build(config, checkpoint: Mapping, source: str, full_precision: bool) -> nn.
     return model
 
 
-def normalized(model: nn.Module, scenes: Sequence[Dict]) -> Tensor:
-    """The scenes as the model's first layer gets them, (n, C, H, W)."""
-    return model.data_preprocessor(pseudo_collate(list(scenes)), False)['inputs']
+def normalized(model: nn.Module, pictures: Sequence[Dict]) -> Tensor:
+    """The pictures as the model's first layer gets them, (n, C, H, W)."""
+    return model.data_preprocessor(pseudo_collate(list(pictures)), False)['inputs']
 
 
-def _rgb(scene: Dict) -> np.ndarray:
-    return scene['inputs'].permute(1, 2, 0).numpy()[..., ::-1].copy()  # the pipelines read BGR
+def _rgb(picture: Dict) -> np.ndarray:
+    """The file itself: predictions and ground truth are in its pixels, whatever the pipeline made of it."""
+    return cv2.imread(picture['data_samples'].img_path)[..., ::-1].copy()
 
 
 def _names(labels: Sequence[int], classes: Sequence[str]) -> str:
-    return ', '.join(classes[i] for i in labels) or 'nothing'
+    counts = Counter(classes[i] for i in labels)
+    return ', '.join(f'{count} {name}' if count > 1 else name for name, count in counts.items()) or 'nothing'
 
 
-def _detected(scene: Dict, found, meta: Mapping, truth: bool) -> Predicted:
+def _detected(picture: Dict, found, meta: Mapping, truth: bool) -> Predicted:
     classes, palette = meta['classes'], meta['palette']
     boxes = getattr(found.bboxes, 'tensor', found.bboxes).numpy()
     labels, masks = found.labels.tolist(), found.get('masks')
@@ -68,14 +73,14 @@ def _detected(scene: Dict, found, meta: Mapping, truth: bool) -> Predicted:
         kept = found.scores >= SCORE
         boxes, labels, scores = boxes[kept.numpy()], found.labels[kept].tolist(), found.scores[kept].tolist()
         masks = masks[kept].numpy()
-    picture = draw_detections(_rgb(scene), boxes, labels, classes, palette, scores, np.asarray(masks, dtype=bool))
+    picture = draw_detections(_rgb(picture), boxes, labels, classes, palette, scores, np.asarray(masks, dtype=bool))
     return Predicted(picture, _names(labels, classes))
 
 
-def _segmented(scene: Dict, labels: Tensor, meta: Mapping) -> Predicted:
+def _segmented(picture: Dict, labels: Tensor, meta: Mapping) -> Predicted:
     labels = labels.squeeze(0).numpy()
     picture = draw_label_map(
-        _rgb(scene),
+        _rgb(picture),
         labels,
         [tuple(colour) for colour in meta['palette']],
         clear=[i for i, name in enumerate(meta['classes']) if name == BACKGROUND],
@@ -84,27 +89,27 @@ def _segmented(scene: Dict, labels: Tensor, meta: Mapping) -> Predicted:
     return Predicted(picture, _names(present, meta['classes']))
 
 
-def ground_truth(scene: Dict, meta: Mapping) -> Predicted:
-    """What a scene really shows."""
-    sample = scene['data_samples']
+def ground_truth(picture: Dict, meta: Mapping) -> Predicted:
+    """What a picture really shows."""
+    sample = picture['data_samples']
     if 'gt_sem_seg' in sample:
-        return _segmented(scene, sample.gt_sem_seg.data, meta)
-    return _detected(scene, sample.gt_instances, meta, truth=True)
+        return _segmented(picture, sample.gt_sem_seg.data, meta)
+    return _detected(picture, sample.gt_instances, meta, truth=True)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, scenes: Sequence[Dict], meta: Mapping) -> List[Predicted]:
-    """What a model says of each scene."""
+def predict(model: nn.Module, pictures: Sequence[Dict], meta: Mapping) -> List[Predicted]:
+    """What a model says of each picture."""
     predicted = []
-    for scene in scenes:
-        sample = model.test_step(pseudo_collate([scene]))[0].cpu()
+    for picture in pictures:
+        sample = model.test_step(pseudo_collate([picture]))[0].cpu()
         if 'pred_sem_seg' in sample:
-            predicted.append(_segmented(scene, sample.pred_sem_seg.data, meta))
+            predicted.append(_segmented(picture, sample.pred_sem_seg.data, meta))
         else:
-            predicted.append(_detected(scene, sample.pred_instances, meta, truth=False))
+            predicted.append(_detected(picture, sample.pred_instances, meta, truth=False))
     return predicted
 
 
 def side_by_side(number: int, columns: Sequence[Tuple[str, Predicted]]) -> List[Picture]:
-    """A scene under several models as pictures of the report."""
-    return [Picture(p.picture, label, f'Scene {number + 1}, {label.lower()}: {p.words}') for label, p in columns]
+    """A picture under several models as pictures of the report."""
+    return [Picture(p.picture, label, f'Picture {number + 1}, {label.lower()}: {p.words}') for label, p in columns]

@@ -1,9 +1,10 @@
 """Quantize a detector and a segmentor without data, and show what came of it: ``make demo``.
 
-For both models: box and mask AP or mIoU on held-out scenes at full precision, with ranges from Gaussian noise (the
-control), and quantized without data, at W8A8 and W4A8. The checkpoints come with the repository; the scenes are drawn
-here, and only evaluation sees them. Leaves a page, ``index.html``, and the numbers alone, ``summary.json``, in
-``work_dirs/demo``.
+The detector finds cells in pictures of a microscope, the segmentor parts of drawn scenes. For both: box and mask AP or
+mIoU on held-out pictures at full precision, with ranges from Gaussian noise (the control), and quantized without data
+by ``fast``, ``best`` and, the segmentor, PSAQ-ViT V2. Checkpoints and pictures of cells come with the repository, the
+scenes are drawn here; only evaluation sees them. Leaves a page, ``index.html``, and the numbers alone,
+``summary.json``, in ``work_dirs/demo``.
 
 Example:
     python demo/run_demo.py --only detector
@@ -21,22 +22,51 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
-HELD_OUT = 160
-QUICK_HELD_OUT = 6
-START = dict(gaussian='Gaussian noise', pink='1/f noise')  # what synthesis begins with
-DRAWN = 4  # scenes on the page: the first ones, so that nobody has chosen them
+HELD_OUT = 160  # scenes
+QUICK_HELD_OUT = 4
+NUCLEI = 108
+SHEET = 16  # pictures of a sheet
+DRAWN = 4  # pictures on the page, spread evenly over the test set, so that nobody has chosen them
 
-# One run with few of everything: shows that all of it works, and nothing else.
-QUICK = dict(
-    iters=2,
-    evolve_every=1,
-    evolve_samples=2,
-    calibration_samples=2,
-    pool_size=4,
-    batch_size=2,
-    generator=dict(batch_size=2, steps=2),
-    sheet_interval=1,
-)
+
+def quick_settings(method: str) -> Dict[str, Any]:
+    """Few of everything: shows that a run works, and nothing else."""
+    settings: Dict[str, Any] = dict(calibration_samples=2, pool_size=4, batch_size=2)
+    if method == 'psaq_v2':
+        settings.update(
+            iters=2, evolve_every=1, evolve_samples=2, generator=dict(batch_size=2, steps=2), sheet_interval=1
+        )
+    return settings
+
+
+class Variant(NamedTuple):
+    """A way to quantize.
+
+    Attributes:
+        method: ``--method`` of the commands.
+        bits: ``--quant`` of the commands.
+        seconds: Of the run without evaluation, on two cores, for the estimate of the time left.
+    """
+
+    method: str
+    bits: str
+    seconds: float
+
+    @property
+    def key(self) -> str:
+        """Its name in the summary and of its folder."""
+        return f'{self.method}_{self.bits}'
+
+    @property
+    def label(self) -> str:
+        """Its name on the page."""
+        names = dict(gaussian='ranges from Gaussian noise', psaq_v2='PSAQ-ViT V2')
+        return f'{self.bits.upper()}, {names.get(self.method, self.method)}'
+
+    @property
+    def control(self) -> bool:
+        """Whether it is there to be compared with."""
+        return self.method == 'gaussian'
 
 
 class Task(NamedTuple):
@@ -44,64 +74,70 @@ class Task(NamedTuple):
 
     Attributes:
         name: Of its config, its checkpoint and its entry in the summary.
+        folder: Of its config, inside ``configs``.
         short: Its name on the console and in ``--only``.
         heading: Its name on the page.
-        scenes: Folder of its data set inside the scenes.
+        about: What it was trained on, a sentence.
         metrics: The evaluator's key, the name shown, and the factor to per cent of those in the main table.
-        seconds: Of evaluation and of one data-free run on two cores, for the estimate of the time left.
+        seconds: Of one evaluation on two cores, for the estimate of the time left.
+        variants: The ways to quantize it.
+        shown: Keys of those whose predictions are on the page.
         note: How to read the pictures.
     """
 
     name: str
+    folder: str
     short: str
     heading: str
-    scenes: str
+    about: str
     metrics: Sequence[Tuple[str, str, float]]
-    seconds: Tuple[float, float]
+    seconds: float
+    variants: Sequence[Variant]
+    shown: Sequence[str]
     note: str
 
 
 TASKS = (
     Task(
-        'mask_rcnn_swin_demo',
+        'mask_rcnn_swin_nuclei',
+        'nuclei',
         'detector',
-        'Detector: Mask R-CNN with a small Swin',
-        'detection',
+        'Detector: cells under the microscope',
+        'A Mask R-CNN with a small Swin, trained from scratch on 533 pictures of the Data Science Bowl 2018 (CC0).',
         (
             ('coco/bbox_mAP', 'box AP', 100.0),
             ('coco/bbox_mAP_50', 'box AP50', 100.0),
             ('coco/segm_mAP', 'mask AP', 100.0),
         ),
-        (7.0, 60.0),
-        f'The first {DRAWN} of the held-out scenes. Detections of a confidence of 0.5 and more are drawn, with mask, '
-        'box and confidence.',
+        45.0,
+        (
+            Variant('gaussian', 'w8a8', 5.0),
+            Variant('fast', 'w8a8', 15.0),
+            Variant('best', 'w8a8', 40.0),
+            Variant('best', 'w4a8', 40.0),
+        ),
+        ('best_w8a8', 'best_w4a8'),
+        f'{DRAWN} of the held-out pictures, evenly spread. Detections of a confidence of 0.5 and more are drawn, with '
+        'mask and box.',
     ),
     Task(
         'upernet_swin_demo',
+        'demo',
         'segmentor',
-        'Segmentor: UperNet with a small Swin',
-        'segmentation',
+        'Segmentor: drawn scenes',
+        'A UperNet with a small Swin, trained from scratch on scenes that demo/scenes.py draws.',
         (('mIoU', 'mIoU', 1.0), ('aAcc', 'pixel accuracy', 1.0)),
-        (5.0, 48.0),
-        f'The first {DRAWN} of the held-out scenes, each pixel of an object in the colour of its class.',
+        5.0,
+        (
+            Variant('gaussian', 'w8a8', 2.0),
+            Variant('fast', 'w8a8', 8.0),
+            Variant('best', 'w8a8', 15.0),
+            Variant('psaq_v2', 'w8a8', 50.0),
+            Variant('best', 'w4a8', 15.0),
+        ),
+        ('best_w8a8', 'best_w4a8'),
+        f'{DRAWN} of the held-out scenes, evenly spread, each pixel of an object in the colour of its class.',
     ),
-)
-
-
-class Variant(NamedTuple):
-    """A way to quantize: its key in the summary, its name, its bits, and whether it is the method or a control."""
-
-    key: str
-    label: str
-    bits: str
-    data_free: bool
-
-
-VARIANTS = (
-    Variant('gaussian_w8a8', 'W8A8, ranges from Gaussian noise', 'w8a8', False),
-    Variant('data_free_w8a8', 'W8A8, data-free', 'w8a8', True),
-    Variant('gaussian_w4a8', 'W4A8, ranges from Gaussian noise', 'w4a8', False),
-    Variant('data_free_w4a8', 'W4A8, data-free', 'w4a8', True),
 )
 
 
@@ -118,55 +154,62 @@ class Demo:
 
     Args:
         out: Folder of everything it writes.
-        scenes: Folder of the scenes.
+        pictures: Of each model by name: the folder of its test set, and its annotations (None: the config's).
         checkpoints: Folder of the full-precision checkpoints.
         seed: Seed of samples and training.
         quick: Few samples, few steps.
         progress: The console.
     """
 
-    def __init__(self, out: Path, scenes: Path, checkpoints: Path, seed: int, quick: bool, progress):
-        self.out, self.scenes, self.checkpoints = out, scenes, checkpoints
+    def __init__(
+        self,
+        out: Path,
+        pictures: Mapping[str, Tuple[Path, Optional[Path]]],
+        checkpoints: Path,
+        seed: int,
+        quick: bool,
+        progress,
+    ):
+        self.out, self.pictures, self.checkpoints = out, pictures, checkpoints
         self.seed, self.quick, self.progress = seed, quick, progress
         self._names = 0
 
     # ------------------------------------------------------------------ configs
-    def config(self, task: Task, bits: str, purpose: str, data_free: bool = True):
-        """The leaf config of a model at some bits, with its own work folder, log and data-free settings."""
+    def config(self, task: Task, purpose: str, variant: Optional[Variant] = None):
+        """The config of a model under one variant (None: the first), with its own work folder, log and pictures."""
         from psaq_mm.commands.common import load_config
-        from psaq_mm.engine.methods import METHODS
 
-        config = load_config(str(ROOT / 'configs' / 'demo' / f'{task.name}_{bits}.py'))
+        variant = variant or task.variants[0]
+        leaf = ROOT / 'configs' / task.folder / f'{task.name}_w8a8.py'
+        config = load_config(str(leaf), quant=variant.bits, method=variant.method)
         config.work_dir = str(self.out / task.name / purpose)
         config.load_from = str(self.checkpoints / f'{task.name}.pth')
         # MMEngine keeps every logger and visualizer of the process by name: a run of the same would get the old one.
         self._names += 1
         config.experiment_name = f'{task.short}_{purpose}_{os.getpid()}_{self._names}'
         config.visualizer.name = config.experiment_name
-        root = f'{self.scenes / task.scenes}/'
-        config.test_dataloader.dataset.data_root = root
-        if config.test_evaluator.get('ann_file'):
-            config.test_evaluator.ann_file = root + config.test_dataloader.dataset.ann_file
-        settings = {**config.dfq, **(QUICK if self.quick else {}), 'seed': self.seed}
-        if not data_free:
-            # The control differs from the method in these alone: as many samples, from noise, and nothing is trained.
-            settings.update(METHODS['gaussian'].settings, preset='gaussian')
-        config.dfq = settings
+        root, annotations = self.pictures[task.name]
+        config.test_dataloader.dataset.data_root = f'{root}/'
+        if annotations:
+            config.test_dataloader.dataset.ann_file = str(annotations)
+            config.test_evaluator.ann_file = str(annotations)
+        dfq = config.dfq if isinstance(config.dfq, Mapping) else dict(preset=config.dfq)
+        config.dfq = {**dfq, **(quick_settings(variant.method) if self.quick else {}), 'seed': self.seed}
         return config
 
     # ------------------------------------------------------------------ steps
     def full_precision(self, task: Task) -> Result:
         """Metrics of the model as it was trained."""
-        from psaq_mm.commands.test import evaluate
+        from psaq_mm.commands.evaluation import evaluate
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.errors import CheckpointError
 
-        config = self.config(task, 'w8a8', 'full_precision')
+        config = self.config(task, 'full_precision')
         source = Path(config.load_from)
         if not source.is_file():
             raise CheckpointError(
                 f'there is no checkpoint {_near(source)}: fetch it with the repository, or train it with '
-                f'python demo/train_full_precision.py configs/demo/{task.name}.py --out {_near(source)}'
+                f'python demo/train_full_precision.py configs/{task.folder}/{task.name}.py --out {_near(source)}'
             )
         with self.progress.step():
             begun = time.perf_counter()
@@ -178,25 +221,25 @@ class Demo:
         """Quantize and evaluate; also the loop's samples, teacher and student."""
         from progress import LogBeat
 
-        from psaq_mm.commands.dfq_train import data_free_runner
-        from psaq_mm.commands.test import evaluate
+        from psaq_mm.commands.evaluation import evaluate
         from psaq_mm.engine.checkpoint import read_checkpoint
         from psaq_mm.engine.config import to_data_free
+        from psaq_mm.engine.running import data_free_runner
 
         with self.progress.step():
-            config = self.config(task, variant.bits, variant.key, variant.data_free)
+            config = self.config(task, variant.key, variant)
             begun = time.perf_counter()
             runner = data_free_runner(to_data_free(config))
             runner.logger.addHandler(LogBeat(self.progress))
             runner.train()
             made = time.perf_counter()
             student = Path(runner.work_dir) / 'student.pth'
-            config = self.config(task, variant.bits, f'{variant.key}/test')
+            config = self.config(task, f'{variant.key}/test', variant)
             metrics = evaluate(config, read_checkpoint(student), str(student))
             loop = runner.train_loop
-            spent = {'synthesis and calibration': loop.seconds['synthesis']}
-            if variant.data_free:
-                spent['training the student'] = loop.seconds['student']
+            spent = {'pictures and calibration': loop.clock.seconds['synthesis']}
+            if loop.training is not None:
+                spent['training the student'] = loop.clock.seconds['student']
             spent['loading and saving'] = made - begun - sum(spent.values())
             spent['evaluation'] = time.perf_counter() - made
         return self._result(task, metrics, spent, student), loop
@@ -216,45 +259,35 @@ class Demo:
         """Everything for one model: its entry of the summary, and its section of the page."""
         results = {'full_precision': self.full_precision(task)}
         loops = {}
-        for variant in VARIANTS:
-            results[variant.key], loop = self.variant(task, variant)
-            if variant.data_free:
-                loops[variant.key] = loop
+        for variant in task.variants:
+            results[variant.key], loops[variant.method] = self.variant(task, variant)
         with self.progress.step():
-            section = self._section(task, results, loops['data_free_w8a8'])
+            section = self._section(task, results, loops)
         return {key: _entry(result) for key, result in results.items()}, section
 
-    def _section(self, task: Task, results: Mapping[str, Result], loop):
-        from predictions import BACKGROUND, build, ground_truth, normalized, predict, scenes_of, side_by_side
+    def _section(self, task: Task, results: Mapping[str, Result], loops: Mapping[str, Any]):
+        from predictions import BACKGROUND, build, ground_truth, normalized, pictures_of, predict, side_by_side
         from report import ModelReport, Run, ShownMetric
 
         from psaq_mm.engine.checkpoint import read_checkpoint
 
-        shown = (
-            ('full_precision', 'Full precision', 'w8a8'),
-            ('data_free_w8a8', 'W8A8, data-free', 'w8a8'),
-            ('data_free_w4a8', 'W4A8, data-free', 'w4a8'),
-        )
-        config = self.config(task, 'w8a8', 'pictures')
+        config = self.config(task, 'pictures')
         meta = config.test_dataloader.dataset.metainfo
-        scenes = scenes_of(config, 16)
-        drawn = scenes[:DRAWN]
-        columns = [('Ground truth', [ground_truth(scene, meta) for scene in drawn])]
-        for key, label, bits in shown:
-            source = results[key].checkpoint
-            model = build(
-                self.config(task, bits, 'pictures'), read_checkpoint(source), str(source), key == 'full_precision'
-            )
-            columns.append((label, predict(model, drawn, meta)))
+        drawn = pictures_of(config, DRAWN)
+        columns = [('Ground truth', [ground_truth(picture, meta) for picture in drawn])]
+        by_key = {variant.key: variant for variant in task.variants}
+        for key in ('full_precision', *task.shown):
+            variant, source = by_key.get(key), results[key].checkpoint
+            model = build(self.config(task, 'pictures', variant), read_checkpoint(source), str(source), variant is None)
+            columns.append((_label(key, task), predict(model, drawn, meta)))
         rows = [side_by_side(i, [(label, predicted[i]) for label, predicted in columns]) for i in range(len(drawn))]
-        labels = dict(full_precision='Full precision', **{v.key: v.label for v in VARIANTS})
-        bits_free = [v.key for v in VARIANTS if v.data_free]
-        samples, densities = self._samples(task, loop, normalized(loop.teacher.model, scenes))
+        teacher = loops['best'].teacher.model
+        samples, densities = self._samples(loops, [normalized(teacher, [picture]) for picture in drawn])
         return ModelReport(
             name=task.name,
             heading=task.heading,
-            description=_description(task, loop),
-            runs=[Run(labels[k], r.metrics, r.seconds, k in bits_free) for k, r in results.items()],
+            description=_description(task, loops['best']),
+            runs=[Run(_label(k, task), r.metrics, r.seconds, k.startswith('best')) for k, r in results.items()],
             shown=[ShownMetric(*metric) for metric in task.metrics],
             scenes=rows,
             scenes_note=task.note,
@@ -263,51 +296,33 @@ class Demo:
             densities=densities,
         )
 
-    def _samples(self, task: Task, loop, real):
+    def _samples(self, loops: Mapping[str, Any], held_out: Sequence[Any]):
+        """Sheets of what calibrated, and how different the model's patches are on it, pictures held out beside."""
         import torch
 
-        from psaq_mm.pictures import GaussianNoise
         from psaq_mm.visualization import Picture, sample_sheet, similarity_densities
 
-        spec, samples = loop.teacher.image_spec, loop.training.pool.samples[:16]
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = GaussianNoise()(len(samples), tuple(samples.shape[-2:]), spec, generator)
-        sheets = [
-            Picture(sample_sheet(noise, spec), 'Gaussian noise, the control.', 'Sheet of noise without any structure')
-        ]
-        for key, words in (('data_free_w8a8', 'W8A8'), ('data_free_w4a8', 'W4A8')):
-            files = sorted((self.out / task.name / key / 'samples').glob('*.png'))
-            if key == 'data_free_w8a8':
-                start = START[loop.synthesis.generator.init]
-                sheets.append(
-                    Picture(
-                        _read(files[0]),
-                        f'Samples made out of {start} before there is a student; they set its first ranges.',
-                        'Sheet of generated samples with blotches of colour',
-                    )
-                )
-            sheets.append(
-                Picture(
-                    _read(files[-1]),
-                    f'The last samples, made also to be hard for the {words} student.',
-                    f'Sheet of the last samples of the {words} run',
-                )
-            )
-        teacher, prefix = loop.teacher.model, loop.teacher.prefix_tokens
-        densities = {
-            'generated samples': similarity_densities(teacher, samples, drop_tokens=prefix),
-            'Gaussian noise': similarity_densities(teacher, noise, drop_tokens=prefix),
-            'held-out scenes (only to compare)': similarity_densities(teacher, real, drop_tokens=prefix),
-        }
+        words = dict(
+            gaussian=('Gaussian noise', 'The control.', 'Sheet of noise without any structure'),
+            fast=('dead leaves', 'All pictures that "fast" sees are such.', 'Sheet of overlapping discs of one colour'),
+            best=('pictures of best', 'Dead leaves and scenes.', 'Sheet of overlapping discs, and of larger objects'),
+            psaq_v2=('synthesized samples', 'Out of the model itself.', 'Sheet of samples with blotches of colour'),
+        )
+        task_model = loops['best'].teacher
+        spec, teacher, prefix = task_model.image_spec, task_model.model, task_model.prefix_tokens
+        sheets, densities = [], {}
+        for method in ('best', 'psaq_v2', 'fast', 'gaussian'):
+            if method not in loops:
+                continue
+            pictures, (name, sentence, alternative) = loops[method].newest_pictures[:SHEET], words[method]
+            name = name[0].upper() + name[1:]
+            sheets.append(Picture(sample_sheet(pictures, spec), f'{name}. {sentence}', alternative))
+            if method != 'fast':
+                densities[name] = similarity_densities(teacher, pictures, drop_tokens=prefix)
+        height, width = (min(picture.shape[axis] for picture in held_out) for axis in (-2, -1))
+        held_out = torch.cat([picture[..., :height, :width] for picture in held_out])
+        densities['Held-out pictures (only to compare)'] = similarity_densities(teacher, held_out, drop_tokens=prefix)
         return sheets, densities
-
-
-def _read(path: Path):
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        return np.asarray(image.convert('RGB'))
 
 
 def _shown(value: Optional[float], factor: float) -> str:
@@ -319,13 +334,15 @@ def _entry(result: Result) -> Dict[str, Optional[float]]:
     return dict(result.metrics, seconds=round(sum(seconds.values()), 2), seconds_of=seconds)
 
 
+def _label(key: str, task: Task) -> str:
+    return dict(full_precision='Full precision', **{v.key: v.label for v in task.variants})[key]
+
+
 def _description(task: Task, loop) -> str:
     height, width = loop.picture_settings.size
-    first, later = loop.calibration_settings.calibration_samples, loop.training_settings.evolve_samples
     return (
-        f'Trained at full precision on drawn scenes; its backbone is quantized: weights to 8 or 4 bits, one scale an '
-        f'output channel, activations to 8 bits, one scale a tensor. Samples are {height} x {width} pixels: '
-        f'{first} set the ranges, {later} more join at each round.'
+        f'{task.about} Its backbone is quantized: weights to 8 or 4 bits, one scale an output channel, activations to '
+        f'8 bits, one scale a tensor. Calibration pictures are {height} x {width} pixels.'
     )
 
 
@@ -333,12 +350,15 @@ def _description(task: Task, loop) -> str:
 def _plan(tasks: Sequence[Task], quick: bool) -> List[Tuple[str, float]]:
     steps: List[Tuple[str, float]] = []
     for task in tasks:
-        evaluation, training = (2.0, 2.0) if quick else task.seconds
+        evaluation = 2.0 if quick else task.seconds
         steps.append((f'{task.short}: full precision, evaluating', evaluation))
-        for variant in VARIANTS:
-            what = 'making samples, training, evaluating' if variant.data_free else 'calibrating, evaluating'
+        for variant in task.variants:
+            trained = ', training' if variant.method == 'psaq_v2' else ''
             steps.append(
-                (f'{task.short}: {variant.label}: {what}', evaluation + (training if variant.data_free else 2.0))
+                (
+                    f'{task.short}: {variant.label}: calibrating{trained}, evaluating',
+                    evaluation + (2.0 if quick else variant.seconds),
+                )
             )
         steps.append((f'{task.short}: pictures for the page', 6.0))
     return steps
@@ -347,13 +367,12 @@ def _plan(tasks: Sequence[Task], quick: bool) -> List[Tuple[str, float]]:
 def _table(summary: Mapping[str, Mapping[str, Mapping]], tasks: Sequence[Task]) -> str:
     from psaq_mm.tables import text_table
 
-    labels = dict(full_precision='full precision', **{v.key: v.label for v in VARIANTS})
     tables = []
     for task in tasks:
         head = (task.name, *(label for _, label, _ in task.metrics), 'seconds')
         rows = [
             (
-                labels[key],
+                _label(key, task),
                 *(_shown(entry.get(metric), factor) for metric, _, factor in task.metrics),
                 f'{entry["seconds"]:.0f}',
             )
@@ -377,52 +396,75 @@ def _versions() -> Dict[str, str]:
     return {'Python': platform.python_version(), **found}
 
 
-def _facts(demo: Demo, count: int, elapsed: float, summary: Mapping[str, Mapping[str, Mapping]]) -> Dict[str, object]:
+def _facts(demo: Demo, elapsed: float, summary: Mapping[str, Mapping[str, Mapping]]) -> Dict[str, object]:
     import torch
 
-    free = sum(
-        sum(v for k, v in entry['seconds_of'].items() if k != 'evaluation')
-        for runs in summary.values()
-        for key, entry in runs.items()
-        if key.startswith('data_free')
-    )
+    evaluation = sum(entry['seconds_of'].get('evaluation', 0.0) for runs in summary.values() for entry in runs.values())
     return {
-        'Held-out scenes': count,
         'Seed': demo.seed,
         'Processor': f'{platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()} cores',
-        'Data-free part': f'{free:.0f} s, all runs together',
+        'Evaluation': f'{evaluation:.0f} s, all runs together',
         'Whole run': f'{elapsed:.0f} s',
-        **(dict(Note='a quick run with few samples and steps: its numbers say nothing') if demo.quick else {}),
+        **(dict(Note='a quick run with few pictures and steps: its numbers say nothing') if demo.quick else {}),
     }
 
 
-def _lead(count: int) -> List[str]:
+def _lead() -> List[str]:
     return [
-        'A detector and a segmentor with a small Swin backbone, quantized without a single real image: samples are '
-        'synthesized out of the full-precision model, they set the ranges of the quantized one, and that one is then '
-        'trained to give the outputs of the first while new samples look for what it still gets wrong (PSAQ-ViT V2).',
-        f'All numbers are from {count} drawn scenes that neither training nor quantization has seen, from one seed. '
-        'Rows with a tinted ground are the method; ranges from Gaussian noise go through the same quantizer and are '
-        'the control. The backbone alone is quantized. These models and scenes are small and easy; they show how it '
-        'works, not how well it works on large ones.',
+        'Two trained models, quantized without a single real picture. "fast" and "best" draw pictures by a small '
+        'program that knows nothing of the model or its data, set the ranges of the activations on them and choose the '
+        'codes of the weights so that their errors cancel. Nothing is synthesized or trained. PSAQ-ViT V2, a '
+        'published method, synthesizes samples out of the model and trains the student on them.',
+        'All numbers are from pictures that neither training nor quantization has seen, from one seed. Rows of "best" '
+        'have a tinted ground; ranges from Gaussian noise go through the same quantizer and are the control.',
     ]
+
+
+def _test_sets(tasks: Sequence[Task], out: Path, quick: bool, progress) -> Dict[str, Tuple[Path, Optional[Path]]]:
+    """Folder and annotations of each model's test set. A quick run has few pictures: the evaluators count what is
+    missing of a whole set as missed.
+    """
+    from scenes import make_scenes
+
+    sets: Dict[str, Tuple[Path, Optional[Path]]] = {}
+    for task in tasks:
+        if task.folder == 'nuclei':
+            whole = ROOT / 'demo' / 'nuclei' / 'annotations' / 'val.json'
+            sets[task.name] = (
+                ROOT / 'demo' / 'nuclei',
+                _first_pictures(whole, out / 'nuclei-quick.json') if quick else whole,
+            )
+            progress.say(f'{QUICK_HELD_OUT if quick else NUCLEI} held-out pictures of cells in demo/nuclei')
+        else:
+            folder = out / 'scenes-quick' if quick else ROOT / 'work_dirs' / 'demo' / 'scenes'
+            count = QUICK_HELD_OUT if quick else HELD_OUT
+            scenes, fresh = make_scenes(folder, dict(val=count))
+            sets[task.name] = (scenes / 'segmentation', None)
+            progress.say(f'{"Made" if fresh else "Found"} {count} held-out scenes in {_near(scenes)}')
+    return sets
+
+
+def _first_pictures(annotations: Path, out: Path) -> Path:
+    """The first pictures of a COCO data set as one of its own."""
+    from psaq_mm.files import write_whole
+
+    whole = json.loads(annotations.read_text(encoding='utf-8'))
+    images = whole['images'][:QUICK_HELD_OUT]
+    kept = {image['id'] for image in images}
+    found = [annotation for annotation in whole['annotations'] if annotation['image_id'] in kept]
+    write_whole(out, json.dumps({**whole, 'images': images, 'annotations': found}))
+    return out
 
 
 def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, quick: bool, console) -> Path:
     """Everything; returns the page's path. Results are written at the end, whole."""
     from progress import Progress, clock
     from report import write_report
-    from scenes import make_scenes
 
     from psaq_mm.files import write_whole
 
     progress = Progress(_plan(tasks, quick), console)
-    # Quick runs have scenes of their own: the evaluators count what is missing of a whole set as missed.
-    folder = out / 'scenes-quick' if quick else ROOT / 'work_dirs' / 'demo' / 'scenes'
-    count = QUICK_HELD_OUT if quick else HELD_OUT
-    scenes, fresh = make_scenes(folder, dict(val=count))
-    progress.say(f'{"Made" if fresh else "Found"} {count} held-out scenes in {_near(scenes)}')
-    demo = Demo(out, scenes, checkpoints, seed, quick, progress)
+    demo = Demo(out, _test_sets(tasks, out, quick, progress), checkpoints, seed, quick, progress)
     summary, sections = {}, []
     for task in tasks:
         summary[task.name], section = demo.run(task)
@@ -432,9 +474,9 @@ def run_demo(tasks: Sequence[Task], out: Path, checkpoints: Path, seed: int, qui
     write_report(
         page,
         'Quantized without data',
-        _lead(count),
+        _lead(),
         sections,
-        _facts(demo, count, progress.elapsed, summary),
+        _facts(demo, progress.elapsed, summary),
         _versions(),
     )
     progress.say()

@@ -17,8 +17,8 @@ To add one, write a function that returns its config, and say in the decorator w
   equals the library's to rounding and not to the last bit; say why in a comment.
 - ``floats`` are the operations inside the backbone that stay in floating point and that ``psaq-inspect`` names, such as
   ``'einsum with a parameter'``; there are none in most.
-- The rest are the cells of the table in docs/backbones.md. A number or True says that it works, and the test exercises
-  it. A text says that it is refused, and the test finds these words in what psaq_mm says:
+- The rest are the cells of the table in docs/reference/backbones.md. A number or True says that it works, and the test
+  exercises it. A text says that it is refused, and the test finds these words in what psaq_mm says:
 
   ========== ================================================== ==================================================
   cell       works                                              refused: words out of

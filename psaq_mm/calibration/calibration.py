@@ -11,6 +11,7 @@ from psaq_mm.calibration.guidance import sensitivity_loss
 from psaq_mm.calibration.network import Network
 from psaq_mm.contexts import frozen
 from psaq_mm.errors import ConfigError
+from psaq_mm.progress import stage
 from psaq_mm.quantization import (
     RoundedLayer,
     calibrate,
@@ -97,16 +98,16 @@ class Calibration:
 
     def observe(self, pictures: Tensor) -> None:
         """Set all ranges on ``pictures`` (n, C, H, W), batch by batch."""
-        calibrate(self.student.model, self._forward(pictures))
+        calibrate(self.student.model, self._forward(pictures, 'Observing ranges'))
 
     def round(self, pictures: Tensor) -> None:
         """Give the weights their codes, as ``settings.rounding`` says. Scales stay."""
-        kind = self._rounding
+        kind = self.rounding
         if kind == 'nearest':
             return
         self.rounded = round_weights_(
             self.student.model,
-            self._forward(pictures),
+            self._forward(pictures, 'Inputs of layers'),
             self.settings.prior_rows,
             importance=self.importance(pictures) if kind == 'guided' else None,
         )
@@ -120,28 +121,33 @@ class Calibration:
         part, size, student = own_part(len(pictures)), self.settings.batch_size, self.student
 
         def run() -> None:
-            for batch, batch_seeds in zip(pictures[part].split(size), seeds[part].split(size)):
-                if len(batch):
-                    outputs = student.run(batch.to(self.device).requires_grad_(), with_logits=True)
-                    sensitivity_loss(outputs.parts, outputs.logits, batch_seeds).backward()
+            with stage('Importance of rows', len(pictures[part])) as passing:
+                for batch, batch_seeds in zip(pictures[part].split(size), seeds[part].split(size)):
+                    if len(batch):
+                        outputs = student.run(batch.to(self.device).requires_grad_(), with_logits=True)
+                        sensitivity_loss(outputs.parts, outputs.logits, batch_seeds).backward()
+                        passing.advance(len(batch))
 
         # The squared gradients of the rows are wanted, and none of the weights.
         with torch.enable_grad(), frozen((*student.model.parameters(), *learned_ranges(student.model))):
             return row_importance(student.model, run)
 
     @property
-    def _rounding(self) -> str:
+    def rounding(self) -> str:
+        """How weights get their first codes: ``settings.rounding``, with what the bits choose in place of ``'auto'``."""
         if self.settings.rounding != 'auto':
             return self.settings.rounding
         layers = [layer for layer in self.student.model.modules() if is_quantized_layer(layer)]
         return 'guided' if any(layer.weight_quantizer.bits < 8 for layer in layers) else 'compensated'
 
-    def _forward(self, pictures: Tensor) -> Callable[[], None]:
-        """Function that puts this rank's part of ``pictures`` through the student, batch by batch."""
+    def _forward(self, pictures: Tensor, what: str) -> Callable[[], None]:
+        """Function that puts this rank's part of ``pictures`` through the student, batch by batch, as the stage ``what``."""
         part = pictures[own_part(len(pictures))]
 
         def run() -> None:
-            for batch in part.split(self.settings.batch_size) if len(part) else ():
-                self.student.calibration_forward(batch.to(self.device), self.scope)
+            with stage(what, len(part)) as passing:
+                for batch in part.split(self.settings.batch_size) if len(part) else ():
+                    self.student.calibration_forward(batch.to(self.device), self.scope)
+                    passing.advance(len(batch))
 
         return run

@@ -17,7 +17,7 @@ def normalized_l1(
 ) -> Tensor:
     """Mean absolute difference of outputs of several scales, each in units of the teacher's own spread.
 
-    For every feature map and every sample the mean of |student - teacher| is divided by the teacher's mean absolute
+    For every feature map and every sample the mean of ``|student - teacher|`` is divided by the teacher's mean absolute
     deviation from its mean, then the maps are averaged. So all scales have the same weight, 0 means equal, and about 1
     means no better than the teacher's mean. The divisor is a constant: neither the student nor a sample can lower the
     result by changing the teacher's spread. Each sample has its own, so that the rest of the batch does not matter.

@@ -2,18 +2,23 @@
 """Shared parts of all command lines: arguments, reading a config, and reporting a mistake in one sentence."""
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
 from pathlib import Path
-from typing import Callable, Mapping, Optional, Sequence
+from typing import Callable, ContextManager, Mapping, Optional, Sequence
 
 from psaq_mm.commands.allocator import keep_freed_memory
-from psaq_mm.commands.missing import missing_from, require_libraries
+from psaq_mm.commands.listing import METHOD_NAMES
+from psaq_mm.commands.missing import require_libraries
+from psaq_mm.commands.parsing import ConfigOptions
 from psaq_mm.errors import ConfigError, PsaqError
 
 __all__ = [
     'add_config_arguments',
+    'add_config_options',
+    'add_device_argument',
     'add_quant_arguments',
     'add_run_arguments',
     'load_config',
@@ -22,24 +27,30 @@ __all__ = [
     'runnable_config',
 ]
 
-require_libraries()  # all commands but psaq-predict import this module first
 
-
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, what: str = 'a config file of mmdet, mmseg or mmpretrain'):
     """Add the arguments of all commands: CONFIG and ``--cfg-options``.
 
     Args:
         parser: Of the command.
-    """
-    from mmengine.config import DictAction
+        what: Help of CONFIG.
 
-    parser.add_argument('config', help='an mmdet, mmseg or mmpretrain config file')
-    parser.add_argument(
+    Returns:
+        The group of the arguments, for what belongs beside them.
+    """
+    group = parser.add_argument_group('model')
+    group.add_argument('config', metavar='CONFIG', help=what)
+    add_config_options(group)
+    return group
+
+
+def add_config_options(group) -> None:
+    """Add ``--cfg-options`` to a group of arguments."""
+    group.add_argument(
         '--cfg-options',
-        nargs='+',
-        action=DictAction,
+        action=ConfigOptions,
         metavar='KEY=VALUE',
-        help='override settings of the config, e.g. model.quant.w_bits=4',
+        help='override settings of the config, such as model.quant.w_bits=4',
     )
 
 
@@ -49,17 +60,25 @@ def add_quant_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Of the command.
     """
-    from psaq_mm.engine.methods import METHODS
-
-    parser.add_argument(
+    group = parser.add_argument_group('quantization')
+    group.add_argument(
         '--quant',
         metavar='PRESET',
-        help="such as w4a8: quantizes a full-precision config, or takes the place of the config's own; the scope stays",
+        help='bits of weights and activations, such as w8a8 or w4a8 (default: of the config)',
     )
-    parser.add_argument(
+    group.add_argument(
         '--method',
         metavar='NAME',
-        help=f"a method in place of the config's own: {', '.join(METHODS)}, or one that the config registers",
+        help=f'one of {", ".join(METHOD_NAMES)}, or one that the config registers (default: of the config)',
+    )
+
+
+def add_device_argument(group) -> None:
+    """Add ``--device`` to a group of arguments."""
+    group.add_argument(
+        '--device',
+        metavar='NAME',
+        help='cpu, cuda, or cuda:1 for the second GPU (default: the first GPU where there is one, else the CPU)',
     )
 
 
@@ -77,32 +96,14 @@ def load_config(
     Raises:
         ConfigError: The file or a base of it does not exist or cannot be read, or an option does not fit.
     """
-    from mmengine.config import Config
+    from psaq_mm.engine.reading import read_config
 
-    from psaq_mm.engine.pure_python import with_named_types
-
-    if not os.path.isfile(path):
-        raise ConfigError(f'there is no config file {path}: check the path')
-    try:
-        config = with_named_types(Config.fromfile(path))
-    except (OSError, KeyError, TypeError, AttributeError, SyntaxError, ImportError, RuntimeError) as error:
-        raise ConfigError(f'the config {path} cannot be read: {_why_unreadable(error)}') from error
+    config = read_config(path)
     if quant or method:
         from psaq_mm.engine.config import apply_method
 
         config = apply_method(config, quant, method)
     return merge_options(config, options)
-
-
-def _why_unreadable(error: Exception) -> str:
-    message = ' '.join(str(error).split())
-    if 'lazy_import' in message:  # MMEngine's word for it
-        return (
-            'it and one of its bases are of two kinds, and a pure-Python config is inherited by a pure-Python one '
-            "alone: write `with read_base(): from .BASE import *`, then model.update(type='psaq_mm.Quantized', "
-            "base_type=model.type, quant='w8a8')"
-        )
-    return missing_from(error) or message
 
 
 def merge_options(config, options: Optional[Mapping]):
@@ -125,15 +126,31 @@ def merge_options(config, options: Optional[Mapping]):
     return config
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of commands that start a runner: ``--work-dir``, ``--launcher`` and what launchers add.
+def add_run_arguments(parser: argparse.ArgumentParser):
+    """Add the arguments of commands that start a runner: ``--work-dir``, ``--device``, ``--launcher``, and what
+    launchers add.
 
     Args:
         parser: Of the command.
+
+    Returns:
+        The group of the arguments.
     """
-    parser.add_argument('--work-dir', help='where logs and results go; defaults to work_dirs/<name of the config>')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    group = parser.add_argument_group('run')
+    group.add_argument(
+        '--work-dir',
+        metavar='FOLDER',
+        help='where logs and results go (default: work_dir of the config, else work_dirs/ and the name of the config)',
+    )
+    add_device_argument(group)
+    group.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started the processes of a run on several GPUs (default: none)',
+    )
+    group.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    return group
 
 
 def runnable_config(args: argparse.Namespace):
@@ -189,7 +206,26 @@ def _sentence(error: BaseException, args: argparse.Namespace) -> Optional[str]:
             f'{error.filename or "a file"} cannot be written ({error.strerror}): free some space{other}; what was '
             'saved before is whole'
         )
-    return missing_from(error) if isinstance(error, (ImportError, RuntimeError, AssertionError, KeyError)) else None
+    if not isinstance(error, (ImportError, RuntimeError, AssertionError, KeyError)):
+        return None
+    from psaq_mm.engine.missing import missing_from
+
+    return missing_from(error)
+
+
+def _device_of(args: argparse.Namespace) -> ContextManager:
+    """The block runs on the device that the command line names."""
+    name = getattr(args, 'device', None)
+    if name is None:
+        return contextlib.nullcontext()
+    if getattr(args, 'launcher', 'none') != 'none':
+        raise ConfigError(
+            f'--device {name} and --launcher {args.launcher} contradict each other: each process of a launcher has a '
+            'device of its own, so leave --device out'
+        )
+    from psaq_mm.engine.device import on_device
+
+    return on_device(name)
 
 
 def run_command(
@@ -206,9 +242,11 @@ def run_command(
         0; 1 for a known mistake; 130 when interrupted. Any other error is raised, with its traceback.
     """
     args = parser.parse_args(argv)
+    require_libraries(parser.prog)
     keep_freed_memory()
     try:
-        command(args)
+        with _device_of(args):
+            command(args)
         if getattr(args, 'launcher', 'none') != 'none':
             from psaq_mm.ranks import leave
 

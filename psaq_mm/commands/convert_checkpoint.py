@@ -1,13 +1,14 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Convert a Swin checkpoint of another release: ``tools/convert_checkpoint.py CONFIG SOURCE --out OUT``."""
+"""Convert a Swin checkpoint of another release: ``psaq convert-checkpoint CONFIG SOURCE --out OUT``."""
 
 import argparse
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, load_config, run_command
+from psaq_mm.commands.parsing import make_parser
 from psaq_mm.errors import ConfigError
 
-__all__ = ['main', 'convert_checkpoint']
+__all__ = ['build_parser', 'main', 'convert_checkpoint']
 
 
 def convert_checkpoint(
@@ -69,21 +70,42 @@ def _say(renamed, conversion) -> None:
             print(f'  {what}: {name}')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='psaq-convert-checkpoint', description=__doc__)
-    add_config_arguments(parser)
-    parser.add_argument('source', help="a file or URL, .pth or .safetensors: Swin's own releases, timm's, mmpretrain's")
-    parser.add_argument('--out', required=True, help='the .pth to be written, whole or not at all')
-    parser.add_argument(
+def build_parser(prog: str = 'psaq-convert-checkpoint') -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = make_parser(
+        prog,
+        'CONFIG SOURCE --out OUT.pth [options]',
+        'Convert a Swin checkpoint of another release, such as those of Microsoft, timm and mmpretrain, for the model '
+        'of a config. Weights that find no place are named, and then nothing is written.',
+        [
+            'mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py \\\n      mask_rcnn_swin_tiny.pth --out converted.pth',
+            'upernet_swin-t.py swin_tiny.safetensors \\\n      --out backbone.pth --backbone-only',
+        ],
+    )
+    model = add_config_arguments(parser)
+    model.add_argument('source', metavar='SOURCE', help='what is converted: a .pth or .safetensors file, or its URL')
+    result = parser.add_argument_group('result')
+    result.add_argument(
+        '--out', required=True, metavar='OUT.pth', help='the checkpoint to be written, whole or not at all'
+    )
+    result.add_argument(
         '--backbone-only',
         action='store_true',
-        help='the backbone alone, as from a classifier to a detector; what '
-        'reads it as init_cfg wants convert_weights=False',
+        help='convert the backbone alone, as from a classifier to a detector; a config that reads the result as '
+        'init_cfg has to say convert_weights=False (default: the whole model)',
     )
-    parser.add_argument(
-        '--drop', nargs='+', default=[], metavar='PATTERN', help='leave weights out by their name in the source'
+    result.add_argument(
+        '--drop',
+        nargs='+',
+        default=[],
+        metavar='PATTERN',
+        help='weights to leave out, by their names in SOURCE, such as "head.*" (default: none)',
     )
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'psaq-convert-checkpoint') -> int:
+    """Command line; returns the exit status."""
 
     def command(args) -> None:
         from psaq_mm.engine.checkpoint import save_atomic
@@ -99,7 +121,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         save_atomic(checkpoint, args.out)
         print(f'saved to {args.out}')
 
-    return run_command(command, parser, argv)
+    return run_command(command, build_parser(prog), argv)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""``python -m psaq_mm.commands.inspect CONFIG``: what would be quantized, at which bits, and what stays float, without
+"""``psaq inspect CONFIG``: what would be quantized, at which bits, and what stays float, without
 running.
 
 Behind the table of layers stands what the model computes in floating point all the same, and what works with
@@ -11,8 +11,9 @@ import re
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
+from psaq_mm.commands.parsing import make_parser
 
-__all__ = ['main', 'inspect']
+__all__ = ['build_parser', 'main', 'inspect']
 
 _TITLES = dict(
     folding='RepQ folding', rotation='rotation', similarity='patch similarity', dynamic='export with a dynamic size'
@@ -74,16 +75,27 @@ def _float_operations(model, sizes: Sequence[Tuple[int, int]]) -> List[str]:
     return [failure]
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='psaq-inspect', description=__doc__)
+def build_parser(prog: str = 'psaq-inspect') -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = make_parser(
+        prog,
+        'CONFIG [--quant PRESET] [options]',
+        'Show what would be quantized, at which bits, and what stays in floating point. The model is built with random '
+        'weights: no checkpoint and no data set is read.',
+        ['mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py --quant w4a8', 'configs/quantized.py'],
+    )
     add_config_arguments(parser)
     add_quant_arguments(parser)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'psaq-inspect') -> int:
+    """Command line; returns the exit status."""
 
     def command(args) -> None:
         print(inspect(load_config(args.config, args.cfg_options, args.quant, args.method)))
 
-    return run_command(command, parser, argv)
+    return run_command(command, build_parser(prog), argv)
 
 
 if __name__ == '__main__':

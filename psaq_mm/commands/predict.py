@@ -1,74 +1,51 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Pictures through an exported model: ``psaq-predict DIR picture.jpg folder/ --out shown/``. It needs NumPy, OpenCV and
-one runtime, and neither PyTorch nor an OpenMMLab library.
+"""Pictures through an exported model or a student: ``psaq predict MODEL picture.jpg folder/ --out shown/``.
+
+An exported model needs NumPy, OpenCV and one runtime, and neither PyTorch nor an OpenMMLab library.
 """
 
 import argparse
 import ast
+import contextlib
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
+from psaq_mm.commands.listing import RUNTIME_NAMES
+from psaq_mm.commands.parsing import make_parser
+from psaq_mm.errors import ConfigError, DataError, PsaqError
+from psaq_mm.files import write_whole
 
-from psaq_mm.errors import ConfigError, DataError, PsaqError, first_of
-from psaq_mm.runtime import RUNTIMES, DeployedModel, Prediction, load
-from psaq_mm.runtime.preparation import opencv, read_picture
+if TYPE_CHECKING:
+    import numpy as np
 
-__all__ = ['main', 'pictures_in']
+    from psaq_mm.runtime import Prediction
+    from psaq_mm.runtime.pictures import Shown
 
-ENDINGS = ('.bmp', '.jpeg', '.jpg', '.jp2', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
-"""Of files in folders that are read. A file that is named itself may have any ending."""
+__all__ = ['build_parser', 'main']
+
+_CONFIGS = ('.py', '.json', '.yaml', '.yml')
+_CHECKPOINTS = ('.pth', '.pt', '.safetensors')
 
 
-class Shown(NamedTuple):
-    """A picture, and where it goes.
+class _Model(NamedTuple):
+    """What predicts, an exported model or a student.
 
     Attributes:
-        path: Of its file.
-        place: Of the drawn one in ``--out``: as in the folder that was named.
+        predict: Gives the prediction of a picture.
+        channels: Of the pictures.
+        classes: Their names.
+        started: How many graphs have been started: a prediction that starts one takes longer.
+        place: Tells, at the end, where it ran.
     """
 
-    path: Path
-    place: Path
-
-
-def pictures_in(paths: Sequence[str]) -> List[Shown]:
-    """Picture files, and those in folders and the folders inside them, sorted.
-
-    Raises:
-        DataError: A path does not exist, or there is no picture in any of them.
-    """
-    found: List[Shown] = []
-    for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob('*') if p.suffix.lower() in ENDINGS and p.is_file())
-            found += [Shown(file, file.relative_to(path)) for file in files]
-        elif path.is_file():
-            found.append(Shown(path, Path(path.name)))
-        else:
-            raise DataError(f'there is no picture and no folder {name}: check the path')
-    if not found:
-        raise DataError(
-            f'there is no picture in {first_of(list(paths))}: name a folder with files that end in {", ".join(ENDINGS)}'
-        )
-    return _with_places(found)
-
-
-def _with_places(pictures: Sequence[Shown]) -> List[Shown]:
-    """The same pictures, each with a place of its own: two folders may hold files of one name."""
-    used, placed = set(), []
-    for path, place in pictures:
-        unique, number = place, 0
-        while str(unique).lower() in used:  # not every file system tells a from A
-            number += 1
-            unique = Path(str(number)) / place
-        used.add(str(unique).lower())
-        placed.append(Shown(path, unique))
-    return placed
+    predict: Callable[[Any], 'Prediction']
+    channels: int
+    classes: Sequence[str]
+    started: Callable[[], int]
+    place: Callable[[], str]
 
 
 class _Times:
@@ -89,16 +66,18 @@ class _Times:
         return f'{len(spent) / max(sum(spent), 1e-9):.1f}' if spent else 'none'
 
 
-def _predicted(model: DeployedModel, picture: np.ndarray, times: _Times) -> Prediction:
+def _predicted(model: _Model, picture: 'np.ndarray', times: _Times) -> 'Prediction':
     """The prediction of a picture; one that starts a graph is not measured with the others."""
-    started, begun = model.started, time.perf_counter()
+    started, begun = model.started(), time.perf_counter()
     prediction = model.predict(picture)
-    kind = 'prediction' if model.started == started else 'start'
+    kind = 'prediction' if model.started() == started else 'start'
     times.seconds.setdefault(kind, []).append(time.perf_counter() - begun)
     return prediction
 
 
-def _write_picture(path: Path, picture: np.ndarray) -> None:
+def _write_picture(path: Path, picture: 'np.ndarray') -> None:
+    from psaq_mm.runtime.preparation import opencv
+
     path.parent.mkdir(parents=True, exist_ok=True)
     done, data = opencv().imencode('.png' if path.suffix.lower() == '.png' else '.jpg', picture)
     if not done:
@@ -114,12 +93,14 @@ def _out_path(out: str, place: Path) -> Path:
 
 
 def _predictions(
-    model: DeployedModel, pictures: Sequence[Shown], args: argparse.Namespace, times: _Times
-) -> Iterator[Tuple[Shown, Optional[Prediction], str]]:
+    model: _Model, pictures: Sequence['Shown'], args: argparse.Namespace, times: _Times
+) -> Iterator[Tuple['Shown', Optional['Prediction'], str]]:
     """Picture, prediction, and what is wrong with it: the others go on."""
+    from psaq_mm.runtime.preparation import read_picture
+
     for shown in pictures:
         try:
-            picture = times.measured('reading', read_picture, shown.path, model.manifest['channels'])
+            picture = times.measured('reading', read_picture, shown.path, model.channels)
             prediction = _predicted(model, picture, times)
             if args.out:
                 drawing = times.measured('drawing', prediction.draw, picture, args.score_threshold)
@@ -129,15 +110,15 @@ def _predictions(
             yield shown, None, str(error)
 
 
-def _summary(model: DeployedModel, times: _Times, count: int, failed: int) -> str:
+def _summary(model: _Model, times: _Times, count: int, failed: int) -> str:
     timed, starts = times.seconds.get('prediction', []), times.seconds.get('start', [])
     rates = f'{times.rate("prediction")} a second' if timed else 'not measured'
     if starts:
         rates += f' without the {len(starts)} that started a graph ({sum(starts):.2f} s)'
     drawn = f', drawing {times.rate("drawing")} a second' if 'drawing' in times.seconds else ''
     failures = f', {failed} of them failed' if failed else ''
-    place = f'{model.runtime}, {" and ".join(model.kernels)} kernels' if model.kernels else model.runtime
-    return f'{count} pictures{failures}; {place}: predictions {rates}; reading {times.rate("reading")} a second{drawn}'
+    reading = f'reading {times.rate("reading")} a second'
+    return f'{count} pictures{failures}; {model.place()}: predictions {rates}; {reading}{drawn}'
 
 
 def _settings(pairs: Sequence[str]) -> Dict[str, Any]:
@@ -158,35 +139,143 @@ def _settings(pairs: Sequence[str]) -> Dict[str, Any]:
     return settings
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='psaq-predict', description=__doc__)
-    parser.add_argument('directory', help='an exported model, as psaq-export writes it')
-    parser.add_argument('pictures', nargs='+', help='picture files, or folders of them')
-    parser.add_argument('--out', metavar='FOLDER', help='draw the predictions onto copies of the pictures')
-    parser.add_argument('--json', metavar='FILE', help='write the predictions; masks are run lengths as COCO has them')
-    parser.add_argument('--runtime', default='openvino', help=f'{", ".join(RUNTIMES)}; defaults to openvino')
-    parser.add_argument('--device', help='of the runtime, such as GPU or AUTO (openvino), CUDA (onnxruntime); the CPU')
-    parser.add_argument('--threads', type=int, help='of the runtime; defaults to its own choice')
-    parser.add_argument(
-        '--settings', nargs='+', default=[], metavar='NAME=VALUE', help="the runtime's own, such as NUM_STREAMS=2"
+# ---------------------------------------------------------------------- models
+def _exported(args: argparse.Namespace) -> _Model:
+    """The exported model of a command line."""
+    from psaq_mm.runtime import load
+
+    model = load(
+        args.model,
+        args.runtime or 'openvino',
+        args.threads,
+        device=args.device,
+        settings=_settings(args.settings) or None,
     )
-    parser.add_argument(
-        '--score-threshold', type=float, default=0.3, help='leave out boxes of a lower score; defaults to 0.3'
+
+    def place() -> str:
+        return f'{model.runtime}, {" and ".join(model.kernels)} kernels' if model.kernels else model.runtime
+
+    return _Model(model.predict, model.manifest['channels'], model.classes, lambda: model.started, place)
+
+
+@contextlib.contextmanager
+def _student(args: argparse.Namespace, config: Optional[str], checkpoint: str, prog: str) -> Iterator[_Model]:
+    """The student of a command line; it predicts inside the block."""
+    from psaq_mm.commands.missing import require_libraries
+
+    for option in ('runtime', 'threads', 'settings'):
+        if getattr(args, option):
+            raise ConfigError(f'--{option} is for an exported model, and {checkpoint} is a student: leave it out')
+    require_libraries(prog)
+    from psaq_mm.engine.device import on_device
+    from psaq_mm.engine.one_call import load, record_of
+    from psaq_mm.engine.predicting import Predictor
+
+    with on_device(args.device) if args.device else contextlib.nullcontext():
+        student = load(checkpoint, config=config)
+        record = record_of(student)
+        predictor = Predictor(student, record.config, record.dataset_meta, args.device)
+        yield _Model(
+            predictor, predictor.prepare.channels, predictor.classes, lambda: 0, lambda: f'PyTorch, {predictor.device}'
+        )
+
+
+def _student_named(args: argparse.Namespace, prog: str) -> Tuple[Optional[str], Optional[str]]:
+    """CONFIG and STUDENT.pth, or STUDENT.pth alone, of a command line; none where MODEL is an exported one.
+
+    Raises:
+        ConfigError: No student or no picture comes after CONFIG.
+    """
+    ending = Path(args.model).suffix.lower()
+    if Path(args.model).is_dir() or ending not in (*_CONFIGS, *_CHECKPOINTS):
+        return None, None
+    if ending in _CHECKPOINTS:
+        return None, args.model
+    student, *pictures = args.pictures
+    if Path(student).suffix.lower() not in _CHECKPOINTS or not pictures:
+        raise ConfigError(
+            f'after the config {args.model} come the student and pictures: {prog} {args.model} STUDENT.pth PICTURE'
+        )
+    args.pictures = pictures
+    return args.model, student
+
+
+# ---------------------------------------------------------------------- command line
+def build_parser(prog: str = 'psaq-predict') -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = make_parser(
+        prog,
+        'MODEL PICTURE [PICTURE ...] [options]',
+        'Predict pictures and folders of pictures, and draw boxes, masks, class maps or classes onto copies of them. '
+        'For an exported model neither PyTorch nor OpenMMLab is needed.',
+        [
+            'deployed street.jpg --out shown',
+            'work_dirs/CONFIG/student.pth pictures/ --out shown --device cuda',
+            'CONFIG work_dirs/CONFIG/student.pth pictures/ --json all.json',
+        ],
     )
-    parser.add_argument('--quiet', action='store_true', help='print the summary alone')
+    model = parser.add_argument_group('model')
+    model.add_argument(
+        'model',
+        metavar='MODEL',
+        help='an exported model (the folder that psaq export wrote), a student.pth, which holds its config, or CONFIG '
+        'and student.pth',
+    )
+    model.add_argument(
+        '--device',
+        metavar='NAME',
+        help='of a student: cpu, cuda, cuda:1; of an exported model, as its runtime names it: GPU or AUTO (openvino), '
+        'CUDA (onnxruntime) (default: the CPU)',
+    )
+    model.add_argument(
+        '--runtime', metavar='NAME', help=f'of an exported model: {", ".join(RUNTIME_NAMES)} (default: openvino)'
+    )
+    model.add_argument('--threads', type=int, metavar='N', help="of the runtime (default: the runtime's own choice)")
+    model.add_argument(
+        '--settings',
+        nargs='+',
+        default=[],
+        metavar='NAME=VALUE',
+        help="the runtime's own, such as NUM_STREAMS=2 (default: none)",
+    )
+    pictures = parser.add_argument_group('pictures')
+    pictures.add_argument('pictures', nargs='+', metavar='PICTURE', help='files, or folders and the folders in them')
+    pictures.add_argument(
+        '--out', metavar='FOLDER', help='where drawn copies of the pictures go (default: none are drawn)'
+    )
+    pictures.add_argument(
+        '--json',
+        metavar='FILE',
+        help='where the predictions go; masks are run lengths as COCO has them (default: none are written)',
+    )
+    pictures.add_argument(
+        '--score-threshold',
+        type=float,
+        default=0.3,
+        metavar='S',
+        help='leave out boxes of a lower score (default: %(default)s)',
+    )
+    pictures.add_argument('--quiet', action='store_true', help='print the summary alone (default: a line a picture)')
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
-    pictures = pictures_in(args.pictures)
-    model = load(
-        args.directory, args.runtime, args.threads, device=args.device, settings=_settings(args.settings) or None
-    )
+def _run(args: argparse.Namespace, prog: str) -> int:
+    from psaq_mm.runtime.pictures import pictures_in
+
+    config, student = _student_named(args, prog)
+    pictures = pictures_in(args.pictures)  # before a model is read
+    if student is None:
+        return _predict(_exported(args), pictures, args, prog)
+    with _student(args, config, student, prog) as model:
+        return _predict(model, pictures, args, prog)
+
+
+def _predict(model: _Model, pictures: Sequence['Shown'], args: argparse.Namespace, prog: str) -> int:
     times, rows, failed = _Times(), [], 0
     for shown, prediction, wrong in _predictions(model, pictures, args, times):
         if prediction is None:
             failed += 1
-            print(f'psaq-predict: {wrong if str(shown.path) in wrong else f"{shown.path}: {wrong}"}', file=sys.stderr)
+            print(f'{prog}: {wrong if str(shown.path) in wrong else f"{shown.path}: {wrong}"}', file=sys.stderr)
             rows.append(dict(picture=str(shown.path), error=wrong))
             continue
         if not args.quiet:
@@ -194,25 +283,26 @@ def _run(args: argparse.Namespace) -> int:
         if args.json:
             rows.append(dict(picture=str(shown.path), **prediction.to_plain()))
     if args.json:
-        Path(args.json).write_text(json.dumps(dict(classes=model.classes, pictures=rows), indent=1), encoding='utf-8')
+        write_whole(args.json, json.dumps(dict(classes=list(model.classes), pictures=rows), indent=1))
     print(_summary(model, times, len(pictures), failed))
+    if args.out and failed < len(pictures):
+        print(f'drawn predictions are in {args.out}')
     return 1 if failed else 0
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'psaq-predict') -> int:
     """Command line; returns the exit status: 0, or 1 where a picture or the model could not be read."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = build_parser(prog).parse_args(argv)
     try:
-        return _run(args)
+        return _run(args, prog)
     except KeyboardInterrupt:
-        print(f'{parser.prog}: interrupted; the same command begins anew', file=sys.stderr)
+        print(f'{prog}: interrupted; the same command begins anew', file=sys.stderr)
         return 130
     except PsaqError as error:
-        print(f'{parser.prog}: {error}', file=sys.stderr)
+        print(f'{prog}: {error}', file=sys.stderr)
     except OSError as error:
         name = error.filename or 'a file'
-        print(f'{parser.prog}: {name} cannot be written ({error.strerror}): give another --out', file=sys.stderr)
+        print(f'{prog}: {name} cannot be written ({error.strerror}): give another --out', file=sys.stderr)
     return 1
 
 

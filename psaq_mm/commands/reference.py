@@ -12,7 +12,7 @@ __all__ = ['reference']
 
 _HEAD = """# Methods, sources and settings
 
-Written by `python -m psaq_mm.commands.reference > docs/settings.md`: do not edit.
+Written by `python -m psaq_mm.commands.reference > docs/reference/settings.md`: do not edit.
 
 A config says `dfq='fast'`, or `dfq=dict(preset='fast', calibration_samples=64)` with the settings that differ from the
 method's."""
@@ -50,7 +50,7 @@ def _quantization() -> List[str]:
 
 
 def reference() -> str:
-    """The content of ``docs/settings.md``."""
+    """The content of ``docs/reference/settings.md``."""
     from psaq_mm.engine.methods import METHODS
     from psaq_mm.engine.presets import DFQ_DEFAULTS
     from psaq_mm.engine.samples import SOURCES

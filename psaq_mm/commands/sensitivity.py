@@ -1,5 +1,5 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
-"""Which layers suffer most from being quantized: ``tools/sensitivity.py CONFIG FP.pth [--budget BITS] [--metric]``."""
+"""Which layers suffer most from being quantized: ``psaq sensitivity CONFIG FP.pth [--budget BITS] [--metric]``."""
 
 import argparse
 import copy
@@ -9,14 +9,21 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from psaq_mm.commands.common import add_config_arguments, add_quant_arguments, load_config, run_command
+from psaq_mm.commands.common import (
+    add_config_arguments,
+    add_device_argument,
+    add_quant_arguments,
+    load_config,
+    run_command,
+)
+from psaq_mm.commands.listing import SOURCE_NAMES
 from psaq_mm.commands.metrics import scalars
-from psaq_mm.commands.sensitivity_report import mixed_precision_config, sensitivity_page, to_text
+from psaq_mm.commands.parsing import make_parser
 from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.files import write_whole
 from psaq_mm.plain import to_plain
 
-__all__ = ['main', 'analyse']
+__all__ = ['build_parser', 'main', 'analyse']
 
 SHOWN = 15
 
@@ -45,10 +52,11 @@ def _samples(config, task, number: int, samples: str, seed: int):
 
 def _build(config, model_config: Mapping, checkpoint: Mapping, source: str):
     """The quantized model with full-precision weights, not calibrated yet, in eval mode."""
-    import torch
+    from mmengine.device import get_device
 
     from psaq_mm.engine.building import build_model
     from psaq_mm.engine.checkpoint import load_weights
+    from psaq_mm.engine.device import leave_device_without_float64
     from psaq_mm.engine.inputs import check_preprocessor, set_input_
     from psaq_mm.engine.presets import resolve_dfq
 
@@ -57,7 +65,9 @@ def _build(config, model_config: Mapping, checkpoint: Mapping, source: str):
     load_weights(model, checkpoint, source)
     set_input_(model, config, resolve_dfq(config.get('dfq'))['value_range'])
     model.eval()  # None in the libraries' backbones
-    return model.to('cuda' if torch.cuda.is_available() else 'cpu')
+    model.to(get_device())
+    leave_device_without_float64(model)
+    return model
 
 
 def _calibrated(model, batches: Sequence) -> None:
@@ -89,8 +99,8 @@ def _only_hook(names: Optional[Sequence[str]]):
 
 
 def _metrics(config, model, work_dir: Path, names: Optional[Sequence[str]]) -> Dict[str, Optional[float]]:
+    from psaq_mm.commands.evaluation import evaluate
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
-    from psaq_mm.commands.test import evaluate
 
     content = dict(state_dict={key: value.cpu() for key, value in model.state_dict().items()}, meta={})
     quiet = isolated(config, str(work_dir / 'evaluation'))
@@ -157,7 +167,7 @@ def analyse(
         CheckpointError: It cannot be read, does not fit, or is quantized already.
         ConfigError: A source, size or budget makes no sense.
     """
-    from psaq_mm.commands.test import check_test_set
+    from psaq_mm.commands.evaluation import check_test_set
     from psaq_mm.engine.checkpoint import is_quantized, read_checkpoint
     from psaq_mm.engine.config import quantized_model_config
     from psaq_mm.models import TaskModel, spec_of
@@ -226,45 +236,70 @@ def _write_report(report: Mapping, folder: Path) -> None:
     write_whole(Path(folder) / 'sensitivity.json', json.dumps(to_plain(report, nan=False), indent=2, allow_nan=False))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='psaq-sensitivity', description=__doc__)
-    add_config_arguments(parser)
-    parser.add_argument('checkpoint', help='full-precision weights: a file or a URL')
-    add_quant_arguments(parser)
-    parser.add_argument(
-        '--budget', type=float, metavar='BITS', help='average bits of the weights: choose layers for 8 bits within it'
+def build_parser(prog: str = 'psaq-sensitivity') -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = make_parser(
+        prog,
+        'CONFIG FP.pth [options]',
+        'Rank the layers of a model by the error that quantizing each one alone makes in the output. With a budget, '
+        'choose the layers that get 8 bits, and write a config of it. No data set is opened without --metric.',
+        [
+            'mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py fp.pth --quant w4a8',
+            'mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py fp.pth \\\n      --quant w4a8 --budget 5',
+        ],
     )
-    parser.add_argument('--activation-budget', type=float, metavar='BITS', help='the same for activations')
-    parser.add_argument(
+    model = add_config_arguments(parser)
+    model.add_argument('checkpoint', metavar='FP.pth', help='full-precision weights, a file or a URL')
+    add_quant_arguments(parser)
+    choice = parser.add_argument_group('what is measured')
+    choice.add_argument(
+        '--budget',
+        type=float,
+        metavar='BITS',
+        help='average bits of the weights: layers get 8 bits within it (default: none are chosen)',
+    )
+    choice.add_argument(
+        '--activation-budget', type=float, metavar='BITS', help='the same for activations (default: none are chosen)'
+    )
+    choice.add_argument(
         '--metric',
         nargs='?',
         type=int,
         const=10,
         default=0,
         metavar='LAYERS',
-        help="evaluate the LAYERS most sensitive ones (10) on the config's test set, each quantized alone",
+        help='evaluate the most sensitive layers on the test set of CONFIG, each quantized alone; 10 if no number '
+        'follows (default: no test set is opened)',
     )
-    parser.add_argument('--number', type=int, default=8, help='samples')
-    parser.add_argument(
+    samples = parser.add_argument_group('samples')
+    samples.add_argument('--number', type=int, default=8, metavar='N', help='how many samples (default: %(default)s)')
+    samples.add_argument(
         '--samples',
         metavar='SOURCE',
-        help='where samples come from: a name such as pink (1/f noise, the default) or dead_leaves, or the path of a '
-        'samples.pt or of a folder of pictures',
+        help=f'where they come from: one of {", ".join(SOURCE_NAMES)}, or the path of a samples.pt or of a folder of '
+        'pictures (default: pink, which is 1/f noise)',
     )
-    parser.add_argument('--source', default='pink', help=argparse.SUPPRESS)  # its earlier name
-    parser.add_argument('--batch-size', type=int, default=1)
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument(
-        '--work-dir', help='where the results go; defaults to work_dirs/<name of the config>_sensitivity'
+    samples.add_argument('--source', default='pink', help=argparse.SUPPRESS)  # its earlier name
+    samples.add_argument(
+        '--batch-size', type=int, default=1, metavar='N', help='samples of a forward pass (default: %(default)s)'
     )
+    samples.add_argument('--seed', type=int, default=0, metavar='N', help='of the samples (default: %(default)s)')
+    run = parser.add_argument_group('run')
+    run.add_argument(
+        '--work-dir',
+        metavar='FOLDER',
+        help='where the results go (default: work_dirs/ and the name of the config with _sensitivity)',
+    )
+    add_device_argument(run)
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'psaq-sensitivity') -> int:
     """Command line; returns the exit status."""
-    parser = _parser()
 
     def command(args) -> None:
+        from psaq_mm.commands.sensitivity_report import mixed_precision_config, sensitivity_page, to_text
+
         config = load_config(args.config, args.cfg_options, args.quant, args.method)
         folder = Path(args.work_dir or os.path.join('work_dirs', f'{Path(args.config).stem}_sensitivity'))
         asked = dict(weights=args.budget, activations=args.activation_budget)
@@ -290,7 +325,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('\n' + to_text(report, SHOWN))
         print(f'saved to {folder}: {", ".join(files)}')
 
-    return run_command(command, parser, argv)
+    return run_command(command, build_parser(prog), argv)
 
 
 if __name__ == '__main__':

@@ -81,8 +81,9 @@ class GraphModel(nn.Module):
         model, parts = self.inner, self.parts
         outputs: List[Tensor] = []
         self.names, self.levels, self.dense = [], None, None
-        if parts.prefixes == ('model',):
-            self.dense = self._name(model.model(images), 'logits', outputs)
+        if parts.whole:
+            network = task_of(model).whole_output(model) or model.model
+            self.dense = self._name(network(images), 'logits', outputs)
             return tuple(outputs)
         levels = find_backbone(model)(images)
         if 'neck' in parts.prefixes:
@@ -348,7 +349,7 @@ def _detector(model: nn.Module) -> _Detector:
 
 def _is_complete(parts: GraphParts, detector: Optional[Mapping]) -> bool:
     """Whether an export gives final predictions without the library."""
-    whole = parts.dense is not None or parts.prefixes == ('model',)  # without a cascade of decode heads, for one
+    whole = parts.dense is not None or parts.whole  # without a cascade of decode heads, for one
     return detector is not None or parts.task in ('classification', 'segmentation') and whole and not parts.outside
 
 

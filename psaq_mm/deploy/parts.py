@@ -49,6 +49,11 @@ class GraphParts(NamedTuple):
     output: str = 'dense'
     channel_last: bool = False
 
+    @property
+    def whole(self) -> bool:
+        """Whether the graph is a network with its head in it."""
+        return self.dense is None and not self.with_levels
+
     def of_task(self, task: Task) -> 'GraphParts':
         """The same parts of a model of another task."""
         return self._replace(task=task.name, exact_size=task.exact_size, output=task.output)
@@ -56,10 +61,11 @@ class GraphParts(NamedTuple):
 
 def graph_parts(model: nn.Module) -> GraphParts:
     """The widest graph of a model, as far as that is known without running it."""
-    backbone = find_backbone(model)
+    backbone, task = find_backbone(model), task_of(model)
+    if task.whole_output(model) is not None:
+        return GraphParts('', None, False, ('',)).of_task(task)
     if backbone is model:
         return GraphParts('backbone', None, True, ('',))
-    task = task_of(model)
     if getattr(model, 'model', None) is backbone:  # timm's whole network
         return GraphParts('', None, False, ('model',)).of_task(task)
     dense = task.dense_head(model)

@@ -281,7 +281,7 @@ _SETTINGS = """Settings of the runtimes that keep the integers of the model as t
                 (ovc and save_model: compress_to_fp16=False)
   without VNNI  ONNX Runtime: session.x64quantprecision=1; OpenVINO: LP_TRANSFORMS_MODE=NO
 
-docs/deploy.md of psaq_mm, "For other runtimes", says what each one does.
+docs/reference/integer_models.md of psaq_mm, "Other runtimes", says what each one does.
 """
 
 

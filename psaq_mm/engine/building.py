@@ -13,7 +13,7 @@ from psaq_mm.engine.config import drop_pretrained
 from psaq_mm.engine.pure_python import with_named_types
 from psaq_mm.models.quantized import build_named
 
-__all__ = ['build_model', 'set_scope']
+__all__ = ['build_model', 'library_of', 'set_scope']
 
 
 def set_scope(config: Mapping) -> None:
@@ -22,12 +22,23 @@ def set_scope(config: Mapping) -> None:
     A pure-Python config has no scope: its types are classes. But a library's own code names types too, such as the
     ``'Linear'`` of mmdet's box heads, and without a scope here that of an earlier config would still hold.
     """
-    init_default_scope(config.get('default_scope') or _library_of(config.get('model') or {}))
+    init_default_scope(config.get('default_scope') or library_of(config.get('model') or {}))
 
 
-def _library_of(model: Mapping) -> str:
+def library_of(model: Mapping) -> str:
+    """The import name of the OpenMMLab library that the class of a model comes from, or its nearest base does.
+
+    Args:
+        model: Config of a full-precision or a quantized model.
+
+    Returns:
+        ``'mmdet'``, ``'mmseg'``, ``'mmpretrain'`` and so on; ``'mmengine'`` where it is of none.
+    """
     kind = model.get('base_type') or model.get('type')
-    model_class = MODELS.get(kind) if isinstance(kind, str) else kind
+    model_class = kind
+    if isinstance(kind, str):
+        with MODELS.switch_scope_and_registry(None) as registry:  # an unscoped name is one of the default scope
+            model_class = registry.get(kind)
     for base in getattr(model_class, '__mro__', ()):
         library = base.__module__.partition('.')[0]
         if library in MODULE2PACKAGE:

@@ -7,7 +7,6 @@ import http.client
 import os
 import pickle
 import re
-import shutil
 import types
 import urllib.parse
 import urllib.request
@@ -20,8 +19,6 @@ import numpy as np
 import torch
 from mmengine.logging import print_log
 from mmengine.runner.checkpoint import CheckpointLoader
-from rich.console import Console
-from rich.progress import wrap_file
 from torch import Tensor, nn
 
 import psaq_mm
@@ -30,9 +27,11 @@ from psaq_mm.files import file_sha256, locked, whole_file
 from psaq_mm.models import spec_of
 from psaq_mm.models.loading import convert_timm_keys, match_names, unwrapped, whole_loading
 from psaq_mm.plain import to_plain
+from psaq_mm.progress import stage
 from psaq_mm.quantization import is_quantizer_key
 
 __all__ = [
+    'check_finite',
     'file_sha256',
     'load_restricted',
     'read_checkpoint',
@@ -182,8 +181,10 @@ def _download(url: str, path: Path, sha256: str) -> None:
         with whole_file(path) as partial:
             with urllib.request.urlopen(request) as answer, open(partial, 'wb') as file:
                 length = int(answer.headers.get('Content-Length') or 0)
-                with wrap_file(answer, length, description=path.name, console=Console(stderr=True)) as reader:
-                    shutil.copyfileobj(reader, file, 1 << 20)
+                with stage(f'Downloading {path.name}', length or None, unit='bytes') as coming:
+                    for block in iter(lambda: answer.read(1 << 20), b''):
+                        file.write(block)
+                        coming.advance(len(block))
             size = partial.stat().st_size
             if length and size != length:  # urllib does not notice that a connection ended early
                 raise OSError(f'{size} of {length} bytes came')
@@ -349,12 +350,7 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
     except CheckpointError as error:
         raise CheckpointError(f'{source}: {error}') from error
     weights = convert_timm_keys(model, matched.weights)
-    for key, value in weights.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(
-                f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
-                'use an earlier checkpoint'
-            )
+    check_finite(weights, source)
     try:
         with whole_loading(model):
             model.load_state_dict(weights, strict=False)
@@ -364,6 +360,16 @@ def load_weights(model: nn.Module, checkpoint: Dict, source: PathLike) -> None:
         print_log(f'{source}: {note}', 'current')
 
 
+def check_finite(weights: Mapping[str, Tensor], source: PathLike) -> None:
+    """Raises CheckpointError where a weight is NaN or infinite; ``source`` is for the message."""
+    for key, value in weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(
+                f'{source}: {key} holds NaN or infinite values; a model with them cannot be quantized, '
+                'use an earlier checkpoint'
+            )
+
+
 def save_atomic(content: Any, path: PathLike) -> None:
     """``torch.save`` to a file that is whole at every moment, see :func:`psaq_mm.files.whole_file`."""
     with whole_file(path) as partial, open(partial, 'wb') as file:
@@ -371,7 +377,12 @@ def save_atomic(content: Any, path: PathLike) -> None:
 
 
 def student_checkpoint(
-    model: nn.Module, config_text: str, dataset_meta: Optional[Dict], teacher: Tuple[str, str], settings: Dict
+    model: nn.Module,
+    config_text: str,
+    dataset_meta: Optional[Dict],
+    teacher: Tuple[str, str],
+    settings: Dict,
+    summary: Optional[Dict] = None,
 ) -> Dict:
     """The content of ``student.pth``: what inference needs, and how the student was made.
 
@@ -382,6 +393,7 @@ def student_checkpoint(
             names.
         teacher: Path and SHA-256 of the full-precision checkpoint.
         settings: The data-free settings of the run, JSON types only.
+        summary: What the run did (:func:`psaq_mm.engine.run_summary.run_summary`). Defaults to None, unknown.
     """
     state = OrderedDict((k, v.detach().cpu().clone()) for k, v in model.state_dict().items())
     spec = spec_of(model)
@@ -394,6 +406,7 @@ def student_checkpoint(
             quant=spec.to_dict(),
             teacher=dict(checkpoint=str(teacher[0]), sha256=teacher[1]),
             dfq=settings,
+            **({} if summary is None else dict(summary=summary)),
         ),
     )
     return dict(meta=meta, state_dict=state)

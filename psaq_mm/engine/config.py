@@ -185,7 +185,14 @@ def apply_method(config: Config, quant: Optional[str] = None, method: Optional[s
     return config
 
 
-def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool = False, quant=None) -> Config:
+def to_data_free(
+    config: Config,
+    *,
+    checkpoint: Optional[str] = None,
+    val: bool = False,
+    quant=None,
+    in_model: Optional[Mapping] = None,
+) -> Config:
     """A copy of ``config`` that quantizes without data, and runs under any ``tools/train.py`` of OpenMMLab.
 
     The loop, the optimizer and its schedule are replaced; pretrained initialization is cleared; inherited hooks that
@@ -198,6 +205,8 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
         checkpoint: The full-precision checkpoint; defaults to ``dfq.teacher.checkpoint``, then ``load_from``.
         val: Validate after the last step, on the config's own validation set (sooner with ``train_cfg.val_interval``).
         quant: See :func:`quantized_model_config`.
+        in_model: Where the full-precision weights are those that the runner's model has already: their classes and
+            palette. Defaults to None: they are read from the checkpoint.
 
     Raises:
         ConfigError: No checkpoint, no such file, no image size, or an unknown setting.
@@ -213,7 +222,11 @@ def to_data_free(config: Config, *, checkpoint: Optional[str] = None, val: bool 
 
     before = config.get('train_cfg') or {}  # of a config that is data-free already: what a run leaves in its work dir
     before = before if type_name(before) == 'DataFreeTrainLoop' else {}
-    dfq['teacher'] = dict(checkpoint=_teacher(checkpoint, dfq, config, before), sha256=dfq['teacher'].get('sha256'))
+    if in_model is None:
+        path = _teacher(checkpoint, dfq, config, before)
+        dfq['teacher'] = dict(checkpoint=path, sha256=dfq['teacher'].get('sha256'))
+    else:
+        dfq['teacher'] = dict(checkpoint=None, sha256=None, in_model=dict(in_model))
     dfq['size'] = tuple(dfq['size'] or sample_size(config))
 
     hooks, dropped = _sorted_hooks(config)

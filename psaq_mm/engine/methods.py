@@ -155,9 +155,9 @@ register_method(
         'best',
         'As fast, on more pictures of two kinds.',
         # V2's samples beside dead leaves in their place are worse at W3A8 and no better at W4A8, so nothing is
-        # synthesized (docs/results.md). Nothing is trained either: after guided rounding a student that learns on
-        # samples agrees less with photographs (docs/method.md). With iters=N given, gains, offsets and biases learn and
-        # the codes stay.
+        # synthesized (docs/history/results_synthesis.md). Nothing is trained either: after guided rounding a student
+        # that learns on samples agrees less with photographs (docs/method.md). With iters=N given, gains, offsets and
+        # biases learn and the codes stay.
         dict(
             _ROUNDED,
             samples=[dict(type='psaq_mm.Scenes', color_blur=5), dict(_LEAVES, weight=2)],

@@ -21,7 +21,7 @@ DFQ_DEFAULTS: Dict[str, Any] = {
     'teacher': dict(checkpoint=None, sha256=None),
     **{name: value for group in GROUPS for name, value in group.defaults().items()},
 }
-"""All settings with their defaults; descriptions are in docs/settings.md."""
+"""All settings with their defaults; descriptions are in docs/reference/settings.md."""
 
 _MERGED = ('generator', 'teacher')
 """Settings that are dicts, of which a config may give some keys."""

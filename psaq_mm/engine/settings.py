@@ -82,6 +82,11 @@ class RunSettings(Settings):
     )
     seed: int = setting(0, 'Of every random choice.')
     log_interval: int = setting(10, 'Steps between two lines of the log.')
+    summary_pictures: int = setting(
+        32,
+        'Drawn pictures, unseen by calibration, on which the summary at the end compares the student with full '
+        'precision: as many as 2 seconds or 5 percent of the run are enough for, and at least 2. 0: none.',
+    )
 
     def __post_init__(self) -> None:
         if self.max_seconds is not None and not self.max_seconds > 0:
@@ -90,6 +95,8 @@ class RunSettings(Settings):
             raise ConfigError(
                 f'{self.prefix}amp={self.amp!r} is not known: use bfloat16, float16, or None for float32 throughout'
             )
+        if self.summary_pictures < 0:
+            raise ConfigError(f'{self.prefix}summary_pictures={self.summary_pictures} must be 0 (none) or more')
         if self.accumulative_counts < 1:
             raise ConfigError(f'{self.prefix}accumulative_counts={self.accumulative_counts} must be at least 1')
         if not isinstance(self.rotate, bool):

@@ -14,6 +14,7 @@ __all__ = [
     'find_backbone',
     'is_pretraining',
     'is_timm',
+    'is_transformers',
     'network_of',
     'takes_levels_alone',
     'tower_name',
@@ -29,11 +30,13 @@ _FEATURE_GETTER = ('timm.models._features.FeatureGetterNet',)
 
 
 def find_backbone(model: nn.Module) -> nn.Module:
-    """The backbone of a detector, segmentor or classifier, timm's whole network in a ``TimmClassifier``; the model
-    itself where it is a backbone.
+    """The backbone of a detector, segmentor or classifier, timm's whole network in a ``TimmClassifier``, the base model
+    of one of transformers; the model itself where it is a backbone.
     """
     if class_named(model, TIMM_CLASSIFIER):
         return model.model
+    if is_transformers(model):
+        return getattr(model, model.base_model_prefix, model)
     return getattr(model, 'backbone', model)
 
 
@@ -47,6 +50,11 @@ def network_of(backbone: nn.Module) -> nn.Module:
     if class_named(backbone, _TIMM_BACKBONE):
         backbone = backbone.timm_model
     return backbone.model if class_named(backbone, _FEATURE_GETTER) else backbone
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether a model is one of the library ``transformers``."""
+    return inherits(model, 'transformers.modeling_utils.PreTrainedModel')
 
 
 def is_timm(network: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from psaq_mm.errors import DataError
 from psaq_mm.pictures.image_spec import ImageSpec
+from psaq_mm.progress import stage
 
 __all__ = ['SampleStream', 'Source', 'checked_size', 'mixed', 'number_seed', 'of_rank']
 
@@ -15,6 +16,9 @@ Make = Callable[[int], Tensor]
 """Makes ``count`` synthesized samples, (count, C, H, W)."""
 
 _MASK = (1 << 64) - 1
+
+_TOGETHER = 8
+"""Pictures that a stream draws in one call of its source. Each depends on its number alone."""
 
 
 def mixed(*parts: int) -> int:
@@ -217,7 +221,16 @@ class SampleStream:
         self.position += count
         if not numbers:
             return torch.empty(0, self.image_spec.channels, *self.size)
-        return self.source.draw(numbers, self.size, self.image_spec, self.seed, generated)
+        if not self.source.procedural:
+            return self.source.draw(numbers, self.size, self.image_spec, self.seed, generated)
+        pictures = torch.empty(len(numbers), self.image_spec.channels, *self.size)
+        with stage('Drawing pictures', len(numbers)) as drawing:
+            for start in range(0, len(numbers), _TOGETHER):
+                part = numbers[start : start + _TOGETHER]
+                drawn = self.source.draw(part, self.size, self.image_spec, self.seed, generated)
+                pictures[start : start + len(part)] = drawn
+                drawing.advance(len(part))
+        return pictures
 
     def state_dict(self) -> Dict[str, Any]:
         """State, to be saved in a checkpoint."""

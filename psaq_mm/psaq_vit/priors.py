@@ -112,7 +112,7 @@ def variation_target(level: float, shape: Sequence[int]) -> float:
 
 
 def variation_prior(images: Tensor, level: float, whole: Optional[WholeBatch] = None) -> Tensor:
-    """Distance |TV - target| to the scaled target, divided by the same scale.
+    """Distance ``|TV - target|`` to the scaled target, divided by the same scale.
 
     The result then has one scale for every batch and picture size, so that one weight serves all. PSAQ-ViT's weight is
     0.05 at ``REFERENCE_SHAPE``, where the scale is one.

@@ -13,6 +13,7 @@ from torch import Tensor
 from psaq_mm.calibration import Network, normalized_l1
 from psaq_mm.contexts import frozen
 from psaq_mm.errors import ConfigError
+from psaq_mm.progress import Stage, stage
 from psaq_mm.psaq_vit.generator import Objective, SampleGenerator
 from psaq_mm.psaq_vit.weighting import AdaptiveWeight
 from psaq_mm.quantization import learned_ranges
@@ -75,6 +76,7 @@ class Synthesis:
         self.weight = AdaptiveWeight(generator.loss.discrepancy_weight or 1.0)
         self.labels: Optional[Tensor] = None
         self.history: List[Dict[str, float]] = []
+        self._stage = Stage('Synthesis')
 
     def make(self, count: int, student: Optional[Network] = None, number: int = 0) -> Tensor:
         """``count`` new samples, (count, C, H, W), on the CPU.
@@ -88,7 +90,8 @@ class Synthesis:
         self.labels = self._draw_classes(count)
         batches = first.split(self.generator.batch_size * ranks()[1])
         labels = [None] * len(batches) if self.labels is None else self.labels.split(len(batches[0]))
-        return torch.cat([self._batch(batch, classes, student, number) for batch, classes in zip(batches, labels)])
+        with stage('Synthesis', len(batches) * self._steps) as self._stage:
+            return torch.cat([self._batch(batch, classes, student, number) for batch, classes in zip(batches, labels)])
 
     def _draw_classes(self, count: int) -> Optional[Tensor]:
         if self.settings.classes is None or self.teacher.num_classes is None:
@@ -126,7 +129,7 @@ class Synthesis:
                 self._objective(labels, rival),
                 init=first,
                 generator=self.random,
-                progress=None if self.progress is None else self._timed(self.progress),
+                progress=self._timed(),
                 whole=whole,
             )
         self.history.extend(dict(step, round=number) for step in generated.history)
@@ -148,13 +151,20 @@ class Synthesis:
             prefix_tokens=self.teacher.prefix_tokens,
         )
 
-    def _timed(self, progress: Callable[[Dict[str, Any]], None]) -> Callable[[Dict[str, float]], None]:
-        """``progress``, with the number of steps and the seconds that are left in each entry."""
-        begun, steps = time.perf_counter(), self.generator.schedule.steps * self.generator.schedule.rounds
+    @property
+    def _steps(self) -> int:
+        """Of one batch."""
+        return self.generator.schedule.steps * self.generator.schedule.rounds
+
+    def _timed(self) -> Callable[[Dict[str, float]], None]:
+        """Calls ``progress``, with the number of steps and the seconds that are left in each entry."""
+        begun, steps = time.perf_counter(), self._steps
 
         def report(entry: Dict[str, float]) -> None:
             done = entry['step'] + 1
-            progress(dict(entry, steps=steps, eta=(time.perf_counter() - begun) / done * (steps - done)))
+            self._stage.advance()
+            if self.progress is not None:
+                self.progress(dict(entry, steps=steps, eta=(time.perf_counter() - begun) / done * (steps - done)))
 
         return report
 

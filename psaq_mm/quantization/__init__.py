@@ -62,7 +62,13 @@ from psaq_mm.quantization.quantizers import AffineQuantizer, LogQuantizer, Quant
 from psaq_mm.quantization.ranges import learn_ranges_, learned_ranges, update_ranges_
 from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before, norm_feeds, takes_folding
 from psaq_mm.quantization.rotation import StreamReader, random_rotation, rotate_heads_, rotate_stream_
-from psaq_mm.quantization.rounding import RoundedLayer, compensated_rounding, round_weights_
+from psaq_mm.quantization.rounding import (
+    RoundedLayer,
+    RoundingPlan,
+    compensated_rounding,
+    round_weights_,
+    rounding_plan,
+)
 from psaq_mm.quantization.rows import RowMask, padded, row_mask_given, row_mask_of
 from psaq_mm.quantization.spec import RECIPES, AdapterSpec, LayerSpec, Override, QuantSpec
 
@@ -102,6 +108,7 @@ __all__ = [
     'Range',
     'ReparameterizedQuantizer',
     'RoundedLayer',
+    'RoundingPlan',
     'RowImportance',
     'RowMask',
     'Rule',
@@ -152,6 +159,7 @@ __all__ = [
     'rotate_heads_',
     'rotate_stream_',
     'round_weights_',
+    'rounding_plan',
     'row_importance',
     'row_mask_given',
     'row_mask_of',

@@ -22,6 +22,7 @@ _QUANTIZER_KEY = re.compile(r'(^|\.)\w+_quantizer\.(' + '|'.join(STATE_NAMES) + 
 
 FilterFn = Callable[[str, nn.Module], bool]
 ConvertFn = Callable[[nn.Module, str, AdapterSpec], nn.Module]
+"""Takes a module, its dotted name and the spec; returns the converted module."""
 
 
 class Adapter(NamedTuple):
@@ -32,6 +33,7 @@ class Adapter(NamedTuple):
 
 
 ADAPTERS: List[Adapter] = []
+"""All registered ones, in the order of registration; see :func:`register_adapter`."""
 
 
 def register_adapter(matcher: Callable[[nn.Module], bool], convert: ConvertFn) -> None:

@@ -17,10 +17,16 @@ from psaq_mm.quantization.quantizers import AffineQuantizer, LogQuantizer, Quant
 from psaq_mm.quantization.reparam import ReparameterizedQuantizer, norm_before
 from psaq_mm.quantization.spec import AdapterSpec, LayerSpec
 
-# Subclasses that override forward without changing its outcome ("module.ClassName"); open to additions.
 SAME_AS_LINEAR: Set[str] = {'mmcv.cnn.bricks.wrappers.Linear'}
+"""Subclasses of ``Linear``, as ``'module.ClassName'``, that override ``forward`` without changing its outcome: they are
+converted as the class itself. Open to additions.
+"""
+
 SAME_AS_CONV2D: Set[str] = {'mmcv.cnn.bricks.wrappers.Conv2d'}
+"""As :data:`SAME_AS_LINEAR`, of ``Conv2d``."""
+
 SAME_AS_CONVTRANSPOSE2D: Set[str] = {'mmcv.cnn.bricks.wrappers.ConvTranspose2d'}
+"""As :data:`SAME_AS_LINEAR`, of ``ConvTranspose2d``."""
 
 
 class _CachedWeight(NamedTuple):

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from psaq_mm.contexts import hooked
 from psaq_mm.errors import DataError
+from psaq_mm.progress import stage
 from psaq_mm.quantization.layers import QuantConv2dMixin, QuantLinearMixin, full_precision_weights, is_quantized_layer
 from psaq_mm.quantization.primitives import fake_quantize
 from psaq_mm.quantization.rows import row_mask_given, valid_rows_of
 from psaq_mm.ranks import broadcast_, maximum_, sum_
 
-__all__ = ['RoundedLayer', 'compensated_rounding', 'round_weights_']
+__all__ = ['RoundedLayer', 'RoundingPlan', 'compensated_rounding', 'round_weights_', 'rounding_plan']
 
 BLOCK = 128
 """Columns that are rounded before their errors are carried into the rest of the matrix (GPTQ's lazy batch)."""
@@ -189,19 +190,41 @@ def round_weights_(
     layers = [(n, m) for n, m in model.named_modules() if is_quantized_layer(m) and m.weight_quantizer.mode == 'on']
     reasons = {name: _reason_to_leave(layer) for name, layer in layers}
     reports = {name: RoundedLayer(name, math.nan, math.nan, reason) for name, reason in reasons.items()}
-    for batch in _batches([(name, layer) for name, layer in layers if not reasons[name]]):
-        with full_precision_weights(model):
-            grams = _gather(batch, run, importance or {})
-        for name, layer in batch:
-            gram = grams.pop(name, None)
-            if gram is None:
-                reports[name] = RoundedLayer(name, math.nan, math.nan, 'no sample went through it')
-                continue
-            try:
-                reports[name] = _round_layer(name, layer, gram.matrix, gram.damping(prior_rows))
-            except DataError as error:
-                raise DataError(f'Layer {name!r}: {error}') from error
+    rounded = [(name, layer) for name, layer in layers if not reasons[name]]
+    with stage('Rounding weights', len(rounded)) as rounding:
+        for batch in _batches(rounded):
+            with full_precision_weights(model):
+                grams = _gather(batch, run, importance or {})
+            for name, layer in batch:
+                gram = grams.pop(name, None)
+                if gram is None:
+                    reports[name] = RoundedLayer(name, math.nan, math.nan, 'no sample went through it')
+                else:
+                    try:
+                        reports[name] = _round_layer(name, layer, gram.matrix, gram.damping(prior_rows))
+                    except DataError as error:
+                        raise DataError(f'Layer {name!r}: {error}') from error
+                rounding.advance()
     return [reports[name] for name, _ in layers]
+
+
+class RoundingPlan(NamedTuple):
+    """What :func:`round_weights_` will do with a model.
+
+    Attributes:
+        passes: How often the samples go through it.
+        layers: (outputs, inputs) of the weight of each layer that is rounded, in order.
+    """
+
+    passes: int
+    layers: List[Tuple[int, int]]
+
+
+def rounding_plan(model: nn.Module) -> RoundingPlan:
+    """See :class:`RoundingPlan`; the model need not be calibrated."""
+    layers = [(n, m) for n, m in model.named_modules() if is_quantized_layer(m) and m.weight_quantizer.mode == 'on']
+    rounded = [(name, layer) for name, layer in layers if not _reason_to_leave(layer)]
+    return RoundingPlan(len(list(_batches(rounded))), [(len(layer.weight), _inputs(layer)) for _, layer in rounded])
 
 
 def _inputs(layer: nn.Module) -> int:

@@ -15,7 +15,6 @@ POINTS = ('gemm', 'linear', 'all')
 SOFTMAX_QUANTIZERS = ('affine', 'log2', 'log_sqrt2')
 TARGETS = ('default', 'tensorrt')
 
-# What a method quantizes, and how; bits are chosen beside it ('repq_w4a4').
 RECIPES: Dict[str, Dict[str, Any]] = {
     # PSAQ-ViT, arXiv 2203.02250, released code: every edge but the attention weights, weights over the whole code
     # range.
@@ -32,6 +31,7 @@ RECIPES: Dict[str, Dict[str, Any]] = {
         reparameterize=True,
     ),
 }
+"""What a method quantizes, and how, by name; bits stand beside it, as in ``'repq_w4a4'``."""
 
 # What a recipe changes where weights have fewer than 8 bits. V2's naive quantizer was published for 8 bits alone. Below
 # that a zero point removes a sixth of the divergence from full precision (docs/method.md) at no cost: codes minus their

@@ -82,7 +82,7 @@ class Runtime(abc.ABC):
         kernels: What the graph runs with, one of :data:`.kernels.KERNELS`.
         input_names: Inputs that the graph has left: a runtime may drop one that nothing reads.
 
-    docs/deploy.md has an example.
+    docs/reference/integer_models.md has an example.
     """
 
     name: ClassVar[str]
@@ -295,7 +295,7 @@ def _warn_of_slow_kernels(session: Runtime) -> None:
         which = 'this model'
         advice = (
             '. Weights held within 7 bits are exact in integer kernels everywhere: quantize with w_reduce_range=True '
-            '(docs/deploy.md)'
+            '(docs/reference/integer_models.md)'
         )
     warnings.warn(
         f"{session.title}'s integer kernels are not exact on this processor (one without VNNI instructions): {which} "

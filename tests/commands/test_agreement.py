@@ -12,7 +12,7 @@ from mmengine.structures import BaseDataElement, InstanceData, PixelData  # noqa
 
 from psaq_mm.commands.agreement import AgreementHook, Predictions, RecordHook  # noqa: E402
 from psaq_mm.commands.compare import main as compare  # noqa: E402
-from psaq_mm.commands.test import evaluate  # noqa: E402
+from psaq_mm.commands.evaluation import evaluate  # noqa: E402
 from psaq_mm.engine.checkpoint import read_checkpoint  # noqa: E402
 from psaq_mm.errors import DataError, UnsupportedModelError  # noqa: E402
 from psaq_mm.models.tasks.detection import matched_boxes  # noqa: E402

@@ -10,7 +10,7 @@ from quick_builds import WeightsWithoutMemory, metafiles_read_once
 
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.commands.inspect import main as inspect_command
-from psaq_mm.commands.missing import missing_from
+from psaq_mm.engine.missing import missing_from
 
 COMMANDS = {  # module, what it calls first, arguments, options that it may advise
     'psaq-dfq-train': ('psaq_mm.commands.dfq_train', 'runnable_config', ['C.py'], {'--work-dir', '--resume'}),

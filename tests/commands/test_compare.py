@@ -13,7 +13,8 @@ from mmengine.config import Config  # noqa: E402
 from tiny_classifier import ClassifierProject  # noqa: E402
 
 from psaq_mm.commands import compare as module  # noqa: E402
-from psaq_mm.commands.compare import Wanted, main, plan  # noqa: E402
+from psaq_mm.commands.compare import main  # noqa: E402
+from psaq_mm.commands.comparison import Wanted, plan  # noqa: E402
 from psaq_mm.engine.data_overlap import check_no_overlap, dataset_leaves  # noqa: E402
 from psaq_mm.errors import ConfigError  # noqa: E402
 
@@ -412,9 +413,9 @@ def test_leaves_of_nested_wrappers():
 
 # ---------------------------------------------------------------------- silence
 def test_a_silent_run_says_how_far_it_is_and_leaves_no_open_log(project, tmp_path, capsys):
-    from psaq_mm.commands.dfq_train import data_free_runner
     from psaq_mm.commands.quiet import ProgressHook, isolated, silence
     from psaq_mm.engine.config import to_data_free
+    from psaq_mm.engine.running import data_free_runner
 
     said = []
     config = Config.fromfile(project.path)

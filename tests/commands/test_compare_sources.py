@@ -11,7 +11,8 @@ pytest.importorskip('mmpretrain')
 from tiny_classifier import ClassifierProject  # noqa: E402
 
 from psaq_mm.commands.common import load_config  # noqa: E402
-from psaq_mm.commands.compare import Wanted, _settings_that_count, main, plan  # noqa: E402
+from psaq_mm.commands.compare import main  # noqa: E402
+from psaq_mm.commands.comparison import Wanted, _settings_that_count, plan  # noqa: E402
 from psaq_mm.commands.curves import draw_curves, fixed_subset  # noqa: E402
 from psaq_mm.commands.sample_rows import FIELDS, bits_of, merge_rows, read_rows, rows_of  # noqa: E402
 from psaq_mm.engine.checkpoint import read_checkpoint  # noqa: E402

@@ -151,7 +151,7 @@ def test_metrics_of_the_most_sensitive_layers(project, capsys):
     _, report = run(project, '--metric', 2, name='metric')
     key = 'accuracy/top1'
     assert [key in layer['metrics'] for layer in report['layers'][:3]] == [True, True, False]
-    from psaq_mm.commands.test import evaluate
+    from psaq_mm.commands.evaluation import evaluate
     from psaq_mm.engine.checkpoint import read_checkpoint
 
     config = Config.fromfile(project.path)

@@ -7,7 +7,7 @@ import torch
 from swin_models import build_backbone
 from vit_models import build as build_other
 
-from psaq_mm.commands.test import check_spec
+from psaq_mm.commands.evaluation import check_spec
 from psaq_mm.deploy import export_model, load
 from psaq_mm.deploy.report import execution, sizes_of, summary
 from psaq_mm.deploy.verify import LayerAgreement, Verification, verify, wrong_weights
@@ -381,7 +381,7 @@ def scaled(graph, factor):
 
 def test_every_exported_size_is_verified(capsys, tmp_path):
     pytest.importorskip('onnxruntime')
-    from psaq_mm.commands.export import _verify, verified_sizes
+    from psaq_mm.engine.exporting import verified_sizes, verify_export
 
     model, _ = calibrated(build_backbone('mmdet', **ONE_STAGE), 'w8a8', SIZE)
     sizes = [(56, 56), (112, 84), (28, 28)]
@@ -389,7 +389,7 @@ def test_every_exported_size_is_verified(capsys, tmp_path):
     assert verified_sizes(exported) == sizes
     scaled(exported.graphs[sizes[1]], 1.5)
     with pytest.raises(PsaqError, match='the integer codes in onnxruntime at 112 x 84 are further'):
-        _verify(model, exported, ['onnxruntime'], 1)
+        verify_export(model, exported, ['onnxruntime'], 1)
     tables = capsys.readouterr().out.split('codes in onnxruntime, ')[1:]
     assert [table.split('  ')[0] for table in tables] == ['56 x 56', '112 x 84', '28 x 28']
     assert ['too far' in table for table in tables] == [False, True, False]
@@ -400,7 +400,7 @@ def test_every_exported_size_is_verified(capsys, tmp_path):
 
 def test_a_graph_for_every_size_is_verified_at_one_that_it_was_not_traced_with(dynamic):
     pytest.importorskip('onnxruntime')
-    from psaq_mm.commands.export import verified_sizes
+    from psaq_mm.engine.exporting import verified_sizes
 
     model, _, exported = dynamic
     assert verified_sizes(exported) == [(64, 96), (96, 160)]

@@ -1,4 +1,4 @@
-"""docs/adding_a_backbone.md, block by block: its files are those of the project, and its checks hold there."""
+"""docs/guides/adding_a_backbone.md, block by block: its files are those of the project, and its checks hold there."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('onnxruntime')
 ROOT = Path(__file__).parents[2]
 PROJECT = ROOT / 'tests' / 'downstream' / 'project'
-TEXT = (ROOT / 'docs' / 'adding_a_backbone.md').read_text()
+TEXT = (ROOT / 'docs' / 'guides' / 'adding_a_backbone.md').read_text()
 BLOCKS = re.findall(r'^```python\n(.*?)^```$', TEXT, re.DOTALL | re.MULTILINE)
 FILES = {
     match[1]: block[match.end() :] for block in BLOCKS if (match := re.match(r'# ((?:welds|configs)/\S+)\n', block))
@@ -48,4 +48,4 @@ def _environment():
 
 def test_every_link_has_a_target():
     for link in re.findall(r'\]\(([^)#]+)\)', TEXT):
-        assert (ROOT / 'docs' / link).exists(), link
+        assert (ROOT / 'docs' / 'guides' / link).exists(), link

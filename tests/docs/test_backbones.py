@@ -1,4 +1,4 @@
-"""docs/backbones.md is what its script makes of the rows of the tests and of the results for all configs."""
+"""docs/reference/backbones.md is what its script makes of the rows of the tests and of the results for all configs."""
 
 import importlib.util
 import json
@@ -15,8 +15,8 @@ def _script():
 
 
 def test_the_page_is_what_the_script_prints():
-    expected = (ROOT / 'docs' / 'backbones.md').read_text(encoding='utf-8')
-    assert _script().page() == expected, 'python .dev/backbone_table.py > docs/backbones.md'
+    expected = (ROOT / 'docs' / 'reference' / 'backbones.md').read_text(encoding='utf-8')
+    assert _script().page() == expected, 'python .dev/backbone_table.py > docs/reference/backbones.md'
 
 
 def test_most_configs_of_the_libraries_are_quantized():

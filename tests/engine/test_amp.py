@@ -159,8 +159,8 @@ def test_the_wrappers_own_key_counts_too(project):
     """In a config that is in data-free form already, as a run leaves it in its work dir."""
     from mmengine.config import Config
 
-    from psaq_mm.commands.dfq_train import data_free_runner
     from psaq_mm.engine.config import to_data_free
+    from psaq_mm.engine.running import data_free_runner
 
     config = to_data_free(Config.fromfile(project.config('w8a8', 'wrapper.py', **DFQ, batch_size=2)))
     config.work_dir, config.optim_wrapper.accumulative_counts = str(project.folder / 'wrapper'), 2

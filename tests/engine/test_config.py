@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 from tiny_classifier import ClassifierProject
 
 from psaq_mm.commands.common import load_config
-from psaq_mm.commands.compare import Wanted, plan
+from psaq_mm.commands.comparison import Wanted, plan
 from psaq_mm.commands.dfq_train import main as dfq_train
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import apply_method, drop_pretrained, is_quantized_config, to_data_free, type_name

@@ -346,8 +346,8 @@ def test_an_export_normalizes_as_the_pipeline_does(tmp_path):
     pytest.importorskip('mmpretrain')
     pytest.importorskip('onnxruntime')
     from psaq_mm.commands.common import load_config
-    from psaq_mm.commands.export import export
     from psaq_mm.deploy import load
+    from psaq_mm.engine.exporting import export
 
     project = ClassifierProject(tmp_path, per_class=1)
     path = project.config(size=(32, 32), iters=0, evolve_every=0)

@@ -5,8 +5,8 @@ import pytest
 from tiny_classifier import ClassifierProject
 
 from psaq_mm.commands.common import load_config
-from psaq_mm.commands.dfq_train import data_free_runner
 from psaq_mm.engine.config import to_data_free
+from psaq_mm.engine.running import data_free_runner
 from psaq_mm.engine.settings import GROUPS
 
 pytestmark = pytest.mark.filterwarnings('ignore')

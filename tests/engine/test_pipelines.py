@@ -3,8 +3,8 @@
 import pytest
 from mmengine.config import Config
 
-from psaq_mm.commands.export import default_sizes
 from psaq_mm.engine.config import sample_size
+from psaq_mm.engine.exporting import default_sizes
 from psaq_mm.engine.pipelines import image_sizes
 from psaq_mm.errors import ConfigError
 

@@ -8,11 +8,11 @@ from tiny_classifier import ClassifierProject
 
 from psaq_mm.commands.common import load_config
 from psaq_mm.commands.dfq_train import main as dfq_train
-from psaq_mm.commands.export import build_student
 from psaq_mm.commands.export import main as export_command
 from psaq_mm.commands.test import main as evaluate_command
 from psaq_mm.engine.checkpoint import read_checkpoint
 from psaq_mm.engine.config import quant_holder
+from psaq_mm.engine.exporting import build_student
 from psaq_mm.engine.students import config_of_student
 from psaq_mm.errors import CheckpointError, ConfigError
 from psaq_mm.models import report_of, spec_of

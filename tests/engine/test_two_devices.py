@@ -15,10 +15,10 @@ from tiny_classifier import ClassifierProject
 
 from psaq_mm.commands.common import load_config
 from psaq_mm.commands.dfq_train import main as dfq_train
-from psaq_mm.commands.dfq_train import run_data_free
 from psaq_mm.commands.sensitivity import main as sensitivity
 from psaq_mm.commands.test import main as evaluate
 from psaq_mm.engine.config import quantized_model_config
+from psaq_mm.engine.running import run_data_free
 from psaq_mm.models import TaskModel
 from psaq_mm.quantization import calibrate
 from psaq_mm.visualization import write_png

@@ -19,6 +19,7 @@ import psaq_mm
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
+    'psaq': 'psaq_mm.commands.main:main',
     'psaq-dfq-train': 'psaq_mm.commands.dfq_train:main',
     'psaq-test': 'psaq_mm.commands.test:main',
     'psaq-compare': 'psaq_mm.commands.compare:main',
@@ -164,6 +165,7 @@ def test_metadata(wheel):
     assert set(metadata.get_all('Provides-Extra')) == {
         'all',
         'deploy',
+        'docs',
         'mmdet',
         'mmpretrain',
         'mmseg',

@@ -151,7 +151,7 @@ def test_impossible_choice_is_one_clear_sentence(tmp_path, given, sentence):
 
 def test_core_tests_run_without_openmmlab(tree):
     shown = make('-n', 'test-core', 'TORCH=2.13.0', cwd=tree).stdout
-    assert '--venv ".venv-core-torch2.13.0" --core' in shown
+    assert '--stack core --venv ".venv-core-torch2.13.0"' in shown
     assert '-m pytest -q tests/quantization' in shown
 
 

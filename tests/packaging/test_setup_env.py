@@ -1,6 +1,7 @@
-"""When an environment counts as done, when it is filled up, and when it is made anew; and how a compiled mmcv is kept.
+"""When an environment counts as done, when it is filled up, and when it is made anew; how a compiled mmcv is kept, and
+what is said where a package cannot be installed.
 
-Nothing here installs packages: an environment is a bare folder, and mmcv a source package of two lines.
+Nothing here installs packages but a source package of two lines: an environment is a bare folder, or has pip alone.
 """
 
 import importlib.util
@@ -8,9 +9,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -38,23 +41,25 @@ def setup_env(tmp_path, monkeypatch):
         shutil.copy(ROOT / name, root / name)
     module = load(root / '.dev' / 'setup_env.py')
     module.installed = []
+    make = subprocess.run
 
-    def install(env, torch_version, stack):
-        module.installed.append(torch_version)
-
-    def make_python(command, *args, run=module.run, **kwargs):
+    def make_python(command, **kwargs):
         if list(command[1:3]) != ['-m', 'venv']:
-            return run(command, *args, **kwargs)
+            return make(command, **kwargs)
         python = Path(command[3]) / 'bin' / 'python'
         python.parent.mkdir()
         python.symlink_to(sys.executable)
+        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(module, 'install_stack', install)
-    monkeypatch.setattr(module, 'install_core', install)
-    monkeypatch.setattr(module, 'run', make_python)
+    monkeypatch.setattr(module, 'install', lambda env, torch, stack, pins: module.installed.append(torch))
+    monkeypatch.setattr(module.subprocess, 'run', make_python)
     # The tests run on any Python; the check of the version has a test of its own.
-    monkeypatch.setattr(module.sys, 'version_info', (3, 11, 9))
+    monkeypatch.setattr(module, 'PYTHON', '3.11')
     return module
+
+
+def is_ready(setup_env, venv):
+    return setup_env.read_stamp(venv) == setup_env.wanted(TORCH)
 
 
 @pytest.fixture
@@ -91,7 +96,7 @@ def test_changed_requirements_fill_the_same_environment_up(setup_env, venv, name
     setup_env.set_up(venv, TORCH)
     assert setup_env.installed == [TORCH]
     assert (venv / 'witness').exists()
-    assert not (venv / setup_env.BUILDING).exists()
+    assert is_ready(setup_env, venv)
 
 
 def test_another_torch_starts_from_nothing(setup_env, venv):
@@ -122,10 +127,10 @@ def test_environment_from_before_there_was_a_choice_is_the_reference_one(setup_e
 
 
 def test_another_python_starts_from_nothing(setup_env, venv, monkeypatch):
-    setup_env.set_up(venv, TORCH, core=True)
+    setup_env.set_up(venv, TORCH, stack='core')
     (venv / 'witness').touch()
-    monkeypatch.setattr(setup_env.sys, 'version_info', (3, 12, 1))
-    setup_env.set_up(venv, TORCH, core=True)
+    monkeypatch.setattr(setup_env, 'PYTHON', '3.12')
+    setup_env.set_up(venv, TORCH, stack='core')
     assert not (venv / 'witness').exists()
 
 
@@ -133,65 +138,73 @@ def test_moved_checkout_starts_from_nothing(setup_env, venv, tmp_path):
     moved = tmp_path / 'elsewhere'
     shutil.copytree(setup_env.ROOT, moved, symlinks=True)
     stamp = json.loads((moved / '.venv' / setup_env.STAMP).read_text())
-    assert setup_env.environment_key(TORCH) == stamp['key']
-    assert setup_env.environment_key(TORCH, root=moved) != stamp['key']
+    assert setup_env.wanted(TORCH) == stamp
+    assert setup_env.wanted(TORCH, root=moved)['root'] != stamp['root']
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
 def test_interrupted_set_up_does_not_count_as_done(setup_env, monkeypatch, error):
     venv = setup_env.ROOT / '.venv'
-    install = setup_env.install_stack
+    install = setup_env.install
 
-    def stopped(env, torch_version, stack):
+    def stopped(env, torch, stack, pins):
         (env.folder / 'half a package').touch()
         raise error
 
-    monkeypatch.setattr(setup_env, 'install_stack', stopped)
+    monkeypatch.setattr(setup_env, 'install', stopped)
     with pytest.raises(error):
         setup_env.set_up(venv, TORCH)
-    assert not setup_env.is_ready(venv, setup_env.environment_key(TORCH))
+    assert not is_ready(setup_env, venv)
 
-    monkeypatch.setattr(setup_env, 'install_stack', install)
+    monkeypatch.setattr(setup_env, 'install', install)
     setup_env.set_up(venv, TORCH)
     assert setup_env.installed == [TORCH]
     assert not (venv / 'half a package').exists()
-    assert setup_env.is_ready(venv, setup_env.environment_key(TORCH))
+    assert is_ready(setup_env, venv)
 
 
 def test_interrupted_update_does_not_count_as_done(setup_env, venv, monkeypatch):
-    def stopped(env, torch_version, stack):
+    def stopped(env, torch, stack, pins):
         raise KeyboardInterrupt
 
     content = (setup_env.ROOT / 'requirements.txt').read_text()
     (setup_env.ROOT / 'requirements.txt').write_text(content + '\n# changed\n')
-    monkeypatch.setattr(setup_env, 'install_stack', stopped)
+    monkeypatch.setattr(setup_env, 'install', stopped)
     with pytest.raises(KeyboardInterrupt):
         setup_env.set_up(venv, TORCH)
     (setup_env.ROOT / 'requirements.txt').write_text(content)
-    assert not setup_env.is_ready(venv, setup_env.environment_key(TORCH))
+    assert not is_ready(setup_env, venv)
 
 
 @pytest.mark.parametrize('content', ['', '{', '[]', '{"key": 1}'])
-def test_damaged_stamp_is_no_stamp(setup_env, venv, content):
+def test_environment_with_a_damaged_stamp_is_made_anew(setup_env, venv, content):
     (venv / setup_env.STAMP).write_text(content)
-    assert not setup_env.is_ready(venv, setup_env.environment_key(TORCH))
+    setup_env.set_up(venv, TORCH)
+    assert setup_env.installed == [TORCH]
+    assert not (venv / 'witness').exists()
 
 
-def test_environment_whose_python_is_gone_is_not_ready(setup_env, venv):
+@pytest.mark.parametrize('changed', [False, True])
+def test_environment_whose_python_is_gone_is_made_anew(setup_env, venv, changed):
     (venv / 'bin' / 'python').unlink()
     (venv / 'bin' / 'python').symlink_to(venv / 'removed')
-    assert not setup_env.is_ready(venv, setup_env.environment_key(TORCH))
+    if changed:
+        (setup_env.ROOT / 'requirements.txt').write_text('# changed\n')
+    setup_env.set_up(venv, TORCH)
+    assert setup_env.installed == [TORCH]
+    assert not (venv / 'witness').exists() and (venv / 'bin' / 'python').exists()
 
 
 def test_environment_made_by_hand_is_not_wiped(setup_env, monkeypatch):
     venv = setup_env.ROOT / '.venv'
     (venv / 'bin').mkdir(parents=True)
     (venv / 'witness').touch()
-    with pytest.raises(setup_env.SetupError, match='was not made by this Makefile and has no working Python'):
+    with pytest.raises(setup_env.SetupError, match='was not made by make and has no working Python'):
         setup_env.set_up(venv, TORCH)
     assert (venv / 'witness').exists()
     # One with a Python that serves is filled up.
-    monkeypatch.setattr(setup_env.Environment, 'works', lambda self, code: 'metadata' not in code)
+    monkeypatch.setattr(setup_env.Environment, 'versions', lambda self, *names: {})
+    monkeypatch.setattr(setup_env.Environment, 'works', lambda self, code: True)
     setup_env.set_up(venv, TORCH)
     assert setup_env.installed == [TORCH]
     assert (venv / 'witness').exists()
@@ -200,13 +213,13 @@ def test_environment_made_by_hand_is_not_wiped(setup_env, monkeypatch):
 def test_environment_made_by_hand_with_the_other_family_is_refused(setup_env, monkeypatch):
     venv = setup_env.ROOT / '.venv'
     (venv / 'bin').mkdir(parents=True)
+    held = {'torch': '2.13.0', 'mmcv': '2.1.0'}
     monkeypatch.setattr(
-        setup_env.Environment,
-        'works',
-        lambda self, code: 'metadata' not in code or 'torch' in code or "m.version('mmcv')" in code,
+        setup_env.Environment, 'versions', lambda self, *names: {name: held[name] for name in names if name in held}
     )
+    monkeypatch.setattr(setup_env.Environment, 'works', lambda self, code: True)
     with pytest.raises(
-        setup_env.SetupError, match='holds mmcv, whose files the packages asked for would overwrite: remove it, or'
+        setup_env.SetupError, match='holds mmcv, which the packages asked for would overwrite: remove it, or'
     ):
         setup_env.set_up(venv, '2.13.0', stack='onedl')
     assert setup_env.installed == []
@@ -223,30 +236,29 @@ def test_unusable_stack_is_named(setup_env, stack):
 def test_forks_refuse_a_torch_of_numpy_1(setup_env):
     with pytest.raises(
         setup_env.SetupError,
-        match=r'STACK=onedl needs numpy 2 and with it torch 2\.3 or later, not TORCH=2\.1\.2: leave',
+        match=r'STACK=onedl needs numpy 2 and so torch 2\.3 or later, not TORCH=2\.1\.2: leave',
     ):
         setup_env.set_up(setup_env.ROOT / '.venv', TORCH, stack='onedl')
 
 
 @pytest.mark.parametrize(
-    'stack,torch,requirements,constraints',
+    'stack,torch,constraints',
     [
-        ('openmmlab', '2.1.2', 'requirements.txt', 'constraints.txt'),
-        ('openmmlab', '2.2.2', 'requirements.txt', 'constraints.txt'),
-        ('openmmlab', '2.3.0', 'requirements-torch2.13.txt', 'constraints-numpy2.txt'),
-        ('openmmlab', '2.13.0', 'requirements-torch2.13.txt', 'constraints-numpy2.txt'),
-        ('onedl', '2.13.0', 'requirements-onedl.txt', 'constraints-numpy2.txt'),
+        ('openmmlab', '2.1.2', 'constraints.txt'),
+        ('openmmlab', '2.2.2', 'constraints.txt'),
+        ('openmmlab', '2.3.0', 'constraints-numpy2.txt'),
+        ('openmmlab', '2.13.0', 'constraints-numpy2.txt'),
+        ('onedl', '2.13.0', 'constraints-numpy2.txt'),
     ],
 )
-def test_pins_of_a_stack(setup_env, stack, torch, requirements, constraints):
-    chosen = setup_env.Stack(stack, torch)
-    assert (chosen.requirements, chosen.constraints) == (requirements, constraints)
-    names = {pin.split('==')[0] for pin in chosen.pins()}
-    assert {'numpy', 'timm', 'pytest', *chosen.distributions.values()} <= names
-    assert not names & set(chosen.others), 'a family is pinned alone'
-    assert int(chosen.pinned('numpy').split('.')[0]) == (1 if constraints == 'constraints.txt' else 2)
-    with pytest.raises(setup_env.SetupError, match=f'{requirements} has no line "absent==<version>": add it'):
-        chosen.pinned('absent')
+def test_pins_of_a_stack(setup_env, monkeypatch, stack, torch, constraints):
+    seen = {}
+    monkeypatch.setattr(setup_env, 'install', lambda env, torch, stack, pins: seen.update(env=env, pins=pins))
+    setup_env.set_up(setup_env.ROOT / '.venv', torch, stack)
+    assert seen['env'].constraints == ['-c', constraints]
+    assert {'torch', 'numpy', 'timm', 'pytest', *setup_env.PACKAGES[stack]} <= set(seen['pins'])
+    assert not set(seen['pins']) & set(setup_env.PACKAGES[setup_env.OTHERS[stack]]), 'a family is pinned alone'
+    assert int(seen['pins']['numpy'].split('.')[0]) == (1 if constraints == 'constraints.txt' else 2)
 
 
 class TestTorchvision:
@@ -254,10 +266,10 @@ class TestTorchvision:
 
     class Env:
         def __init__(self, vision, cpu_only):
-            self.answers, self.done, self.last_output = {'torchvision': vision, 'torch': cpu_only}, [], ''
+            self.answers, self.done, self.output = {'torchvision': vision, 'torch': cpu_only}, [], ''
 
         def works(self, code):
-            self.last_output = 'Traceback\nRuntimeError: operator torchvision::nms does not exist\n'
+            self.output = 'Traceback\nRuntimeError: operator torchvision::nms does not exist\n'
             return self.answers['torchvision' if 'torchvision' in code else 'torch']
 
         def pip(self, *args):
@@ -293,100 +305,157 @@ def test_unusable_torch_is_named(setup_env, torch):
 
 
 def test_unusable_python_is_named(setup_env, monkeypatch):
-    monkeypatch.setattr(setup_env.sys, 'version_info', (3, 13, 0))
-    with pytest.raises(setup_env.SetupError, match=r'needs Python 3\.11, and this is Python 3\.13'):
+    monkeypatch.setattr(setup_env, 'PYTHON', '3.13')
+    with pytest.raises(setup_env.SetupError, match=r'needs Python 3\.11, and this is 3\.13: name one with PYTHON='):
         setup_env.set_up(setup_env.ROOT / '.venv', TORCH)
 
 
-class TestCompiledWheel:
-    """`compile_mmcv` on a source package that only says how it was built."""
+class TestCompiled:
+    """`install_mmcv` in an environment of its own, on a source package that only says how it was built."""
+
+    @pytest.fixture(scope='class')
+    def folder(self, tmp_path_factory):
+        """An environment that has pip, and setuptools of this one: nothing is fetched."""
+        folder = tmp_path_factory.mktemp('environment') / 'a venv'
+        subprocess.run([sys.executable, '-m', 'venv', '--without-pip', folder], check=True)
+        (site,) = folder.glob('lib/python*/site-packages')
+        (site / 'tools.pth').write_text(str(Path(pytest.__file__).parents[1]))
+        return folder
 
     @pytest.fixture
-    def script(self):
-        return load(ROOT / '.dev' / 'setup_env.py')
+    def script(self, monkeypatch, tmp_path):
+        script = load(ROOT / '.dev' / 'setup_env.py')
+        monkeypatch.setattr(script, 'OPS_CHECK', 'import mmcv_ops')
+        monkeypatch.setattr(script, 'sees_gpu', lambda env: False)
+        monkeypatch.setenv('PSAQ_MM_WHEELS', str(tmp_path / 'kept wheels'))
+        monkeypatch.delenv('MMCV_FIND_LINKS', raising=False)
+        monkeypatch.setenv('PIP_NO_INDEX', '1')
+        # pip.conf of this machine may name indexes and folders of its own.
+        monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
+        return script
 
     @pytest.fixture
-    def env(self, script, monkeypatch):
-        env = script.Environment(Path(sys.prefix))
-        monkeypatch.setattr(script, 'check_compilers', lambda env: None)
-        return env
+    def env(self, script, folder):
+        yield script.Environment(folder)
+        for path in folder.glob('lib/python*/site-packages/*mmcv*'):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @pytest.fixture
     def source(self, tmp_path, monkeypatch):
         """Puts an `mmcv` source package with this setup.py where pip looks, and nothing else."""
 
         def make(setup_py, name='mmcv'):
-            folder = tmp_path / 'links'
-            folder.mkdir()
+            folder = tmp_path / 'some links'
+            folder.mkdir(exist_ok=True)
             # As today's source packages are named: their blanks and dashes are underscores.
             stem = f'{name.replace("-", "_")}-9.9'
+            files = {
+                'setup.py': setup_py,
+                'mmcv_ops.py': '',
+                'PKG-INFO': f'Metadata-Version: 1.0\nName: {name}\nVersion: 9.9\n',
+            }
             with tarfile.open(folder / f'{stem}.tar.gz', 'w:gz') as archive:
-                for file, text in {
-                    'setup.py': setup_py,
-                    'PKG-INFO': f'Metadata-Version: 1.0\nName: {name}\nVersion: 9.9\n',
-                }.items():
+                for file, text in files.items():
                     info = tarfile.TarInfo(f'{stem}/{file}')
                     info.size = len(text)
                     archive.addfile(info, io.BytesIO(text.encode()))
-            monkeypatch.setenv('PIP_NO_INDEX', '1')
+            # An address: pip divides this variable at blanks.
             monkeypatch.setenv('PIP_FIND_LINKS', folder.as_uri())
-            # pip.conf of this machine may name indexes and folders of its own.
-            monkeypatch.setenv('PIP_CONFIG_FILE', os.devnull)
+            return folder / f'{stem}.tar.gz'
 
         return make
 
-    def test_wheel_is_kept_and_its_build_is_told_what_matters(self, script, env, source, tmp_path, monkeypatch):
-        source(
+    def test_is_kept_and_its_build_is_told_what_matters(self, script, env, source, tmp_path, monkeypatch, capfd):
+        log = tmp_path / 'log'
+        archive = source(
             'import os, sys, setuptools\n'
-            'print("OPS", os.environ["MMCV_WITH_OPS"], "JOBS", os.environ["MAX_JOBS"], "PREFIX", sys.prefix)\n'
-            'setuptools.setup(name="mmcv", version="9.9", py_modules=[])\n'
+            f'print(os.environ["MMCV_WITH_OPS"], os.environ["MAX_JOBS"], sys.prefix, file=open({str(log)!r}, "a"))\n'
+            'setuptools.setup(name="mmcv", version="9.9", py_modules=["mmcv_ops"])\n'
         )
         monkeypatch.setenv('MAX_JOBS', '5')
-        folder = tmp_path / 'kept wheels' / 'torch'
-        wheel = script.compile_mmcv(env, '9.9', TORCH, folder)
-        assert wheel.parent == folder and wheel.name.startswith('mmcv-9.9') and wheel.is_file()
+        script.install_mmcv(env, TORCH, 'mmcv', '9.9')
         # In this environment (no isolated one with another torch), with the ops, and as many jobs as asked for.
-        assert f'OPS 1 JOBS 5 PREFIX {sys.prefix}' in (folder / 'mmcv-9.9.log').read_text()
-        # Nothing else stays: the build's own folder is gone.
-        assert {path.name for path in folder.iterdir()} == {'mmcv-9.9.log', wheel.name}
+        assert set(log.read_text().splitlines()) == {f'1 5 {env.folder}'}
+        said = capfd.readouterr().out
+        assert 'no prebuilt wheel was found' in said and str(tmp_path / 'kept wheels') in said
 
-    def test_wheel_of_a_fork_is_found_under_its_own_name(self, script, env, source, tmp_path):
-        source(
-            'import setuptools; setuptools.setup(name="onedl-mmcv", version="9.9", py_modules=[])\n', name='onedl-mmcv'
+        # Another environment of the same torch takes what was compiled.
+        log.unlink()
+        env.pip('uninstall', '-y', 'mmcv')
+        script.install_mmcv(env, TORCH, 'mmcv', '9.9')
+        assert env.works('import mmcv_ops') and not log.exists()
+        # One that works is left alone, without any source of it.
+        archive.unlink()
+        script.install_mmcv(env, TORCH, 'mmcv', '9.9')
+
+    def test_prebuilt_wheel_in_the_folder_is_taken(self, script, env, source, tmp_path, capfd):
+        archive = source(
+            'import setuptools; setuptools.setup(name="onedl-mmcv", version="9.9", py_modules=["mmcv_ops"])\n'
         )
-        wheel = script.compile_mmcv(env, '9.9', '2.13.0', tmp_path / 'wheels', 'onedl-mmcv')
-        assert wheel.name.startswith('onedl_mmcv-9.9')
-        assert (tmp_path / 'wheels' / 'onedl-mmcv-9.9.log').is_file()
+        archive = archive.rename(archive.with_name('onedl_mmcv-9.9.tar.gz'))
+        env.pip('wheel', '--no-build-isolation', '--no-deps', '-w', script.wheel_folder(env, TORCH), archive)
+        archive.unlink()
+        script.install_mmcv(env, TORCH, 'onedl-mmcv', '9.9')
+        assert env.versions('onedl-mmcv') == {'onedl-mmcv': '9.9'}
+        assert 'compiled' not in capfd.readouterr().out
 
-    def test_failure_shows_the_end_of_the_log(self, script, env, source, tmp_path):
+    def test_prebuilt_wheel_that_does_not_work_is_compiled_instead(
+        self, script, env, source, tmp_path, capfd, monkeypatch
+    ):
+        archive = source('import setuptools; setuptools.setup(name="mmcv", version="9.9", py_modules=[])\n')
+        monkeypatch.setenv('MMCV_FIND_LINKS', str(tmp_path / 'prebuilt'))
+        env.pip('wheel', '--no-build-isolation', '--no-deps', '--no-cache-dir', '-w', tmp_path / 'prebuilt', archive)
+        source('import setuptools; setuptools.setup(name="mmcv", version="9.9", py_modules=["mmcv_ops"])\n')
+        script.install_mmcv(env, TORCH, 'mmcv', '9.9')
+        assert env.works('import mmcv_ops')
+        assert "the ops of the prebuilt wheel do not run (ModuleNotFoundError: No module named 'mmcv_ops')" in (
+            capfd.readouterr().out
+        )
+
+    def test_failure_is_shown_and_what_the_machine_lacks(self, script, env, source, capfd, monkeypatch):
         source('raise SystemExit("the compiler is on strike")\n')
-        with pytest.raises(script.SetupError, match='compiling mmcv failed(.|\n)*the compiler is on strike$'):
-            script.compile_mmcv(env, '9.9', TORCH, tmp_path / 'wheels')
-        assert not list((tmp_path / 'wheels').glob('*.whl'))
+        with pytest.raises(script.SetupError, match='pip install .*mmcv==9.9: failed with the messages above'):
+            script.install_mmcv(env, TORCH, 'mmcv', '9.9')
+        assert 'the compiler is on strike' in capfd.readouterr().err
 
-    def test_unwritable_wheel_folder_is_named(self, script, env, tmp_path):
-        (tmp_path / 'file').touch()
-        with pytest.raises(script.SetupError, match='cannot be written .* PSAQ_MM_WHEELS'):
-            script.compile_mmcv(env, '9.9', TORCH, tmp_path / 'file' / 'wheels')
+        monkeypatch.setenv('CXX', 'no-such-compiler')
+        assert script.why_no_build(env).startswith('there is no C++ compiler "no-such-compiler": install one')
+        monkeypatch.setenv('CXX', sys.executable)
+        monkeypatch.setattr(script.sysconfig, 'get_paths', lambda: {'include': '/no/headers'})
+        assert script.why_no_build(env).startswith('/no/headers/Python.h is missing: install the Python headers')
 
-    def test_stopped_build_leaves_no_process(self, script, tmp_path, monkeypatch):
+    def test_full_disk_is_named(self, script, env, monkeypatch):
+        monkeypatch.setattr(script.shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(9 << 30, 0, 7 << 20))
+        with pytest.raises(script.SetupError, match='no-such-package: failed .* the disk has 7 MB left: make room'):
+            env.pip('install', 'no-such-package', silent=True)
+
+    def test_missing_network_has_a_way_out(self, script, env):
+        with pytest.raises(
+            script.SetupError, match='no-such-package: failed .* in PIP_FIND_LINKS and set PIP_NO_INDEX'
+        ):
+            env.pip('install', 'no-such-package', silent=True)
+
+    def test_stopped_build_leaves_no_process(self, script, env, source, tmp_path):
         """The build's own children too: a compiler left behind would keep a core busy for minutes."""
         pids = tmp_path / 'pids'
-        code = (
-            f'import subprocess, sys, time\nchild = subprocess.Popen(["sleep", "100"])\n'
+        source(
+            'import subprocess, time\nchild = subprocess.Popen(["sleep", "100"])\n'
             f'open({str(pids)!r}, "w").write(str(child.pid))\ntime.sleep(100)\n'
         )
 
-        def stop_once_running(seconds, sleep=time.sleep):
-            for _ in range(200):
+        def stop_once_running():
+            for _ in range(4000):
                 if pids.exists() and pids.read_text():
-                    raise KeyboardInterrupt
-                sleep(0.05)
+                    return signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                time.sleep(0.05)
 
-        monkeypatch.setattr(script.time, 'sleep', stop_once_running)
-        with pytest.raises(KeyboardInterrupt):
-            script.follow_build([sys.executable, '-c', code], dict(os.environ), tmp_path / 'log')
-        monkeypatch.undo()
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            threading.Thread(target=stop_once_running).start()
+            with pytest.raises(KeyboardInterrupt):
+                script.install_mmcv(env, TORCH, 'mmcv', '9.9')
+        finally:
+            signal.signal(signal.SIGTERM, before)
         child = int(pids.read_text())
         for _ in range(100):
             if not alive(child):
@@ -403,7 +472,7 @@ def alive(pid):
 
 def test_wheels_are_kept_apart_by_torch_and_python(tmp_path, monkeypatch):
     script = load(ROOT / '.dev' / 'setup_env.py')
-    monkeypatch.setattr(script, 'builds_for_gpu', lambda env: False)
+    monkeypatch.setattr(script, 'sees_gpu', lambda env: False)
     monkeypatch.delenv('PSAQ_MM_WHEELS', raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     tag = 'cp{}{}'.format(*sys.version_info[:2])

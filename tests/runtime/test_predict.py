@@ -12,10 +12,10 @@ import torch
 from classifier_models import CLASSIFIER
 from tiny import DETECTOR, SEGMENTOR, WITHOUT_TORCH, Project, calibrated_student
 
-from psaq_mm.commands.export import export
-from psaq_mm.commands.predict import main, pictures_in
+from psaq_mm.commands.predict import main
 from psaq_mm.deploy import load
 from psaq_mm.deploy.serving import deploy_model_
+from psaq_mm.engine.exporting import export
 from psaq_mm.errors import ConfigError, DataError, UnsupportedModelError
 from psaq_mm.files import file_sha256
 from psaq_mm.runtime import RUNTIMES, Prediction
@@ -23,6 +23,7 @@ from psaq_mm.runtime.bundle import read_graph, read_manifest, read_weights
 from psaq_mm.runtime.detection import ImageInfo
 from psaq_mm.runtime.glue import label_map, slide, upsample
 from psaq_mm.runtime.heads import quantize_features
+from psaq_mm.runtime.pictures import pictures_in
 from psaq_mm.runtime.predictions import run_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -289,8 +290,8 @@ def test_commands_that_need_pytorch_say_so():
     script = """
 import sys
 sys.modules['torch'] = sys.modules['mmengine'] = None
-sys.argv = ['psaq-export']
-import psaq_mm.commands.export
+from psaq_mm.commands.export import main
+main(['C.py', 'student.pth', '--out', 'D'])
 """
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr

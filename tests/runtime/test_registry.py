@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import pytest
 import torch
 from vit_models import build
 
-from psaq_mm.commands.export import _chosen_runtimes, _execution, _verify
 from psaq_mm.deploy import export_model
+from psaq_mm.deploy.report import execution
+from psaq_mm.engine.exporting import chosen_runtimes, verify_export
 from psaq_mm.errors import ConfigError
 from psaq_mm.models import quantize_model_
 from psaq_mm.quantization import calibrate
@@ -35,9 +35,9 @@ def student(tmp_path_factory):
 def plain():
     """The runtime that the docs show: its name is not that of its package, and it has float kernels only."""
     pytest.importorskip('onnxruntime')
-    before, text = dict(RUNTIMES), (ROOT / 'docs' / 'deploy.md').read_text()
-    code = text[text.index('    from psaq_mm.runtime import Runtime') : text.index('`psaq_mm.DeployedBackbone`')]
-    exec(textwrap.dedent(code), {})
+    before, text = dict(RUNTIMES), (ROOT / 'docs' / 'reference' / 'integer_models.md').read_text()
+    code = text[text.index('from psaq_mm.runtime import Runtime') :]
+    exec(code[: code.index('```')], {})
     yield RUNTIMES['plain']
     RUNTIMES.clear()
     RUNTIMES.update(before)
@@ -48,10 +48,11 @@ def test_a_registered_runtime_loads_executes_and_verifies(student, plain, capsys
     found = load(exported.directory, 'plain', 1).run(images.numpy())['logits']
     wanted = load(exported.directory, 'onnxruntime', 1, kernels='float').run(images.numpy())['logits']
     assert np.allclose(found, wanted, atol=0.02 * np.abs(wanted).max())
-    assert _chosen_runtimes(['plain'], False) == ['plain'] and 'plain' in _chosen_runtimes([], True)
-    told = _execution(exported, 'plain', 1)
+    assert chosen_runtimes(['plain'], False) == ['plain'] and 'plain' in chosen_runtimes([], True)
+    deployed = load(exported.directory, 'plain', 1)
+    told = execution(deployed, deployed.sizes[0])
     assert told.startswith('plain, 32 x 32: 0 of 1 products are integer, float kernels'), told
-    _verify(model, exported, ['plain'], 1)
+    verify_export(model, exported, ['plain'], 1)
     assert 'plain ran the graph with float kernels' in capsys.readouterr().out
     with pytest.raises(ConfigError, match="runtime='plane' is not known: did you mean plain"):
         load(exported.directory, 'plane')
@@ -65,7 +66,7 @@ def test_a_runtime_without_its_package_is_refused(student, plain, monkeypatch):
     plain.package = 'psaq_mm_absent'
     with pytest.raises(ConfigError, match='the runtime plain is not installed'):
         load(student[2].directory, 'plain')
-    assert not plain.installed() and 'plain' not in _chosen_runtimes([], True)
+    assert not plain.installed() and 'plain' not in chosen_runtimes([], True)
 
 
 @pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])

@@ -12,11 +12,11 @@ import torch
 from tiny import CASCADE, DETECTOR, SEGMENTOR, WITHOUT_TORCH, Project, calibrated_student
 
 from psaq_mm.commands.common import load_config
-from psaq_mm.commands.export import default_sizes, export
 from psaq_mm.commands.export import main as export_command
 from psaq_mm.commands.test import main as evaluate_command
 from psaq_mm.deploy import load
 from psaq_mm.deploy.serving import deploy_model_
+from psaq_mm.engine.exporting import default_sizes, export
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.runtime.bundle import read_manifest
 

@@ -1,7 +1,7 @@
 # ImageNet-1k as timm evaluates these checkpoints: shorter side 248, bicubic, centre crop 224.
 default_scope = 'mmpretrain'
 quant = dict(preset='psaq_v2_w8a8', scope='full')
-# V2's samples want dead leaves beside them: alone they cost half a point at W4A8, and RepQ's channel ranges 2.5 at W6A6 (docs/results.md).
+# V2's samples want dead leaves beside them: alone they cost half a point at W4A8, and RepQ's channel ranges 2.5 at W6A6 (docs/history/results_synthesis.md).
 # Rounding is all: training on such samples costs more than it mends (docs/method.md). With dfq.iters=60 gains, offsets and biases are learned, by tokens of
 # every third block and by the class probabilities; it is worth that where activations have 4 bits.
 dfq = dict(preset='psaq_v2', size=(224, 224), distil=('blocks', ), rounding='auto', logits_weight=1., batch_size=16,

@@ -3,7 +3,7 @@
 
 import re
 from pathlib import Path
-from typing import List, Union
+from typing import List, Mapping, Union
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process, master_only
@@ -11,6 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
 from psaq_mm.engine.checkpoint import save_atomic, student_checkpoint
+from psaq_mm.engine.run_summary import as_text, rows_of, run_summary, write_summary
 from psaq_mm.engine.samples import save_samples
 from psaq_mm.engine.settings import HookSettings
 from psaq_mm.files import whole_file, write_whole
@@ -18,13 +19,25 @@ from psaq_mm.ranks import barrier
 from psaq_mm.registry import HOOKS
 from psaq_mm.visualization import sample_sheet, write_png
 
-__all__ = ['DataFreeQuantHook', 'checkpoints_in']
+__all__ = ['DataFreeQuantHook', 'checkpoints_in', 'student_config']
 
 _NAME = re.compile(r'iter_\d+\.pth')
 
-_STUDENT_KEYS = ('custom_imports', 'test_pipeline', 'test_dataloader')
+_STUDENT_KEYS = ('custom_imports', 'test_pipeline', 'test_dataloader', 'in_memory')
 """Keys of the run's config that ``student.pth`` holds beside the model. Without ``custom_imports`` an inferencer that
-builds from the checkpoint alone would not find classes of the user's project."""
+builds from the checkpoint alone would not find classes of the user's project. ``in_memory`` names the class of a model
+that was built without a config."""
+
+
+def student_config(config: Mapping, model: Mapping) -> Config:
+    """The config that ``student.pth`` holds.
+
+    Args:
+        config: A whole config.
+        model: The quantized model's.
+    """
+    kept = {key: config[key] for key in _STUDENT_KEYS if config.get(key)}
+    return Config(dict(default_scope=config.get('default_scope'), model=model, **kept))
 
 
 def checkpoints_in(work_dir: Union[str, Path]) -> List[Path]:
@@ -124,7 +137,7 @@ class DataFreeQuantHook(Hook):
             barrier()
 
     def after_train(self, runner) -> None:
-        """Write ``student.pth``."""
+        """Write ``student.pth`` and ``summary.json``, and print the summary."""
         if is_main_process():
             self._save_student(runner)
         barrier()
@@ -132,22 +145,18 @@ class DataFreeQuantHook(Hook):
     # ------------------------------------------------------------------ parts
     def _save_student(self, runner) -> None:
         loop = runner.train_loop
-        config = Config(
-            dict(
-                default_scope=runner.cfg.get('default_scope'),
-                model=loop.model_config,
-                **{k: runner.cfg[k] for k in _STUDENT_KEYS if runner.cfg.get(k)},
-            )
-        )
-        teacher = (loop.teacher_config['checkpoint'], loop.teacher_config.get('sha256') or '')
-        path = Path(runner.work_dir) / 'student.pth'
+        config = student_config(runner.cfg, loop.model_config)
+        teacher = (loop.teacher_config['checkpoint'] or '', loop.teacher_config.get('sha256') or '')
+        path, summary = Path(runner.work_dir) / 'student.pth', run_summary(loop)
         save_atomic(
             student_checkpoint(
-                loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher, loop.summary()
+                loop.model, config.pretty_text, loop.dataloader.dataset.metainfo, teacher, loop.summary(), summary
             ),
             path,
         )
         print_log(f'Saved the quantized model to {path}', 'current')
+        whole = write_summary(summary, path.parent, getattr(runner.cfg, 'filename', None))
+        print_log(as_text(f'Summary of {summary["label"]}', rows_of(whole)), 'current')
 
     @master_only
     def _draw_sheet(self, runner) -> None:

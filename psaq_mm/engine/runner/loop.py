@@ -14,21 +14,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from psaq_mm.calibration import Calibration, StudentTraining, check_size, take_pictures
-from psaq_mm.engine.checkpoint import file_sha256, is_quantized, load_weights, read_checkpoint
+from psaq_mm.engine.checkpoint import check_finite, file_sha256, is_quantized, load_weights, read_checkpoint
 from psaq_mm.engine.device import leave_device_without_float64
+from psaq_mm.engine.expected import Expected, expected_agreement, held_back
 from psaq_mm.engine.inputs import set_input_
 from psaq_mm.engine.optim import follow_schedule
 from psaq_mm.engine.presets import current_names
 from psaq_mm.engine.runner.clock import RunClock
+from psaq_mm.engine.runner.estimate import RunEstimate, parts_of
 from psaq_mm.engine.runner.pictures import RunPictures
 from psaq_mm.engine.samples import build_source
 from psaq_mm.engine.settings import LOOP_GROUPS, named_dfq
 from psaq_mm.errors import CheckpointError, ConfigError, DataError
 from psaq_mm.models import TaskModel, rotate_model_, spec_of
+from psaq_mm.models.rotation import RotationReport
 from psaq_mm.pictures import Generated
 from psaq_mm.plain import to_plain
+from psaq_mm.progress import listening, stage
 from psaq_mm.psaq_vit import CoEvolution, Synthesis
-from psaq_mm.quantization import QuantSpec, set_mode, update_ranges_, use_full_float32
+from psaq_mm.quantization import QuantSpec, is_quantizer_key, set_mode, update_ranges_, use_full_float32
 from psaq_mm.ranks import ranks, sum_gradients_
 from psaq_mm.registry import LOOPS, TASK_UTILS
 from psaq_mm.settings import read_groups
@@ -70,7 +74,7 @@ class DataFreeTrainLoop(BaseLoop):
         dataloader: Ignored, never built: the inherited one would open the real dataset.
         max_iters: Student steps; 0 calibrates only.
         teacher: ``dict(checkpoint=..., sha256=...)``: the full-precision weights. A key of its own, because resuming
-            replaces ``load_from``.
+            replaces ``load_from``. ``dict(in_model=dataset_meta)``: the weights of the runner's model.
         generator: Config of the sample generator.
         model_config: The quantized model's config, written into ``student.pth`` for inferencers.
         dropped_hooks: Inherited hooks that were dropped, named in the log.
@@ -84,6 +88,8 @@ class DataFreeTrainLoop(BaseLoop):
         calibration: Of the student; set by :meth:`run`.
         training: Of the student; None without student steps.
         synthesis: None where no picture is synthesized.
+        rotated: What was rotated; None where nothing was.
+        expected: The student compared with the teacher after the run; None before, and where it is switched off.
     """
 
     def __init__(
@@ -119,6 +125,8 @@ class DataFreeTrainLoop(BaseLoop):
         self.synthesis: Optional[Synthesis] = None
         self.labels: Optional[Tensor] = None  # classes that the first pictures were made for, (n,)
         self._first: Optional[Tensor] = None  # the first pictures, unless the run was resumed
+        self.rotated: Optional[RotationReport] = None
+        self.expected: Optional[Expected] = None
         self.clock = RunClock(self.settings.max_seconds)
         self._rates: List[float] = []
         self._last_round = 0.0  # seconds
@@ -164,12 +172,14 @@ class DataFreeTrainLoop(BaseLoop):
     # ------------------------------------------------------------------ set-up
     def _load_teacher(self) -> nn.Module:
         """A full-precision copy of the student with quantizers off. A new run's student gets its weights too."""
-        path = self.teacher_config.get('checkpoint')
-        if not path:
+        path, in_model = self.teacher_config.get('checkpoint'), self.teacher_config.get('in_model')
+        if not path and in_model is None:
             raise ConfigError(
                 'the loop has no teacher: run it through tools/dfq_train.py, or set '
                 'train_cfg.teacher=dict(checkpoint=...)'
             )
+        if in_model is not None:
+            return self._teacher_of_student(dict(in_model))
         checkpoint = read_checkpoint(path)
         if is_quantized(checkpoint):
             raise CheckpointError(f'{path} is quantized already: the teacher has to be the full-precision checkpoint')
@@ -184,23 +194,39 @@ class DataFreeTrainLoop(BaseLoop):
         if self._resumed is None:
             load_weights(self.model, checkpoint, path)
             self._rotate(self.model)
-        dataset_meta = dict(checkpoint['meta'].get('dataset_meta') or {})
-        self.model.psaq_mm_classes = tuple(dataset_meta.get('classes') or ())  # what a language model is asked for
+        self._describe(dict(checkpoint['meta'].get('dataset_meta') or {}))
         teacher = copy.deepcopy(self.model)
         if self._resumed is not None:
             load_weights(teacher, checkpoint, path)  # the copy has the weights of a student that has learned
             self._rotate(teacher)
+        return self._frozen(teacher)
+
+    def _teacher_of_student(self, dataset_meta: Dict[str, Any]) -> nn.Module:
+        """The teacher of a student that has the full-precision weights already."""
+        weights = {name: value for name, value in self.model.state_dict().items() if not is_quantizer_key(name)}
+        check_finite(weights, type(self.model).__name__)  # a quantizer has no range yet
+        self._rotate(self.model)
+        self._describe(dataset_meta)
+        return self._frozen(copy.deepcopy(self.model))
+
+    def _describe(self, dataset_meta: Dict[str, Any]) -> None:
+        """Keep the classes and the palette of the full-precision model."""
+        self.model.psaq_mm_classes = tuple(dataset_meta.get('classes') or ())  # what a language model is asked for
+        self._pool_dataset.metainfo = dataset_meta
+
+    @staticmethod
+    def _frozen(teacher: nn.Module) -> nn.Module:
+        """The same copy of the student with quantizers off."""
         set_mode(teacher, 'off')
         teacher.requires_grad_(False)
-        self._pool_dataset.metainfo = dataset_meta
         return _tune(teacher)
 
     def _rotate(self, model: nn.Module) -> None:
         if self.settings.rotate:
-            rotated = rotate_model_(_tune(model), tuple(self.picture_settings.size), self.settings.seed)
-            print_log(f'Rotated {rotated}', 'current')
+            self.rotated = rotate_model_(_tune(model), tuple(self.picture_settings.size), self.settings.seed)
+            print_log(f'Rotated {self.rotated}', 'current')
 
-    def _prepare(self) -> None:
+    def _prepare(self, listeners: contextlib.ExitStack) -> None:
         """Make teacher, calibration and, where they are needed, synthesis and training; then calibrate."""
         set_input_(self.model, self.runner.cfg, self.picture_settings.value_range)  # before the teacher is copied
         models, scope, seed = (self._load_teacher(), _tune(self.model)), spec_of(self.model).scope, self.settings.seed
@@ -217,7 +243,8 @@ class DataFreeTrainLoop(BaseLoop):
             self.training = self._build_training(pictures)
         if self._resumed is not None:
             self._resume(self._resumed)
-        else:
+        listeners.enter_context(listening(self._estimate(pictures)))
+        if self._resumed is None:
             self._calibrate(pictures)
 
     def _build_synthesis(self, random: torch.Generator, pictures: RunPictures) -> Synthesis:
@@ -304,9 +331,11 @@ class DataFreeTrainLoop(BaseLoop):
         self._check_step()
         self.runner.call_hook('before_train')
         self._start()
-        self._prepare()
-        self.runner.call_hook('before_train_epoch')
-        self._train()
+        with contextlib.ExitStack() as listeners:
+            self._prepare(listeners)
+            self.runner.call_hook('before_train_epoch')
+            self._train()
+        self._expect()
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')
         if self._failed_validation is not None:
@@ -337,15 +366,38 @@ class DataFreeTrainLoop(BaseLoop):
                 'its ranges are calibrated',
                 'current',
             )
-        while self.training is not None and not over:
-            self._step(self.training)
-            over = self._over()
-            due = self.val_interval and self._iter % self.val_interval == 0
-            if self.runner.val_loop is not None and (over or due):
-                self._validate()
+        if self.training is not None and not over:
+            with stage('Student', self._max_iters, self._iter) as steps:
+                while not over:
+                    self._step(self.training)
+                    steps.advance()
+                    over = self._over()
+                    due = self.val_interval and self._iter % self.val_interval == 0
+                    if self.runner.val_loop is not None and (over or due):
+                        self._validate()
         # nothing to train, or killed between the last step and here
         if over_at_once and self.runner.val_loop is not None:
             self._validate()
+
+    def _estimate(self, pictures: RunPictures) -> RunEstimate:
+        """Says in the log how long the run still takes."""
+        budget = self.settings.max_seconds
+
+        def bound() -> Optional[float]:
+            return None if budget is None else budget - self.clock.elapsed
+
+        parts = parts_of(self, pictures.source, self.resumed)
+        return RunEstimate(parts, lambda line: print_log(line, 'current'), bound)
+
+    def _expect(self) -> None:
+        """Compare the student with the teacher, on pictures that no run calibrates on. The first rank does."""
+        count = self.settings.summary_pictures
+        if not count or ranks()[0]:
+            return
+        with self.paused():
+            stream = held_back(self.teacher, self.picture_settings.size, self.settings.seed)
+            seconds = max(2.0, 0.05 * self.clock.elapsed)
+            self.expected = expected_agreement(self.teacher, self.calibration.student, stream, count, seconds)
 
     def _validate(self) -> None:
         """Validate. An error is raised at the end of the run, so that the student is not lost.
@@ -400,7 +452,7 @@ class DataFreeTrainLoop(BaseLoop):
             group['lr'] = rate * share
         self.runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=None)
         with self.clock.counted('student'):
-            wrapper, batches = self.runner.optim_wrapper, self._batches
+            wrapper, batches = self.runner.optim_wrapper, self.batches
             losses = training.learn(training.draw(batches), wrapper.backward, batches, self._precision)
             # Not update_params: between its backward and its step the ranks have to add up their gradients.
             sum_gradients_(parameter for group in wrapper.param_groups for parameter in group['params'])
@@ -414,7 +466,7 @@ class DataFreeTrainLoop(BaseLoop):
         self._iter += 1
 
     @property
-    def _batches(self) -> int:
+    def batches(self) -> int:
         """Batches of a student step: the loop's own number, or what a config says of its optimizer wrapper."""
         return max(self.settings.accumulative_counts, getattr(self.runner.optim_wrapper, '_accumulative_counts', 1))
 
@@ -504,7 +556,7 @@ class DataFreeTrainLoop(BaseLoop):
             fresh_samples=self.training.fresh_samples if self.training else 0,
             distil=list(self.distil or ()),
             ranks=ranks()[1],
-            accumulative_counts=self._batches,
+            accumulative_counts=self.batches,
             generator=self._generator_summary(),
             seconds={k: round(v, 2) for k, v in self.clock.seconds.items()},
             rounds=self.rounds,

@@ -34,6 +34,8 @@ from psaq_mm.models.adapters import (
     timm_vit,  # noqa: F401
     tinyvit,  # noqa: F401
     tnt,  # noqa: F401
+    transformers_pyramids,  # noqa: F401
+    transformers_vit,  # noqa: F401
     twins,  # noqa: F401
     vit,  # noqa: F401
     vit_sam,  # noqa: F401

@@ -3,7 +3,7 @@
 
 Quantization takes the classes of its blocks and its attention from it, RepQ's folding and the rotation the norms and
 layers of a block, patch similarity the number of prefix tokens, the pictures their size. A project elsewhere adds a
-backbone by one class of its own, see docs/adding_a_backbone.md.
+backbone by one class of its own, see docs/guides/adding_a_backbone.md.
 """
 
 import re

@@ -7,6 +7,7 @@ from psaq_mm.models.tasks.detection import Detection
 from psaq_mm.models.tasks.panoptic import Panoptic
 from psaq_mm.models.tasks.queries import MaskQueries, QueryDetection, QuerySegmentation
 from psaq_mm.models.tasks.segmentation import Segmentation
+from psaq_mm.models.tasks.transformers import TransformersClassification, TransformersSegmentation
 
 __all__ = [
     'TASKS',
@@ -18,6 +19,8 @@ __all__ = [
     'QuerySegmentation',
     'Segmentation',
     'Task',
+    'TransformersClassification',
+    'TransformersSegmentation',
     'register_task',
     'task_of',
     'task_predicting',

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """All that psaq_mm needs to know of one kind of model, in one class, and the registry of these classes."""
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -87,6 +87,12 @@ class Task:
 
     def num_classes(self, model: nn.Module) -> Optional[int]:
         """Number of classes of a model with one vector of logits for an image; None for any other."""
+        return None
+
+    def whole_output(self, model: nn.Module) -> Optional[Callable[[Tensor], Tensor]]:
+        """From images to the output of a model's task, by the model's own forward: of a model that is a network with
+        its head in it. None for one that is put together of backbone, neck and heads, as those of OpenMMLab are.
+        """
         return None
 
     # ------------------------------------------------------------------ calibration and distillation

@@ -1,7 +1,7 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Classification: one label for an image, by mmpretrain's classifiers and timm's networks."""
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class Classification(Task):
         network = find_backbone(model)
         count = getattr(network if is_timm(network) else getattr(model, 'head', None), 'num_classes', None)
         return count if isinstance(count, int) and count > 0 else None
+
+    def whole_output(self, model: nn.Module) -> Optional[Callable[[Tensor], Tensor]]:
+        """See :meth:`.Task.whole_output`: a network of timm, if it has a head."""
+        return model if is_timm(model) and self.num_classes(model) else None
 
     def dense_outputs(self, model: nn.Module, levels: Sequence[Tensor]) -> Any:
         """See :meth:`.Task.dense_outputs`; a network of timm holds its head itself."""
