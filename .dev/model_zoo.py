@@ -20,7 +20,7 @@ Written by `python .dev/model_zoo.py > docs/model_zoo.md`: do not edit. The rows
 the metafiles in `configs/`, which `mim search` reads too. A result stands where it was measured in this repository;
 "not run" says that nobody has. How they were measured: [results](results.md).
 
-Every config runs with every method and every precision: `--method` and `--quant` of `psaq-dfq-train`.
+Every config runs with every method and every precision: `--method` and `--quant` of `psaq quantize`.
 [configs/README.md](../configs/README.md) says what each needs.
 """
 

@@ -36,6 +36,7 @@ napoleon_use_ivar = True
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 add_module_names = False
+toc_object_entries_show_parents = 'hide'
 
 # The theme of lmdeploy and XTuner, OpenMMLab's younger sisters. The one of mmdet and mmengine, their fork of
 # pytorch_sphinx_theme, is on no package index; PyTorch's own new one wants an old Sphinx and calls trackers.

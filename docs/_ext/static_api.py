@@ -115,7 +115,9 @@ class Public(SphinxDirective):
 
     def google(self, text: str, kind: str, shown: str) -> List[str]:
         """Lines of reStructuredText of a docstring in Google's style."""
-        return [*GoogleDocstring(text, self.env.app.config, self.env.app, kind, shown).lines(), '']
+        # Of an attribute napoleon takes what stands before a colon for its type, which the source has told.
+        what = 'object' if kind in ('attribute', 'data') else kind
+        return [*GoogleDocstring(text, self.env.app.config, self.env.app, what, shown).lines(), '']
 
 
 def package(app: Sphinx) -> Any:
