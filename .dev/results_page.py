@@ -414,6 +414,17 @@ def standard_error(rows: Sequence[Mapping]) -> str:
     return f' One standard error of what one seed loses: {min(known):.1f} to {max(known):.1f} points.'
 
 
+def not_run(rows: Sequence[Mapping]) -> str:
+    """What one would look for in vain, first the precisions at which `best` was not run on a model of the tables."""
+    missing = []
+    for model, name in MODELS.items():
+        of_model = group(rows, model=model, method='best', samples='generated', runtime=PYTORCH)
+        bits = [one for one in BITS if one not in {row['bits'] for row in of_model}]
+        if bits and group(rows, model=model):
+            missing.append((f'`best` on {name} at {", ".join(bits)}', 'no time'))
+    return markdown_table(('what', 'why'), [*missing, *NOT_RUN])
+
+
 def page(rows: Optional[Sequence[Mapping]] = None) -> str:
     """The whole of docs/results.md."""
     rows = read_rows() if rows is None else rows
@@ -426,7 +437,7 @@ def page(rows: Optional[Sequence[Mapping]] = None) -> str:
     where = json.loads(SPEED.read_text(encoding='utf-8'))[0]
     speeds = SPEEDS.format(processor=where['processor'], date=where['date'])
     parts += [INTEGER, integer_table(rows), speeds, speed_table()]
-    parts += ['## What was not run', markdown_table(('what', 'why'), NOT_RUN)]
+    parts += ['## What was not run', not_run(rows)]
     parts += [MEASURED_ON, measured_on(rows)]
     return '\n\n'.join(part.strip('\n') for part in parts) + '\n'
 

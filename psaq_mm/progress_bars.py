@@ -84,7 +84,7 @@ class Bars:
         self._tasks: Dict[Stage, Any] = {}
         self._progress = Progress(
             TextColumn('{task.description}', markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=14),
             _Count(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
@@ -136,7 +136,7 @@ class Bars:
             above.release()
 
 
-_WIDTH = 38
+_WIDTH = 34
 """Characters of a description: with its bar, count and time a line fits 80 columns."""
 
 
@@ -147,4 +147,5 @@ def _depth(stage: Stage) -> int:
 def _handlers() -> List[Any]:
     """All handlers of the process that write to a stream. MMEngine's loggers are not known to ``logging`` by name."""
     known = (reference() for reference in list(getattr(logging, '_handlerList', ())))
-    return [handler for handler in known if isinstance(handler, logging.StreamHandler)]
+    # One that looks sys.stderr up for each line has no stream of its own.
+    return [one for one in known if isinstance(one, logging.StreamHandler) and 'stream' in vars(one)]

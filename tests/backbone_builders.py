@@ -397,34 +397,35 @@ def mmpretrain_davit_after_downsampling():
     return dict(mmpretrain_davit(), **more)
 
 
-def _hivit(**more):
-    # The first stages have the numbers 0 to 5 in out_indices: the last block needs a greater one.
-    arch = dict(embed_dims=32, depths=[1, 1, 7], num_heads=2)
-    return dict(arch=arch, img_size=64, out_indices=[6], drop_path_rate=0.1, **more)
+def _hivit(depths, **more):
+    arch = dict(embed_dims=32, depths=depths, num_heads=2)
+    return dict(arch=arch, img_size=64, out_indices=[depths[-1] - 1], drop_path_rate=0.1, **more)
 
 
-# In each of the first two stages two feed-forward networks and a merging, seven whole blocks behind.
-_HIVIT_WORKS = dict(size=(64, 64), folding=20, similarity=7, export=True, dynamic=_NOT_DYNAMIC)
+# Blocks and mergings of the first stages have the first numbers in out_indices: the last block needs a greater one.
+# The first row has in each of the first two stages two feed-forward networks and a merging, seven whole blocks behind;
+# the others have the mergings alone, and three blocks.
+_HIVIT_WORKS = dict(size=(64, 64), folding=8, similarity=3, export=True, dynamic=_NOT_DYNAMIC)
 
 
-@backbone('HiViT', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
+@backbone('HiViT', 'mmpretrain', rotation=1, **dict(_HIVIT_WORKS, folding=20, similarity=7))
 def mmpretrain_hivit():
-    return dict(type='HiViT', rpe=True, layer_scale_init_value=0.5, **_hivit())
+    return dict(type='HiViT', rpe=True, layer_scale_init_value=0.5, **_hivit([1, 1, 7]))
 
 
 @backbone('HiViT', 'mmpretrain', 'another size', rotation=1, **dict(_HIVIT_WORKS, size=(64, 96)))
 def mmpretrain_hivit_of_another_size():
-    return dict(type='HiViT', **_hivit())
+    return dict(type='HiViT', **_hivit([0, 0, 3]))
 
 
 @backbone('HiViT, MAE', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
 def mmpretrain_mae_hivit():
-    return dict(type='MAEHiViT', **_hivit())
+    return dict(type='MAEHiViT', **_hivit([0, 0, 3]))
 
 
 @backbone('HiViT, iTPN', 'mmpretrain', rotation=1, **_HIVIT_WORKS)
 def mmpretrain_itpn_hivit():
-    return dict(type='iTPNHiViT', reconstruction_type='clip', **_hivit())
+    return dict(type='iTPNHiViT', reconstruction_type='clip', **_hivit([0, 0, 3]))
 
 
 _MIXMIM_WORKS = dict(size=(64, 64), folding=7, similarity=3, export=True, dynamic=_NOT_DYNAMIC)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from quick_builds import configs_as_they_are, metafiles_read_once
 from second_device import DEVICES, SecondDevice
 
 # No deadline: a first call compiles, allocates or waits for another process. Derandomized: the same examples on every
@@ -41,6 +42,13 @@ class NeedsTorchvision:
 
 if importlib.util.find_spec('torchvision') is None:
     sys.meta_path.insert(0, NeedsTorchvision)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def quick_configs():
+    """What MMEngine does with a config takes longer than most tests; programs that a test starts do all of it."""
+    with metafiles_read_once(), configs_as_they_are():
+        yield
 
 
 @pytest.fixture(params=DEVICES)

@@ -18,12 +18,15 @@ class WeightsWithoutMemory(TorchFunctionMode):
 
 @contextlib.contextmanager
 def metafiles_read_once():
-    """A base ``mmdet::...`` has MMEngine read every metafile of mmdet, each time; inside, it reads each once."""
+    """A base ``mmdet::...`` has MMEngine read every metafile of mmdet and the list of all packages, each time; inside,
+    it reads each once."""
     with pytest.MonkeyPatch.context() as patch:
         with contextlib.suppress(ImportError):
+            import mmengine.config.config as config
             import mmengine.config.utils as utils
 
             patch.setattr(utils, 'load', functools.lru_cache(None)(utils.load))
+            patch.setattr(config, 'is_installed', functools.lru_cache(None)(config.is_installed))
         yield
 
 
@@ -31,8 +34,9 @@ def metafiles_read_once():
 def configs_as_they_are():
     """MMEngine has yapf format the config several times a run, which takes most of a tiny one; inside, the text stays
     as it is."""
-    import mmengine.config.config as config
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, 'FormatCode', lambda text, *args, **kwargs: (text, False))
+        with contextlib.suppress(ImportError):
+            import mmengine.config.config as config
+
+            patch.setattr(config, 'FormatCode', lambda text, *args, **kwargs: (text, False))
         yield

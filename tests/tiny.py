@@ -79,6 +79,7 @@ DFQ = dict(
     checkpoint_interval=2,
     sheet_interval=2,
     log_interval=1,
+    summary_pictures=0,
     generator=dict(batch_size=2, steps=2),
 )
 """The shortest run that passes through every part: two rounds of synthesis, four student steps."""

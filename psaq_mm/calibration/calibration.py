@@ -134,14 +134,14 @@ class Calibration:
 
     @property
     def rounding(self) -> str:
-        """How weights get their first codes: ``settings.rounding``, with what the bits choose in place of ``'auto'``."""
+        """``settings.rounding``, with what the bits choose in place of ``'auto'``."""
         if self.settings.rounding != 'auto':
             return self.settings.rounding
         layers = [layer for layer in self.student.model.modules() if is_quantized_layer(layer)]
         return 'guided' if any(layer.weight_quantizer.bits < 8 for layer in layers) else 'compensated'
 
     def _forward(self, pictures: Tensor, what: str) -> Callable[[], None]:
-        """Function that puts this rank's part of ``pictures`` through the student, batch by batch, as the stage ``what``."""
+        """Function that puts this rank's part of ``pictures`` through the student in batches, as the stage ``what``."""
         part = pictures[own_part(len(pictures))]
 
         def run() -> None:

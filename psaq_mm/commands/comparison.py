@@ -28,6 +28,7 @@ from psaq_mm.engine.missing import missing_from
 from psaq_mm.errors import ConfigError, DataError, PsaqError, nearest
 from psaq_mm.files import file_sha256, write_whole
 from psaq_mm.plain import to_plain
+from psaq_mm.progress import track
 from psaq_mm.quantization import QuantSpec
 
 __all__ = ['Run', 'Shown', 'Wanted', 'compare', 'plan', 'printer']
@@ -505,7 +506,7 @@ def _compare(
     ]
     say(f'{len(wanted)} rows, {len(wanted) - len(missing)} of them are there already')
     begun, failed = time.monotonic(), {}
-    for number, run in enumerate(missing, 1):
+    for number, run in enumerate(track(missing, 'Rows'), 1):
         row = _row_or_error(run, folder, keep_students, say, failed, shown)
         file.add(row)
         _merge(run, row, shown)

@@ -21,7 +21,8 @@ __all__ = ['EvaluationOptions', 'writable_folder']
 _HOOKS = dict(mmdet='DetVisualizationHook', mmseg='SegVisualizationHook', mmpretrain='VisualizationHook')
 _VISUALIZERS = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer', mmpretrain='UniversalVisualizer')
 _TTA_MODELS: Dict[str, Dict[str, Any]] = dict(
-    mmdet=dict(type='mmdet.DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
+    # Not mmdet.DetTTAModel: mmdet registers it in MMEngine's own registry.
+    mmdet=dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)),
     mmpretrain=dict(type='mmpretrain.AverageClsScoreTTA'),
 )
 """Where a config has none. mmseg's tool takes none but the config's."""

@@ -17,6 +17,7 @@ from psaq_mm.commands.listing import RUNTIME_NAMES
 from psaq_mm.commands.parsing import make_parser
 from psaq_mm.errors import ConfigError, DataError, PsaqError
 from psaq_mm.files import write_whole
+from psaq_mm.progress import track
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,7 +273,7 @@ def _run(args: argparse.Namespace, prog: str) -> int:
 
 def _predict(model: _Model, pictures: Sequence['Shown'], args: argparse.Namespace, prog: str) -> int:
     times, rows, failed = _Times(), [], 0
-    for shown, prediction, wrong in _predictions(model, pictures, args, times):
+    for shown, prediction, wrong in track(_predictions(model, pictures, args, times), 'Predicting', len(pictures)):
         if prediction is None:
             failed += 1
             print(f'{prog}: {wrong if str(shown.path) in wrong else f"{shown.path}: {wrong}"}', file=sys.stderr)

@@ -118,7 +118,7 @@ def mixed_precision_config(path: str, config, settings: Mapping, report: Mapping
     elif quant_holder(config.model) is not config.model:
         model = dict(backbone=model)
     checkpoint = os.path.abspath(report['checkpoint']) if os.path.isfile(report['checkpoint']) else report['checkpoint']
-    comment = '# Written by tools/sensitivity.py: ' + _mixed_line(report) + '.'
+    comment = '# Written by psaq sensitivity: ' + _mixed_line(report) + '.'
     if with_named_types(base) is not base:
         full = copy.deepcopy(config)
         quant_holder(full.model)['quant'], full.load_from = dict(settings), checkpoint

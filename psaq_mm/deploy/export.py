@@ -22,6 +22,7 @@ from psaq_mm.models.network import find_backbone, network_of
 from psaq_mm.models.task import reads_rgb
 from psaq_mm.models.tasks import task_of
 from psaq_mm.plain import to_plain
+from psaq_mm.progress import stage, track
 from psaq_mm.runtime.bundle import write_bundle
 
 __all__ = ['ExportedModel', 'GraphModel', 'export_model', 'graph_parts', 'MIN_OPSET', 'OPSET']
@@ -311,7 +312,7 @@ def _export_heads(model: nn.Module, exportable: ExportableModel, store: Any, ops
     from psaq_mm.deploy.lowering import lower
 
     heads = []
-    for place in head_places(model):
+    for place in track(head_places(model), 'Tracing heads'):
         graph = lower(trace_head(exportable, place, opset), exportable, store)
         outputs = {name: name for name in place.outputs}
         entry = dict(file=place.file, weights=graph.weights, input=input_entry(exportable, place), outputs=outputs)
@@ -353,6 +354,7 @@ def _is_complete(parts: GraphParts, detector: Optional[Mapping]) -> bool:
     return detector is not None or parts.task in ('classification', 'segmentation') and whole and not parts.outside
 
 
+@stage('Export')
 def export_model(
     model: nn.Module,
     out: Union[str, os.PathLike],
@@ -461,7 +463,7 @@ def _dense_graphs(
 
     graph, traced, shapes = _trace_widest(exportable, parts, sizes[0], **tracing)
     first, strides, lowered, entries = shapes, {}, {}, []
-    for size in sizes:
+    for size in track(sizes, 'Lowering graphs'):
         if size != sizes[0]:
             traced, shapes = _trace(graph, size, tracing=exportable.tracing, **tracing)
         strides = _strides(shapes, size, graph.parts)

@@ -14,12 +14,15 @@ from psaq_mm.deploy.export import MULTIPLE, OPSET, ExportedModel, check_opset, e
 from psaq_mm.engine.building import build_model
 from psaq_mm.engine.checkpoint import is_quantized, load_weights, read_checkpoint
 from psaq_mm.engine.config import quantized_model_config, sample_size
+from psaq_mm.engine.export_summary import export_rows
 from psaq_mm.engine.inputs import check_preprocessor, set_input_
 from psaq_mm.engine.pipelines import image_sizes, padding_multiple, pipeline_steps
+from psaq_mm.engine.run_summary import as_text
 from psaq_mm.engine.students import config_of_student
 from psaq_mm.errors import CheckpointError, ConfigError, PsaqError, nearest
 from psaq_mm.models import TaskModel
 from psaq_mm.pictures import DeadLeaves, PinkNoise
+from psaq_mm.progress import track
 from psaq_mm.runtime import RUNTIMES, load
 from psaq_mm.runtime.bundle import replaceable
 from psaq_mm.runtime.registry import find_runtime
@@ -108,7 +111,7 @@ def build_student(
     if not is_quantized(checkpoint):
         raise CheckpointError(
             f'{checkpoint_path} is a full-precision checkpoint, which has no integer codes to export: quantize it with '
-            'tools/dfq_train.py and export the student.pth that it writes'
+            'psaq quantize and export the student.pth that it writes'
         )
     config = config_of_student(config, checkpoint, checkpoint_path, quant, method, options)
     check_preprocessor(config)
@@ -263,14 +266,18 @@ def write_export(model, said: Said, wanted: Wanted, say: Callable = print) -> Ex
         exported = export_model(model, bundle, sizes, opset, said.classes, wanted.dynamic, said.preparation, one_file)
         folders = _folders(wanted, exported)
         say(summary(exported.manifest['tensors']))
-        for folder in folders:
-            say(size_line(model, exported, folder))
+        sizes_on_disk = [size_line(model, exported, folder) for folder in folders]
+        for line in sizes_on_disk:
+            say(line)
         for runtime in wanted.runtimes:
             deployed = load(exported.directory, runtime, wanted.threads)
             say(execution(deployed, deployed.sizes[0]))
         if wanted.verify:
             verify_export(model, exported, wanted.runtimes, wanted.threads, say)
     say(f'saved to {" and ".join(map(str, folders))}')
+    verified = wanted.runtimes if wanted.verify else ()
+    rows = export_rows(exported.manifest, folders, sizes_on_disk, verified, 'bundle' in wanted.formats)
+    say(as_text(f'Summary of the export, {exported.manifest["label"]}', rows))
     return exported._replace(directory=folders[0])
 
 
@@ -312,9 +319,9 @@ def verify_export(model, exported, runtimes: Sequence[str], threads: Optional[in
 
     failed = []
     glue_failed = False
-    for number, size in enumerate(verified_sizes(exported)):
+    for number, size in enumerate(track(verified_sizes(exported), 'Verifying')):
         images = _pictures(size, number, TaskModel(model).image_spec)
-        for runtime in runtimes:
+        for runtime in track(runtimes, f'{size[0]} x {size[1]}'):
             verification = verify(model, exported, images, runtime, threads)
             say(verification.to_table(brief=number > 0))
             failed += [] if verification.good else [f'{runtime} at {size[0]} x {size[1]}']

@@ -246,14 +246,14 @@ def read_manifest(directory: PathLike, check: bool = True) -> Dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():
         raise CheckpointError(
-            f'{directory} holds no exported model ({MANIFEST} is not there): write one with tools/export.py'
+            f'{directory} holds no exported model ({MANIFEST} is not there): write one with psaq export'
         )
     try:
         manifest = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise CheckpointError(f'{path} is cut short or changed ({error}): export the model again') from error
     if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
-        raise CheckpointError(f'{path} is no manifest of an exported model: write one with tools/export.py')
+        raise CheckpointError(f'{path} is no manifest of an exported model: write one with psaq export')
     if manifest.get('version') not in READABLE:
         raise CheckpointError(
             f'{directory} has version {manifest.get("version")!r} of the format and this psaq_mm reads up to '

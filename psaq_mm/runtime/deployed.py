@@ -234,7 +234,7 @@ class DeployedModel:
         """
         if self._detector is None:
             raise UnsupportedModelError(
-                f'{self.directory} holds no whole detector, only its graphs: evaluate it with tools/test.py CONFIG '
+                f'{self.directory} holds no whole detector, only its graphs: evaluate it with psaq test CONFIG '
                 '--deployed, or export it again and read why its boxes are decoded in PyTorch'
             )
         self._check_images(images)
@@ -318,7 +318,7 @@ class DeployedModel:
             what = 'feature maps alone' if self.task not in _TASKS else f'a part of a model for {self.task}'
             raise UnsupportedModelError(
                 f'{self.directory} holds {what}, which gives no predictions without its library: evaluate it with '
-                'tools/test.py CONFIG --deployed, or read the outputs that calling the model gives'
+                'psaq test CONFIG --deployed, or read the outputs that calling the model gives'
             )
         prepared = self.prepare(picture)
         self._check_prepared(prepared)

@@ -167,7 +167,7 @@ def test_full_precision_checkpoint_where_a_quantized_one_is_needed(project, caps
         evaluate_command,
         [project.config(), project.checkpoint, '--work-dir', tmp_path / 'w'],
         'full-precision',
-        'dfq_train',
+        'psaq quantize',
     )
 
 

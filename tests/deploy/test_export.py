@@ -21,6 +21,10 @@ SIZE = (57, 75)  # pads the image, the windows of each stage and the patches to 
 SWIN = dict(depths=[2, 1], num_heads=[1, 2], strides=(4, 2), out_indices=(0, 1))
 
 
+ONE_STAGE = dict(depths=[2], num_heads=[1], strides=(4,), out_indices=(0,))
+"""Two blocks, of which one shifts its windows: exports take most of the time here."""
+
+
 def calibrated(model, quant, size, batch=2):
     images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(2))
     quantize_model_(model, quant)
@@ -140,7 +144,7 @@ def test_other_backbones(name, tmp_path):
 @pytest.mark.parametrize('name', ['mmdet', 'timm-swin'])
 def test_symmetric_queries_and_values_leave_nothing_to_correct(name, quant, tmp_path):
     size = SIZE if name == 'mmdet' else (56, 72)
-    model = build_backbone('mmdet', **SWIN) if name == 'mmdet' else build_other(name)
+    model = build_backbone('mmdet', **ONE_STAGE) if name == 'mmdet' else build_other(name)
     model, images = calibrated(model, dict(preset=quant, symmetric_attention=True), size)
     exported = export_model(model, tmp_path / 'out', [size])
     assert not any(label.endswith('key_sums') for label in exported.exportable.weights)
@@ -213,7 +217,7 @@ def test_gain_and_offset_of_a_normalization_are_merged_with_the_quantizer_of_win
 
 @pytest.mark.parametrize('w_bits', [4, 7])
 def test_asymmetric_weights_of_few_bits_are_signed_bytes_without_zero_points(w_bits, tmp_path):
-    model, images = calibrated(build_backbone('mmdet', **SWIN), f'psaq_v2_w{w_bits}a8', SIZE)
+    model, images = calibrated(build_backbone('mmdet', **ONE_STAGE), f'psaq_v2_w{w_bits}a8', SIZE)
     assert model.get_submodule('stages.0.blocks.0.attn.w_msa.qkv').weight_quantizer.zero_point.any()
     exported = export_model(model, tmp_path / 'out', [SIZE])
     assert wrong_weights(model, exported) == []
@@ -235,11 +239,16 @@ def test_asymmetric_weights_of_few_bits_are_signed_bytes_without_zero_points(w_b
         assert found.equal >= 0.999 and max(layer.step for layer in found.layers) <= 1, found.to_table()
 
 
-@pytest.mark.parametrize('runtime', RUNTIMES)
-def test_products_with_asymmetric_weights_are_integer(runtime, tmp_path):
-    pytest.importorskip(runtime)
+@pytest.fixture(scope='module')
+def asymmetric(tmp_path_factory):
     model, _ = calibrated(build_backbone('mmdet', **SWIN), 'repq_w8a8', SIZE)
-    exported = export_model(model, tmp_path / 'out', [SIZE])
+    return model, export_model(model, tmp_path_factory.mktemp('asymmetric') / 'out', [SIZE])
+
+
+@pytest.mark.parametrize('runtime', RUNTIMES)
+def test_products_with_asymmetric_weights_are_integer(asymmetric, runtime):
+    pytest.importorskip(runtime)
+    model, exported = asymmetric
     assert any(weight.apart for weight in exported.exportable.weights.values()) and not wrong_weights(model, exported)
     told = execution(load(exported.directory, runtime, 1, kernels='integer'), SIZE)
     linears = sum(
@@ -374,7 +383,7 @@ def test_every_exported_size_is_verified(capsys, tmp_path):
     pytest.importorskip('onnxruntime')
     from psaq_mm.engine.exporting import verified_sizes, verify_export
 
-    model, _ = calibrated(build_backbone('mmdet', **SWIN), 'w8a8', SIZE)
+    model, _ = calibrated(build_backbone('mmdet', **ONE_STAGE), 'w8a8', SIZE)
     sizes = [(56, 56), (112, 84), (28, 28)]
     exported = export_model(model, tmp_path / 'out', sizes)
     assert verified_sizes(exported) == sizes

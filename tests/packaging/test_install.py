@@ -245,6 +245,24 @@ def test_sdist_builds_the_same_wheel(source, names, tmp_path):
         assert sorted(archive.namelist()) == sorted(names)
 
 
+def test_weights_get_an_address_where_one_is_given(source, tmp_path, monkeypatch):
+    """`mim download` fetches addresses alone; in the repository they are paths, which are true everywhere."""
+    code = 'import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])'
+    run(sys.executable, '-c', code, tmp_path, cwd=source, PSAQ_MM_WEIGHTS_URL='https://example.org/v1/')
+    (built,) = tmp_path.glob('*.whl')
+    with zipfile.ZipFile(built) as archive:
+        metafile = archive.read('psaq_mm/.mim/configs/demo/metafile.yml').decode()
+    given = re.findall(r'^ +Weights: (.*)$', metafile, re.MULTILINE)
+    plain = re.findall(r'^ +Weights: (.*)$', (source / 'configs/demo/metafile.yml').read_text(), re.MULTILINE)
+    assert len(plain) == 2 and given == [f'https://example.org/v1/{path}' for path in plain]
+
+
+def test_changelog_begins_with_this_version():
+    text = (ROOT / 'CHANGELOG.md').read_text()
+    assert re.findall(r'^## \[(\d.*?)\]', text, re.MULTILINE)[0] == psaq_mm.__version__
+    assert f'\nversion: {psaq_mm.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
+
+
 def test_manifest_names_what_is_there():
     for line in (ROOT / 'MANIFEST.in').read_text().splitlines():
         command, *names = line.split()
@@ -313,28 +331,79 @@ def floor_of_python():
     return tuple(int(part) for part in re.search(r"python_requires='>=(\d+)\.(\d+)'", text).groups())
 
 
-@pytest.mark.parametrize('path', MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_module_parses_on_the_oldest_python(path):
-    """Syntax alone, and annotations like `int | None`, which older Pythons evaluate unless they are postponed."""
-    tree = ast.parse(path.read_text(encoding='utf-8'), feature_version=floor_of_python())
-    postponed = any(
-        isinstance(node, ast.ImportFrom)
-        and node.module == '__future__'
-        and any(name.name == 'annotations' for name in node.names)
-        for node in tree.body
-    )
-    if postponed or floor_of_python() >= (3, 10):
-        return
-    annotations = [
-        note
-        for node in ast.walk(tree)
-        for note in (getattr(node, 'annotation', None), getattr(node, 'returns', None))
-        if note
-    ]
-    unions = [
-        sub.lineno
-        for note in annotations
-        for sub in ast.walk(note)
-        if isinstance(sub, ast.BinOp) and isinstance(sub.op, ast.BitOr)
-    ]
-    assert not unions, f'{path.name}, lines {unions}: add "from __future__ import annotations"'
+def test_pythons_are_named_alike_everywhere(wheel):
+    metadata = email.message_from_string(read(wheel, 'METADATA'))
+    oldest = '.'.join(map(str, floor_of_python()))
+    assert metadata['Requires-Python'] == f'>={oldest}'
+    named = re.findall(r'Programming Language :: Python :: (3\.\d+)', '\n'.join(metadata.get_all('Classifier')))
+    assert named == ['3.9', '3.10', '3.11', '3.12'] and named[0] == oldest
+    ruff = re.search(r'^target-version = "py(\d)(\d+)"$', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)
+    assert tuple(map(int, ruff.groups())) == floor_of_python()
+
+
+# What Python 3.9 does not have, of the modules that code like this uses.
+NEWER = {
+    'typing': {'Concatenate', 'Never', 'NotRequired', 'ParamSpec', 'Required', 'Self', 'TypeAlias'}
+    | {'TypeGuard', 'TypeVarTuple', 'Unpack', 'assert_never', 'override', 'reveal_type'},
+    'itertools': {'pairwise', 'batched'},
+    'enum': {'StrEnum'},
+    'contextlib': {'aclosing', 'chdir'},
+    'datetime': {'UTC'},
+    'types': {'NoneType', 'EllipsisType', 'UnionType'},
+    'tomllib': {'*'},
+}
+NEWER_ARGUMENTS = {'zip': {'strict'}, 'dataclass': {'slots', 'kw_only'}, 'bisect': {'key'}, 'bisect_left': {'key'}}
+
+
+def newer_than_the_oldest(code):
+    """What a module uses that Python 3.9 lacks: syntax, names, and annotations like `int | None` that it evaluates."""
+    tree = ast.parse(code, feature_version=floor_of_python())
+    found, postponed, notes = [], False, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Match):
+            found.append(f'line {node.lineno}: match')
+        elif isinstance(node, ast.ImportFrom):
+            names = {name.name for name in node.names}
+            postponed |= node.module == '__future__' and 'annotations' in names
+            newer = NEWER.get(node.module, set())
+            found += [f'line {node.lineno}: {name}' for name in names if name in newer or '*' in newer]
+        elif isinstance(node, ast.Import):
+            found += [f'line {node.lineno}: {name.name}' for name in node.names if '*' in NEWER.get(name.name, ())]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.attr in NEWER.get(node.value.id, ()):
+                found.append(f'line {node.lineno}: {node.value.id}.{node.attr}')
+        elif isinstance(node, ast.Call):
+            called = getattr(node.func, 'id', getattr(node.func, 'attr', None))
+            newer = {word.arg for word in node.keywords} & NEWER_ARGUMENTS.get(called, set())
+            found += [f'line {node.lineno}: {called}({word}=)' for word in newer]
+        notes += [note for note in (getattr(node, 'annotation', None), getattr(node, 'returns', None)) if note]
+    unions = [] if postponed else [part for note in notes for part in ast.walk(note) if isinstance(part, ast.BinOp)]
+    return found + [f'line {union.lineno}: add "from __future__ import annotations"' for union in unions]
+
+
+def test_every_module_is_of_the_oldest_python():
+    assert floor_of_python() == (3, 9), 'NEWER is of this one'
+    files = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in (*MODULES, ROOT / 'setup.py')
+    }
+    found = {name: newer_than_the_oldest(code) for name, code in files.items()}
+    assert {name: what for name, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize(
+    'code',
+    [
+        'match x:\n    case 1: pass',
+        'def f(x: int | None): pass',
+        'from typing import TypeAlias',
+        'import tomllib',
+        'import itertools\nitertools.pairwise(x)',
+        'zip(a, b, strict=True)',
+        '@dataclass(slots=True)\nclass A: pass',
+    ],
+)
+def test_newer_code_is_noticed(code):
+    try:
+        assert newer_than_the_oldest(code)
+    except SyntaxError:
+        pass

@@ -343,7 +343,7 @@ def test_files_of_one_name_go_to_places_of_their_own(pictures, tmp_path):
 def test_what_gives_no_predictions_says_so(segmentor):
     model = load(segmentor[1], 'onnxruntime', 1)
     model.task, model.complete = 'backbone', False
-    with pytest.raises(UnsupportedModelError, match='feature maps alone, .* tools/test.py CONFIG --deployed'):
+    with pytest.raises(UnsupportedModelError, match='feature maps alone, .* psaq test CONFIG --deployed'):
         model.predict(np.zeros((*SIZE, 3), np.uint8))
     with pytest.raises(UnsupportedModelError, match='holds no whole detector'):
         model.detect(np.zeros((1, 3, *SIZE), np.float32), [ImageInfo(SIZE, SIZE)])

@@ -277,7 +277,7 @@ def test_exporting_a_full_precision_checkpoint_is_refused(detector, capsys, tmp_
         export_command,
         [project.folder / 'quantized.py', project.checkpoint, '--out', tmp_path / 'out'],
         'is a full-precision checkpoint',
-        'tools/dfq_train.py',
+        'psaq quantize',
     )
     assert not (tmp_path / 'out').exists()
 

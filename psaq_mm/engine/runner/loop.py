@@ -175,8 +175,7 @@ class DataFreeTrainLoop(BaseLoop):
         path, in_model = self.teacher_config.get('checkpoint'), self.teacher_config.get('in_model')
         if not path and in_model is None:
             raise ConfigError(
-                'the loop has no teacher: run it through tools/dfq_train.py, or set '
-                'train_cfg.teacher=dict(checkpoint=...)'
+                'the loop has no teacher: run it through psaq quantize, or set train_cfg.teacher=dict(checkpoint=...)'
             )
         if in_model is not None:
             return self._teacher_of_student(dict(in_model))
@@ -342,7 +341,7 @@ class DataFreeTrainLoop(BaseLoop):
             error = self._failed_validation
             raise DataError(
                 f'the validation failed ({type(error).__name__}: {error}), and the student was saved all the same: '
-                'check val_dataloader and val_evaluator, or evaluate it with tools/test.py'
+                'check val_dataloader and val_evaluator, or evaluate it with psaq test'
             ) from error
         return self.runner.model
 

@@ -1,7 +1,8 @@
 # Copyright (c) psaq_mm contributors. Licensed under the Apache License 2.0.
 """Recognizing a library's class without importing the library."""
 
-from typing import Collection, Optional
+import functools
+from typing import Collection, Optional, Tuple
 
 from psaq_mm.quantization import ConvertFn, class_before, register_adapter
 
@@ -13,9 +14,14 @@ def qualified_name(cls: type) -> str:
     return f'{cls.__module__}.{cls.__qualname__}'
 
 
+@functools.lru_cache(maxsize=4096)  # asked for each module of a model by each adapter
+def _lineage(cls: type) -> Tuple[Tuple[str, type], ...]:
+    return tuple((qualified_name(base), base) for base in cls.__mro__)
+
+
 def inherits(module: object, name: str) -> bool:
     """Whether the class of ``module`` is, or derives from, the one of this qualified name."""
-    return any(qualified_name(base) == name for base in type(module).__mro__)
+    return any(known == name for known, _ in _lineage(type(module)))
 
 
 def class_named(module: object, names: Collection[str], method: str = 'forward') -> Optional[str]:
@@ -34,10 +40,10 @@ def class_named(module: object, names: Collection[str], method: str = 'forward')
         The name found, or None.
     """
     cls = class_before(type(module))
-    for base in cls.__mro__:
-        if qualified_name(base) in names:
+    for name, base in _lineage(cls):
+        if name in names:
             same = getattr(cls, method, None) is getattr(base, method, None)
-            return qualified_name(base) if same else None
+            return name if same else None
     return None
 
 

@@ -41,7 +41,7 @@ class _SelfMixin:
     @property
     def inner(self) -> nn.Module:
         """The child ``self``."""
-        return getattr(self, 'self')
+        return self.self
 
     def attention_parts(self) -> AttentionParts:
         """See :func:`psaq_mm.quantization.attention_parts`."""
@@ -143,7 +143,7 @@ class TransformersSwin(Backbone):
 
     def parts(self, block: nn.Module) -> BlockParts:
         """See :meth:`.Backbone.parts`."""
-        inner, first = getattr(block.attention, 'self'), block.intermediate.dense
+        inner, first = block.attention.self, block.intermediate.dense
         projections = (inner.query, inner.key, inner.value)
         return BlockParts(
             (Feed(block.layernorm_before, projections, padded=True), Feed(block.layernorm_after, (first,))),
@@ -238,7 +238,7 @@ class TransformersSegformer(Backbone):
 
     def parts(self, block: nn.Module) -> BlockParts:
         """See :meth:`.Backbone.parts`. The activation is behind the depthwise convolution."""
-        inner, mlp = getattr(block.attention, 'self'), block.mlp
+        inner, mlp = block.attention.self, block.mlp
         reduces = inner.sr_ratio > 1
         read = (inner.query, inner.sr) if reduces else (inner.query, inner.key, inner.value)
         return BlockParts(
