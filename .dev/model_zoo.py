@@ -38,7 +38,7 @@ def results(model: Dict) -> str:
         for result in model.get('Results') or []
         for name, value in result['Metrics'].items()
     ]
-    return ', '.join(metrics) or 'not run'
+    return ', '.join(metrics) or ('full precision' if 'Weights' in model else 'not run')
 
 
 def datasets(model: Dict) -> str:

@@ -23,7 +23,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT = 160  # scenes
-QUICK_HELD_OUT = 4
+QUICK_HELD_OUT = 2
 NUCLEI = 108
 SHEET = 16  # pictures of a sheet
 DRAWN = 4  # pictures on the page, spread evenly over the test set, so that nobody has chosen them
@@ -31,7 +31,7 @@ DRAWN = 4  # pictures on the page, spread evenly over the test set, so that nobo
 
 def quick_settings(method: str) -> Dict[str, Any]:
     """Few of everything: shows that a run works, and nothing else."""
-    settings: Dict[str, Any] = dict(calibration_samples=2, pool_size=4, batch_size=2)
+    settings: Dict[str, Any] = dict(size=(160, 160), calibration_samples=2, pool_size=4, batch_size=2)
     if method == 'psaq_v2':
         settings.update(
             iters=2, evolve_every=1, evolve_samples=2, generator=dict(batch_size=2, steps=2), sheet_interval=1

@@ -58,7 +58,7 @@ class Public(SphinxDirective):
         shown = self.options.get('shown-as', path)
         lines = [f'.. py:currentmodule:: {shown}', '']
         for name in wanted:
-            lines += self.describe(module.members[name], f'{shown}.{name}')
+            lines += self.describe(module.members[name], name, f'{shown}.{name}')
         node = nodes.section()
         node.document = self.state.document
         self.state.nested_parse(StringList(lines, str(module.filepath)), 0, node)
@@ -69,20 +69,20 @@ class Public(SphinxDirective):
         logger.warning(message, location=self.get_location())
 
     # ---------------------------------------------------------------- objects
-    def describe(self, found: Any, shown: str) -> List[str]:
+    def describe(self, found: Any, name: str, shown: str) -> List[str]:
         """Lines of one name of a module."""
         target = found.final_target if found.is_alias else found
         if target.is_class:
-            return self.cls(target, shown)
+            return self.cls(target, name, shown)
         if target.is_function:
-            return self.block('function', shown + signature(target), self.docstring(target, 'function', shown))
+            return self.block('function', name + signature(target), self.docstring(target, 'function', shown))
         if target.is_attribute:
             options = [f':type: {target.annotation}'] if target.annotation is not None else []
-            return self.block('data', shown, self.docstring(target, 'data', shown), options)
+            return self.block('data', name, self.docstring(target, 'data', shown), options)
         self.warn(f'{shown} is neither a class, a function nor a value')
         return []
 
-    def cls(self, target: griffe.Class, shown: str) -> List[str]:
+    def cls(self, target: griffe.Class, title: str, shown: str) -> List[str]:
         """Lines of a class, its bases, its public methods and its described attributes."""
         body = self.docstring(target, 'class', shown)
         bases = [str(base) for base in target.bases]
@@ -99,7 +99,7 @@ class Public(SphinxDirective):
                 default = default_of(member)
                 options += [f':value: {default}'] if default else []
                 body += self.block('attribute', name, self.google(text, 'attribute', name), options)
-        return self.block('class', shown + class_signature(target), body)
+        return self.block('class', title + class_signature(target), body)
 
     def block(self, kind: str, title: str, body: List[str], options: Optional[List[str]] = None) -> List[str]:
         """Lines of a directive of the Python domain."""

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 from mmengine.config import Config
 from torch import nn
 
+from psaq_mm.calibration import check_size
 from psaq_mm.engine.building import set_scope
 from psaq_mm.engine.checkpoint import is_quantized, load_weights, read_checkpoint, save_atomic, student_checkpoint
 from psaq_mm.engine.config import (
@@ -30,12 +31,14 @@ from psaq_mm.engine.predicting import Predictor
 from psaq_mm.engine.presets import DFQ_DEFAULTS, preset_name, resolve_dfq
 from psaq_mm.engine.reading import read_config
 from psaq_mm.engine.running import run_unseen, undisturbed
+from psaq_mm.engine.settings import GROUPS, named_dfq
 from psaq_mm.engine.students import spec_in
 from psaq_mm.errors import CheckpointError, ConfigError, UnsupportedModelError, nearest
-from psaq_mm.models import quantize_model_, report_of
+from psaq_mm.models import TaskModel, quantize_model_, report_of
 from psaq_mm.models.network import find_backbone
 from psaq_mm.quantization import QuantSpec, quantizers, use_full_float32
 from psaq_mm.runtime import Prediction
+from psaq_mm.settings import read_groups
 
 __all__ = ['Known', 'StudentRecord', 'export', 'load', 'predict', 'quantize', 'record_of', 'save']
 
@@ -183,12 +186,16 @@ def _with_method(
     if for_run:
         own = config.get('dfq')
         config.dfq = {**(dict(preset=preset_name(own)) if not isinstance(own, Mapping) else dict(own)), **for_run}
-    resolve_dfq(config.get('dfq'))
+    resolved = resolve_dfq(config.get('dfq'))
+    with named_dfq():
+        read_groups({name: resolved[name] for group in GROUPS for name in group.names()}, *GROUPS)
     return config
 
 
 def _converted(model: nn.Module, config: Config, in_place: bool) -> nn.Module:
     """The student of a model in memory, not calibrated."""
+    with named_dfq():
+        check_size(TaskModel(model, parts=()), config.train_cfg.size)
     student = model if in_place else copy.deepcopy(model)
     student.eval()
     student.float()

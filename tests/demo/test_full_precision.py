@@ -13,6 +13,7 @@ from mmengine.config import Config  # noqa: E402
 ROOT = Path(__file__).parents[2]
 CHECKPOINTS = ROOT / 'demo' / 'checkpoints'
 DEMOS = {
+    'mask_rcnn_swin_nuclei': ('mmdet', {'coco/bbox_mAP': 0.43, 'coco/segm_mAP': 0.47}),
     'mask_rcnn_swin_demo': ('mmdet', {'coco/bbox_mAP': 0.55, 'coco/segm_mAP': 0.50}),
     'upernet_swin_demo': ('mmseg', {'mIoU': 75.0}),
 }
@@ -26,6 +27,10 @@ def name(request):
     return request.param
 
 
+def config_of(name):
+    return ROOT / 'configs' / ('nuclei' if 'nuclei' in name else 'demo') / f'{name}.py'
+
+
 def load(name):
     # weights only: what needs arbitrary code to be read does not belong in a repository
     return torch.load(CHECKPOINTS / f'{name}.pth', map_location='cpu', weights_only=True)
@@ -36,7 +41,7 @@ def test_checkpoint_is_small_and_holds_weights_and_class_names_only(name):
     checkpoint = load(name)
     assert set(checkpoint) == {'meta', 'state_dict'}
     assert set(checkpoint['meta']) <= set(train_full_precision.META_KEYS)
-    classes = Config.fromfile(ROOT / 'configs' / 'demo' / f'{name}.py').metainfo['classes']
+    classes = Config.fromfile(config_of(name)).metainfo['classes']
     assert tuple(checkpoint['meta']['dataset_meta']['classes']) == classes
     for key, value in checkpoint['state_dict'].items():
         assert value.dtype in (torch.float16, torch.float32, torch.int64), key
@@ -57,7 +62,7 @@ def test_checkpoint_fits_the_model_of_its_config_key_by_key(name):
 
     register_all_modules = importlib.import_module(f'{library}.utils').register_all_modules
     register_all_modules(init_default_scope=False)
-    cfg = Config.fromfile(ROOT / 'configs' / 'demo' / f'{name}.py')
+    cfg = Config.fromfile(config_of(name))
     with DefaultScope.overwrite_default_scope(library):
         model = MODELS.build(cfg.model)
     model.load_state_dict(load(name)['state_dict'], strict=True)

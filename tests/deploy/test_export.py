@@ -217,7 +217,7 @@ def test_gain_and_offset_of_a_normalization_are_merged_with_the_quantizer_of_win
 
 @pytest.mark.parametrize('w_bits', [4, 7])
 def test_asymmetric_weights_of_few_bits_are_signed_bytes_without_zero_points(w_bits, tmp_path):
-    model, images = calibrated(build_backbone('mmdet', **ONE_STAGE), f'psaq_v2_w{w_bits}a8', SIZE)
+    model, images = calibrated(build_backbone('mmdet', **SWIN), f'psaq_v2_w{w_bits}a8', SIZE)
     assert model.get_submodule('stages.0.blocks.0.attn.w_msa.qkv').weight_quantizer.zero_point.any()
     exported = export_model(model, tmp_path / 'out', [SIZE])
     assert wrong_weights(model, exported) == []

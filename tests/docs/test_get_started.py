@@ -58,9 +58,10 @@ def test_every_block_runs_and_leaves_what_the_page_says(ran):
     assert 'star' in student['meta']['dataset_meta']['classes']
     metrics = json.loads((project / 'test' / 'test_results.json').read_text())
     assert 'full precision' in printed[1] and 'W8A8' in printed[1] and 'coco/bbox_mAP' in printed[1]
-    assert len(json.dumps(metrics)) > 2
+    before, after = (metrics[model]['coco/bbox_mAP'] for model in ('full_precision', 'quantized'))
+    assert after > before - 0.05 > 0.5
     assert (project / 'deployed' / 'manifest.json').is_file()
-    assert 'openvino' in printed[2].lower()
+    assert 'saved to my_project/deployed' in printed[2]
     pictures = sorted((project / 'scenes' / 'detection' / 'val').iterdir())
     drawn = [np.abs(cv2.imread(str(p)).astype(int) - cv2.imread(str(_shown(project, p)))).max() for p in pictures]
     assert len(drawn) == 8 and min(drawn) > 0

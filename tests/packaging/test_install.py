@@ -322,7 +322,7 @@ def test_pins_do_not_contradict_the_bounds(files):
 def test_versions_of_the_checks_are_the_same_everywhere():
     pins = dict(line.split('==') for line in (ROOT / 'requirements-tools.txt').read_text().splitlines() if '==' in line)
     setup, hooks = (ROOT / 'setup.py').read_text(), (ROOT / '.pre-commit-config.yaml').read_text()
-    assert f"'ruff=={pins['ruff']}'" in setup and f"'mypy=={pins['mypy']}'" in setup
+    assert f"'ruff=={pins['ruff']}'" in setup and f"'mypy=={pins['mypy']}; python_version" in setup
     assert f'ruff-pre-commit\n    rev: v{pins["ruff"]}\n' in hooks
 
 

@@ -228,10 +228,11 @@ class DataFreeTrainLoop(BaseLoop):
     def _prepare(self, listeners: contextlib.ExitStack) -> None:
         """Make teacher, calibration and, where they are needed, synthesis and training; then calibrate."""
         set_input_(self.model, self.runner.cfg, self.picture_settings.value_range)  # before the teacher is copied
+        with named_dfq():  # before weights are rotated, which runs the model
+            check_size(TaskModel(self.model, parts=()), self.picture_settings.size)
         models, scope, seed = (self._load_teacher(), _tune(self.model)), spec_of(self.model).scope, self.settings.seed
         with named_dfq():
             self.teacher, student = (TaskModel(m, self.distil, block_stride=self.settings.block_stride) for m in models)
-            check_size(self.teacher, self.picture_settings.size)
         self.distil = self.teacher.parts
         random = torch.Generator().manual_seed(seed)
         self.calibration = Calibration(student, self.calibration_settings, scope=scope, random=random)
@@ -288,7 +289,8 @@ class DataFreeTrainLoop(BaseLoop):
         self.runner.call_hook('before_samples')
         if saved is None:
             height, width = self.picture_settings.size
-            print_log(f'Synthesizing {count} samples of {height} x {width} ({pictures.description})', 'current')
+            verb = 'Synthesizing' if pictures.synthesized else 'Taking'
+            print_log(f'{verb} {count} pictures of {height} x {width} ({pictures.description})', 'current')
         with self.clock.counted('synthesis'):
             first = None if saved is None else saved.samples
             if self.training is not None:
