@@ -19,7 +19,7 @@ pytest.importorskip('openvino')
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / 'docs' / 'get_started.md'
 BLOCKS = re.findall(
-    r'^(<!-- not run: .* -->\n)?```(bash|python)\n(.*?)^```$',
+    r'^(<!-- not run: [^\n]* -->\n)?```(bash|python)\n(.*?)^```$',
     PAGE.read_text(encoding='utf-8'),
     re.DOTALL | re.MULTILINE,
 )
