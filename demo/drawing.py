@@ -62,18 +62,25 @@ def draw_detections(
     order = np.argsort(scores) if scores is not None else np.arange(len(boxes))
     canvas = _canvas(picture)
     boxes = boxes.clip(0, [canvas.width - 1, canvas.height - 1] * 2)
-    if masks is not None:
-        for i in order:
-            mask, colour = np.asarray(masks[i], dtype=bool).repeat(ZOOM, 0).repeat(ZOOM, 1), tuple(palette[labels[i]])
-            canvas.draw_binary_masks(mask, colors=colour, alphas=MASK_OPACITY)
-            outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-            if outlines:
-                canvas.draw_polygons([line.reshape(-1, 2) for line in outlines], colour, line_widths=1, alpha=1)
+    if masks is not None and len(order):
+        # All at once: the canvas is copied in every call.
+        grown = np.asarray(masks, dtype=bool)[order].repeat(ZOOM, 1).repeat(ZOOM, 2)
+        colours = [tuple(palette[labels[i]]) for i in order]
+        canvas.draw_binary_masks(grown, colors=colours, alphas=MASK_OPACITY)
+        lines = [
+            (line.reshape(-1, 2), colour)
+            for mask, colour in zip(grown, colours)
+            for line in cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
+        ]
+        if lines:
+            outlines, edges = zip(*lines)
+            canvas.draw_polygons(list(outlines), list(edges), line_widths=1, alpha=1)
+    if len(classes) == 1 and len(order):  # dozens of the same name would cover the picture
+        canvas.draw_bboxes(boxes, edge_colors=tuple(palette[0]), line_widths=1, alpha=1)
+        return canvas.get_image()
     for i in order:
         colour = tuple(palette[labels[i]])
-        canvas.draw_bboxes(boxes[i], edge_colors=colour, line_widths=1 if len(classes) == 1 else ZOOM, alpha=1)
-        if len(classes) == 1:  # dozens of the same name would cover the picture
-            continue
+        canvas.draw_bboxes(boxes[i], edge_colors=colour, line_widths=ZOOM, alpha=1)
         name = classes[labels[i]] + (f' {scores[i]:.2f}' if scores is not None else '')
         _write_name(canvas, name, boxes[i], colour)
     return canvas.get_image()
