@@ -175,6 +175,7 @@ def test_metadata(wheel):
         'test',
         'timm',
         'torch',
+        'transformers',
     }
 
 
