@@ -13,6 +13,7 @@ from mmengine.config import Config  # noqa: E402
 from tiny_classifier import ClassifierProject  # noqa: E402
 
 from psaq_mm.commands import compare as module  # noqa: E402
+from psaq_mm.commands import comparison  # noqa: E402
 from psaq_mm.commands.compare import main  # noqa: E402
 from psaq_mm.commands.comparison import Wanted, plan  # noqa: E402
 from psaq_mm.engine.data_overlap import check_no_overlap, dataset_leaves  # noqa: E402
@@ -129,7 +130,7 @@ def test_a_second_call_runs_nothing_and_another_seed_runs_its_rows_alone(compare
 
 def test_a_stopped_comparison_goes_on_where_it_was(project, tmp_path, monkeypatch, capsys):
     arguments = [str(project.path), '--samples', 'gaussian', 'real', '--seeds', '0', '--work-dir', str(tmp_path)]
-    run, names = module._run, []
+    run, names = comparison._run, []
 
     def stop_at_the_second(one, *rest):
         names.append(one.source)
@@ -137,7 +138,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(project, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return run(one, *rest)
 
-    monkeypatch.setattr(module, '_run', stop_at_the_second)
+    monkeypatch.setattr(comparison, '_run', stop_at_the_second)
     assert main(arguments) == 130
     assert 'goes on where it was' in capsys.readouterr().err
     kept = content(tmp_path)['rows']

@@ -184,16 +184,16 @@ def test_two_evaluators_that_give_one_name(tried):
 
 
 def test_full_precision_is_kept_where_the_student_cannot_be_evaluated(tried, tmp_path, monkeypatch):
-    from psaq_mm.commands import test
+    from psaq_mm.commands import evaluation
 
-    whole = test.evaluate
+    whole = evaluation.evaluate
 
     def fails(config, checkpoint, source, full_precision=False, **kwargs):
         if not full_precision:
             raise MemoryError
         return whole(config, checkpoint, source, full_precision, **kwargs)
 
-    monkeypatch.setattr(test, 'evaluate', fails)
+    monkeypatch.setattr(evaluation, 'evaluate', fails)
     with pytest.raises(MemoryError):
         tried('', '--full-precision')
     assert 'accuracy/top1' in json.loads((tmp_path / 'work' / 'test_results.json').read_text())['full_precision']
