@@ -45,7 +45,8 @@ class _Above:
     """
 
     def __init__(self, stream: Any, console: Console) -> None:
-        self.stream, self._console, self._begun, self._process = stream, console, '', os.getpid()
+        self.stream, self._begun, self._process = stream, '', os.getpid()
+        self._console: Optional[Console] = console
 
     def write(self, text: str) -> int:
         """See :meth:`io.TextIOBase.write`. A line is shown when it is whole."""

@@ -61,7 +61,7 @@ def test_every_block_runs_and_leaves_what_the_page_says(ran):
     before, after = (metrics[model]['coco/bbox_mAP'] for model in ('full_precision', 'quantized'))
     assert after > before - 0.05 > 0.5
     assert (project / 'deployed' / 'manifest.json').is_file()
-    assert 'saved to my_project/deployed' in printed[2]
+    assert 'my_project/deployed' in printed[2] and 'psaq predict' in ' '.join(printed[2].split())
     pictures = sorted((project / 'scenes' / 'detection' / 'val').iterdir())
     drawn = [np.abs(cv2.imread(str(p)).astype(int) - cv2.imread(str(_shown(project, p)))).max() for p in pictures]
     assert len(drawn) == 8 and min(drawn) > 0
