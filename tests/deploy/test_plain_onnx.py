@@ -283,7 +283,7 @@ def test_signed_codes_behind_a_concatenation(target, tmp_path):
     random, made = np.random.default_rng(0), onnx.helper.make_node
     tensors = dict(ws=random.uniform(1e-3, 2e-3, 6).astype(np.float32), wz=np.zeros(6, np.int8), z=np.int8(0))
     tensors['s'] = np.float32(0.03)
-    weight = random.integers(-127, 128, (6, 16, 1, 1)).astype(np.int8)
+    weight = random.integers(-63, 64, (6, 16, 1, 1)).astype(np.int8)  # sums of more saturate without VNNI
     nodes = [
         made('Concat', ['a', 'b'], ['x'], axis=1),
         made('QuantizeLinear', ['x', 's', 'z'], ['q']),

@@ -4,7 +4,6 @@ import concurrent.futures
 import functools
 import hashlib
 import http.server
-import re
 import threading
 import time
 
@@ -93,7 +92,7 @@ def test_a_name_that_tells_its_content_keeps_it_in_the_cache(site, capsys):
     read_checkpoint(f'{url}/{name}')
     said = capsys.readouterr()
     assert [path.name for path in site.cache.iterdir()] == [name]
-    assert f'downloading {url}/{name}' in said.out and re.search(r'(\d\.\d)/\1 kB', said.err)
+    assert f'downloading {url}/{name}' in said.out and not said.err  # a bar is for a terminal alone
     read_checkpoint(f'{url}/{name}')
     assert len(site.asked) == 1 and not capsys.readouterr().out
 

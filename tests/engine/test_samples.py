@@ -392,7 +392,8 @@ def test_the_time_of_a_part_counts_also_where_it_fails(monkeypatch):
     ],
 )
 def test_sources_that_do_not_fit_are_named(project, tmp_path, capsys, dfq, words):
-    path = project.config(name='bad.py', **{**V1, **dfq})
+    # A name of its own: MMEngine keeps loggers by name and second.
+    path = project.config(name=f'{tmp_path.name}.py', **{**V1, **dfq})
     assert dfq_train([str(path), '--work-dir', str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and 'Traceback' not in error

@@ -2,10 +2,8 @@
 one."""
 
 import contextlib
-import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from mmengine.registry import MODELS, init_default_scope
@@ -21,7 +19,6 @@ from psaq_mm.engine.config import quantized_model_config
 from psaq_mm.engine.running import run_data_free
 from psaq_mm.models import TaskModel
 from psaq_mm.quantization import calibrate
-from psaq_mm.visualization import write_png
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
@@ -112,15 +109,11 @@ def test_v2_and_the_page_of_the_demo_on_a_detector(tmp_path, whole_models, monke
         )
     )
     config.work_dir, config.launcher = str(tmp_path / 'work'), 'none'
-    for key in ('data_free_w8a8', 'data_free_w4a8'):
-        write_png(np.zeros((4, 4, 3), np.uint8), tmp_path / 'detection' / key / 'samples' / '0.png')
     with on_device():
         loop = run_data_free(config).train_loop
         assert whole_models == [{'cuda'}]
-        demo = types.SimpleNamespace(out=tmp_path, seed=0)
-        samples, densities = Demo._samples(
-            demo, types.SimpleNamespace(name='detection'), loop, loop.training.pool.samples[:1].cuda()
-        )
+        loops = dict(best=loop, psaq_v2=loop)
+        samples, densities = Demo._samples(None, loops, [loop.training.pool.samples[:1].cuda()])
     assert samples and len(densities) == 3 and all(densities.values())
 
 

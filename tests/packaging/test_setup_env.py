@@ -414,7 +414,7 @@ class TestCompiled:
 
     def test_failure_is_shown_and_what_the_machine_lacks(self, script, env, source, capfd, monkeypatch):
         source('raise SystemExit("the compiler is on strike")\n')
-        with pytest.raises(script.SetupError, match='pip install .*mmcv==9.9: failed with the messages above'):
+        with pytest.raises(script.SetupError, match='pip install .*: failed with the messages above'):
             script.install_mmcv(env, TORCH, 'mmcv', '9.9')
         assert 'the compiler is on strike' in capfd.readouterr().err
 
