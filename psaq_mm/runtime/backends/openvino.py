@@ -189,7 +189,7 @@ def _compiled(core, model, device: str, own: Mapping[str, Any], settings: Mappin
         if access != 'RO'
     }
     hidden = {'LP_TRANSFORMS_MODE'}  # taken, but not told
-    if chooses:  # it passes on what the chosen one tells of; what is hidden is set for the CPU itself, of this core alone
+    if chooses:  # it passes on what the chosen one tells of; what is hidden is set for this core's CPU itself
         if 'CPU' in core.available_devices:
             core.set_property('CPU', {name: value for name, value in own.items() if name in hidden})
         own = {name: value for name, value in own.items() if name not in hidden}
