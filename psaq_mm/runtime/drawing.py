@@ -12,6 +12,7 @@ from psaq_mm.runtime.preparation import opencv
 __all__ = ['drawn', 'palette_of']
 
 _OPACITY = 0.5
+_NAMED = 10  # boxes of one class that get their name and score
 _STEP = 0.61803398875
 """Between the hues of neighbouring classes: the golden ratio, so that no two of a few classes are near each other."""
 
@@ -109,6 +110,8 @@ def _with_boxes(prediction: Prediction, canvas: np.ndarray) -> np.ndarray:
     rows = list(zip(np.rint(boxes).astype(int).tolist(), labels, prediction.names or (), scores))[::-1]
     for (x1, y1, x2, y2), label, _, _ in rows:
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colours[label], thickness)
+    if len(prediction.classes) == 1 and len(rows) > _NAMED:  # the same name all over would hide what was found
+        return canvas
     for (x1, y1, _, _), label, name, score in rows:
         _write(canvas, f'{name} {score:.2f}', (x1, y1), colours[label])
     return canvas
